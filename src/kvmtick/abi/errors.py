@@ -1,0 +1,77 @@
+"""What a failed call raises: `KvmError` with the kernel's errno, `HostError` for a poor host."""
+
+import errno as _errno
+import os
+
+__all__ = ["HostError", "KvmError"]
+
+_EEXIST, _EINVAL, _ENOENT, _ENXIO = _errno.EEXIST, _errno.EINVAL, _errno.ENOENT, _errno.ENXIO
+
+_NO_IRQCHIP = "no in-kernel irqchip; call create_irqchip() first"
+_NO_PIT = "the VM has no PIT; call create_irqchip() and create_pit2() first"
+_BAD_CHIP = "no such chip_id; 0 is the PIC master, 1 the PIC slave, 2 the IOAPIC"
+_NO_LAPIC = "no in-kernel local APIC; call create_irqchip() before create_vcpu()"
+
+_WHY: dict[tuple[str, int], str] = {
+    ("KVM_CREATE_IRQCHIP", _EEXIST): "the VM already has an irqchip; create it once",
+    ("KVM_CREATE_IRQCHIP", _EINVAL): "a vCPU exists already; call create_irqchip() first",
+    ("KVM_CREATE_PIT", _ENOENT): _NO_IRQCHIP,
+    ("KVM_CREATE_PIT2", _ENOENT): _NO_IRQCHIP,
+    ("KVM_CREATE_PIT", _EEXIST): "the VM already has a PIT; create it once",
+    ("KVM_CREATE_PIT2", _EEXIST): "the VM already has a PIT; create it once",
+    ("KVM_GET_PIT", _ENXIO): _NO_PIT,
+    ("KVM_SET_PIT", _ENXIO): _NO_PIT,
+    ("KVM_GET_PIT2", _ENXIO): _NO_PIT,
+    ("KVM_SET_PIT2", _ENXIO): _NO_PIT,
+    ("KVM_REINJECT_CONTROL", _ENXIO): _NO_PIT,
+    ("KVM_GET_IRQCHIP", _ENXIO): _NO_IRQCHIP,
+    ("KVM_SET_IRQCHIP", _ENXIO): _NO_IRQCHIP,
+    ("KVM_GET_IRQCHIP", _EINVAL): _BAD_CHIP,
+    ("KVM_SET_IRQCHIP", _EINVAL): _BAD_CHIP,
+    ("KVM_IRQ_LINE", _ENXIO): _NO_IRQCHIP,
+    ("KVM_IRQ_LINE_STATUS", _ENXIO): _NO_IRQCHIP,
+    ("KVM_SET_GSI_ROUTING", _EINVAL): "no irqchip, or an entry's gsi, type, pin or flags is bad",
+    ("KVM_CREATE_VCPU", _EEXIST): "the VM already has a vCPU of this id; choose another",
+    ("KVM_CREATE_VCPU", _EINVAL): "vcpu_id is out of range; stay below KVM_CAP_MAX_VCPU_ID",
+    ("KVM_GET_LAPIC", _EINVAL): _NO_LAPIC,
+    ("KVM_SET_LAPIC", _EINVAL): _NO_LAPIC,
+}
+
+
+class KvmError(OSError):
+    """A KVM call failed: `errno` as the kernel gives it, `call` names the ioctl.
+
+    The message is one line, `KVM_CREATE_PIT2: ENOENT: what was wrong; the remedy`. Without `why`
+    the usual reason for that errno of that call is told (api.rst), else the system's text.
+    """
+
+    call: str
+    why: str
+
+    def __init__(self, errno: int, call: str, why: str = "") -> None:
+        self.call = call
+        self.why = why or _WHY.get((call, errno), "") or os.strerror(errno)
+        name = _errno.errorcode.get(errno, str(errno))
+        super().__init__(errno, f"{call}: {name}: {self.why}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    def __reduce__(self) -> tuple[type["KvmError"], tuple[int | None, str, str]]:
+        return KvmError, (self.errno, self.call, self.why)
+
+
+class HostError(Exception):
+    """The host lacks what was asked for (exit code 3): `what` is missing, `remedy` mends it."""
+
+    exit_code = 3
+    what: str
+    remedy: str
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what = what
+        self.remedy = remedy
+        super().__init__(what, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}" if self.remedy else self.what

@@ -1,0 +1,153 @@
+"""Request numbers of the KVM ioctls this project uses (<linux/kvm.h>, <asm-generic/ioctl.h>).
+
+A request number packs direction, argument size, type and number. Where the header says `_IO`
+for a call that takes a pointer (KVM_REINJECT_CONTROL), or swaps _IOR and _IOW (KVM_SET_PIT,
+KVM_SET_IRQCHIP), that is the ABI and stays so.
+"""
+
+from ctypes import sizeof
+
+from kvmtick.abi.structs import (
+    KvmStruct,
+    kvm_irq_level,
+    kvm_irq_routing,
+    kvm_irqchip,
+    kvm_lapic_state,
+    kvm_mp_state,
+    kvm_pit_config,
+    kvm_pit_state,
+    kvm_pit_state2,
+    kvm_regs,
+    kvm_signal_mask,
+    kvm_sregs,
+    kvm_userspace_memory_region,
+    kvm_vcpu_events,
+)
+
+__all__ = [
+    "IOCTLS",
+    "KVMIO",
+    "KVM_CHECK_EXTENSION",
+    "KVM_CREATE_IRQCHIP",
+    "KVM_CREATE_PIT",
+    "KVM_CREATE_PIT2",
+    "KVM_CREATE_VCPU",
+    "KVM_CREATE_VM",
+    "KVM_GET_API_VERSION",
+    "KVM_GET_IRQCHIP",
+    "KVM_GET_LAPIC",
+    "KVM_GET_MP_STATE",
+    "KVM_GET_PIT",
+    "KVM_GET_PIT2",
+    "KVM_GET_REGS",
+    "KVM_GET_SREGS",
+    "KVM_GET_TSC_KHZ",
+    "KVM_GET_VCPU_EVENTS",
+    "KVM_GET_VCPU_MMAP_SIZE",
+    "KVM_IRQ_LINE",
+    "KVM_IRQ_LINE_STATUS",
+    "KVM_NMI",
+    "KVM_REINJECT_CONTROL",
+    "KVM_RUN",
+    "KVM_SET_GSI_ROUTING",
+    "KVM_SET_IRQCHIP",
+    "KVM_SET_LAPIC",
+    "KVM_SET_MP_STATE",
+    "KVM_SET_PIT",
+    "KVM_SET_PIT2",
+    "KVM_SET_REGS",
+    "KVM_SET_SIGNAL_MASK",
+    "KVM_SET_SREGS",
+    "KVM_SET_USER_MEMORY_REGION",
+    "KVM_SET_VCPU_EVENTS",
+    "io",
+    "ioctl_name",
+    "ior",
+    "iow",
+    "iowr",
+]
+
+_IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
+_IOC_TYPESHIFT, _IOC_SIZESHIFT, _IOC_DIRSHIFT = 8, 16, 30
+
+
+def _ioc(direction: int, type_: int, nr: int, size_bytes: int) -> int:
+    return direction << _IOC_DIRSHIFT | size_bytes << _IOC_SIZESHIFT | type_ << _IOC_TYPESHIFT | nr
+
+
+def io(type_: int, nr: int) -> int:
+    """_IO: the argument is none, an integer, or a pointer the number says nothing about."""
+    return _ioc(_IOC_NONE, type_, nr, 0)
+
+
+def ior(type_: int, nr: int, arg: type[KvmStruct]) -> int:
+    """_IOR: the kernel writes `arg`."""
+    return _ioc(_IOC_READ, type_, nr, sizeof(arg))
+
+
+def iow(type_: int, nr: int, arg: type[KvmStruct]) -> int:
+    """_IOW: the kernel reads `arg`."""
+    return _ioc(_IOC_WRITE, type_, nr, sizeof(arg))
+
+
+def iowr(type_: int, nr: int, arg: type[KvmStruct]) -> int:
+    """_IOWR: the kernel reads and writes `arg`."""
+    return _ioc(_IOC_READ | _IOC_WRITE, type_, nr, sizeof(arg))
+
+
+KVMIO = 0xAE
+
+# on /dev/kvm
+KVM_GET_API_VERSION = io(KVMIO, 0x00)
+KVM_CREATE_VM = io(KVMIO, 0x01)
+KVM_CHECK_EXTENSION = io(KVMIO, 0x03)
+KVM_GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
+
+# on a VM
+KVM_CREATE_VCPU = io(KVMIO, 0x41)
+KVM_SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, kvm_userspace_memory_region)
+KVM_CREATE_IRQCHIP = io(KVMIO, 0x60)
+KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
+KVM_GET_IRQCHIP = iowr(KVMIO, 0x62, kvm_irqchip)
+KVM_SET_IRQCHIP = ior(KVMIO, 0x63, kvm_irqchip)
+KVM_CREATE_PIT = io(KVMIO, 0x64)
+KVM_GET_PIT = iowr(KVMIO, 0x65, kvm_pit_state)
+KVM_SET_PIT = ior(KVMIO, 0x66, kvm_pit_state)
+KVM_IRQ_LINE_STATUS = iowr(KVMIO, 0x67, kvm_irq_level)
+KVM_SET_GSI_ROUTING = iow(KVMIO, 0x6A, kvm_irq_routing)
+KVM_REINJECT_CONTROL = io(KVMIO, 0x71)
+KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
+KVM_GET_PIT2 = ior(KVMIO, 0x9F, kvm_pit_state2)
+KVM_SET_PIT2 = iow(KVMIO, 0xA0, kvm_pit_state2)
+
+# on a vCPU
+KVM_RUN = io(KVMIO, 0x80)
+KVM_GET_REGS = ior(KVMIO, 0x81, kvm_regs)
+KVM_SET_REGS = iow(KVMIO, 0x82, kvm_regs)
+KVM_GET_SREGS = ior(KVMIO, 0x83, kvm_sregs)
+KVM_SET_SREGS = iow(KVMIO, 0x84, kvm_sregs)
+KVM_SET_SIGNAL_MASK = iow(KVMIO, 0x8B, kvm_signal_mask)
+KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
+KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
+KVM_GET_MP_STATE = ior(KVMIO, 0x98, kvm_mp_state)
+KVM_SET_MP_STATE = iow(KVMIO, 0x99, kvm_mp_state)
+KVM_NMI = io(KVMIO, 0x9A)
+KVM_GET_VCPU_EVENTS = ior(KVMIO, 0x9F, kvm_vcpu_events)
+KVM_SET_VCPU_EVENTS = iow(KVMIO, 0xA0, kvm_vcpu_events)
+
+# on a VM or a vCPU
+KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
+
+IOCTLS: dict[str, int] = {
+    name: number
+    for name, number in globals().items()
+    if name.startswith("KVM_") and isinstance(number, int)
+}
+"""All of the above by name."""
+
+_NAMES = {number: name for name, number in IOCTLS.items()}
+
+
+def ioctl_name(request: int) -> str:
+    """The kernel's name of a request number, or the number in hexadecimal."""
+    return _NAMES.get(request, f"ioctl {request:#x}")

@@ -1,0 +1,1589 @@
+/*
+ * kvmtick.cpu._shim: guest execution for the `unicorn` engine, on libunicorn 2.1.4.
+ *
+ * Unicorn's public API can run code and hook it, but it cannot raise an interrupt, knows no
+ * interrupt window and never looks into the guest's IVT or IDT. The library exports QEMU's own
+ * functions, though, so this module calls those: it replaces the CPU class's "take an interrupt"
+ * function with one that delivers the event of the VM entry, and it hands exceptions back to
+ * QEMU's delivery. It needs a few fields of structures that no header describes; their offsets are
+ * proven on the loaded library before the first use (`prove_layout`), and any library where they
+ * do not hold is refused.
+ *
+ * One `Engine` is one virtual CPU. All state is in the object; the module's only globals are the
+ * resolved functions of the library (`lib`), which never change once loaded, and a thread-local
+ * pointer to the engine that is inside `enter`.
+ *
+ * Instruction boundaries are seen by a CODE hook, which runs before every instruction
+ * (`on_instruction`). Everything the contract promises about boundaries happens there.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* ---- Unicorn's public API: the values we use --------------------------------------------- */
+
+#define UNICORN_2_1_4 0x020104ffu
+#define UC_ARCH_X86 4
+#define UC_MODE_64 8
+#define UC_PROT_ALL 7
+#define UC_HOOK_INTR (1 << 0)
+#define UC_HOOK_INSN (1 << 1)
+#define UC_HOOK_CODE (1 << 2)
+#define UC_HOOK_INSN_INVALID (1 << 14)
+#define UC_INS_IN 218
+#define UC_INS_OUT 500
+#define UC_INS_RDTSC 608
+#define UC_INS_RDTSCP 609
+#define UC_REG_CS 11
+#define UC_REG_RAX 35
+#define UC_REG_RIP 41
+#define UC_REG_CR2 52
+#define UC_REG_R15 113
+#define UC_REG_IDTR 242
+#define UC_REG_RFLAGS 253
+/* The last Intel model of Unicorn's list without RDRAND: with it CPUID says so, RDRAND is #UD and
+ * runs are repeatable. It has RDTSCP, the TSC deadline timer and x2APIC. */
+#define UC_CPU_SANDYBRIDGE 17
+#define SANDYBRIDGE_SIGNATURE 0x206a1u
+
+#define UC_CTL_WRITE(number, arguments) ((number) | ((arguments) << 26) | (1u << 30))
+#define UC_CTL_USE_EXITS UC_CTL_WRITE(4, 1)
+#define UC_CTL_CPU_MODEL UC_CTL_WRITE(7, 1)
+#define UC_CTL_REMOVE_CACHE UC_CTL_WRITE(9, 2)
+#define UC_CTL_FLUSH_TLB UC_CTL_WRITE(11, 0)
+#define UC_CTL_TCG_BUFFER_SIZE UC_CTL_WRITE(13, 1)
+
+/* ---- 2.1.4's structures: offsets in bytes, proven by prove_layout ------------------------- */
+
+enum { UC_CPU = 440 }; /* uc_struct -> CPUState */
+
+enum { /* CPUState */
+    CPU_INTERRUPT_REQUEST = 28,
+    CPU_ENV = 296,
+    CPU_HALTED = 33176,
+    CPU_EXCEPTION_INDEX = 33184,
+    CPU_UC = 33192,
+    CPU_CLASS = 33200,
+};
+
+enum { /* CPUX86State; a segment is selector, base, limit, flags */
+    ENV_REGS = 0,
+    ENV_EIP = 128,
+    ENV_EFLAGS = 136,
+    ENV_CC_DST = 144,
+    ENV_CC_SRC = 152,
+    ENV_CC_SRC2 = 160,
+    ENV_CC_OP = 168,
+    ENV_DF = 172,
+    ENV_HFLAGS = 176,
+    ENV_HFLAGS2 = 180,
+    ENV_SEGS = 184,
+    ENV_LDT = 328,
+    ENV_TR = 352,
+    ENV_GDT = 376,
+    ENV_IDT = 400,
+    ENV_CR = 424,
+    ENV_EFER = 592,
+    ENV_ERROR_CODE = 5384,
+    ENV_EXCEPTION_IS_INT = 5388,
+    ENV_EXCEPTION_NEXT_EIP = 5392,
+    ENV_DR = 5400,
+    ENV_OLD_EXCEPTION = 5496,
+};
+
+enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
+enum { ES, CS, SS, DS, FS, GS };
+enum { RAX, RCX, RDX };
+
+#define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
+#define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
+#define U64(base, offset) (*(uint64_t *)((char *)(base) + (offset)))
+#define POINTER(base, offset) (*(void **)((char *)(base) + (offset)))
+#define REGISTER(env, number) U64(env, ENV_REGS + 8 * (number))
+#define SEGMENT(env, number) ((char *)(env) + ENV_SEGS + SEGMENT_BYTES * (number))
+
+#define CPU_INTERRUPT_HARD 2u
+#define HF_CPL 0x3u
+#define HF_INHIBIT_IRQ (1u << 3) /* the shadow of STI and MOV SS */
+#define HF_CS32 (1u << 4)
+#define HF_SS32 (1u << 5)
+#define HF_ADDSEG (1u << 6)
+#define HF_LMA (1u << 14)
+#define HF_CS64 (1u << 15)
+#define HF2_NMI (1u << 2) /* NMIs are blocked until IRET */
+#define FLAGS_IF (1u << 9)
+#define FLAGS_DF (1u << 10)
+#define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
+#define EFER_LONG_MODE 0x500u   /* LME, LMA */
+#define CR0_RESET 0x60000010u
+#define DOUBLE_FAULT 8
+#define CODE_SEGMENT_FLAGS 0x009b00u /* present, system, code, readable, accessed */
+#define DATA_SEGMENT_FLAGS 0x009300u
+#define LDT_FLAGS 0x008200u
+#define BUSY_TSS_FLAGS 0x008b00u
+
+/* ---- the contract's numbers (kvmtick.cpu.engine) ------------------------------------------- */
+
+enum {
+    EXIT_NONE = 0, /* never returned: the basic exit reason 0 (an exception) is not ours */
+    EXIT_EXTERNAL_INTERRUPT = 1,
+    EXIT_TRIPLE_FAULT = 2,
+    EXIT_INTERRUPT_WINDOW = 7,
+    EXIT_NMI_WINDOW = 8,
+    EXIT_HLT = 12,
+    EXIT_PREEMPTION_TIMER = 52,
+    EXIT_INTERNAL_ERROR = 0x10000,
+    EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
+};
+
+enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2, SHADOW_NMI = 8 };
+enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_INT3_INTO };
+
+#define INTR_INFO_VALID (1u << 31)
+#define INTR_INFO_VECTOR(info) ((info) & 0xff)
+#define INTR_INFO_TYPE(info) (((info) >> 8) & 7)
+
+#define PAGE_BYTES 4096u
+#define FOUR_GIB (1ull << 32)
+#define NO_ADDRESS UINT64_MAX
+#define RAM_RANGES_MAX 32
+#define CODE_CACHE_BYTES (64u << 20)
+
+/* ---- the library ------------------------------------------------------------------------------ */
+
+typedef struct {
+    void *handle;
+    char path[PATH_MAX];
+    unsigned (*version)(unsigned *, unsigned *);
+    const char *(*strerror)(int);
+    int (*open)(int, int, void **);
+    int (*close)(void *);
+    int (*ctl)(void *, uint32_t, ...);
+    int (*hook_add)(void *, size_t *, int, void *, void *, uint64_t, uint64_t, ...);
+    int (*emu_start)(void *, uint64_t, uint64_t, uint64_t, size_t);
+    int (*emu_stop)(void *);
+    int (*reg_read)(void *, int, void *);
+    int (*reg_write)(void *, int, const void *);
+    int (*mem_map)(void *, uint64_t, uint64_t, uint32_t);
+    int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
+    int (*mem_unmap)(void *, uint64_t, uint64_t);
+    int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
+    int (*mem_write)(void *, uint64_t, const void *, uint64_t);
+    /* QEMU's own functions, exported with the target's suffix. */
+    bool (*cpu_exec_interrupt)(void *cpu, int request);
+    void (*do_interrupt)(void *cpu);
+    void (*do_interrupt_hardirq)(void *env, int vector, int is_hardware);
+    uint64_t (*cc_compute_all)(uint64_t dst, uint64_t src, uint64_t src2, int op);
+    void (*update_cr0)(void *env, uint32_t value);
+    void (*update_cr3)(void *env, uint64_t value);
+    void (*update_cr4)(void *env, uint32_t value);
+    size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
+} Library;
+
+static Library lib;
+
+static const struct {
+    const char *name;
+    size_t offset;
+} SYMBOLS[] = {
+    {"uc_version", offsetof(Library, version)},
+    {"uc_strerror", offsetof(Library, strerror)},
+    {"uc_open", offsetof(Library, open)},
+    {"uc_close", offsetof(Library, close)},
+    {"uc_ctl", offsetof(Library, ctl)},
+    {"uc_hook_add", offsetof(Library, hook_add)},
+    {"uc_emu_start", offsetof(Library, emu_start)},
+    {"uc_emu_stop", offsetof(Library, emu_stop)},
+    {"uc_reg_read", offsetof(Library, reg_read)},
+    {"uc_reg_write", offsetof(Library, reg_write)},
+    {"uc_mem_map", offsetof(Library, mem_map)},
+    {"uc_mem_map_ptr", offsetof(Library, mem_map_ptr)},
+    {"uc_mem_unmap", offsetof(Library, mem_unmap)},
+    {"uc_mmio_map", offsetof(Library, mmio_map)},
+    {"uc_mem_write", offsetof(Library, mem_write)},
+    {"x86_cpu_exec_interrupt_x86_64", offsetof(Library, cpu_exec_interrupt)},
+    {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
+    {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
+    {"helper_cc_compute_all_x86_64", offsetof(Library, cc_compute_all)},
+    {"cpu_x86_update_cr0_x86_64", offsetof(Library, update_cr0)},
+    {"cpu_x86_update_cr3_x86_64", offsetof(Library, update_cr3)},
+    {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
+};
+
+/* ---- the engine ---------------------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t gpa;
+    uint64_t size_bytes;
+    Py_buffer view;
+} RamRange;
+
+typedef struct {
+    uint64_t gpa;
+    uint64_t size_bytes;
+} Gap;
+
+typedef struct {
+    PyObject_HEAD
+    void *uc; /* NULL when closed */
+    char *cpu;
+    char *env;
+
+    /* Looked at before every instruction. */
+    uint64_t started;      /* instructions begun since the entry */
+    uint64_t watch_from;   /* atomic; look closer once `started` is there: the budget, or 0 */
+    uint64_t last_address; /* linear address of the instruction begun last */
+
+    /* Looked at closer. */
+    uint64_t budget;
+    int kicked;  /* atomic; set by any thread */
+    bool failed; /* a callback raised; the exception is in `exception` */
+    bool irq_window;
+    bool nmi_window;
+
+    int exit_reason;
+    uint32_t intr_info; /* the event of this entry until it is delivered */
+    uint64_t tsc;
+    bool host_tsc;
+    int64_t host_tsc_offset_ns;
+
+    bool running;
+    bool releases_gil;
+    PyThreadState *released; /* while the guest runs without the GIL */
+    PyObject *exception[3];
+    PyObject *on_out;
+    PyObject *on_in;
+
+    RamRange ram[RAM_RANGES_MAX];
+    int ram_count;
+    Gap gaps[RAM_RANGES_MAX + 1]; /* what answers all ones, up to 4 GiB */
+    int gap_count;
+    bool gaps_stale;
+
+    /* What the last exit reports. */
+    unsigned long long rflags;
+    unsigned int interruptibility;
+    unsigned long long retired;
+    unsigned int idt_vectoring_info;
+    PyObject *error;
+} Engine;
+
+/* The engine inside `enter` on this thread: QEMU's class functions carry no user data. */
+static __thread Engine *entered;
+
+/* ---- guest state ------------------------------------------------------------------------------ */
+
+static uint64_t compute_rflags(const char *env)
+{
+    uint64_t arithmetic = lib.cc_compute_all(U64(env, ENV_CC_DST), U64(env, ENV_CC_SRC),
+                                             U64(env, ENV_CC_SRC2), I32(env, ENV_CC_OP));
+    uint64_t rest = U64(env, ENV_EFLAGS) & ~(uint64_t)(FLAGS_ARITHMETIC | FLAGS_DF);
+    return rest | arithmetic | (I32(env, ENV_DF) & FLAGS_DF) | 2;
+}
+
+/* The bytes the guest has at `linear`, or NULL. Paging is off: linear is physical. */
+static const uint8_t *code_at(const Engine *self, uint64_t linear, uint32_t size_bytes)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        const RamRange *ram = &self->ram[i];
+        if (linear >= ram->gpa && linear + size_bytes <= ram->gpa + ram->size_bytes) {
+            return (const uint8_t *)ram->view.buf + (linear - ram->gpa);
+        }
+    }
+    return NULL;
+}
+
+static bool is_prefix(uint8_t byte)
+{
+    switch (byte) {
+    case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: /* segments */
+    case 0x66: case 0x67:                                             /* sizes */
+    case 0xf0: case 0xf2: case 0xf3:                                  /* LOCK, REPNE, REP */
+        return true;
+    default:
+        return false;
+    }
+}
+
+static bool is_string_operation(uint8_t opcode)
+{
+    return (opcode >= 0x6c && opcode <= 0x6f) || (opcode >= 0xa4 && opcode <= 0xa7) ||
+           (opcode >= 0xaa && opcode <= 0xaf);
+}
+
+/* QEMU runs a REP string instruction once more with the count at zero, only to step over it. The
+ * processor has no such step: it is neither counted nor a boundary. */
+static bool steps_over_finished_rep(const Engine *self, uint64_t address, uint32_t size_bytes)
+{
+    uint64_t count = REGISTER(self->env, RCX);
+    if (likely(count & 0xffff)) {
+        return false;
+    }
+    const uint8_t *code = code_at(self, address, size_bytes);
+    bool repeated = false;
+    bool wide = (U32(self->env, ENV_HFLAGS) & HF_CS32) != 0;
+    if (code == NULL || size_bytes > 15) {
+        return false;
+    }
+    uint32_t i = 0;
+    for (; i < size_bytes && is_prefix(code[i]); i++) {
+        repeated |= code[i] == 0xf2 || code[i] == 0xf3;
+        wide ^= code[i] == 0x67;
+    }
+    return repeated && i < size_bytes && is_string_operation(code[i]) &&
+           (!wide || (uint32_t)count == 0);
+}
+
+/* QEMU has one flag for both shadows; the instruction that cast it tells which. */
+static unsigned shadow_kind(const Engine *self)
+{
+    uint64_t address = self->last_address;
+    for (int i = 0; i < 14; i++, address++) {
+        const uint8_t *code = code_at(self, address, 1);
+        if (code == NULL || !is_prefix(*code)) {
+            return code != NULL && *code == 0xfb ? SHADOW_STI : SHADOW_MOV_SS;
+        }
+    }
+    return SHADOW_MOV_SS;
+}
+
+static unsigned compute_interruptibility(const Engine *self)
+{
+    unsigned state = U32(self->env, ENV_HFLAGS2) & HF2_NMI ? SHADOW_NMI : 0;
+    if (U32(self->env, ENV_HFLAGS) & HF_INHIBIT_IRQ) {
+        state |= shadow_kind(self);
+    }
+    return state;
+}
+
+/* ---- instruction boundaries --------------------------------------------------------------- */
+
+static bool stop(Engine *self, int reason)
+{
+    self->exit_reason = reason;
+    lib.emu_stop(self->uc);
+    return true;
+}
+
+/* `kick` sets its flag, then watch_from; here it is the other way round: no kick gets lost. */
+static void set_watch(Engine *self)
+{
+    bool now = self->irq_window || self->nmi_window || self->failed;
+    __atomic_store_n(&self->watch_from, now ? 0 : self->budget, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&self->kicked, __ATOMIC_SEQ_CST)) {
+        __atomic_store_n(&self->watch_from, 0, __ATOMIC_SEQ_CST);
+    }
+}
+
+/* Ends the execution before the next instruction if something asks for it, in the contract's
+ * order. */
+static bool leave_at_boundary(Engine *self)
+{
+    if (self->failed) {
+        return stop(self, EXIT_CALLBACK_FAILED);
+    }
+    if (__atomic_exchange_n(&self->kicked, 0, __ATOMIC_ACQUIRE)) {
+        return stop(self, EXIT_EXTERNAL_INTERRUPT);
+    }
+    bool shadow = U32(self->env, ENV_HFLAGS) & HF_INHIBIT_IRQ;
+    if (self->nmi_window && !shadow && !(U32(self->env, ENV_HFLAGS2) & HF2_NMI)) {
+        return stop(self, EXIT_NMI_WINDOW);
+    }
+    if (self->irq_window && !shadow && (U64(self->env, ENV_EFLAGS) & FLAGS_IF)) {
+        return stop(self, EXIT_INTERRUPT_WINDOW);
+    }
+    if (self->started >= self->budget) {
+        return stop(self, EXIT_PREEMPTION_TIMER);
+    }
+    if (!self->irq_window && !self->nmi_window) {
+        set_watch(self); /* a kick came late and its exit is over */
+    }
+    return false;
+}
+
+/* CODE hook: before every instruction. */
+static void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    if (unlikely(address == self->last_address) &&
+        steps_over_finished_rep(self, address, size_bytes)) {
+        return;
+    }
+    uint64_t started = self->started;
+    if (unlikely(started >= __atomic_load_n(&self->watch_from, __ATOMIC_RELAXED)) &&
+        leave_at_boundary(self)) {
+        return;
+    }
+    self->started = started + 1;
+    self->last_address = address;
+}
+
+/* ---- events -------------------------------------------------------------------------------- */
+
+static bool is_contributory(int vector)
+{
+    return vector == 0 || (vector >= 10 && vector <= 14) || vector == DOUBLE_FAULT;
+}
+
+static void deliver_exception(Engine *self, int vector)
+{
+    I32(self->cpu, CPU_EXCEPTION_INDEX) = vector;
+    I32(self->env, ENV_EXCEPTION_IS_INT) = 0;
+    I32(self->env, ENV_ERROR_CODE) = 0;
+    /* A fault on the way makes a double or triple fault of it (SDM vol. 3A, table 6-5). */
+    I32(self->env, ENV_OLD_EXCEPTION) = is_contributory(vector) ? vector : -1;
+    lib.do_interrupt(self->cpu);
+    I32(self->cpu, CPU_EXCEPTION_INDEX) = -1;
+}
+
+static void deliver_entry_event(Engine *self, uint32_t info)
+{
+    int vector = INTR_INFO_VECTOR(info);
+    U32(self->env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ;
+    self->last_address = NO_ADDRESS;
+    switch (INTR_INFO_TYPE(info)) {
+    case TYPE_NMI:
+        U32(self->env, ENV_HFLAGS2) |= HF2_NMI;
+        lib.do_interrupt_hardirq(self->env, vector, 1);
+        break;
+    case TYPE_HARDWARE:
+        deliver_exception(self, vector);
+        break;
+    default:
+        /* Software events push RIP as it stands: the contract has no instruction length. */
+        lib.do_interrupt_hardirq(self->env, vector, 1);
+        break;
+    }
+}
+
+/* Stands in for QEMU's x86_cpu_exec_interrupt: runs inside the CPU loop before the first block
+ * (`enter` has set interrupt_request), where a fault during delivery is safe. */
+static bool take_entry_event(void *cpu, int request)
+{
+    (void)request;
+    Engine *self = entered;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    uint32_t info = self->intr_info;
+    self->intr_info = 0;
+    if (!(info & INTR_INFO_VALID)) {
+        return false;
+    }
+    deliver_entry_event(self, info);
+    return true;
+}
+
+/* INTR hook: an exception or a software interrupt of the guest; QEMU delivers it through the
+ * guest's own vectors. Does not return when that faults in turn. */
+static void on_exception(void *uc, uint32_t vector, void *engine)
+{
+    (void)uc;
+    (void)vector;
+    Engine *self = engine;
+    if (I32(self->env, ENV_EXCEPTION_IS_INT)) {
+        /* Unicorn has moved eip behind the instruction; a fault now must find it on it. */
+        U64(self->env, ENV_EIP) = self->last_address - U64(SEGMENT(self->env, CS), SEG_BASE);
+    }
+    lib.do_interrupt(self->cpu);
+}
+
+/* INSN_INVALID hook: #UD. True: go on. */
+static bool on_invalid_opcode(void *uc, void *engine)
+{
+    on_exception(uc, 6, engine);
+    return true;
+}
+
+/* ---- callbacks into Python ------------------------------------------------------------------ */
+
+static void take_gil(Engine *self)
+{
+    if (self->released != NULL) {
+        PyEval_RestoreThread(self->released);
+    }
+}
+
+static void give_gil(Engine *self)
+{
+    if (self->released != NULL) {
+        self->released = PyEval_SaveThread();
+    }
+}
+
+/* Keeps the current exception for the end of `enter`; the next boundary ends the execution. */
+static void keep_exception(Engine *self)
+{
+    if (self->failed) {
+        PyErr_Clear();
+        return;
+    }
+    PyErr_Fetch(&self->exception[0], &self->exception[1], &self->exception[2]);
+    self->failed = true;
+    set_watch(self);
+}
+
+static PyObject *call_handler(PyObject *handler, const unsigned long long *values, size_t count)
+{
+    PyObject *arguments[4] = {NULL};
+    PyObject *result = NULL;
+    size_t made = 0;
+    while (made < count) {
+        arguments[made] = PyLong_FromUnsignedLongLong(values[made]);
+        if (arguments[made] == NULL) {
+            break;
+        }
+        made++;
+    }
+    if (made == count) {
+        result = PyObject_Vectorcall(handler, arguments, count, NULL);
+    }
+    while (made > 0) {
+        Py_DECREF(arguments[--made]);
+    }
+    return result;
+}
+
+static void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long long values[] = {port, (unsigned)size_bytes, value, self->started - 1};
+    take_gil(self);
+    PyObject *result = call_handler(self->on_out, values, COUNT(values));
+    if (result == NULL) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+    give_gil(self);
+}
+
+static uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
+    uint32_t value = UINT32_MAX;
+    take_gil(self);
+    PyObject *result = call_handler(self->on_in, values, COUNT(values));
+    if (result != NULL) {
+        value = (uint32_t)PyLong_AsUnsignedLongMask(result);
+        Py_DECREF(result);
+    }
+    if (result == NULL || (value == UINT32_MAX && PyErr_Occurred())) {
+        keep_exception(self);
+    }
+    give_gil(self);
+    return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
+}
+
+/* ---- time stamp counter -------------------------------------------------------------------- */
+
+static uint64_t read_tsc(const Engine *self)
+{
+    if (!self->host_tsc) {
+        return self->tsc + self->started - 1;
+    }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)(now.tv_sec * 1000000000ll + now.tv_nsec - self->host_tsc_offset_ns);
+}
+
+/* RDTSC and RDTSCP hooks; true: we have done the instruction. */
+static int on_rdtsc(void *uc, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    uint64_t tsc = read_tsc(self);
+    REGISTER(self->env, RAX) = (uint32_t)tsc;
+    REGISTER(self->env, RDX) = (uint32_t)(tsc >> 32);
+    return 1;
+}
+
+static int on_rdtscp(void *uc, void *engine)
+{
+    Engine *self = engine;
+    REGISTER(self->env, RCX) = 0; /* IA32_TSC_AUX: nobody sets it in real mode */
+    return on_rdtsc(uc, engine);
+}
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+static uint64_t read_nothing(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)user;
+    return UINT64_MAX;
+}
+
+static void write_nothing(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
+                          void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
+}
+
+static int unmap_gaps(Engine *self)
+{
+    while (self->gap_count > 0) {
+        const Gap *gap = &self->gaps[self->gap_count - 1];
+        int error = lib.mem_unmap(self->uc, gap->gpa, gap->size_bytes);
+        if (error) {
+            return error;
+        }
+        self->gap_count--;
+    }
+    return 0;
+}
+
+static int map_gap(Engine *self, uint64_t start, uint64_t end)
+{
+    if (start >= end) {
+        return 0;
+    }
+    int error = lib.mmio_map(self->uc, start, end - start, read_nothing, NULL, write_nothing, NULL);
+    if (!error) {
+        self->gaps[self->gap_count++] = (Gap){start, end - start};
+    }
+    return error;
+}
+
+/* Answers for every physical address below 4 GiB that is not RAM (`ram` is sorted). */
+static int map_gaps(Engine *self)
+{
+    uint64_t start = 0;
+    int error = 0;
+    for (int i = 0; i < self->ram_count && start < FOUR_GIB && !error; i++) {
+        uint64_t ram_start = self->ram[i].gpa;
+        error = map_gap(self, start, ram_start < FOUR_GIB ? ram_start : FOUR_GIB);
+        start = ram_start + self->ram[i].size_bytes;
+    }
+    self->gaps_stale = false;
+    return error ? error : map_gap(self, start, FOUR_GIB);
+}
+
+/* ---- opening, reset --------------------------------------------------------------------------- */
+
+static int open_cpu(void **uc)
+{
+    int error = lib.open(UC_ARCH_X86, UC_MODE_64, uc);
+    if (error) {
+        return error;
+    }
+    if ((error = lib.ctl(*uc, UC_CTL_CPU_MODEL, UC_CPU_SANDYBRIDGE)) ||
+        (error = lib.ctl(*uc, UC_CTL_TCG_BUFFER_SIZE, CODE_CACHE_BYTES)) ||
+        /* Without exits enabled, `until` is an exit: leaving then walks page tables and spoils
+         * CR2 and the exception in flight. */
+        (error = lib.ctl(*uc, UC_CTL_USE_EXITS, 1))) {
+        lib.close(*uc);
+        *uc = NULL;
+    }
+    return error;
+}
+
+static int add_hook(Engine *self, int type, void *callback)
+{
+    size_t hook;
+    return lib.hook_add(self->uc, &hook, type, callback, self, 1, 0);
+}
+
+static int add_instruction_hook(Engine *self, int instruction, void *callback)
+{
+    size_t hook;
+    return lib.hook_add(self->uc, &hook, UC_HOOK_INSN, callback, self, 1, 0, instruction);
+}
+
+static int add_hooks(Engine *self)
+{
+    int error;
+    if ((error = add_hook(self, UC_HOOK_CODE, on_instruction)) ||
+        (error = add_hook(self, UC_HOOK_INTR, on_exception)) ||
+        (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
+        (error = add_instruction_hook(self, UC_INS_IN, on_port_in)) ||
+        (error = add_instruction_hook(self, UC_INS_OUT, on_port_out)) ||
+        (error = add_instruction_hook(self, UC_INS_RDTSC, on_rdtsc))) {
+        return error;
+    }
+    return add_instruction_hook(self, UC_INS_RDTSCP, on_rdtscp);
+}
+
+static void set_segment(char *segment, uint32_t selector, uint64_t base, uint32_t flags)
+{
+    U32(segment, SEG_SELECTOR) = selector;
+    U64(segment, SEG_BASE) = base;
+    U32(segment, SEG_LIMIT) = 0xffff;
+    U32(segment, SEG_FLAGS) = flags;
+}
+
+/* Real mode, whatever the mode was: Unicorn opens the CPU half in long mode, which neither CR0
+ * nor EFER writes would leave. */
+static void enter_real_mode(char *env)
+{
+    U64(env, ENV_EFER) = 0;
+    U32(env, ENV_HFLAGS) &=
+        ~(HF_CPL | HF_INHIBIT_IRQ | HF_CS32 | HF_SS32 | HF_LMA | HF_CS64);
+    U32(env, ENV_HFLAGS) |= HF_ADDSEG;
+    lib.update_cr0(env, CR0_RESET);
+    lib.update_cr3(env, 0);
+    lib.update_cr4(env, 0);
+    U64(env, ENV_CR + 8 * 2) = 0;
+    set_segment(env + ENV_GDT, 0, 0, 0);
+    set_segment(env + ENV_IDT, 0, 0, 0);
+    set_segment(env + ENV_LDT, 0, 0, LDT_FLAGS);
+    set_segment(env + ENV_TR, 0, 0, BUSY_TSS_FLAGS);
+    for (int i = ES; i <= GS; i++) {
+        set_segment(SEGMENT(env, i), 0, 0, DATA_SEGMENT_FLAGS);
+    }
+}
+
+static int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
+{
+    uint64_t flags = 2;
+    char *env = self->env;
+    enter_real_mode(env);
+    set_segment(SEGMENT(env, CS), cs, (uint64_t)cs << 4, CODE_SEGMENT_FLAGS);
+    for (int i = 0; i < 16; i++) {
+        REGISTER(env, i) = 0;
+    }
+    REGISTER(env, RDX) = SANDYBRIDGE_SIGNATURE;
+    U64(env, ENV_EIP) = ip;
+    U32(env, ENV_HFLAGS2) &= ~HF2_NMI;
+    I32(env, ENV_OLD_EXCEPTION) = -1;
+    self->last_address = NO_ADDRESS;
+    int error = lib.reg_write(self->uc, UC_REG_RFLAGS, &flags);
+    return error ? error : lib.ctl(self->uc, UC_CTL_FLUSH_TLB);
+}
+
+/* ---- proving the layout ---------------------------------------------------------------------- */
+
+static __thread int probe_request; /* what the probe's interrupt function was called with */
+
+static bool probe_take_interrupt(void *cpu, int request)
+{
+    probe_request = request;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    return false;
+}
+
+typedef struct {
+    char *cpu;
+    char *env;
+    bool seen;
+    bool right;
+} Probe;
+
+/* Runs on `int 0x21`, which sets every field that describes an exception. */
+static void probe_exception(void *uc, uint32_t vector, void *user)
+{
+    Probe *probe = user;
+    char *env = probe->env;
+    probe->seen = true;
+    probe->right = vector == 0x21 && I32(probe->cpu, CPU_EXCEPTION_INDEX) == 0x21 &&
+                   I32(env, ENV_EXCEPTION_IS_INT) == 1 && I32(env, ENV_ERROR_CODE) == 0 &&
+                   U64(env, ENV_EXCEPTION_NEXT_EIP) == 0x1002 && U64(env, ENV_EIP) == 0x1002;
+    (void)uc;
+}
+
+static bool written_register_is_at(void *uc, int number, const char *place)
+{
+    uint64_t value = 0x1122334455660000ull + (unsigned)number;
+    return lib.reg_write(uc, number, &value) == 0 && *(const uint64_t *)place == value;
+}
+
+static bool idtr_is_at(void *uc, const char *segment)
+{
+    struct {
+        uint16_t selector;
+        uint64_t base;
+        uint32_t limit;
+        uint32_t flags;
+    } idtr = {0, 0x123456789a, 0x5a5a, 0};
+    return lib.reg_write(uc, UC_REG_IDTR, &idtr) == 0 &&
+           U64(segment, SEG_BASE) == 0x123456789a && U32(segment, SEG_LIMIT) == 0x5a5a;
+}
+
+static bool flags_are_at(void *uc, char *env)
+{
+    uint64_t value = FLAGS_IF | FLAGS_DF | 0x41; /* ZF and CF: kept apart, as cc_src */
+    if (lib.reg_write(uc, UC_REG_RFLAGS, &value) != 0) {
+        return false;
+    }
+    return (U64(env, ENV_EFLAGS) & FLAGS_IF) && I32(env, ENV_DF) == -1 &&
+           U64(env, ENV_CC_SRC) == 0x41 && compute_rflags(env) == (value | 2);
+}
+
+/* The first field that is not where we expect it, or NULL. */
+static const char *wrong_register_field(void *uc, char *env)
+{
+    uint16_t selector = 0x1234;
+    /* Unicorn opens the CPU with CS64, LMA, EFER.LME and EFER.LMA set and DR7 at its fixed value. */
+    if ((U32(env, ENV_HFLAGS) & (HF_CS64 | HF_LMA)) != (HF_CS64 | HF_LMA)) return "hflags";
+    if ((U64(env, ENV_EFER) & EFER_LONG_MODE) != EFER_LONG_MODE) return "efer";
+    if (U64(env, ENV_DR + 8 * 7) != 0x400) return "dr7";
+    if (!written_register_is_at(uc, UC_REG_RAX, env + ENV_REGS)) return "rax";
+    if (!written_register_is_at(uc, UC_REG_R15, env + ENV_REGS + 8 * 15)) return "r15";
+    if (!written_register_is_at(uc, UC_REG_RIP, env + ENV_EIP)) return "rip";
+    if (!written_register_is_at(uc, UC_REG_CR2, env + ENV_CR + 8 * 2)) return "cr2";
+    if (!flags_are_at(uc, env)) return "rflags";
+    if (lib.reg_write(uc, UC_REG_CS, &selector) || U32(SEGMENT(env, CS), SEG_SELECTOR) != 0x1234)
+        return "cs";
+    if (!idtr_is_at(uc, env + ENV_IDT)) return "idtr";
+    return NULL;
+}
+
+/* Runs `int 0x21; hlt` with a pending interrupt and looks at what it left. */
+static const char *wrong_execution_field(void *uc, char *cpu, char *env)
+{
+    static const uint8_t code[] = {0xcd, 0x21, 0xf4};
+    Probe probe = {cpu, env, false, false};
+    size_t hook;
+    uint64_t flags = 2;
+    probe_request = 0;
+    enter_real_mode(env);
+    if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
+        lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
+        lib.mem_write(uc, 0x1000, code, sizeof code) ||
+        lib.hook_add(uc, &hook, UC_HOOK_INTR, probe_exception, &probe, 1, 0)) {
+        return "memory or hooks";
+    }
+    POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_take_interrupt;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
+    int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
+    if (error || !probe.seen || !probe.right) return "exception state";
+    if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
+    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1003) return "halted";
+    return NULL;
+}
+
+/* Finds the CPU class's cpu_exec_interrupt by its value. */
+static bool find_class_slot(void *class)
+{
+    for (size_t offset = 0; offset < 512; offset += sizeof(void *)) {
+        if (POINTER(class, offset) == (void *)lib.cpu_exec_interrupt) {
+            lib.class_slot = offset;
+            return true;
+        }
+    }
+    return false;
+}
+
+static const char *wrong_field(void *uc)
+{
+    uint64_t rax;
+    if (lib.reg_read(uc, UC_REG_RAX, &rax)) return "a readable CPU"; /* this creates it */
+    char *cpu = POINTER(uc, UC_CPU);
+    if (cpu == NULL || (uintptr_t)cpu % 8) return "cpu";
+    char *env = POINTER(cpu, CPU_ENV);
+    /* Both structures are one allocation; look no further than it. */
+    if (env < cpu || env > cpu + 65536 || POINTER(cpu, CPU_UC) != uc) return "env";
+    if (!find_class_slot(POINTER(cpu, CPU_CLASS))) return "cpu_exec_interrupt";
+    const char *wrong = wrong_register_field(uc, env);
+    if (wrong != NULL) return wrong;
+    U64(env, ENV_CR + 8 * 2) = 0;
+    I32(env, ENV_OLD_EXCEPTION) = -1;
+    return wrong_execution_field(uc, cpu, env);
+}
+
+static const char REMEDY[] = "install the x86-64 Linux wheel: pip install unicorn==2.1.4";
+
+static bool prove_layout(const char *path)
+{
+    void *uc = NULL;
+    int error = open_cpu(&uc);
+    const char *wrong = error ? lib.strerror(error) : wrong_field(uc);
+    if (uc != NULL) {
+        lib.close(uc);
+    }
+    if (wrong != NULL) {
+        PyErr_Format(PyExc_ImportError,
+                     "%s: is Unicorn 2.1.4 but not the build expected (checked: %s); %s", path,
+                     wrong, REMEDY);
+    }
+    return wrong == NULL;
+}
+
+/* ---- loading ------------------------------------------------------------------------------------ */
+
+static bool resolve(const char *path)
+{
+    for (size_t i = 0; i < COUNT(SYMBOLS); i++) {
+        void *symbol = dlsym(lib.handle, SYMBOLS[i].name);
+        if (symbol == NULL) {
+            PyErr_Format(PyExc_ImportError,
+                         "%s: expected Unicorn 2.1.4, found no symbol %s; %s", path,
+                         SYMBOLS[i].name, REMEDY);
+            return false;
+        }
+        POINTER(&lib, SYMBOLS[i].offset) = symbol;
+    }
+    unsigned version = lib.version(NULL, NULL);
+    if (version != UNICORN_2_1_4) {
+        PyErr_Format(PyExc_ImportError, "%s: expected Unicorn 2.1.4, found %u.%u.%u; %s", path,
+                     version >> 24, version >> 16 & 255, version >> 8 & 255, REMEDY);
+        return false;
+    }
+    return true;
+}
+
+static bool load_library(const char *path)
+{
+    /* Local: the library exports glib look-alikes that must not answer for anybody else. */
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+    if (handle == NULL) {
+        PyErr_Format(PyExc_ImportError, "expected Unicorn 2.1.4, cannot load it: %s; %s",
+                     dlerror(), REMEDY);
+        return false;
+    }
+    Library before = lib;
+    lib.handle = handle;
+    if (!resolve(path) || !prove_layout(path)) {
+        lib = before;
+        dlclose(handle);
+        return false;
+    }
+    if (before.handle != NULL && before.handle != handle) {
+        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, before.path);
+        lib = before;
+        dlclose(handle);
+        return false;
+    }
+    snprintf(lib.path, sizeof lib.path, "%s", path);
+    return true;
+}
+
+static PyObject *shim_load(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&:load", PyUnicode_FSConverter, &path)) {
+        return NULL;
+    }
+    const char *name = PyBytes_AS_STRING(path);
+    bool loaded = (lib.handle != NULL && strcmp(name, lib.path) == 0) || load_library(name);
+    Py_DECREF(path);
+    if (!loaded) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- Engine: life --------------------------------------------------------------------------------- */
+
+static void raise_unicorn(const char *what, int error)
+{
+    PyErr_Format(PyExc_RuntimeError, "unicorn: %s: %s", what, lib.strerror(error));
+}
+
+static bool check_open(const Engine *self)
+{
+    if (self->uc == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the engine is closed");
+    }
+    return self->uc != NULL;
+}
+
+static bool check_idle(const Engine *self)
+{
+    if (!check_open(self)) {
+        return false;
+    }
+    if (self->running) {
+        PyErr_SetString(PyExc_RuntimeError, "not while the guest runs");
+    }
+    return !self->running;
+}
+
+static void release_engine(Engine *self)
+{
+    if (self->uc != NULL) {
+        lib.close(self->uc);
+        self->uc = NULL;
+    }
+    while (self->ram_count > 0) {
+        PyBuffer_Release(&self->ram[--self->ram_count].view);
+    }
+    self->gap_count = 0;
+}
+
+static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {NULL};
+    Engine *self = (Engine *)object;
+    uint64_t rax;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Engine", names)) {
+        return -1;
+    }
+    if (lib.handle == NULL || self->uc != NULL) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        self->uc ? "the engine is already open" : "call load() first");
+        return -1;
+    }
+    int error = open_cpu(&self->uc);
+    if (!error) {
+        error = lib.reg_read(self->uc, UC_REG_RAX, &rax); /* creates the CPU */
+    }
+    if (!error) {
+        self->cpu = POINTER(self->uc, UC_CPU);
+        self->env = POINTER(self->cpu, CPU_ENV);
+        POINTER(POINTER(self->cpu, CPU_CLASS), lib.class_slot) = take_entry_event;
+        error = add_hooks(self);
+    }
+    if (!error) {
+        error = reset_cpu(self, 0xf000, 0xfff0);
+    }
+    if (error) {
+        raise_unicorn("open", error);
+        release_engine(self);
+        return -1;
+    }
+    self->gaps_stale = true;
+    self->rflags = 2;
+    return 0;
+}
+
+static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    (void)args, (void)kwargs;
+    Engine *self = (Engine *)type->tp_alloc(type, 0);
+    if (self != NULL && (self->error = PyUnicode_FromString("")) == NULL) {
+        Py_CLEAR(self);
+    }
+    return (PyObject *)self;
+}
+
+static int engine_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Engine *self = (Engine *)object;
+    Py_VISIT(self->on_out);
+    Py_VISIT(self->on_in);
+    for (int i = 0; i < 3; i++) {
+        Py_VISIT(self->exception[i]);
+    }
+    return 0;
+}
+
+static int engine_clear(PyObject *object)
+{
+    Engine *self = (Engine *)object;
+    Py_CLEAR(self->on_out);
+    Py_CLEAR(self->on_in);
+    for (int i = 0; i < 3; i++) {
+        Py_CLEAR(self->exception[i]);
+    }
+    return 0;
+}
+
+static void engine_dealloc(PyObject *object)
+{
+    Engine *self = (Engine *)object;
+    PyObject_GC_UnTrack(object);
+    release_engine(self);
+    engine_clear(object);
+    Py_CLEAR(self->error);
+    Py_TYPE(object)->tp_free(object);
+}
+
+static PyObject *engine_close(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Engine *self = (Engine *)object;
+    if (self->running) {
+        PyErr_SetString(PyExc_RuntimeError, "not while the guest runs");
+        return NULL;
+    }
+    release_engine(self);
+    engine_clear(object);
+    Py_RETURN_NONE;
+}
+
+/* ---- Engine: set-up --------------------------------------------------------------------------------- */
+
+static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"on_out", "on_in", NULL};
+    Engine *self = (Engine *)object;
+    PyObject *on_out, *on_in;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO:attach", names, &on_out, &on_in)) {
+        return NULL;
+    }
+    if (!PyCallable_Check(on_out) || !PyCallable_Check(on_in)) {
+        PyErr_SetString(PyExc_TypeError, "attach() needs two callables");
+        return NULL;
+    }
+    Py_XSETREF(self->on_out, Py_NewRef(on_out));
+    Py_XSETREF(self->on_in, Py_NewRef(on_in));
+    Py_RETURN_NONE;
+}
+
+static const char *ram_mistake(const Engine *self, uint64_t gpa, const Py_buffer *view)
+{
+    uint64_t size_bytes = (uint64_t)view->len;
+    if (size_bytes == 0 || size_bytes % PAGE_BYTES || gpa % PAGE_BYTES ||
+        (uintptr_t)view->buf % PAGE_BYTES) {
+        return "RAM must start and end on a page of 4096 bytes";
+    }
+    if (gpa + size_bytes < gpa) {
+        return "RAM ends above the last address";
+    }
+    for (int i = 0; i < self->ram_count; i++) {
+        const RamRange *other = &self->ram[i];
+        if (gpa < other->gpa + other->size_bytes && other->gpa < gpa + size_bytes) {
+            return "RAM overlaps RAM that is mapped";
+        }
+    }
+    return self->ram_count == RAM_RANGES_MAX ? "too many RAM ranges" : NULL;
+}
+
+static void insert_ram(Engine *self, uint64_t gpa, const Py_buffer *view)
+{
+    int i = self->ram_count++;
+    for (; i > 0 && self->ram[i - 1].gpa > gpa; i--) {
+        self->ram[i] = self->ram[i - 1];
+    }
+    self->ram[i] = (RamRange){gpa, (uint64_t)view->len, *view};
+    self->gaps_stale = true;
+}
+
+static PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gpa", "ram", NULL};
+    Engine *self = (Engine *)object;
+    unsigned long long gpa;
+    PyObject *ram;
+    Py_buffer view;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "KO:map_ram", names, &gpa, &ram) ||
+        PyObject_GetBuffer(ram, &view, PyBUF_WRITABLE) < 0) {
+        return NULL;
+    }
+    const char *mistake = ram_mistake(self, gpa, &view);
+    if (mistake != NULL) {
+        PyErr_SetString(PyExc_ValueError, mistake);
+        PyBuffer_Release(&view);
+        return NULL;
+    }
+    int error = unmap_gaps(self);
+    if (!error) {
+        error = lib.mem_map_ptr(self->uc, gpa, (uint64_t)view.len, UC_PROT_ALL, view.buf);
+    }
+    self->gaps_stale = true;
+    if (error) {
+        raise_unicorn("map_ram", error);
+        PyBuffer_Release(&view);
+        return NULL;
+    }
+    insert_ram(self, gpa, &view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gpa", "size_bytes", NULL};
+    Engine *self = (Engine *)object;
+    unsigned long long gpa, size_bytes;
+    if (!check_open(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "KK:ram_written", names, &gpa, &size_bytes)) {
+        return NULL;
+    }
+    /* Page by page: Unicorn looks up only where a range starts. */
+    unsigned long long end = gpa + size_bytes;
+    while (gpa < end) {
+        unsigned long long next = (gpa | (PAGE_BYTES - 1)) + 1;
+        lib.ctl(self->uc, UC_CTL_REMOVE_CACHE, (uint64_t)gpa, (uint64_t)(next < end ? next : end));
+        gpa = next;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"cs", "ip", NULL};
+    Engine *self = (Engine *)object;
+    unsigned short cs, ip;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "HH:reset", names, &cs, &ip)) {
+        return NULL;
+    }
+    int error = reset_cpu(self, cs, ip);
+    if (error) {
+        raise_unicorn("reset", error);
+        return NULL;
+    }
+    self->rflags = 2;
+    self->interruptibility = 0;
+    self->retired = 0;
+    self->idt_vectoring_info = 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"offset_ns", NULL};
+    Engine *self = (Engine *)object;
+    long long offset_ns;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L:use_host_tsc", names, &offset_ns)) {
+        return NULL;
+    }
+    self->host_tsc = true;
+    self->host_tsc_offset_ns = offset_ns;
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_release_gil(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"enabled", NULL};
+    Engine *self = (Engine *)object;
+    int enabled;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "p:release_gil", names, &enabled)) {
+        return NULL;
+    }
+    self->releases_gil = enabled;
+    Py_RETURN_NONE;
+}
+
+/* ---- Engine: registers ---------------------------------------------------------------------------- */
+
+static const char *const GENERAL[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+                                      "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
+static const char *const SEGMENTS[] = {"es", "cs", "ss", "ds", "fs", "gs"};
+static const char *const CONTROL[] = {"cr0", NULL, "cr2", "cr3", "cr4"};
+
+static bool put(PyObject *registers, const char *name, uint64_t value)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(value);
+    bool done = number != NULL && PyDict_SetItemString(registers, name, number) == 0;
+    Py_XDECREF(number);
+    return done;
+}
+
+static bool put_all(PyObject *registers, const char *env)
+{
+    for (size_t i = 0; i < COUNT(GENERAL); i++) {
+        if (!put(registers, GENERAL[i], REGISTER(env, i))) return false;
+    }
+    for (size_t i = 0; i < COUNT(SEGMENTS); i++) {
+        if (!put(registers, SEGMENTS[i], U32(SEGMENT(env, i), SEG_SELECTOR))) return false;
+    }
+    for (size_t i = 0; i < COUNT(CONTROL); i++) {
+        if (CONTROL[i] && !put(registers, CONTROL[i], U64(env, ENV_CR + 8 * i))) return false;
+    }
+    return put(registers, "rip", U64(env, ENV_EIP)) && put(registers, "rflags", compute_rflags(env));
+}
+
+static PyObject *engine_registers(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Engine *self = (Engine *)object;
+    PyObject *registers = check_open(self) ? PyDict_New() : NULL;
+    if (registers != NULL && !put_all(registers, self->env)) {
+        Py_CLEAR(registers);
+    }
+    return registers;
+}
+
+static bool set_one(Engine *self, const char *name, uint64_t value)
+{
+    for (size_t i = 0; i < COUNT(GENERAL); i++) {
+        if (strcmp(name, GENERAL[i]) == 0) {
+            REGISTER(self->env, i) = value;
+            return true;
+        }
+    }
+    if (strcmp(name, "rip") == 0) {
+        U64(self->env, ENV_EIP) = value;
+        self->last_address = NO_ADDRESS;
+        return true;
+    }
+    if (strcmp(name, "rflags") == 0) {
+        lib.reg_write(self->uc, UC_REG_RFLAGS, &value);
+        self->rflags = compute_rflags(self->env);
+        return true;
+    }
+    return false;
+}
+
+static PyObject *engine_set_register(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", "value", NULL};
+    Engine *self = (Engine *)object;
+    const char *name;
+    unsigned long long value;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "sK:set_register", names, &name, &value)) {
+        return NULL;
+    }
+    if (!set_one(self, name, value)) {
+        PyErr_Format(PyExc_ValueError, "no such register: %s", name);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- Engine: enter, kick ---------------------------------------------------------------------------- */
+
+static PyObject *engine_kick(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Engine *self = (Engine *)object;
+    __atomic_store_n(&self->kicked, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&self->watch_from, 0, __ATOMIC_SEQ_CST);
+    Py_RETURN_NONE;
+}
+
+static const char *entry_mistake(const Engine *self, uint32_t info, uint64_t budget)
+{
+    uint32_t type = INTR_INFO_TYPE(info);
+    if (self->on_out == NULL) {
+        return "attach() must precede the first enter()";
+    }
+    if (budget == 0) {
+        return "the budget must be positive";
+    }
+    if ((info & INTR_INFO_VALID) && (type == 1 || type == 7)) {
+        return "the interruption type is reserved";
+    }
+    if ((info & INTR_INFO_VALID) && type == TYPE_NMI && INTR_INFO_VECTOR(info) != 2) {
+        return "an NMI has vector 2";
+    }
+    return NULL;
+}
+
+static void set_error(Engine *self, const char *reason)
+{
+    char place[64];
+    snprintf(place, sizeof place, "cs:rip %x:%llx", U32(SEGMENT(self->env, CS), SEG_SELECTOR),
+             (unsigned long long)U64(self->env, ENV_EIP));
+    PyObject *text = PyUnicode_FromFormat("%s at %s", reason, place);
+    if (text == NULL) {
+        PyErr_Clear();
+        return;
+    }
+    Py_SETREF(self->error, text);
+}
+
+/* Why the guest stopped, from what Unicorn's loop left behind. */
+static int classify(Engine *self, int error)
+{
+    if (self->exit_reason != EXIT_NONE) {
+        return self->exit_reason;
+    }
+    if (self->failed) {
+        return EXIT_CALLBACK_FAILED;
+    }
+    if (error) {
+        set_error(self, lib.strerror(error));
+        return EXIT_INTERNAL_ERROR;
+    }
+    if (I32(self->env, ENV_OLD_EXCEPTION) == DOUBLE_FAULT) {
+        return EXIT_TRIPLE_FAULT;
+    }
+    if (U32(self->cpu, CPU_HALTED)) {
+        return EXIT_HLT;
+    }
+    set_error(self, "the guest stopped without a reason");
+    return EXIT_INTERNAL_ERROR;
+}
+
+static int run_guest(Engine *self)
+{
+    uint64_t begin = U64(self->env, ENV_EIP);
+    Engine *outer = entered;
+    entered = self;
+    self->running = true;
+    if (self->releases_gil) {
+        self->released = PyEval_SaveThread();
+    }
+    int error = lib.emu_start(self->uc, begin, 0, 0, 0);
+    if (self->releases_gil) {
+        PyEval_RestoreThread(self->released);
+        self->released = NULL;
+    }
+    self->running = false;
+    entered = outer;
+    return error;
+}
+
+static bool prepare(Engine *self, uint32_t intr_info)
+{
+    if (unlikely(self->gaps_stale)) {
+        int error = unmap_gaps(self);
+        if (!error) {
+            error = map_gaps(self);
+        }
+        if (error) {
+            raise_unicorn("map", error);
+            return false;
+        }
+    }
+    self->started = 0;
+    self->exit_reason = EXIT_NONE;
+    self->failed = false;
+    self->intr_info = intr_info;
+    set_watch(self);
+    I32(self->env, ENV_OLD_EXCEPTION) = -1;
+    U32(self->cpu, CPU_INTERRUPT_REQUEST) = intr_info & INTR_INFO_VALID ? CPU_INTERRUPT_HARD : 0;
+    return true;
+}
+
+static PyObject *finish(Engine *self, int error)
+{
+    int reason = classify(self, error);
+    self->rflags = compute_rflags(self->env);
+    self->interruptibility = compute_interruptibility(self);
+    self->retired = self->started;
+    if (reason == EXIT_CALLBACK_FAILED || self->failed) {
+        PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);
+        self->exception[0] = self->exception[1] = self->exception[2] = NULL;
+        return NULL;
+    }
+    return PyLong_FromLong(reason);
+}
+
+static PyObject *enter_guest(Engine *self, PyObject *const *values)
+{
+    unsigned long intr_info = PyLong_AsUnsignedLong(values[0]);
+    int irq_window = PyObject_IsTrue(values[1]);
+    int nmi_window = PyObject_IsTrue(values[2]);
+    unsigned long long budget = PyLong_AsUnsignedLongLong(values[3]);
+    unsigned long long tsc = PyLong_AsUnsignedLongLongMask(values[4]);
+    if (unlikely(PyErr_Occurred() != NULL) || !check_idle(self)) {
+        return NULL;
+    }
+    const char *mistake = entry_mistake(self, (uint32_t)intr_info, budget);
+    if (mistake != NULL) {
+        PyErr_SetString(PyExc_ValueError, mistake);
+        return NULL;
+    }
+    self->irq_window = irq_window;
+    self->nmi_window = nmi_window;
+    self->budget = budget;
+    self->tsc = tsc;
+    if (!prepare(self, (uint32_t)intr_info)) {
+        return NULL;
+    }
+    return finish(self, run_guest(self));
+}
+
+static const char *const ENTER_NAMES[] = {"intr_info", "irq_window", "nmi_window", "budget", "tsc"};
+
+/* Puts keyword arguments of `enter` where positional ones would be. */
+static bool place_keywords(PyObject *const *args, Py_ssize_t count, PyObject *names,
+                           PyObject **values)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(names, i);
+        size_t k = 0;
+        while (k < COUNT(ENTER_NAMES) &&
+               PyUnicode_CompareWithASCIIString(name, ENTER_NAMES[k]) != 0) {
+            k++;
+        }
+        if (k == COUNT(ENTER_NAMES) || values[k] != NULL) {
+            return false;
+        }
+        values[k] = args[count + i];
+    }
+    return true;
+}
+
+static PyObject *engine_enter(PyObject *object, PyObject *const *args, Py_ssize_t count,
+                              PyObject *names)
+{
+    PyObject *values[COUNT(ENTER_NAMES)] = {NULL};
+    bool right = count <= (Py_ssize_t)COUNT(ENTER_NAMES);
+    for (Py_ssize_t i = 0; right && i < count; i++) {
+        values[i] = args[i];
+    }
+    if (right && names != NULL) {
+        right = place_keywords(args, count, names, values);
+    }
+    for (size_t i = 0; i < COUNT(ENTER_NAMES); i++) {
+        right = right && values[i] != NULL;
+    }
+    if (!right) {
+        PyErr_SetString(PyExc_TypeError,
+                        "enter() takes intr_info, irq_window, nmi_window, budget and tsc");
+        return NULL;
+    }
+    return enter_guest((Engine *)object, values);
+}
+
+/* ---- the module --------------------------------------------------------------------------------------- */
+
+#define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
+
+static PyMethodDef engine_methods[] = {
+    {"attach", WITH_KEYWORDS(engine_attach), "Set who answers port accesses."},
+    {"map_ram", WITH_KEYWORDS(engine_map_ram), "Put RAM at a guest-physical address."},
+    {"ram_written", WITH_KEYWORDS(engine_ram_written), "The host wrote guest RAM."},
+    {"reset", WITH_KEYWORDS(engine_reset), "Real mode at cs:ip, as after RESET."},
+    {"enter", (PyCFunction)(void (*)(void))engine_enter, METH_FASTCALL | METH_KEYWORDS,
+     "Run the guest until the next VM exit."},
+    {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
+    {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
+    {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},
+    {"registers", engine_registers, METH_NOARGS, "The guest's registers by name."},
+    {"set_register", WITH_KEYWORDS(engine_set_register), "Write one register."},
+    {"close", engine_close, METH_NOARGS, "Give everything back."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef engine_members[] = {
+    {"rflags", T_ULONGLONG, offsetof(Engine, rflags), 0, "RFLAGS at the last exit."},
+    {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
+    {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},
+    {"idt_vectoring_info", T_UINT, offsetof(Engine, idt_vectoring_info), 0, "Always 0."},
+    {"error", T_OBJECT, offsetof(Engine, error), 0, "Why the last INTERNAL_ERROR happened."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject engine_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "kvmtick.cpu._shim.Engine",
+    .tp_doc = "One x86 CPU on libunicorn; see kvmtick.cpu.engine.Engine.",
+    .tp_basicsize = sizeof(Engine),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = engine_new,
+    .tp_init = engine_init,
+    .tp_dealloc = engine_dealloc,
+    .tp_traverse = engine_traverse,
+    .tp_clear = engine_clear,
+    .tp_methods = engine_methods,
+    .tp_members = engine_members,
+};
+
+static PyMethodDef shim_methods[] = {
+    {"load", shim_load, METH_VARARGS, "Load libunicorn and prove that it is the one expected."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef shim_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "kvmtick.cpu._shim",
+    .m_doc = "Guest execution on libunicorn 2.1.4.",
+    .m_size = -1,
+    .m_methods = shim_methods,
+};
+
+PyMODINIT_FUNC PyInit__shim(void)
+{
+    if (PyType_Ready(&engine_type) < 0) {
+        return NULL;
+    }
+    PyObject *module = PyModule_Create(&shim_module);
+    if (module != NULL &&
+        PyModule_AddObjectRef(module, "Engine", (PyObject *)&engine_type) < 0) {
+        Py_CLEAR(module);
+    }
+    return module;
+}

@@ -1,0 +1,40 @@
+"""The native shim over libunicorn 2.1.4; see `kvmtick.cpu.engine` for the contract."""
+
+from mmap import mmap
+
+from kvmtick.cpu.engine import PortIn, PortOut
+
+def load(path: str, /) -> None:
+    """Load libunicorn from `path` and prove that it is the build the shim knows.
+
+    Raises ImportError when it is missing or another version, or when another copy is in use.
+    """
+
+class Engine:
+    """One x86 CPU; `load` first. The attributes report the last exit."""
+
+    rflags: int
+    interruptibility: int
+    retired: int
+    idt_vectoring_info: int
+    error: str
+
+    def __init__(self) -> None: ...
+    def attach(self, on_out: PortOut, on_in: PortIn) -> None: ...
+    def map_ram(self, gpa: int, ram: mmap) -> None: ...
+    def ram_written(self, gpa: int, size_bytes: int) -> None: ...
+    def reset(self, cs: int, ip: int) -> None: ...
+    def enter(
+        self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
+    ) -> int: ...
+    def kick(self) -> None: ...
+    def use_host_tsc(self, offset_ns: int) -> None: ...
+    def release_gil(self, enabled: bool) -> None:
+        """Whether other Python threads run while the guest does (off: port accesses are cheaper).
+
+        Needed for a `kick` from another thread to arrive.
+        """
+
+    def registers(self) -> dict[str, int]: ...
+    def set_register(self, name: str, value: int) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,130 @@
+"""The contract between a vCPU and whatever executes guest instructions.
+
+An engine is the hardware side of VMX as far as events go (Intel SDM vol. 3C, chapters 25-28): the
+vCPU (`kvmtick.vcpu`) decides, the engine obeys. `enter` is one VM entry and the guest execution up
+to the next VM exit:
+
+* the event in `intr_info` (VM-entry interruption information, SDM 25.8.3) is delivered through the
+  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow;
+* at every instruction boundary, the first included, in this order: a kick ends the execution
+  (`EXTERNAL_INTERRUPT`), then an open NMI window if `nmi_window` (`NMI_WINDOW`), then an open
+  interrupt window if `irq_window` (`INTERRUPT_WINDOW`), then an exhausted `budget`
+  (`PREEMPTION_TIMER`);
+* HLT ends it with `HLT`: it has retired, RIP is behind it and it lifts an STI shadow;
+* a port access does not leave `enter`: the engine calls the handlers given to `attach`, with the
+  number of instructions retired since the entry, the access itself not counted. To leave after it
+  the handler kicks;
+* every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date.
+
+Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
+instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus the instructions
+retired since, or CLOCK_MONOTONIC after `use_host_tsc`.
+
+An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
+`kick` may be called from any thread.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum, IntFlag
+from mmap import mmap
+from typing import Protocol
+
+__all__ = [
+    "INTR_INFO_DELIVER_CODE",
+    "INTR_INFO_VALID",
+    "Engine",
+    "EventType",
+    "ExitReason",
+    "Interruptibility",
+    "PortIn",
+    "PortOut",
+]
+
+INTR_INFO_DELIVER_CODE = 1 << 11
+INTR_INFO_VALID = 1 << 31
+
+
+class EventType(IntEnum):
+    """Interruption type, bits 10:8 of an interruption-information field (SDM 25.8.3)."""
+
+    EXTERNAL = 0
+    NMI = 2
+    HARDWARE_EXCEPTION = 3
+    SOFTWARE_INTERRUPT = 4
+    PRIVILEGED_SOFTWARE_EXCEPTION = 5
+    SOFTWARE_EXCEPTION = 6
+
+
+class Interruptibility(IntFlag):
+    """Guest interruptibility state (SDM 25.4.2): what holds an event back besides IF."""
+
+    STI = 1 << 0
+    MOV_SS = 1 << 1
+    NMI = 1 << 3
+
+
+class ExitReason(IntEnum):
+    """Basic VM-exit reasons (SDM vol. 3D, appendix C); the last is ours."""
+
+    EXTERNAL_INTERRUPT = 1
+    TRIPLE_FAULT = 2
+    INTERRUPT_WINDOW = 7
+    NMI_WINDOW = 8
+    HLT = 12
+    PREEMPTION_TIMER = 52
+    INTERNAL_ERROR = 0x1_0000
+    """The engine cannot go on: `error` says why (an address nothing answers, a broken decoder)."""
+
+
+PortOut = Callable[[int, int, int, int], None]
+"""`(port, size_bytes, value, retired)`: the guest wrote `value` to `port`."""
+
+PortIn = Callable[[int, int, int], int]
+"""`(port, size_bytes, retired)`: the guest reads `port`; returns the value."""
+
+
+class Engine(Protocol):
+    """Executes guest instructions for one vCPU."""
+
+    name: str
+    rflags: int
+    interruptibility: int
+    retired: int
+    idt_vectoring_info: int
+    error: str
+
+    def attach(self, on_out: PortOut, on_in: PortIn) -> None:
+        """Set who answers port accesses. Must precede the first `enter`."""
+
+    def map_ram(self, gpa: int, ram: mmap) -> None:
+        """Put `ram` (anonymous, a multiple of 4096 bytes) at guest-physical address `gpa`.
+
+        The guest and the host see the same bytes; reads of physical addresses nobody mapped give
+        all ones, writes there are lost.
+        """
+
+    def ram_written(self, gpa: int, size_bytes: int) -> None:
+        """The host wrote guest RAM: forget what was translated from it."""
+
+    def reset(self, cs: int, ip: int) -> None:
+        """Registers as after RESET (SDM table 10-1), but starting at `cs`:`ip` in real mode."""
+
+    def enter(
+        self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
+    ) -> int:
+        """Run the guest for at most `budget` (> 0) instructions; returns an `ExitReason` value."""
+
+    def kick(self) -> None:
+        """Leave the guest at the next instruction boundary (or at once, at the next `enter`)."""
+
+    def use_host_tsc(self, offset_ns: int) -> None:
+        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
+
+    def registers(self) -> dict[str, int]:
+        """General, segment and control registers by SDM name in lower case (`rip`, `cs`, `cr0`)."""
+
+    def set_register(self, name: str, value: int) -> None:
+        """Write one general register, `rip` or `rflags`."""
+
+    def close(self) -> None:
+        """Give everything back; harmless when repeated."""

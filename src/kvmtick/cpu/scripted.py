@@ -1,0 +1,369 @@
+"""The `scripted` engine: guests that are Python generators, for unit tests and fleets.
+
+A guest routine yields one typed operation per instruction. Delivering an event suspends the running
+routine and starts the handler of the vector; the end of the handler is its IRET. What follows the
+engine contract follows the same parts of the Intel SDM as a real CPU would: STI and MOV SS shadows
+(vol. 2B, STI; vol. 3A, 6.8.3), NMI blocking until IRET (vol. 3A, 6.7.1), RFLAGS.IF cleared on
+delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
+
+    def main() -> Program:
+        yield Sti()
+        while True:
+            yield Hlt()
+
+    def tick() -> Program:
+        yield Out(0x20, 0x20)
+
+    engine = ScriptedEngine(main, {0x20: tick})
+
+Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
+guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`), code in RAM, stack,
+error codes, exceptions and software interrupts of the guest itself, SYSCALL, string I/O. An IRET
+restores the whole RFLAGS that delivery pushed; a routine cannot change what was pushed.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from mmap import mmap
+from time import CLOCK_MONOTONIC, clock_gettime_ns
+from typing import TypeAlias
+
+from kvmtick.cpu.engine import (
+    INTR_INFO_VALID,
+    EventType,
+    ExitReason,
+    Interruptibility,
+    PortIn,
+    PortOut,
+)
+
+__all__ = [
+    "Cli",
+    "Hlt",
+    "In",
+    "MovSs",
+    "Operation",
+    "Out",
+    "Program",
+    "Rdtsc",
+    "Routine",
+    "ScriptedEngine",
+    "Spin",
+    "Sti",
+]
+
+FLAGS_FIXED = 1 << 1
+FLAGS_IF = 1 << 9
+NMI_VECTOR = 2
+
+REGISTERS = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+    *("rip", "es", "cs", "ss", "ds", "fs", "gs", "cr0", "cr2", "cr3", "cr4"),
+)
+WRITABLE = frozenset({*REGISTERS[:16], "rip"})
+
+EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
+EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
+EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
+EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
+EXIT_HLT = int(ExitReason.HLT)
+EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
+SHADOW_STI = int(Interruptibility.STI)
+SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
+SHADOW_NMI = int(Interruptibility.NMI)
+
+
+class Out:
+    """OUT: writes `value` to `port`."""
+
+    __slots__ = ("port", "size_bytes", "value")
+
+    def __init__(self, port: int, value: int, size_bytes: int = 1) -> None:
+        self.port = port
+        self.value = value
+        self.size_bytes = size_bytes
+
+
+class In:
+    """IN: the `yield` returns what `port` gave."""
+
+    __slots__ = ("port", "size_bytes")
+
+    def __init__(self, port: int, size_bytes: int = 1) -> None:
+        self.port = port
+        self.size_bytes = size_bytes
+
+
+class Spin:
+    """`instructions` (> 0) plain instructions; budget and windows may divide them."""
+
+    __slots__ = ("instructions",)
+
+    def __init__(self, instructions: int) -> None:
+        self.instructions = instructions
+
+
+class Hlt:
+    """HLT: wait for an event."""
+
+    __slots__ = ()
+
+
+class Cli:
+    """CLI: clear RFLAGS.IF."""
+
+    __slots__ = ()
+
+
+class Sti:
+    """STI: set RFLAGS.IF; when it was clear, interrupts wait one more instruction."""
+
+    __slots__ = ()
+
+
+class MovSs:
+    """MOV SS: interrupts and NMIs wait one more instruction."""
+
+    __slots__ = ()
+
+
+class Rdtsc:
+    """RDTSC: the `yield` returns the time stamp counter."""
+
+    __slots__ = ()
+
+
+Operation: TypeAlias = Out | In | Spin | Hlt | Cli | Sti | MovSs | Rdtsc
+Program: TypeAlias = Generator[Operation, int, None]
+"""A running routine. A `yield` returns 0 for operations that read nothing."""
+Routine: TypeAlias = Callable[[], Program]
+
+
+class _Frame:
+    """A routine that was started: the running one, or one that an event interrupted."""
+
+    __slots__ = ("answer", "interrupted_rflags", "program", "spin_left")
+
+    def __init__(self, program: Program, interrupted_rflags: int) -> None:
+        self.program = program
+        self.interrupted_rflags = interrupted_rflags
+        self.answer: int | None = None  # a generator must be started with None
+        self.spin_left = 0
+
+
+class ScriptedEngine:
+    """The engine contract (`kvmtick.cpu.engine.Engine`) over generator guests.
+
+    `guest` is the program `reset` starts; when it ends the guest executes HLT for ever. `handlers`
+    holds the interrupt vectors; an event whose vector has none is a triple fault.
+    """
+
+    def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
+        self.name = "scripted"
+        self.rflags = FLAGS_FIXED
+        self.interruptibility = 0
+        self.retired = 0
+        self.idt_vectoring_info = 0
+        self.error = ""
+        self._guest = guest
+        self._handlers = dict(handlers or {})
+        self._on_out: PortOut | None = None
+        self._on_in: PortIn | None = None
+        self._ram: list[tuple[int, mmap]] = []
+        self._registers = dict.fromkeys(REGISTERS, 0)
+        self._kicked = False
+        self._running = False
+        self._closed = False
+        self._cuts_left = 0
+        self._tsc = 0
+        self._host_tsc_offset_ns: int | None = None
+        self._frames = [_Frame(guest(), FLAGS_FIXED)]
+
+    def attach(self, on_out: PortOut, on_in: PortIn) -> None:
+        self._on_out = on_out
+        self._on_in = on_in
+
+    def map_ram(self, gpa: int, ram: mmap) -> None:
+        self._ram.append((gpa, ram))
+
+    def ram_written(self, gpa: int, size_bytes: int) -> None:
+        """Nothing: no guest code is in RAM."""
+
+    def release_gil(self, enabled: bool) -> None:
+        """Nothing: other threads run between instructions anyway."""
+
+    def cut_short(self, injections: int) -> None:
+        """Let the next `injections` event deliveries fail half-way.
+
+        Such an entry executes nothing and exits with `EXTERNAL_INTERRUPT` and the event in
+        `idt_vectoring_info`, for the vCPU to inject again (SDM vol. 3C, 25.9.3 and 28.2.4).
+        """
+        self._cuts_left = injections
+
+    def reset(self, cs: int, ip: int) -> None:
+        self._registers = dict.fromkeys(REGISTERS, 0)
+        self._registers["cs"] = cs
+        self._registers["rip"] = ip
+        self._frames = [_Frame(self._guest(), FLAGS_FIXED)]
+        self.rflags = FLAGS_FIXED
+        self.interruptibility = 0
+        self.retired = 0
+        self.idt_vectoring_info = 0
+
+    def kick(self) -> None:
+        self._kicked = True
+
+    def use_host_tsc(self, offset_ns: int) -> None:
+        self._host_tsc_offset_ns = offset_ns
+
+    def registers(self) -> dict[str, int]:
+        return {**self._registers, "rflags": self.rflags}
+
+    def set_register(self, name: str, value: int) -> None:
+        if name == "rflags":
+            self.rflags = value | FLAGS_FIXED
+        elif name in WRITABLE:
+            self._registers[name] = value
+        else:
+            raise ValueError(f"no such register: {name}")
+
+    def close(self) -> None:
+        self._closed = True
+        self._frames.clear()
+        self._ram.clear()
+
+    def enter(
+        self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
+    ) -> int:
+        self._check_entry(budget)
+        self.retired = 0
+        self.idt_vectoring_info = 0
+        self._tsc = tsc
+        if intr_info & INTR_INFO_VALID:
+            reason = self._deliver(intr_info)
+            if reason is not None:
+                return reason
+        self._running = True
+        try:
+            return self._run(irq_window, nmi_window, budget)
+        finally:
+            self._running = False
+
+    def _check_entry(self, budget: int) -> None:
+        if self._closed or self._running:
+            raise RuntimeError("the engine is closed" if self._closed else "the guest runs")
+        if self._on_out is None:
+            raise ValueError("attach() must precede the first enter()")
+        if budget <= 0:
+            raise ValueError("the budget must be positive")
+
+    def _deliver(self, intr_info: int) -> int | None:
+        """Start the handler of the event; returns an exit reason when that does not work."""
+        if self._cuts_left:
+            self._cuts_left -= 1
+            self.idt_vectoring_info = intr_info
+            return EXIT_EXTERNAL_INTERRUPT
+        kind = (intr_info >> 8) & 7
+        vector = intr_info & 0xFF
+        if kind in (1, 7) or (kind == EventType.NMI and vector != NMI_VECTOR):
+            raise ValueError(f"no such event: {intr_info:#x}")
+        handler = self._handlers.get(vector)
+        if handler is None:
+            return EXIT_TRIPLE_FAULT
+        self._frames.append(_Frame(handler(), self.rflags))
+        self.rflags &= ~FLAGS_IF
+        self.interruptibility &= SHADOW_NMI
+        if kind == EventType.NMI:
+            self.interruptibility |= SHADOW_NMI
+        return None
+
+    def _run(self, irq_window: bool, nmi_window: bool, budget: int) -> int:
+        windows = irq_window or nmi_window
+        while True:
+            if self._kicked:
+                self._kicked = False
+                return EXIT_EXTERNAL_INTERRUPT
+            if windows:
+                state = self.interruptibility
+                if nmi_window and not state:
+                    return EXIT_NMI_WINDOW
+                if irq_window and self.rflags & FLAGS_IF and not state & ~SHADOW_NMI:
+                    return EXIT_INTERRUPT_WINDOW
+            left = budget - self.retired
+            if left <= 0:
+                return EXIT_PREEMPTION_TIMER
+            frame = self._frames[-1]
+            if frame.spin_left:
+                self._spin(frame, left)
+            elif self._step(frame):
+                return EXIT_HLT
+
+    def _spin(self, frame: _Frame, left: int) -> None:
+        """As much of a spin as changes nothing that a boundary looks at."""
+        count = 1 if self.interruptibility & ~SHADOW_NMI else min(frame.spin_left, left)
+        frame.spin_left -= count
+        self.retired += count
+        self.interruptibility &= SHADOW_NMI
+
+    def _step(self, frame: _Frame) -> bool:
+        """Execute one instruction; true when it was HLT. A Spin only begins, and counts nothing."""
+        try:
+            operation: Operation = (
+                next(frame.program) if frame.answer is None else frame.program.send(frame.answer)
+            )
+        except StopIteration:
+            return self._return(frame)
+        frame.answer = 0
+        kind = operation.__class__
+        if kind is Spin:
+            assert isinstance(operation, Spin)
+            frame.spin_left = operation.instructions
+            return False
+        shadow = self.interruptibility & ~SHADOW_NMI
+        self.interruptibility &= SHADOW_NMI
+        try:
+            return self._execute(frame, operation, shadow)
+        finally:
+            self.retired += 1
+
+    def _execute(self, frame: _Frame, operation: Operation, shadow: int) -> bool:
+        if isinstance(operation, Out):
+            assert self._on_out is not None
+            self._on_out(operation.port, operation.size_bytes, operation.value, self.retired)
+        elif isinstance(operation, Hlt):
+            return True
+        elif isinstance(operation, In):
+            assert self._on_in is not None
+            ones = (1 << (8 * operation.size_bytes)) - 1
+            frame.answer = ones  # what is read when the handler raises
+            frame.answer = self._on_in(operation.port, operation.size_bytes, self.retired) & ones
+        elif isinstance(operation, Sti):
+            if not self.rflags & FLAGS_IF and not shadow:
+                self.interruptibility |= SHADOW_STI
+            self.rflags |= FLAGS_IF
+        elif isinstance(operation, Cli):
+            self.rflags &= ~FLAGS_IF
+        elif isinstance(operation, MovSs):
+            if not shadow:
+                self.interruptibility |= SHADOW_MOV_SS
+        elif isinstance(operation, Rdtsc):
+            frame.answer = self._read_tsc()
+        else:
+            raise TypeError(f"a guest yielded {operation!r}, which is no operation")
+        return False
+
+    def _read_tsc(self) -> int:
+        if self._host_tsc_offset_ns is None:
+            return (self._tsc + self.retired) & 0xFFFF_FFFF_FFFF_FFFF
+        return clock_gettime_ns(CLOCK_MONOTONIC) - self._host_tsc_offset_ns
+
+    def _return(self, frame: _Frame) -> bool:
+        """A routine ended: IRET in a handler, HLT in the program; true for HLT."""
+        self.retired += 1
+        self.interruptibility &= SHADOW_NMI
+        if len(self._frames) == 1:
+            return True
+        self._frames.pop()
+        self.rflags = frame.interrupted_rflags
+        self.interruptibility = 0
+        return False

@@ -1,0 +1,68 @@
+"""The `unicorn` engine: guest code on Unicorn 2.1.4 through a native shim.
+
+Implements, in real mode: delivery of external interrupts, NMIs and exceptions through the IVT
+(Intel SDM vol. 3A, 6.12; vol. 3B, 21.1.4), the shadows of STI and MOV SS (vol. 3A, 6.8.3), NMI
+blocking until IRET (6.7.1), double and triple faults (6.15, interrupt 8), HLT, IN, OUT, INS and
+OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), VM-entry event injection, interrupt-
+window and NMI-window exiting (vol. 3C, 27.6 and 26.2). The CPU calls itself a Sandy Bridge.
+
+An instruction that faults counts in `retired` like one that completed: the time goes into the
+delivery, and a guest that does nothing but fault still uses up its budget. REP string instructions
+count their rounds, and one when there is none.
+
+Not modelled:
+
+* protected and long mode: code there runs, but the IDT, faults on instruction fetch, CR8, the APIC
+  base and SYSCALL are not looked after;
+* STI with IF already set casts a shadow here and none on the processor;
+* an injected software interrupt or exception pushes RIP as it stands (the contract has no
+  instruction length) and no error code (real mode pushes none);
+* segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
+* code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
+* RF is not pushed on faults;
+* the FPU, SSE and debug registers keep their values over `reset`;
+* RDRAND and RDSEED are absent (#UD, and CPUID says so): runs repeat;
+* model-specific registers do not work; IA32_TSC_AUX reads 0 in RDTSCP;
+* a port handler that rewrites the code right behind its OUT: the translated block still runs on;
+* two engines over the same RAM do not see each other's modified code (`ram_written` mends it);
+* physical addresses from 4 GiB on that nobody mapped: INTERNAL_ERROR.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from kvmtick.cpu import _shim
+
+__all__ = ["UnicornEngine", "find_library"]
+
+_LIBRARY = "libunicorn.so.2"
+_REMEDY = "pip install unicorn==2.1.4"
+
+
+def find_library() -> str:
+    """Path of the library in the installed `unicorn` package, which is not imported (it is slow).
+
+    Raises ImportError when the package or its library is missing.
+    """
+    spec = importlib.util.find_spec("unicorn")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise ImportError(f"the unicorn engine needs Unicorn 2.1.4: {_REMEDY}")
+    for folder in folders:
+        library = Path(folder) / "lib" / _LIBRARY
+        if library.exists():
+            return str(library)
+    raise ImportError(f"{folders[0]} holds no lib/{_LIBRARY}: {_REMEDY} (x86-64 Linux)")
+
+
+class UnicornEngine(_shim.Engine):
+    """One x86 CPU that executes machine code; see `kvmtick.cpu.engine.Engine`.
+
+    Opening takes some 10 ms. Raises ImportError when Unicorn 2.1.4 is missing.
+    """
+
+    name = "unicorn"
+
+    def __init__(self) -> None:
+        _shim.load(find_library())
+        super().__init__()

@@ -1,0 +1,686 @@
+"""Thin typed access to /dev/kvm: file descriptors, ioctls, guest memory, and a bounded KVM_RUN.
+
+Nothing here knows what a PIT is: `KvmFile.ioctl` raises `KvmError` with the kernel's errno, and
+`kvmtick.kvm.kernel` builds the calls on it. Everything closes in any order, more than once, and
+on garbage collection.
+
+KVM_RUN is bounded by one signal, in the way api.rst describes for KVM_SET_SIGNAL_MASK: the signal
+is blocked in the running thread and unblocked inside KVM_RUN only, so it ends KVM_RUN with EINTR,
+stays pending when it comes early, and no handler ever runs. A POSIX timer sends it to the thread
+at the deadline, `kick` sends it from any thread; no helper thread, no polling.
+
+Not here: coalesced MMIO, the dirty log and ring, KVM_INTERRUPT and the rest of the userspace
+irqchip, CPUID.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
+
+from kvmtick.abi import HostError, KvmError, ioctls, structs
+from kvmtick.abi.structs import KvmStruct, kvm_regs, kvm_run, kvm_segment, kvm_sregs
+
+__all__ = [
+    "DEFAULT_LIMIT_S",
+    "KVM_PATH",
+    "Exit",
+    "ExitFailEntry",
+    "ExitHlt",
+    "ExitInternalError",
+    "ExitIntr",
+    "ExitIo",
+    "ExitIrqWindowOpen",
+    "ExitMmio",
+    "ExitOther",
+    "ExitShutdown",
+    "GuestMemory",
+    "KvmDevice",
+    "KvmFile",
+    "VcpuFile",
+    "VmFile",
+    "open_kvm",
+    "pit_worker_tids",
+]
+
+KVM_PATH: Final = "/dev/kvm"
+PAGE_SIZE: Final = mmap.PAGESIZE
+
+DEFAULT_LIMIT_S: Final = 10.0
+"""Wall seconds a KVM_RUN may take when the caller names no limit."""
+
+KICK_SIGNAL: Final = signal.SIGRTMIN + 6
+"""Ends KVM_RUN; any real-time signal nobody else uses would do."""
+
+_S = TypeVar("_S", bound=KvmStruct)
+_F = TypeVar("_F", bound="KvmFile")
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIo:
+    """KVM_EXIT_IO: `count` accesses of `size` bytes to `port`; `data` holds what was written.
+
+    A read must be answered (`VcpuFile.answer`) before the next KVM_RUN.
+    """
+
+    port: int
+    size: int
+    count: int
+    is_write: bool
+    data: bytes
+
+    def values(self) -> list[int]:
+        """What the guest wrote, one number an access."""
+        step = self.size
+        return [
+            int.from_bytes(self.data[at : at + step], "little")
+            for at in range(0, len(self.data), step)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitMmio:
+    """KVM_EXIT_MMIO: `len` bytes at `phys_addr`; `data` holds what was written."""
+
+    phys_addr: int
+    len: int
+    is_write: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExitHlt:
+    """KVM_EXIT_HLT: only without an in-kernel irqchip; with one, HLT waits in the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitShutdown:
+    """KVM_EXIT_SHUTDOWN: the guest took a triple fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIrqWindowOpen:
+    """KVM_EXIT_IRQ_WINDOW_OPEN: the window asked for by `request_interrupt_window`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitInternalError:
+    """KVM_EXIT_INTERNAL_ERROR: KVM could not go on; `suberror`: KVM_INTERNAL_ERROR_*."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+    def instruction(self) -> bytes:
+        """The bytes KVM could not emulate, where it tells them (suberror 1, flag bit 0)."""
+        if self.suberror != structs.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
+            return b""
+        if not self.data[0] & 1:
+            return b""
+        raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:3])
+        return raw[1 : 1 + raw[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitFailEntry:
+    """KVM_EXIT_FAIL_ENTRY: the hardware refused the VM entry."""
+
+    hardware_entry_failure_reason: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIntr:
+    """KVM_RUN was ended from outside: `time` (the limit is over) or `kick`."""
+
+    reason: Literal["time", "kick"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitOther:
+    """Any other `exit_reason` (KVM_EXIT_*)."""
+
+    exit_reason: int
+
+
+Exit: TypeAlias = (
+    ExitIo
+    | ExitMmio
+    | ExitHlt
+    | ExitShutdown
+    | ExitIrqWindowOpen
+    | ExitInternalError
+    | ExitFailEntry
+    | ExitIntr
+    | ExitOther
+)
+
+
+class KvmFile:
+    """An open KVM file descriptor; a context manager, closing is harmless when repeated."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """The descriptor, -1 after `close`."""
+        return self._fd
+
+    def ioctl(self, request: int, arg: "int | KvmStruct | bytearray" = 0) -> int:
+        """Call ioctl(2), again after EINTR; a structure or buffer is passed by address.
+
+        Raises `KvmError` with the kernel's errno; EBADF after `close`.
+        """
+        call = ioctls.ioctl_name(request)
+        if self.closed:
+            raise KvmError(errno.EBADF, call, f"this {type(self).__name__} was closed")
+        value = ctypes.c_int(arg).value if isinstance(arg, int) else arg
+        while True:
+            try:
+                return fcntl.ioctl(self._fd, request, value)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise KvmError(error.errno or 0, call) from None
+
+    def get(self, request: int, struct: type[_S]) -> _S:
+        """An ioctl that fills in a structure."""
+        out = struct()
+        self.ioctl(request, out)
+        return out
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self: _F) -> _F:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+class KvmDevice(KvmFile):
+    """The system fd: /dev/kvm (api.rst, "System ioctls")."""
+
+    def api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12 on every kernel one meets."""
+        return self.ioctl(ioctls.KVM_GET_API_VERSION)
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 means no; other values as api.rst says."""
+        return self.ioctl(ioctls.KVM_CHECK_EXTENSION, cap)
+
+    def vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE: bytes of the area shared with a vCPU."""
+        return self.ioctl(ioctls.KVM_GET_VCPU_MMAP_SIZE)
+
+    def create_vm(self, type_: int = 0) -> "VmFile":
+        """KVM_CREATE_VM. EINVAL: `type_` is not a machine type of this host."""
+        return VmFile(self.ioctl(ioctls.KVM_CREATE_VM, type_), self.vcpu_mmap_size())
+
+
+class _VmLife:
+    """A VM lives until its last descriptor is closed; until then its slots need their memory.
+
+    The kernel knows a slot by its address in this process: were it unmapped under a living VM,
+    the guest could write into whatever is mapped there next.
+    """
+
+    def __init__(self) -> None:
+        self.descriptors = 0
+        self.ram: list[mmap.mmap] = []
+
+    def leave(self) -> None:
+        """One descriptor fewer."""
+        self.descriptors -= 1
+        if not self.descriptors:
+            self.ram.clear()
+
+
+class VmFile(KvmFile):
+    """A VM fd (api.rst, "VM ioctls"); the VM lives until this and all its vCPUs are closed."""
+
+    def __init__(self, fd: int, vcpu_mmap_bytes: int) -> None:
+        super().__init__(fd)
+        self._vcpu_mmap_bytes = vcpu_mmap_bytes
+        self._life = _VmLife()
+        self._life.descriptors += 1
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if not self.closed:
+            super().close()
+            self._life.leave()
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION asked of the VM: may differ from the system's answer."""
+        return self.ioctl(ioctls.KVM_CHECK_EXTENSION, cap)
+
+    def add_memory(self, gpa: int, size_bytes: int, slot: int = 0, flags: int = 0) -> "GuestMemory":
+        """Anonymous memory at `gpa` (KVM_SET_USER_MEMORY_REGION); both page aligned.
+
+        EINVAL: not page aligned, or it wraps. EEXIST: it overlaps another slot.
+        """
+        ram = mmap.mmap(-1, size_bytes)
+        region = structs.kvm_userspace_memory_region(
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=gpa,
+            memory_size=size_bytes,
+            userspace_addr=ctypes.addressof(ctypes.c_char.from_buffer(ram)),
+        )
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
+        self._life.ram.append(ram)
+        return GuestMemory(self, slot, gpa, ram)
+
+    def remove_memory(self, memory: "GuestMemory") -> None:
+        """Take a slot away (KVM_SET_USER_MEMORY_REGION of size 0) and unmap its memory.
+
+        Where only vCPUs keep the VM alive that cannot be told the kernel any more: the memory
+        then goes with the last of them.
+        """
+        if not self.closed:
+            region = structs.kvm_userspace_memory_region(
+                slot=memory.slot, guest_phys_addr=memory.gpa
+            )
+            self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
+            self._life.ram.remove(memory.ram)
+        elif self._life.descriptors:
+            return
+        # somebody else may look at the same bytes: they then stay for him
+        with suppress(BufferError):
+            memory.ram.close()
+
+    def create_vcpu(self, vcpu_id: int = 0) -> "VcpuFile":
+        """KVM_CREATE_VCPU. EEXIST: the id is taken. EINVAL: it is out of range."""
+        fd = self.ioctl(ioctls.KVM_CREATE_VCPU, vcpu_id)
+        return VcpuFile(fd, self._vcpu_mmap_bytes, self._life)
+
+
+class GuestMemory:
+    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`); addresses are guest-physical bytes.
+
+    `ram` is what the guest sees, and may be handed to others.
+    """
+
+    def __init__(self, vm: VmFile, slot: int, gpa: int, ram: mmap.mmap) -> None:
+        self.slot = slot
+        self.gpa = gpa
+        self.ram = ram
+        self.size_bytes = len(ram)
+        self._vm = vm
+        self._closed = False
+
+    def read(self, gpa: int, size_bytes: int) -> bytes:
+        """Bytes at `gpa`. Raises ValueError outside this memory."""
+        at = self._offset(gpa, size_bytes)
+        return self.ram[at : at + size_bytes]
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store bytes at `gpa`. Raises ValueError outside this memory."""
+        at = self._offset(gpa, len(data))
+        self.ram[at : at + len(data)] = data
+
+    def _offset(self, gpa: int, size_bytes: int) -> int:
+        if self._closed:
+            raise ValueError("this guest RAM was closed")
+        at = gpa - self.gpa
+        if at < 0 or size_bytes < 0 or at + size_bytes > self.size_bytes:
+            end = self.gpa + self.size_bytes
+            raise ValueError(
+                f"{size_bytes} bytes at gpa {gpa:#x} are outside guest RAM; "
+                f"stay within {self.gpa:#x}..{end:#x}, or create the VM with more RAM"
+            )
+        return at
+
+    def close(self) -> None:
+        """Take it from the VM and unmap it; harmless when repeated."""
+        if not self._closed:
+            self._closed = True
+            self._vm.remove_memory(self)
+
+
+class VcpuFile(KvmFile):
+    """A vCPU fd and the kvm_run area shared with the kernel (api.rst, "vcpu ioctls").
+
+    `enter` is one KVM_RUN, inside `bounded`; `run` is both in one.
+    """
+
+    _EXITS: ClassVar[dict[int, Exit]] = {
+        structs.KVM_EXIT_HLT: ExitHlt(),
+        structs.KVM_EXIT_SHUTDOWN: ExitShutdown(),
+        structs.KVM_EXIT_IRQ_WINDOW_OPEN: ExitIrqWindowOpen(),
+    }
+
+    def __init__(self, fd: int, mmap_bytes: int, life: _VmLife) -> None:
+        super().__init__(fd)
+        self._life = life
+        life.descriptors += 1
+        self._lock = threading.Lock()
+        self._runner = 0
+        self._kicked = False
+        self._deadline_s = 0.0
+        self._timer = _ThreadTimer()
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(fd, mmap_bytes)
+        except OSError:
+            self.close()
+            raise
+        self._kvm_run: kvm_run | None = kvm_run.from_buffer(self._map)
+
+    @property
+    def area(self) -> kvm_run:
+        """The shared area. Raises `KvmError` EBADF after `close`."""
+        if self._kvm_run is None:
+            raise KvmError(errno.EBADF, "KVM_RUN", "this vCPU was closed")
+        return self._kvm_run
+
+    @contextmanager
+    def bounded(self, limit_s: float = DEFAULT_LIMIT_S) -> Iterator[None]:
+        """Every `enter` inside ends after `limit_s` wall seconds in all, or at a `kick`.
+
+        One vCPU is run by one thread at a time: RuntimeError otherwise.
+        """
+        with self._lock:
+            if self._runner:
+                raise RuntimeError("this vCPU is running already; one thread at a time")
+            self._runner = threading.get_ident()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        try:
+            self._set_signal_mask(before)
+            self._deadline_s = time.monotonic() + limit_s
+            self._timer.arm(limit_s)
+            yield
+        finally:
+            self._timer.disarm()
+            with self._lock:
+                self._runner = 0
+            # under the block: what arrived late must not reach the thread unblocked
+            _drain()
+            if KICK_SIGNAL not in before:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
+
+    def remaining_s(self) -> float:
+        """Wall seconds left inside `bounded`, not below 0."""
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def enter(self) -> Exit:
+        """KVM_RUN until the next exit; signals meant for others do not end it.
+
+        Raises `KvmError`: EIO from another process than the VM's, EBADF after `close`, EFAULT
+        where guest memory went away.
+        """
+        area = self.area
+        while True:
+            try:
+                fcntl.ioctl(self._fd, ioctls.KVM_RUN, 0)
+            except (InterruptedError, BlockingIOError):  # EAGAIN: an INIT or SIPI was taken
+                if stop := self._stopped():
+                    return stop
+                continue
+            except OSError as error:
+                raise KvmError(error.errno or 0, "KVM_RUN") from None
+            return self._decode(area)
+
+    def run(self, limit_s: float = DEFAULT_LIMIT_S) -> Exit:
+        """One KVM_RUN to the next exit, at most `limit_s` wall seconds; errors as `enter`."""
+        with self.bounded(limit_s):
+            return self.enter()
+
+    def kick(self) -> None:
+        """End the KVM_RUN under way, or the next one, with `ExitIntr("kick")`; any thread may."""
+        with self._lock:
+            self._kicked = True
+            if self._kvm_run is not None:
+                self._kvm_run.immediate_exit = 1
+            if self._runner:
+                signal.pthread_kill(self._runner, KICK_SIGNAL)
+
+    def answer(self, data: bytes) -> None:
+        """Give the bytes of the read the last exit (IO or MMIO) asked for.
+
+        Raises ValueError when it was no read, or the size is wrong.
+        """
+        run = self.area
+        if run.exit_reason == structs.KVM_EXIT_IO and not run.u.io.direction:
+            at, size = run.u.io.data_offset, run.u.io.size * run.u.io.count
+        elif run.exit_reason == structs.KVM_EXIT_MMIO and not run.u.mmio.is_write:
+            at, size = _MMIO_DATA, run.u.mmio.len
+        else:
+            raise ValueError(f"nothing to answer: exit_reason {run.exit_reason} is not a read")
+        if len(data) != size:
+            raise ValueError(f"the guest reads {size} bytes, the answer has {len(data)}")
+        assert self._map is not None
+        self._map[at : at + size] = data
+
+    def set_real_mode(self, cs: int, ip: int, *, unreal: bool = False) -> None:
+        """Registers as after RESET, but starting at `cs`:`ip` in real mode.
+
+        All segments are 64 KiB at selector * 16. With `unreal` the data segments reach 4 GiB:
+        the local APIC and the IOAPIC are then within a real-mode guest's reach.
+        """
+        sregs = self.get(ioctls.KVM_GET_SREGS, kvm_sregs)
+        for name in ("ds", "es", "fs", "gs", "ss"):
+            _real_segment(getattr(sregs, name), 0, unreal=unreal)
+        _real_segment(sregs.cs, cs, unreal=False)
+        self.ioctl(ioctls.KVM_SET_SREGS, sregs)
+        self.ioctl(ioctls.KVM_SET_REGS, kvm_regs(rip=ip, rflags=2))
+
+    def close(self) -> None:
+        """Unmap kvm_run and give the descriptor back; not while it runs."""
+        timer, map_ = getattr(self, "_timer", None), getattr(self, "_map", None)
+        if timer is not None:
+            timer.close()
+        if map_ is not None:
+            with self._lock:
+                self._kvm_run = self._map = None
+            # a caller may still hold `area`: the mapping then goes with that reference
+            with suppress(BufferError):
+                map_.close()
+        if not self.closed:
+            super().close()
+            self._life.leave()
+
+    def _stopped(self) -> ExitIntr | None:
+        _drain()
+        with self._lock:
+            if self._kicked:
+                self._kicked = False
+                self.area.immediate_exit = 0
+                return ExitIntr("kick")
+        return ExitIntr("time") if time.monotonic() >= self._deadline_s else None
+
+    def _set_signal_mask(self, blocked: set[int]) -> None:
+        bits = sum(1 << (number - 1) for number in blocked if number != KICK_SIGNAL)
+        data = bytes(structs.kvm_signal_mask(len=8)) + bits.to_bytes(8, "little")
+        self.ioctl(ioctls.KVM_SET_SIGNAL_MASK, bytearray(data))
+
+    def _decode(self, run: kvm_run) -> Exit:
+        reason = run.exit_reason
+        if known := self._EXITS.get(reason):
+            return known
+        if reason == structs.KVM_EXIT_IO:
+            return self._decode_io(run)
+        if reason == structs.KVM_EXIT_MMIO:
+            mmio = run.u.mmio
+            write = bool(mmio.is_write)
+            return ExitMmio(
+                mmio.phys_addr, mmio.len, write, bytes(mmio.data[: mmio.len]) if write else b""
+            )
+        if reason == structs.KVM_EXIT_INTERNAL_ERROR:
+            internal = run.u.internal
+            return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))
+        if reason == structs.KVM_EXIT_FAIL_ENTRY:
+            fail = run.u.fail_entry
+            return ExitFailEntry(fail.hardware_entry_failure_reason, fail.cpu)
+        return ExitOther(reason)
+
+    def _decode_io(self, run: kvm_run) -> ExitIo:
+        io = run.u.io
+        write = io.direction == structs.KVM_EXIT_IO_OUT
+        data = b""
+        if write and self._map is not None:
+            data = self._map[io.data_offset : io.data_offset + io.size * io.count]
+        return ExitIo(io.port, io.size, io.count, write, data)
+
+
+def _offset_of(struct: type[KvmStruct] | type[structs.KvmUnion], field: str) -> int:
+    return int(getattr(struct, field).offset)
+
+
+_MMIO_DATA = _offset_of(kvm_run, "u") + _offset_of(structs.kvm_run_mmio, "data")
+
+
+def _real_segment(segment: kvm_segment, selector: int, *, unreal: bool) -> None:
+    """A real-mode segment; KVM cuts a limit above 1 MiB unless `g` says it is in pages."""
+    segment.selector = selector
+    segment.base = selector << 4
+    segment.limit = 0xFFFF_FFFF if unreal else 0xFFFF
+    segment.g = int(unreal)
+
+
+def _drain() -> None:
+    """Take our signal off the calling thread, which has it blocked."""
+    while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
+        pass
+
+
+class _sigevent(ctypes.Structure):
+    """struct sigevent of timer_create(2), with the thread it is for."""
+
+    _fields_ = (
+        ("sigev_value", ctypes.c_void_p),
+        ("sigev_signo", ctypes.c_int),
+        ("sigev_notify", ctypes.c_int),
+        ("sigev_notify_thread_id", ctypes.c_int),
+        ("pad", ctypes.c_byte * 44),
+    )
+
+
+class _itimerspec(ctypes.Structure):
+    _fields_ = (
+        ("interval_s", ctypes.c_long),
+        ("interval_ns", ctypes.c_long),
+        ("value_s", ctypes.c_long),
+        ("value_ns", ctypes.c_long),
+    )
+
+
+_CLOCK_MONOTONIC, _SIGEV_THREAD_ID = 1, 4
+
+
+class _ThreadTimer:
+    """A POSIX timer that sends KICK_SIGNAL to the thread that armed it."""
+
+    def __init__(self) -> None:
+        self._tid = 0
+        self._id = ctypes.c_void_p()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def arm(self, seconds: float) -> None:
+        """One signal to this thread after `seconds` on CLOCK_MONOTONIC."""
+        tid = threading.get_native_id()
+        if tid != self._tid:
+            self.close()
+            event = _sigevent(
+                sigev_signo=KICK_SIGNAL, sigev_notify=_SIGEV_THREAD_ID, sigev_notify_thread_id=tid
+            )
+            timer = ctypes.byref(self._id)
+            self._call("timer_create", _CLOCK_MONOTONIC, ctypes.byref(event), timer)
+            self._tid = tid
+        # 0 would disarm it: a limit of nothing still has to end KVM_RUN
+        self._set(max(1, int(seconds * 1e9)))
+
+    def disarm(self) -> None:
+        """No signal any more; one already sent stays pending."""
+        if self._tid:
+            self._set(0)
+
+    def close(self) -> None:
+        """Give the timer back."""
+        if self._tid:
+            self._tid = 0
+            self._libc.timer_delete(self._id)
+
+    def _set(self, ns: int) -> None:
+        spec = _itimerspec(value_s=ns // 10**9, value_ns=ns % 10**9)
+        self._call("timer_settime", self._id, 0, ctypes.byref(spec), None)
+
+    def _call(self, name: str, *args: object) -> None:
+        if getattr(self._libc, name)(*args):
+            code = ctypes.get_errno()
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def open_kvm(path: str = KVM_PATH) -> KvmDevice:
+    """Open /dev/kvm. Raises `HostError` with the remedy where it is absent or forbidden."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _host_error(path, error) from None
+    device = KvmDevice(fd)
+    try:
+        version = device.api_version()
+    except KvmError as error:
+        device.close()
+        raise HostError(f"{path} is no KVM device ({error})", f"use {KVM_PATH}") from None
+    if version != structs.KVM_API_VERSION:
+        device.close()
+        raise HostError(f"{path} speaks KVM API {version}, not 12", "use a kernel from 2.6.22 on")
+    return device
+
+
+def _host_error(path: str, error: OSError) -> HostError:
+    if error.errno == errno.ENOENT:
+        return HostError(
+            f"{path} is not there",
+            "modprobe kvm_intel (or kvm_amd), or use the model: --chips model",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return HostError(
+            f"{path} may not be opened ({error.strerror})",
+            "join the group kvm: usermod -aG kvm USER, then log in again",
+        )
+    if error.errno in (errno.ENODEV, errno.ENXIO):
+        return HostError(
+            f"{path} has no KVM behind it ({error.strerror})",
+            "switch virtualisation on in the firmware, then modprobe kvm_intel (or kvm_amd)",
+        )
+    return HostError(f"{path} cannot be opened ({error.strerror})", "see dmesg")
+
+
+def pit_worker_tids(tgid: int) -> set[int]:
+    """The `kvm-pit/<tgid>` kernel threads: one for each VM with a PIT that process `tgid` made."""
+    name = f"kvm-pit/{tgid}"
+    found = set()
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if comm.read_text().rstrip("\n") == name:
+                found.add(int(comm.parent.name))
+    return found

@@ -1,0 +1,71 @@
+"""The in-kernel port I/O bus (virt/kvm/kvm_main.c: kvm_io_bus_register_dev and friends).
+
+An access goes to a device whose range contains all of it; what nobody takes is an exit to user
+space. Port reads fill a buffer that keeps its content: a device that accepts a read and writes
+nothing leaves the guest with what was there before.
+"""
+
+import errno
+from typing import Protocol
+
+from kvmtick.abi.errors import KvmError
+
+__all__ = ["IoBus", "IoDevice"]
+
+NR_IOBUS_DEVS = 1000
+
+
+class IoDevice(Protocol):
+    """A device on the bus."""
+
+    def io_read(self, port: int, size_bytes: int, stale: int) -> int:
+        """The value read; `stale` is what the buffer held before."""
+
+    def io_write(self, port: int, size_bytes: int, value: int) -> None:
+        """The guest wrote `value`."""
+
+
+class IoBus:
+    """Port ranges and the devices behind them."""
+
+    __slots__ = ("_byte_ports", "_ranges")
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int, int, IoDevice]] = []
+        self._byte_ports: dict[int, IoDevice] = {}
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def register(self, port: int, length: int, device: IoDevice, decoded: int = 0) -> None:
+        """Give `length` ports from `port` on to `device`; KvmError ENOSPC when the bus is full.
+
+        With `decoded`, only accesses that start in the first so many ports are taken; they may
+        reach over the rest.
+        """
+        if len(self._ranges) >= NR_IOBUS_DEVS:
+            raise KvmError(
+                errno.ENOSPC, "kvm_io_bus_register_dev", f"{NR_IOBUS_DEVS} devices on the bus"
+            )
+        self._ranges.append((port, length, decoded or length, device))
+        self._index()
+
+    def unregister(self, device: IoDevice) -> None:
+        """Take a device off the bus, with all its ranges; harmless if it is not there."""
+        self._ranges = [entry for entry in self._ranges if entry[3] is not device]
+        self._index()
+
+    def find(self, port: int, size_bytes: int) -> IoDevice | None:
+        """The device that takes an access of `size_bytes` at `port`."""
+        if size_bytes == 1:
+            return self._byte_ports.get(port)
+        for first, length, decoded, device in self._ranges:
+            if first <= port < first + decoded and port + size_bytes <= first + length:
+                return device
+        return None
+
+    def _index(self) -> None:
+        self._byte_ports = {}
+        for first, _, decoded, device in self._ranges:
+            for port in range(first, first + decoded):
+                self._byte_ports.setdefault(port, device)

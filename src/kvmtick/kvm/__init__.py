@@ -1,0 +1,56 @@
+"""The API: KVM's calls, on the model or on the real kernel.
+
+`Kvm("model")` makes VMs of this project's chips, `Kvm("kernel")` VMs of /dev/kvm; both have the
+same methods for the irqchip, the PIT, memory and running a guest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+if TYPE_CHECKING:
+    from kvmtick.kvm.kernel import KernelVm
+    from kvmtick.kvm.model import ModelVm
+
+__all__ = ["Kvm", "KernelKvm", "ModelKvm"]
+
+
+class ModelKvm:
+    """Makes VMs of the model."""
+
+    backend = "model"
+
+    def create_vm(self, *, clock: str = "virtual", seed: int = 0) -> ModelVm:
+        """KVM_CREATE_VM: a VM in `virtual` or `real` time; `seed` is for the host's faults."""
+        from kvmtick.kvm.model import ModelVm
+
+        return ModelVm(clock=clock, seed=seed)
+
+
+class KernelKvm:
+    """Makes VMs of /dev/kvm."""
+
+    backend = "kernel"
+
+    def create_vm(self) -> KernelVm:
+        """KVM_CREATE_VM. HostError where /dev/kvm is absent or forbidden."""
+        from kvmtick.kvm.kernel import KernelVm
+
+        return KernelVm()
+
+
+@overload
+def Kvm(backend: Literal["model"] = "model") -> ModelKvm: ...
+
+
+@overload
+def Kvm(backend: Literal["kernel"]) -> KernelKvm: ...
+
+
+def Kvm(backend: str = "model") -> ModelKvm | KernelKvm:  # noqa: N802 - the kernel's own name
+    """The system side of KVM: `model` or `kernel`. ValueError for any other name."""
+    if backend == "model":
+        return ModelKvm()
+    if backend == "kernel":
+        return KernelKvm()
+    raise ValueError(f"unknown back end {backend!r}: choose model or kernel")

@@ -1,0 +1,422 @@
+"""The API on the real kernel: `KernelVm` and `KernelVcpu` make the model's calls on /dev/kvm.
+
+Each method is one ioctl of Documentation/virt/kvm/api.rst and raises `KvmError` with the kernel's
+errno. `KernelVm.run_until_exit` is the user-space side of a small PC: exit port, console, sleep.
+
+Not here: irqfd, ioeventfd, MSIs (KVM_SIGNAL_MSI), the split and the userspace irqchip, more than
+one running vCPU.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Literal, Protocol, TypeAlias
+
+from kvmtick.abi import KvmError, ioctls
+from kvmtick.abi.structs import (
+    kvm_irq_level,
+    kvm_irq_routing_entry,
+    kvm_irqchip,
+    kvm_lapic_state,
+    kvm_mp_state,
+    kvm_pit_config,
+    kvm_pit_state,
+    kvm_pit_state2,
+    kvm_regs,
+    kvm_reinject_control,
+    kvm_sregs,
+    kvm_vcpu_events,
+    make_irq_routing,
+)
+from kvmtick.host.kvmdev import (
+    DEFAULT_LIMIT_S,
+    KVM_PATH,
+    Exit,
+    ExitHlt,
+    ExitIntr,
+    ExitIo,
+    ExitMmio,
+    ExitShutdown,
+    GuestMemory,
+    KvmDevice,
+    VcpuFile,
+    VmFile,
+    open_kvm,
+)
+
+__all__ = [
+    "DEFAULT_RAM_BYTES",
+    "PORT_CONSOLE",
+    "PORT_EXIT",
+    "PORT_SERIAL",
+    "PORT_SLEEP",
+    "Guest",
+    "GuestExit",
+    "KernelVcpu",
+    "KernelVm",
+    "PortHandler",
+    "UserPorts",
+]
+
+DEFAULT_RAM_BYTES: Final = 2 << 20
+
+PORT_SLEEP: Final = 0xD8
+"""A write sleeps that many microseconds with the vCPU outside KVM_RUN."""
+PORT_CONSOLE: Final = 0xE9
+PORT_EXIT: Final = 0xF4
+PORT_SERIAL: Final = 0x3F8
+
+_UART_LCR, _UART_LSR = PORT_SERIAL + 3, PORT_SERIAL + 5
+_UART_LCR_DLAB = 0x80
+_UART_LSR_IDLE = 0x60
+"""Transmitter and holding register empty: a guest that waits for them goes on at once."""
+
+PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
+"""`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.
+
+The result answers a read (None: all ones) and is ignored for a write.
+"""
+
+
+class Guest(Protocol):
+    """What `load` takes: a flat real-mode image."""
+
+    @property
+    def image(self) -> bytes:
+        """The bytes."""
+
+    @property
+    def load_at(self) -> int:
+        """Guest-physical address of the first one."""
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        """Where vCPU 0 starts: real-mode (cs, ip)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestExit:
+    """How `run_until_exit` ended.
+
+    `reason`: `done` (the guest wrote `code` to the exit port), `limit` (wall time), `interrupted`
+    (a kick), `triple-fault`, `deadlock` (HLT that nothing can end), `guest-error` (`detail` holds
+    the exit). `console` is what it wrote to the console ports, `exits` how often it left KVM_RUN.
+    """
+
+    reason: Literal["done", "limit", "interrupted", "triple-fault", "deadlock", "guest-error"]
+    code: int
+    console: bytes
+    exits: int
+    elapsed_ns: int
+    detail: Exit
+
+
+class KernelVcpu:
+    """One vCPU of the kernel (api.rst, "vcpu ioctls")."""
+
+    def __init__(self, file: VcpuFile, vcpu_id: int) -> None:
+        self.file = file
+        self.vcpu_id = vcpu_id
+
+    def run(self, limit_s: float = DEFAULT_LIMIT_S) -> Exit:
+        """One KVM_RUN to the next exit, at most `limit_s` wall seconds (`ExitIntr("time")`).
+
+        Raises `KvmError`: EIO in another process than the VM's, EFAULT where guest memory is gone.
+        """
+        return self.file.run(limit_s)
+
+    def kick(self) -> None:
+        """End the `run` under way, or the next one, with `ExitIntr("kick")`; any thread may."""
+        self.file.kick()
+
+    def answer(self, data: bytes) -> None:
+        """Give the bytes a port or MMIO read asked for, before the next `run`."""
+        self.file.answer(data)
+
+    def set_real_mode(self, cs: int, ip: int, *, unreal: bool = False) -> None:
+        """Start over at `cs`:`ip` in real mode; `unreal`: data segments of 4 GiB."""
+        self.file.set_real_mode(cs, ip, unreal=unreal)
+
+    def get_regs(self) -> kvm_regs:
+        """KVM_GET_REGS."""
+        return self.file.get(ioctls.KVM_GET_REGS, kvm_regs)
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        """KVM_SET_REGS."""
+        self.file.ioctl(ioctls.KVM_SET_REGS, regs)
+
+    def get_sregs(self) -> kvm_sregs:
+        """KVM_GET_SREGS."""
+        return self.file.get(ioctls.KVM_GET_SREGS, kvm_sregs)
+
+    def set_sregs(self, sregs: kvm_sregs) -> None:
+        """KVM_SET_SREGS. EINVAL: the registers contradict each other."""
+        self.file.ioctl(ioctls.KVM_SET_SREGS, sregs)
+
+    def nmi(self) -> None:
+        """KVM_NMI: make an NMI pending; two at most wait."""
+        self.file.ioctl(ioctls.KVM_NMI)
+
+    def get_lapic(self) -> kvm_lapic_state:
+        """KVM_GET_LAPIC. EINVAL: no in-kernel local APIC."""
+        return self.file.get(ioctls.KVM_GET_LAPIC, kvm_lapic_state)
+
+    def set_lapic(self, lapic: kvm_lapic_state) -> None:
+        """KVM_SET_LAPIC. EINVAL: no in-kernel local APIC."""
+        self.file.ioctl(ioctls.KVM_SET_LAPIC, lapic)
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE: a KVM_MP_STATE_* value."""
+        return self.file.get(ioctls.KVM_GET_MP_STATE, kvm_mp_state).mp_state
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """KVM_SET_MP_STATE. EINVAL: not runnable and no in-kernel irqchip, or unknown."""
+        self.file.ioctl(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=mp_state))
+
+    def get_vcpu_events(self) -> kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS."""
+        return self.file.get(ioctls.KVM_GET_VCPU_EVENTS, kvm_vcpu_events)
+
+    def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
+        """KVM_SET_VCPU_EVENTS. EINVAL: unknown flags, or an exception that is none."""
+        self.file.ioctl(ioctls.KVM_SET_VCPU_EVENTS, events)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: what the guest's TSC counts a millisecond."""
+        return self.file.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def close(self) -> None:
+        """Give the vCPU back; harmless when repeated, the VM may be closed already."""
+        self.file.close()
+
+
+class UserPorts:
+    """The ports user space answers: exit 0xf4, console 0xe9 and 0x3f8, sleep 0xd8.
+
+    `handlers` come first; a port nobody knows reads all ones and swallows writes.
+    """
+
+    def __init__(self, handlers: Mapping[int, PortHandler], sleep: Callable[[float], None]) -> None:
+        self.handlers = handlers
+        self.console = bytearray()
+        self.exit_value: int | None = None
+        self._sleep = sleep
+        self._lcr = 0
+
+    def write(self, port: int, size_bytes: int, value: int) -> None:
+        """The guest wrote `value`."""
+        if handler := self.handlers.get(port):
+            handler(port, size_bytes, value)
+        elif port == PORT_EXIT:
+            self.exit_value = value
+        elif port == PORT_CONSOLE or (port == PORT_SERIAL and not self._lcr & _UART_LCR_DLAB):
+            self.console.append(value & 0xFF)
+        elif port == PORT_SLEEP:
+            self._sleep(value / 1e6)
+        elif port == _UART_LCR:
+            # with DLAB set, 0x3f8 is the divisor and no text
+            self._lcr = value & 0xFF
+
+    def read(self, port: int, size_bytes: int) -> int:
+        """What the guest reads."""
+        ones = (1 << 8 * size_bytes) - 1
+        if handler := self.handlers.get(port):
+            value = handler(port, size_bytes, None)
+            return ones if value is None else value & ones
+        return _UART_LSR_IDLE if port == _UART_LSR else ones
+
+
+class KernelVm:
+    """One VM of the kernel (api.rst, "VM ioctls"), with `ram_bytes` of RAM at gpa 0.
+
+    Raises `HostError` where /dev/kvm is absent or forbidden. A context manager.
+    """
+
+    def __init__(self, *, ram_bytes: int = DEFAULT_RAM_BYTES, path: str = KVM_PATH) -> None:
+        self.vcpus: list[KernelVcpu] = []
+        self._entry: tuple[int, int] | None = None
+        self.device: KvmDevice = open_kvm(path)
+        try:
+            self.file: VmFile = self.device.create_vm()
+            self.memory: GuestMemory = self.file.add_memory(0, ram_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION of this VM; 0: absent."""
+        return self.file.check_extension(cap)
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: two PICs, an IOAPIC, and a local APIC for every later vCPU.
+
+        EEXIST: it has one. EINVAL: a vCPU exists.
+        """
+        self.file.ioctl(ioctls.KVM_CREATE_IRQCHIP)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2; `flags`: KVM_PIT_SPEAKER_DUMMY. ENOENT: no irqchip. EEXIST: a PIT."""
+        self.file.ioctl(ioctls.KVM_CREATE_PIT2, kvm_pit_config(flags=flags))
+
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT: as create_pit2 with KVM_PIT_SPEAKER_DUMMY. ENOENT, EEXIST as there."""
+        self.file.ioctl(ioctls.KVM_CREATE_PIT)
+
+    def create_vcpu(self, vcpu_id: int = 0) -> KernelVcpu:
+        """KVM_CREATE_VCPU. EEXIST: the id is taken. EINVAL: it is out of range."""
+        vcpu = KernelVcpu(self.file.create_vcpu(vcpu_id), vcpu_id)
+        self.vcpus.append(vcpu)
+        if vcpu_id == 0 and self._entry is not None:
+            vcpu.set_real_mode(*self._entry)
+        return vcpu
+
+    def load(self, guest: Guest) -> None:
+        """Put a guest's image into RAM and vCPU 0 (this one or the next) at its entry.
+
+        Raises ValueError where the image does not fit.
+        """
+        self.write_memory(guest.load_at, guest.image)
+        self._entry = guest.entry
+        for vcpu in self.vcpus:
+            if vcpu.vcpu_id == 0:
+                vcpu.set_real_mode(*guest.entry)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Store bytes at a guest-physical address. Raises ValueError outside RAM."""
+        self.memory.write(gpa, data)
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """`size` bytes at a guest-physical address. Raises ValueError outside RAM."""
+        return self.memory.read(gpa, size)
+
+    def get_pit2(self) -> kvm_pit_state2:
+        """KVM_GET_PIT2. ENXIO: no PIT."""
+        return self.file.get(ioctls.KVM_GET_PIT2, kvm_pit_state2)
+
+    def set_pit2(self, state: kvm_pit_state2) -> None:
+        """KVM_SET_PIT2: restarts channel 0 from a full period. ENXIO: no PIT."""
+        self.file.ioctl(ioctls.KVM_SET_PIT2, state)
+
+    def get_pit(self) -> kvm_pit_state:
+        """KVM_GET_PIT. ENXIO: no PIT."""
+        return self.file.get(ioctls.KVM_GET_PIT, kvm_pit_state)
+
+    def set_pit(self, state: kvm_pit_state) -> None:
+        """KVM_SET_PIT. ENXIO: no PIT."""
+        self.file.ioctl(ioctls.KVM_SET_PIT, state)
+
+    def reinject_control(self, reinject: bool) -> None:
+        """KVM_REINJECT_CONTROL: replay ticks the guest could not take, or not. ENXIO: no PIT."""
+        control = kvm_reinject_control(pit_reinject=int(reinject))
+        self.file.ioctl(ioctls.KVM_REINJECT_CONTROL, control)
+
+    def get_irqchip(self, chip_id: int) -> kvm_irqchip:
+        """KVM_GET_IRQCHIP; `chip_id`: KVM_IRQCHIP_*. ENXIO: no irqchip. EINVAL: no such chip."""
+        chip = kvm_irqchip(chip_id=chip_id & 0xFFFF_FFFF)
+        self.file.ioctl(ioctls.KVM_GET_IRQCHIP, chip)
+        return chip
+
+    def set_irqchip(self, chip: kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP. ENXIO: no irqchip. EINVAL: no such chip."""
+        self.file.ioctl(ioctls.KVM_SET_IRQCHIP, chip)
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE: set a GSI's level for source 0. ENXIO: no irqchip."""
+        self.file.ioctl(ioctls.KVM_IRQ_LINE, kvm_irq_level(irq=gsi & 0xFFFF_FFFF, level=level))
+
+    def irq_line_status(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: as `irq_line`; >0 delivered, 0 coalesced, <0 ignored or masked."""
+        line = kvm_irq_level(irq=gsi & 0xFFFF_FFFF, level=level)
+        self.file.ioctl(ioctls.KVM_IRQ_LINE_STATUS, line)
+        return line.status
+
+    def set_gsi_routing(self, entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table. EINVAL: no irqchip, or a bad entry."""
+        self.file.ioctl(ioctls.KVM_SET_GSI_ROUTING, make_irq_routing(entries, flags))
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: what the TSC of a new vCPU counts a millisecond."""
+        return self.file.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def run_until_exit(
+        self,
+        handlers: Mapping[int, PortHandler] | None = None,
+        limit_s: float = DEFAULT_LIMIT_S,
+    ) -> GuestExit:
+        """Run vCPU 0 until it writes the exit port, or `limit_s` wall seconds are over.
+
+        `handlers` answer ports of their own (or ours instead). MMIO nobody claims reads all ones.
+        Raises `KvmError` ENOENT without vCPU 0, and what KVM_RUN raises.
+        """
+        vcpu = next((each for each in self.vcpus if each.vcpu_id == 0), None)
+        if vcpu is None:
+            raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
+        begin_ns = time.monotonic_ns()
+        exits = 0
+        with vcpu.file.bounded(limit_s):
+            ports = UserPorts(
+                handlers or {}, lambda seconds: time.sleep(min(seconds, vcpu.file.remaining_s()))
+            )
+            while True:
+                exit_ = vcpu.file.enter()
+                exits += 1
+                if isinstance(exit_, ExitIo):
+                    _port_access(vcpu, ports, exit_)
+                    if ports.exit_value is None:
+                        continue
+                elif isinstance(exit_, ExitMmio):
+                    if not exit_.is_write:
+                        vcpu.answer(b"\xff" * exit_.len)
+                    continue
+                break
+        return GuestExit(
+            reason=_reason(exit_),
+            code=ports.exit_value or 0,
+            console=bytes(ports.console),
+            exits=exits,
+            elapsed_ns=time.monotonic_ns() - begin_ns,
+            detail=exit_,
+        )
+
+    def close(self) -> None:
+        """Give everything back; harmless when repeated."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        for name in ("file", "device", "memory"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
+
+    def __enter__(self) -> "KernelVm":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _port_access(vcpu: KernelVcpu, ports: UserPorts, exit_: ExitIo) -> None:
+    """Serve one KVM_EXIT_IO; a string instruction makes `count` accesses."""
+    if exit_.is_write:
+        for value in exit_.values():
+            ports.write(exit_.port, exit_.size, value)
+        return
+    values = (ports.read(exit_.port, exit_.size) for _ in range(exit_.count))
+    vcpu.answer(b"".join(value.to_bytes(exit_.size, "little") for value in values))
+
+
+def _reason(
+    exit_: Exit,
+) -> Literal["done", "limit", "interrupted", "triple-fault", "deadlock", "guest-error"]:
+    if isinstance(exit_, ExitIo):
+        return "done"
+    if isinstance(exit_, ExitIntr):
+        return "limit" if exit_.reason == "time" else "interrupted"
+    if isinstance(exit_, ExitShutdown):
+        return "triple-fault"
+    return "deadlock" if isinstance(exit_, ExitHlt) else "guest-error"

@@ -1,0 +1,360 @@
+"""The model behind KVM's calls: `ModelVm` and `ModelVcpu`.
+
+Each method is one ioctl of Documentation/virt/kvm/api.rst, with the kernel's errno in `KvmError`
+and its order of checks. `run` runs the guest to its end and follows its ticks.
+
+Not modelled: more than one vCPU, the local APIC's and the IOAPIC's registers, KVM_SET_GSI_ROUTING.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from types import TracebackType
+
+from kvmtick.abi.errors import KvmError
+from kvmtick.abi.structs import (
+    KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_NR_IRQCHIPS,
+    KVM_PIT_SPEAKER_DUMMY,
+    kvm_ioapic_state,
+    kvm_irqchip,
+    kvm_pic_state,
+    kvm_pit_state,
+    kvm_pit_state2,
+    kvm_regs,
+)
+from kvmtick.cpu.engine import Engine
+from kvmtick.guests import Guest, Parameters
+from kvmtick.irqchip.i8254 import Pit, nominal_period_ns
+from kvmtick.irqchip.i8259 import Pic, PicState
+from kvmtick.irqchip.ioapic import REDIRECTION_RESET
+from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
+from kvmtick.machine.machine import Exit, Machine
+from kvmtick.machine.run import PitSettings, Run
+from kvmtick.ticks.life import TickAssembler
+from kvmtick.ticks.report import TickReport
+from kvmtick.timing.wall import Stopwatch
+from kvmtick.vcpu.vcpu import Vcpu
+
+__all__ = ["DEFAULT_LIMIT_S", "NOMINAL_TIMES", "ModelVcpu", "ModelVm"]
+
+DEFAULT_LIMIT_S = 60.0
+NOMINAL_TIMES = 10
+"""A guest that never gets its ticks is stopped after so many times the time they should take."""
+
+MAX_VCPU_ID = 4096
+IOAPIC_DEFAULT_BASE_ADDRESS = 0xFEC0_0000
+
+
+class ModelVcpu:
+    """vCPU 0 of a model VM."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.vcpu_id = vcpu.vcpu_id
+
+    def nmi(self) -> None:
+        """KVM_NMI: make an NMI pending; two at most wait."""
+        self.vcpu.queue_nmi()
+
+    def get_regs(self) -> kvm_regs:
+        """KVM_GET_REGS."""
+        registers = self.vcpu.engine.registers()
+        names = (name for name, *_ in kvm_regs._fields_)
+        return kvm_regs(**{name: registers[name] for name in names if name in registers})
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE: a KVM_MP_STATE_* value."""
+        return int(self.vcpu.mp_state)
+
+
+class ModelVm:
+    """One VM of the model, with 2 MiB of RAM at guest-physical 0. A context manager."""
+
+    def __init__(
+        self,
+        *,
+        clock: str = "virtual",
+        seed: int = 0,
+        detail: bool = False,
+        engine: Callable[[], Engine] | None = None,
+    ) -> None:
+        """`clock`: `virtual` or `real`. `seed`: for the host model's faults. `detail`: record the
+        events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
+        """
+        self.machine = Machine(clock, seed, detail)
+        self.assembler = TickAssembler()
+        self.machine.recorder.add_consumer(self.assembler)
+        self._engine = engine or _unicorn_engine
+
+    # The irqchip.
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP. EEXIST: it has one. EINVAL: a vCPU exists."""
+        board = self.machine.board
+        if board.pic is not None:
+            raise KvmError(errno.EEXIST, "KVM_CREATE_IRQCHIP")
+        if board.vcpus:
+            raise KvmError(errno.EINVAL, "KVM_CREATE_IRQCHIP")
+        board.create_irqchip()
+
+    def get_irqchip(self, chip_id: int) -> kvm_irqchip:
+        """KVM_GET_IRQCHIP; `chip_id`: KVM_IRQCHIP_*. ENXIO: no irqchip. EINVAL: no such chip."""
+        pic = self._pic("KVM_GET_IRQCHIP")
+        if not 0 <= chip_id < KVM_NR_IRQCHIPS:
+            raise KvmError(errno.EINVAL, "KVM_GET_IRQCHIP")
+        chip = kvm_irqchip(chip_id=chip_id)
+        if chip_id == KVM_IRQCHIP_IOAPIC:
+            chip.chip.ioapic = self._ioapic_state()
+        else:
+            state = _pic_of(pic, chip_id).save()
+            chip.chip.pic = kvm_pic_state.from_buffer_copy(state)
+        return chip
+
+    def set_irqchip(self, chip: kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP. ENXIO: no irqchip. EINVAL: no such chip.
+
+        EOPNOTSUPP, here only: the IOAPIC's state is fixed (docs/fidelity.md).
+        """
+        pic = self._pic("KVM_SET_IRQCHIP")
+        if chip.chip_id in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE):
+            _pic_of(pic, chip.chip_id).restore(bytes(chip.chip.pic))
+            pic.update_irq()
+        elif chip.chip_id == KVM_IRQCHIP_IOAPIC:
+            raise KvmError(
+                errno.EOPNOTSUPP,
+                "KVM_SET_IRQCHIP",
+                "the model's IOAPIC stays in its reset state; set chips 0 and 1 only",
+            )
+        else:
+            raise KvmError(errno.EINVAL, "KVM_SET_IRQCHIP")
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE: set a GSI's level for source 0. ENXIO: no irqchip."""
+        self._irq_line("KVM_IRQ_LINE", gsi, level)
+
+    def irq_line_status(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: as `irq_line`; >0 delivered, 0 coalesced, <0 ignored or masked."""
+        return self._irq_line("KVM_IRQ_LINE_STATUS", gsi, level)
+
+    def _irq_line(self, call: str, gsi: int, level: int) -> int:
+        self._pic(call)
+        return self.machine.board.routing.set_irq(USERSPACE_IRQ_SOURCE_ID, gsi, level)
+
+    def _pic(self, call: str) -> Pic:
+        pic = self.machine.board.pic
+        if pic is None:
+            raise KvmError(errno.ENXIO, call)
+        return pic
+
+    def _ioapic_state(self) -> kvm_ioapic_state:
+        ioapic = self.machine.board.ioapic
+        assert ioapic is not None
+        state = kvm_ioapic_state(base_address=IOAPIC_DEFAULT_BASE_ADDRESS, irr=ioapic.irr)
+        for entry in state.redirtbl:
+            entry.bits = REDIRECTION_RESET
+        return state
+
+    # The PIT.
+
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT: as create_pit2 with KVM_PIT_SPEAKER_DUMMY. ENOENT, EEXIST as there."""
+        self._create_pit("KVM_CREATE_PIT", KVM_PIT_SPEAKER_DUMMY)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2; `flags`: KVM_PIT_SPEAKER_DUMMY. EEXIST: a PIT. ENOENT: no irqchip."""
+        self._create_pit("KVM_CREATE_PIT2", flags)
+
+    def _create_pit(self, call: str, flags: int) -> None:
+        board = self.machine.board
+        if board.pit is not None:
+            raise KvmError(errno.EEXIST, call)
+        if board.pic is None:
+            raise KvmError(errno.ENOENT, call)
+        board.create_pit(flags)
+
+    def get_pit(self) -> kvm_pit_state:
+        """KVM_GET_PIT. ENXIO: no PIT."""
+        return self._pit("KVM_GET_PIT").get_state()
+
+    def get_pit2(self) -> kvm_pit_state2:
+        """KVM_GET_PIT2. ENXIO: no PIT."""
+        return self._pit("KVM_GET_PIT2").get_state2()
+
+    def set_pit(self, state: kvm_pit_state) -> None:
+        """KVM_SET_PIT: restarts every counter. ENXIO: no PIT."""
+        self._pit("KVM_SET_PIT").set_state(state)
+
+    def set_pit2(self, state: kvm_pit_state2) -> None:
+        """KVM_SET_PIT2: restarts every counter. ENXIO: no PIT."""
+        self._pit("KVM_SET_PIT2").set_state2(state)
+
+    def reinject_control(self, reinject: bool) -> None:
+        """KVM_REINJECT_CONTROL: replay ticks the guest could not take, or not. ENXIO: no PIT."""
+        self._pit("KVM_REINJECT_CONTROL").set_reinject(bool(reinject))
+
+    def _pit(self, call: str) -> Pit:
+        pit = self.machine.board.pit
+        if pit is None:
+            raise KvmError(errno.ENXIO, call)
+        return pit
+
+    # vCPU, memory, life.
+
+    def create_vcpu(self, vcpu_id: int = 0) -> ModelVcpu:
+        """KVM_CREATE_VCPU. EINVAL: the id is out of range (the model has one vCPU, number 0).
+        EEXIST: the id is taken.
+        """
+        if not 0 <= vcpu_id < MAX_VCPU_ID:
+            raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
+        if vcpu_id:
+            raise KvmError(
+                errno.EINVAL, "KVM_CREATE_VCPU", f"id {vcpu_id}: the model has one vCPU, give 0"
+            )
+        if self.machine.vcpu is not None:
+            raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU")
+        return ModelVcpu(self.machine.create_vcpu(self._engine()))
+
+    def load(self, guest: Guest) -> None:
+        """Put an image into RAM and let vCPU 0 start at its entry. ValueError if it does not fit."""
+        self.machine.load(guest)
+
+    def read_memory(self, gpa: int, size_bytes: int) -> bytes:
+        """Bytes of guest RAM; ValueError outside of it."""
+        return self.machine.read_memory(gpa, size_bytes)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Store bytes in guest RAM; ValueError outside of it."""
+        self.machine.write_memory(gpa, data)
+
+    def close(self) -> None:
+        """Free the VM. Harmless when repeated."""
+        self.machine.close()
+
+    def __enter__(self) -> ModelVm:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Running.
+
+    def run(
+        self,
+        *,
+        ticks: int | None = None,
+        for_ns: int | None = None,
+        limit_s: float | None = DEFAULT_LIMIT_S,
+        until: Callable[[], bool] | None = None,
+        counter: int | None = None,
+    ) -> Run:
+        """Run the guest and follow its ticks.
+
+        It ends when the guest does, after `for_ns` of the machine's time, after `limit_s` wall
+        seconds, or when `until` (asked between guest entries) is true. A foreign guest ends when
+        `ticks` ticks have reached it. A guest that does not get its ticks ends (reason `time`)
+        after ten times the time they should take. `counter`: where a foreign guest keeps a 32-bit
+        tick count, guest-physical. May be called again to go on.
+        """
+        stopwatch = Stopwatch()
+        guest = self.machine.loaded[-1] if self.machine.loaded else None
+        end_ns = [] if for_ns is None else [self.machine.clock.now_ns + for_ns]
+        goal: _TickGoal | None = None
+        if guest is not None and guest.parameters is not None:
+            end_ns += self._nominal_end_ns()
+        elif ticks is not None:
+            goal = _TickGoal(self, ticks)
+        exit_ = self.machine.run(
+            min(end_ns, default=None), limit_s, _either(goal and goal.is_over, until)
+        )
+        if exit_.reason == "until" and goal is not None and goal.reason:
+            exit_ = Exit(goal.reason)
+        return self._result(guest, exit_, stopwatch.elapsed_s(), counter)
+
+    def parameters(self) -> Parameters | None:
+        """The guest's parameter block as it is now in RAM; None for a foreign guest."""
+        guest = self.machine.loaded[-1] if self.machine.loaded else None
+        if guest is None or guest.parameters is None:
+            return None
+        return Parameters.read(self.machine.ram, guest.parameters.magic)
+
+    def _nominal_end_ns(self) -> list[int]:
+        block = self.parameters()
+        if block is None or not block.count:
+            return []
+        period_ns = nominal_period_ns(block.divisor)
+        return [self.machine.started_ns + NOMINAL_TIMES * block.count * period_ns]
+
+    def _result(
+        self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None
+    ) -> Run:
+        machine, pit, block = self.machine, self.machine.board.pit, self.parameters()
+        vcpu = machine.vcpu
+        assert vcpu is not None
+        self.assembler.settle()
+        guest_ticks = block.counter if block else None
+        if counter is not None:
+            guest_ticks = int.from_bytes(machine.read_memory(counter, 4), "little")
+        return Run(
+            guest=guest.name if guest else "",
+            cpu=vcpu.engine.name,
+            chips="model",
+            clock=machine.clock.name,
+            seed=machine.host.seed,
+            elapsed_ns=machine.elapsed_ns,
+            wall_s=wall_s,
+            instructions=vcpu.instructions,
+            exit=exit_,
+            pit=pit and PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject),
+            guest_ticks=guest_ticks,
+            ticks=TickReport(self.assembler) if pit else None,
+            faults=machine.host.faults(),
+            console=machine.ports.console.decode("utf-8", "replace"),
+            serial=machine.ports.serial.decode("utf-8", "replace"),
+        )
+
+
+class _TickGoal:
+    """A foreign guest's end: `ticks` of them reached it, or it had ten times the time for that."""
+
+    def __init__(self, vm: ModelVm, ticks: int) -> None:
+        self._vm = vm
+        self._ticks = ticks
+        self.reason = ""
+
+    def is_over(self) -> bool:
+        machine = self._vm.machine
+        machine.recorder.flush()
+        if self._vm.assembler.reached >= self._ticks:
+            self.reason = "done"
+        elif (pit := machine.board.pit) is not None and pit.period_ns:
+            if machine.elapsed_ns >= NOMINAL_TIMES * self._ticks * pit.period_ns:
+                self.reason = "time"
+        return bool(self.reason)
+
+
+def _either(
+    first: Callable[[], bool] | None, second: Callable[[], bool] | None
+) -> Callable[[], bool] | None:
+    if first is None or second is None:
+        return first or second
+    return lambda: first() or second()
+
+
+def _pic_of(pic: Pic, chip_id: int) -> PicState:
+    return pic.slave if chip_id == KVM_IRQCHIP_PIC_SLAVE else pic.master
+
+
+def _unicorn_engine() -> Engine:
+    # Loading the native library takes time that scripted guests need not pay.
+    from kvmtick.cpu.unicorn import UnicornEngine
+
+    return UnicornEngine()

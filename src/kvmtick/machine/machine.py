@@ -1,0 +1,278 @@
+"""The machine: one vCPU, RAM, the board, and the loop that runs them in one thread.
+
+The loop is: fire what is due, look after a halted or descheduled vCPU, enter the guest up to the
+next deadline. In virtual time the clock moves by the instructions the guest retired and jumps over
+the time it sleeps; in real time the guest is kicked at the deadline by a thread, and a halted one
+sleeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from mmap import mmap
+
+from kvmtick.cpu.engine import Engine, ExitReason
+from kvmtick.guests import Guest
+from kvmtick.machine.board import Board
+from kvmtick.machine.ports import PortMap
+from kvmtick.timing.clock import MonotonicClock, VirtualClock
+from kvmtick.timing.host import HostModel
+from kvmtick.timing.queue import NEVER_NS
+from kvmtick.timing.wall import Kicker, Stopwatch, sleep_until_ns
+from kvmtick.trace.ftrace import format_line
+from kvmtick.trace.recorder import IDLE_TASK, Recorder
+from kvmtick.vcpu.events import RFLAGS_IF
+from kvmtick.vcpu.vcpu import MpState, Vcpu
+
+__all__ = ["RAM_BYTES", "Exit", "Machine"]
+
+RAM_BYTES = 2 << 20
+"""All that real mode can address, with room behind it."""
+
+SLICE_INSTRUCTIONS = 10_000_000
+"""The longest stay in the guest without a look at Ctrl-C and the wall-time limit: about 0.1 s."""
+SLICE_REAL_NS = 100_000_000
+UNLIMITED_INSTRUCTIONS = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Why a run ended: `reason` as in the JSON, the guest's exit code, a line on what happened."""
+
+    reason: str
+    code: int = 0
+    detail: str = ""
+
+    @property
+    def is_failure(self) -> bool:
+        """The guest failed (exit code 4), rather than finished or ran out of time."""
+        return self.reason in ("limit", "deadlock", "triple-fault", "guest-error")
+
+
+class Machine:
+    """One PC with one vCPU."""
+
+    def __init__(self, clock: str = "virtual", seed: int = 0, detail: bool = False) -> None:
+        """`clock` is `virtual` or `real`; `detail` records the events only traces need."""
+        if clock not in ("virtual", "real"):
+            raise ValueError(f"clock {clock!r}: choose virtual or real")
+        self.virtual = clock == "virtual"
+        self.clock = VirtualClock() if self.virtual else MonotonicClock()
+        self.started_ns = self.clock.now_ns
+        self.recorder = Recorder(self.clock, detail)
+        self.host = HostModel(seed)
+        self.ports = PortMap(self._guest_exit, self._guest_sleep)
+        self.board = Board(self.clock, self.host, self.recorder, self.ports)
+        self.ram: mmap = mmap(-1, RAM_BYTES)
+        self.vcpu: Vcpu | None = None
+        self.loaded: list[Guest] = []
+        self._exit: Exit | None = None
+        self._off_until_ns = 0
+        self._halted_ns = -1
+        self._kicker: Kicker | None = None
+
+    # Putting it together.
+
+    def create_vcpu(self, engine: Engine) -> Vcpu:
+        """Wire up vCPU 0 over `engine`."""
+        task = self.recorder.add_task(f"CPU 0/KVM-{self.board.new_tid()}")
+        engine.map_ram(0, self.ram)
+        vcpu = Vcpu(self.board, 0, engine, task)
+        self.board.vcpus.append(vcpu)
+        self.vcpu = vcpu
+        if not self.virtual:
+            engine.use_host_tsc(self.started_ns)
+            self._kicker = Kicker(engine.kick)
+        if self.loaded:
+            engine.reset(*self.loaded[-1].entry)
+        return vcpu
+
+    def load(self, guest: Guest) -> None:
+        """Copy an image into RAM and let the vCPU start at its entry."""
+        self.write_memory(guest.load_at, guest.image)
+        self.loaded.append(guest)
+        if self.vcpu is not None:
+            self.vcpu.engine.reset(*guest.entry)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Write guest RAM; ValueError if it does not fit."""
+        if not 0 <= gpa <= gpa + len(data) <= len(self.ram):
+            raise ValueError(
+                f"{len(data)} bytes at {gpa:#x} do not fit: RAM ends at {len(self.ram):#x}"
+            )
+        self.ram[gpa : gpa + len(data)] = data
+        if self.vcpu is not None:
+            self.vcpu.engine.ram_written(gpa, len(data))
+
+    def read_memory(self, gpa: int, size_bytes: int) -> bytes:
+        """Read guest RAM; ValueError if the range is not all RAM."""
+        if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
+            raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {len(self.ram):#x}")
+        return self.ram[gpa : gpa + size_bytes]
+
+    def close(self) -> None:
+        """Stop the threads and give the memory back. Harmless when repeated."""
+        if self._kicker is not None:
+            self._kicker.close()
+            self._kicker = None
+        self.board.close()
+        for vcpu in self.board.vcpus:
+            vcpu.engine.close()
+
+    # Running.
+
+    @property
+    def elapsed_ns(self) -> int:
+        """The machine's time since power-on."""
+        return self.clock.now_ns - self.started_ns
+
+    def take_vcpu_off(self, duration_ns: int) -> None:
+        """The host runs something else on the vCPU's CPU for that long, from now on."""
+        self._off_until_ns = self.clock.now_ns + duration_ns
+        self.board.queue.add(self._off_until_ns, _nothing)
+
+    def run(
+        self,
+        end_ns: int | None = None,
+        limit_s: float | None = None,
+        until: Callable[[], bool] | None = None,
+    ) -> Exit:
+        """Run until the guest ends, the machine's time reaches `end_ns` (reason `time`), `limit_s`
+        wall seconds are over (`limit`), or `until`, asked between guest entries, says so (`until`).
+
+        May be called again to go on, unless the guest itself ended.
+        """
+        vcpu = self.vcpu
+        if vcpu is None:
+            raise ValueError("the machine has no vCPU: create one before running")
+        stopwatch = Stopwatch()
+        try:
+            return self._loop(vcpu, NEVER_NS if end_ns is None else end_ns, limit_s, until, stopwatch)
+        except KeyboardInterrupt:
+            return Exit("interrupted")
+        finally:
+            if self._kicker is not None:
+                self._kicker.disarm()
+            self.recorder.flush()
+
+    def _loop(
+        self,
+        vcpu: Vcpu,
+        end_ns: int,
+        limit_s: float | None,
+        until: Callable[[], bool] | None,
+        stopwatch: Stopwatch,
+    ) -> Exit:
+        clock, queue, recorder = self.clock, self.board.queue, self.recorder
+        passes = 0
+        while True:
+            clock.refresh()
+            if queue.next_ns <= clock.now_ns:
+                queue.run_due(clock)
+            if recorder.full:
+                recorder.flush()
+            if self._exit is not None:
+                return self._exit
+            if until is not None and until():
+                return Exit("until")
+            if clock.now_ns >= end_ns:
+                return Exit("time")
+            passes += 1
+            if limit_s is not None and passes & 15 == 0 and stopwatch.elapsed_s() > limit_s:
+                return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
+            deadline_ns = min(queue.next_ns, end_ns)
+            if self._is_away(vcpu):
+                self._sleep(deadline_ns)
+            elif vcpu.mp_state == MpState.HALTED and not self._wake(vcpu):
+                if self._is_deadlocked(vcpu, end_ns):
+                    return Exit("deadlock", detail=_deadlock_detail(vcpu))
+                self._sleep(deadline_ns)
+            else:
+                self._enter(vcpu, deadline_ns)
+
+    def _enter(self, vcpu: Vcpu, deadline_ns: int) -> None:
+        now_ns = self.clock.now_ns
+        if self._kicker is None:
+            reason = vcpu.enter(min(deadline_ns - now_ns, SLICE_INSTRUCTIONS))
+        else:
+            self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
+            reason = vcpu.enter(UNLIMITED_INSTRUCTIONS)
+        if reason == ExitReason.HLT:
+            self._halted_ns = self.clock.now_ns
+        elif reason == ExitReason.TRIPLE_FAULT:
+            self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
+        elif reason == ExitReason.INTERNAL_ERROR:
+            self._exit = Exit("guest-error", detail=vcpu.engine.error)
+
+    def _is_away(self, vcpu: Vcpu) -> bool:
+        """Is the vCPU thread off its CPU? A kick may find the host busy (`vcpu_off`)."""
+        if vcpu.kicked:
+            vcpu.kicked = False
+            delay_ns = self.host.delay_ns("vcpu_off")
+            if delay_ns:
+                self.take_vcpu_off(delay_ns)
+        return self.clock.now_ns < self._off_until_ns
+
+    def _wake(self, vcpu: Vcpu) -> bool:
+        """`kvm_vcpu_check_block`: awake if there is something to run for."""
+        if not vcpu.has_events():
+            return False
+        vcpu.mp_state = MpState.RUNNABLE
+        slept_ns = self.clock.now_ns - self._halted_ns
+        self.recorder.task = vcpu.task
+        self.recorder.kvm_vcpu_wakeup(slept_ns, slept_ns > 0, True)
+        return True
+
+    def _is_deadlocked(self, vcpu: Vcpu, end_ns: int) -> bool:
+        """Halted, and nothing can ever wake it: IF is clear and there is no NMI source, or no
+        timer is running and nobody set an end."""
+        if not vcpu.vmcs.guest_rflags & RFLAGS_IF:
+            return True
+        return self.board.queue.next_ns == NEVER_NS == end_ns
+
+    def _sleep(self, until_ns: int) -> None:
+        self.recorder.task = IDLE_TASK
+        if self.virtual:
+            self.clock.now_ns = until_ns
+        else:
+            sleep_until_ns(min(until_ns, self.clock.now_ns + SLICE_REAL_NS))
+
+    def _guest_exit(self, value: int) -> None:
+        """The guest wrote the debug exit port."""
+        detail = f"the guest wrote {value:#x} to the debug exit port"
+        self._exit = Exit("guest-error" if value else "done", value, detail if value else "")
+        assert self.vcpu is not None
+        self.vcpu.engine.kick()
+
+    def _guest_sleep(self, microseconds: int) -> None:
+        """The guest asked user space to keep the vCPU out of the guest for a while."""
+        self.take_vcpu_off(microseconds * 1000)
+        assert self.vcpu is not None
+        self.vcpu.engine.kick()
+
+    # For people.
+
+    def crash_report(self) -> str:
+        """Registers and the last events, for a guest that failed."""
+        assert self.vcpu is not None
+        registers = self.vcpu.engine.registers()
+        cells = [f"{name:>6} {value:08x}" for name, value in registers.items()]
+        lines = ["registers:"]
+        lines += ["  " + "  ".join(cells[row : row + 6]) for row in range(0, len(cells), 6)]
+        lines.append("last events:")
+        tail = self.recorder.tail()
+        lines += [f"  {format_line(record, self.recorder.tasks)}" for record in tail]
+        if not tail:
+            lines.append("  none")
+        return "\n".join(lines)
+
+
+def _nothing() -> None:
+    """A deadline that only ends a slice."""
+
+
+def _deadlock_detail(vcpu: Vcpu) -> str:
+    if vcpu.vmcs.guest_rflags & RFLAGS_IF:
+        return "halted with interrupts on, but no timer runs: nothing can wake it"
+    return "halted with interrupts off (cli; hlt) and no NMI source: nothing can wake it"

@@ -1,0 +1,85 @@
+"""The ports user space answers: debug exit, debug console, serial line.
+
+* 0xf4, debug exit (QEMU's isa-debug-exit): the guest ends the run, 0 is success;
+* 0xd8, host sleep: the vCPU stays in user space for the number of microseconds written;
+* 0xe9, debug console (Bochs, QEMU's isa-debugcon): reads 0xe9, writes a byte of text;
+* 0x3f8-0x3ff, a 16550A UART (National Semiconductor PC16550D datasheet) that sends at once: the
+  transmitter is always empty, nothing is ever received;
+* everything else reads all ones, as an undriven ISA bus does.
+
+Not modelled: UART interrupts, modem lines, FIFOs.
+"""
+
+from collections.abc import Callable
+
+__all__ = ["PortMap"]
+
+PORT_HOST_SLEEP = 0xD8
+PORT_DEBUG_CONSOLE = 0xE9
+PORT_DEBUG_EXIT = 0xF4
+PORT_SERIAL = 0x3F8
+
+UART_DATA, UART_INTERRUPT_ENABLE, UART_INTERRUPT_ID, UART_LINE_CONTROL = range(4)
+UART_MODEM_CONTROL, UART_LINE_STATUS, UART_MODEM_STATUS, UART_SCRATCH = range(4, 8)
+LCR_DIVISOR_LATCH = 0x80
+LSR_TRANSMITTER_EMPTY = 0x60
+IIR_NONE_PENDING = 0x01
+
+CONSOLE_LIMIT_BYTES = 1 << 20
+
+
+class PortMap:
+    """User space's side of port I/O. What the guest prints is in `console` and `serial`.
+
+    Each keeps its first MiB and counts the rest in `dropped_bytes`.
+    """
+
+    def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
+        """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""
+        self._on_exit = on_exit
+        self._on_sleep = on_sleep
+        self.console = bytearray()
+        self.serial = bytearray()
+        self.dropped_bytes = 0
+        self._uart = bytearray(8)
+
+    def read(self, port: int, size_bytes: int) -> int:
+        """The value the guest reads; wider than a byte only undriven ports answer."""
+        if size_bytes == 1:
+            if port == PORT_DEBUG_CONSOLE:
+                return PORT_DEBUG_CONSOLE
+            if port & ~7 == PORT_SERIAL:
+                return self._read_uart(port & 7)
+        return (1 << 8 * size_bytes) - 1
+
+    def write(self, port: int, size_bytes: int, value: int) -> None:
+        """The guest wrote `value`."""
+        if port == PORT_DEBUG_EXIT:
+            self._on_exit(value)
+        elif port == PORT_HOST_SLEEP:
+            self._on_sleep(value)
+        elif port == PORT_DEBUG_CONSOLE:
+            self._print(self.console, value & 0xFF)
+        elif port & ~7 == PORT_SERIAL:
+            self._write_uart(port & 7, value & 0xFF)
+
+    def _read_uart(self, register: int) -> int:
+        if register == UART_LINE_STATUS:
+            return LSR_TRANSMITTER_EMPTY
+        if register == UART_INTERRUPT_ID:
+            return IIR_NONE_PENDING
+        if register in (UART_DATA, UART_MODEM_STATUS):
+            return 0
+        return self._uart[register]
+
+    def _write_uart(self, register: int, value: int) -> None:
+        if register == UART_DATA and not self._uart[UART_LINE_CONTROL] & LCR_DIVISOR_LATCH:
+            self._print(self.serial, value)
+        else:
+            self._uart[register] = value
+
+    def _print(self, text: bytearray, byte: int) -> None:
+        if len(text) < CONSOLE_LIMIT_BYTES:
+            text.append(byte)
+        else:
+            self.dropped_bytes += 1

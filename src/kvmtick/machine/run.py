@@ -1,0 +1,103 @@
+"""What a run gave: the object of `kvmtick run --json`, and the same for library users."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmtick.machine.machine import Exit
+from kvmtick.ticks.report import TickReport
+
+__all__ = ["BELIEVED_HZ", "PitSettings", "Run"]
+
+BELIEVED_HZ = 1193182
+"""What guests take the PIT's frequency for (105/88 MHz); KVM's runs at 1193181 Hz."""
+
+
+@dataclass(frozen=True, slots=True)
+class PitSettings:
+    """Counter 0 at the end of a run: its count, its period in ns (after the clamp), reinject."""
+
+    count: int
+    period_ns: int
+    reinject: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a guest. Times are the machine's, in ns, but for `wall_s`, seconds of this host.
+
+    `guest_ticks` is the guest's own count, None if it has none we know of. `ticks` is None if
+    nobody saw the events (the kernel's chips without tracefs).
+    """
+
+    guest: str
+    cpu: str
+    chips: str
+    clock: str
+    seed: int
+    elapsed_ns: int
+    wall_s: float
+    instructions: int | None
+    exit: Exit
+    pit: PitSettings | None
+    guest_ticks: int | None
+    ticks: TickReport | None
+    faults: dict[str, str] = field(default_factory=dict)
+    console: str = ""
+    serial: str = ""
+
+    @property
+    def drift_ppm(self) -> float | None:
+        """How fast the guest's own clock runs against the machine's, in parts per million.
+
+        The guest counts `guest_ticks * count` periods of 1193182 Hz; 0 would be a true clock.
+        None if the guest has no count or no time has passed.
+        """
+        if self.guest_ticks is None or self.pit is None or not self.elapsed_ns:
+            return None
+        believed_ns = self.guest_ticks * self.pit.count * 1_000_000_000 / BELIEVED_HZ
+        return round((believed_ns / self.elapsed_ns - 1) * 1e6, 3)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object of `kvmtick run --json` (docs/json.md)."""
+        ticks = self.ticks.as_dict() if self.ticks else None
+        latency_ns = self.ticks.latency_ns if self.ticks else None
+        sources = []
+        if self.ticks:
+            sources = [
+                {
+                    "source": self.ticks.source,
+                    "vcpu": 0,
+                    "path": self.ticks.path,
+                    "ticks": ticks,
+                    "latency_ns": latency_ns,
+                }
+            ]
+        pit = self.pit
+        return {
+            "guest": self.guest,
+            "cpu": self.cpu,
+            "chips": self.chips,
+            "clock": self.clock,
+            "seed": self.seed,
+            "faults": self.faults,
+            "elapsed_ns": self.elapsed_ns,
+            "wall_s": self.wall_s,
+            "instructions": self.instructions,
+            "exit": {"reason": self.exit.reason, "code": self.exit.code},
+            "pit": pit
+            and {"count": pit.count, "period_ns": pit.period_ns, "reinject": pit.reinject},
+            "guest_ticks": self.guest_ticks,
+            "ticks": ticks,
+            "latency_ns": latency_ns,
+            "drift_ppm": self.drift_ppm,
+            "sources": sources,
+        }
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.guest}: {self.exit.reason} after {self.elapsed_ns / 1e9:.6f} s"]
+        if self.guest_ticks is not None:
+            lines.append(f"  guest counted {self.guest_ticks} ticks")
+        if self.ticks is not None:
+            lines.append(self.ticks.summary())
+        return "\n".join(lines)

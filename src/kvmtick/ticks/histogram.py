@@ -1,0 +1,59 @@
+"""Latencies in constant memory: a histogram with a bounded relative error."""
+
+from collections import Counter
+
+__all__ = ["Histogram"]
+
+SUB_BITS = 7
+"""Values below 2^7 are exact; above, a bucket spans less than 1/64 of its value."""
+
+BATCH = 4096
+
+
+class Histogram:
+    """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
+
+    __slots__ = ("_buckets", "_fresh", "_total", "max")
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, int] = {}
+        self._fresh: list[int] = []
+        self._total = 0
+        self.max = 0
+
+    def __len__(self) -> int:
+        return self._total + len(self._fresh)
+
+    def add(self, value: int) -> None:
+        """Count one value."""
+        self._fresh.append(value)
+        if len(self._fresh) >= BATCH:
+            self._fold()
+
+    def quantile(self, share: float) -> int:
+        """The smallest bucket's upper end that covers `share` (0-1) of the values; 0 if empty."""
+        self._fold()
+        wanted = max(1, round(share * self._total))
+        seen = 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            if seen >= wanted:
+                return min(bucket, self.max)
+        return 0
+
+    def summary(self) -> dict[str, int]:
+        """`p50`, `p99` and `max`; empty if nothing was counted."""
+        if not len(self):
+            return {}
+        return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self.max}
+
+    def _fold(self) -> None:
+        if not self._fresh:
+            return
+        self.max = max(self.max, max(self._fresh))
+        self._total += len(self._fresh)
+        for value, count in Counter(self._fresh).items():
+            shift = max(0, value.bit_length() - SUB_BITS)
+            bucket = ((value >> shift) + 1 << shift) - 1
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self._fresh.clear()

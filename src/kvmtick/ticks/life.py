@@ -1,0 +1,355 @@
+"""From trace to lives: every expiry of the PIT's hrtimer gets an identity and one verdict.
+
+`TickAssembler` consumes records in order and keeps only what is open: the expiries that wait for
+their pulse, the one whose PIC request is latched, the one in service. It mirrors the kernel's
+`pending` from the events alone, so that the same code can judge any trace that has them.
+
+Which pulse belongs to which expiry: with reinject on the oldest expiry without a pulse gets the
+next one; with reinject off the one that queued the work.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from kvmtick.ticks.histogram import Histogram
+from kvmtick.ticks.verdict import Verdict, Where
+from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Irqchip, Record
+
+__all__ = ["HOPS", "Tick", "TickAssembler"]
+
+HOPS = (
+    "expiry_to_work",
+    "work_to_accept",
+    "accept_to_inject",
+    "inject_to_eoi",
+    "expiry_to_eoi",
+)
+"""The hops of a PIT tick: worker start, PIC request, VM-entry field written, guest's EOI."""
+
+KEEP = 16_384
+"""Lives kept for looking at; the counts and latencies cover all."""
+
+PIT_GSI = 0
+PIT_SOURCE_ID = 2
+PORT_PIC_COMMAND = 0x20
+PORT_PIC_DATA = 0x21
+IMR_IRQ0 = 1
+NO_COMMAND = -1
+OPEN = Verdict.OUTSTANDING
+ICW1 = 0x10
+OCW3 = 0x08
+
+_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
+_PIT_DO_WORK = int(Function.PIT_DO_WORK)
+_PIC_MASTER = int(Irqchip.PIC_MASTER)
+
+
+class Tick:
+    """One expiry and what became of it; times in ns, None for a step it never reached."""
+
+    __slots__ = (
+        "accept_ns",
+        "detail",
+        "eoi_ns",
+        "expiry_ns",
+        "fired_ns",
+        "index",
+        "inject_ns",
+        "period_ns",
+        "vector",
+        "verdict",
+        "where",
+        "work_ns",
+    )
+
+    def __init__(self, index: int, expiry_ns: int, fired_ns: int) -> None:
+        """`index` counts from 1; `expiry_ns` is the timer's `expires`, `fired_ns` the late now."""
+        self.index = index
+        self.expiry_ns = expiry_ns
+        self.fired_ns = fired_ns
+        self.period_ns: int | None = None
+        self.work_ns: int | None = None
+        self.accept_ns: int | None = None
+        self.inject_ns: int | None = None
+        self.eoi_ns: int | None = None
+        self.vector: int | None = None
+        self.verdict = OPEN
+        self.where: Where | None = None
+        self.detail = ""
+
+    def __repr__(self) -> str:
+        where = f" at {self.where.value}" if self.where else ""
+        return f"<Tick {self.index} expiry_ns={self.expiry_ns} {self.verdict.value}{where}>"
+
+
+class TickAssembler:
+    """A recorder's consumer that follows the PIT's ticks down the PIC path."""
+
+    source = "pit"
+    path = "pic"
+
+    def __init__(self, keep: int = KEEP) -> None:
+        self.lives: deque[Tick] = deque(maxlen=keep)
+        self.expired = 0
+        self.extra = 0
+        self.reached = 0
+        self.latency_ns = {hop: Histogram() for hop in HOPS}
+        self._judged: dict[Verdict, int] = {}
+        self._reinject = False
+        self._expires_ns = 0
+        self._expiring: Tick | None = None
+        self._pending = 0
+        self._work_queued = False
+        self._work_ns = 0
+        self._seen_by_worker = 0
+        self._passed_by = 0
+        self._waiting: deque[Tick] = deque()
+        self._pulsed: Tick | None = None
+        self._pulse_level = 0
+        self._request: Tick | None = None
+        self._foreign_request = False
+        self._in_service: Tick | None = None
+        self._counted: Tick | None = None
+        self._auto_eoi = False
+        self._auto_eoi_tick: Tick | None = None
+        self._pic_command = NO_COMMAND
+        self._icw2_next = False
+        self._irq_base: int | None = None
+        self._handlers: list[Callable[[Record], None] | None] = [None] * len(Event)
+        for event, handler in (
+            (Event.HRTIMER_START, self._hrtimer_start),
+            (Event.HRTIMER_EXPIRE_ENTRY, self._hrtimer_expire_entry),
+            (Event.WORK_QUEUE, self._work_queue),
+            (Event.WORK_START, self._work_start),
+            (Event.KVM_SET_IRQ, self._set_irq),
+            (Event.KVM_PIC_SET_IRQ, self._pic_set_irq),
+            (Event.KVM_INJ_VIRQ, self._inj_virq),
+            (Event.KVM_ACK_IRQ, self._ack_irq),
+            (Event.KVM_PIO, self._pio),
+            (Event.KVM_APICV_INHIBIT_CHANGED, self._apicv_inhibit_changed),
+            (Event.PIT_RESET_REINJECT, self._pit_reset_reinject),
+        ):
+            self._handlers[event] = handler
+
+    def __call__(self, batch: list[Record]) -> None:
+        """Take in a batch of records."""
+        handlers = self._handlers
+        for record in batch:
+            handler = handlers[record[1]]
+            if handler is not None:
+                handler(record)
+
+    def settle(self) -> None:
+        """Judge what can be judged now, between two events; everything else is outstanding."""
+        self._drop_uncounted()
+
+    def count(self, verdict: Verdict) -> int:
+        """How many ticks have this verdict; the verdicts add up to `expired`."""
+        if verdict is Verdict.OUTSTANDING:
+            return self.expired - sum(self._judged.values())
+        return self._judged.get(verdict, 0)
+
+    # The timer and the worker.
+
+    def _hrtimer_start(self, record: Record) -> None:
+        if record[4] != _PIT_TIMER_FN:
+            return
+        expiring = self._expiring
+        if expiring is not None and record[2] & IRQ_CONTEXT:
+            expiring.period_ns = record[5] - self._expires_ns
+        self._expiring = None
+        self._expires_ns = record[5]
+
+    def _hrtimer_expire_entry(self, record: Record) -> None:
+        if record[4] != _PIT_TIMER_FN:
+            return
+        if len(self._waiting) > self._pending:
+            self._drop_uncounted()
+        self.expired += 1
+        tick = Tick(self.expired, self._expires_ns, record[5])
+        self._expiring = tick
+        self.lives.append(tick)
+        if self._reinject:
+            self._pending += 1
+        elif self._work_queued:
+            self._judge(tick, Verdict.COALESCED, Where.WORKER)
+            return
+        self._waiting.append(tick)
+
+    def _work_queue(self, record: Record) -> None:
+        if record[4] == _PIT_DO_WORK:
+            self._work_queued = True
+
+    def _work_start(self, record: Record) -> None:
+        if record[4] != _PIT_DO_WORK:
+            return
+        self._work_queued = False
+        self._work_ns = record[0]
+        # A pulse of this run is its tick's own only if no earlier run passed that tick by.
+        self._passed_by = self._seen_by_worker
+        self._seen_by_worker = self.expired
+
+    def _pit_reset_reinject(self, record: Record) -> None:
+        self._pending = 0
+        self._counted = None
+        self._forget_waiting("its pending count was reset")
+
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if record[3] != ApicvInhibitReason.PIT_REINJ:
+            return
+        self._reinject = bool(record[4])
+        self._pending = 0
+        self._counted = None
+        self._forget_waiting("reinjection was switched")
+
+    def _forget_waiting(self, why: str) -> None:
+        """Drop who waits; work that is queued already will still pulse for the first of them."""
+        survivor = self._waiting.popleft() if self._waiting and self._work_queued else None
+        for tick in self._waiting:
+            self._judge(tick, Verdict.DROPPED, detail=why)
+        self._waiting.clear()
+        if survivor is not None:
+            self._waiting.append(survivor)
+
+    def _drop_uncounted(self) -> None:
+        """Acknowledgements that were nobody's consume counts: fewer pulses than ticks will come."""
+        if not self._reinject or self._work_queued:
+            return
+        owed = max(0, self._pending - (self._counted is not None))
+        while len(self._waiting) > owed:
+            self._judge(
+                self._waiting.popleft(),
+                Verdict.DROPPED,
+                detail="an acknowledgement that was not its own consumed its pending count",
+            )
+
+    # The line and the PIC.
+
+    def _set_irq(self, record: Record) -> None:
+        self._pulse_level = record[4]
+        if not record[4]:
+            return
+        self._pic_command = NO_COMMAND
+        if record[3] != PIT_GSI or record[5] != PIT_SOURCE_ID or not self._waiting:
+            self._pulsed = None
+            return
+        tick = self._waiting.popleft()
+        self._pulsed = tick
+        tick.work_ns = self._work_ns
+        if self._reinject:
+            self._counted = tick
+            if tick.index <= self._passed_by:
+                self._judge(tick, Verdict.REINJECTED)
+
+    def _pic_set_irq(self, record: Record) -> None:
+        if not self._pulse_level or record[3] or record[4]:
+            return
+        tick = self._pulsed
+        self._pulsed = None
+        if record[6] & IMR_IRQ0 and (self._request is not None or self._foreign_request):
+            self._lost(tick, Verdict.MASKED)
+        elif record[7]:
+            self._lost(tick, Verdict.COALESCED)
+        else:
+            if self._request is not None:
+                self._judge(self._request, Verdict.DROPPED, Where.PIC, "its PIC request was taken back")
+            self._request = tick
+            self._foreign_request = tick is None
+            if tick is not None:
+                tick.accept_ns = record[0]
+
+    def _lost(self, tick: Tick | None, verdict: Verdict) -> None:
+        if tick is not None and tick.verdict is OPEN:
+            self._judge(tick, verdict, Where.PIC)
+
+    # The vCPU and the guest.
+
+    def _inj_virq(self, record: Record) -> None:
+        if record[5]:
+            return
+        if self._auto_eoi:
+            self._auto_eoi = False
+            if self._auto_eoi_tick is not None:
+                self._auto_eoi_tick.vector = record[3]
+            return
+        tick = self._request
+        base = self._irq_base
+        if tick is None or (base is not None and record[3] != base):
+            if base is None or record[3] == base:
+                self._foreign_request = False
+            self.extra += 1
+            return
+        tick.vector = record[3]
+        self._request = None
+        self._in_service = tick
+        self._reach(tick, record[0])
+
+    def _ack_irq(self, record: Record) -> None:
+        if record[3] != _PIC_MASTER or record[4]:
+            return
+        if self._reinject and self._pending:
+            self._pending -= 1
+        self._counted = None
+        command, self._pic_command = self._pic_command, NO_COMMAND
+        if command == NO_COMMAND or command & (ICW1 | OCW3):
+            self._acked_without_eoi(command, record[0])
+        elif self._in_service is not None:
+            self._end(self._in_service, record[0])
+            self._in_service = None
+
+    def _acked_without_eoi(self, command: int, ts_ns: int) -> None:
+        """ICW1 forgot the request; a poll or an automatic EOI took it."""
+        tick = self._request
+        self._request = None
+        self._foreign_request = False
+        if command != NO_COMMAND and command & ICW1:
+            if tick is not None and tick.verdict is OPEN:
+                self._judge(tick, Verdict.DROPPED, Where.PIC, "ICW1 cleared its PIC request")
+            return
+        # An automatic EOI comes just before its injection, a poll just before its port read.
+        self._auto_eoi = True
+        self._auto_eoi_tick = tick
+        if tick is not None:
+            self._reach(tick, ts_ns)
+            self._end(tick, ts_ns)
+
+    def _pio(self, record: Record) -> None:
+        if not record[3]:
+            self._auto_eoi = False
+            return
+        port, value = record[4], record[7]
+        if port == PORT_PIC_COMMAND:
+            self._pic_command = value
+            if value & ICW1:
+                self._icw2_next = True
+        elif port == PORT_PIC_DATA and self._icw2_next:
+            self._icw2_next = False
+            self._irq_base = value & 0xF8
+
+    # Judgement.
+
+    def _reach(self, tick: Tick, ts_ns: int) -> None:
+        tick.inject_ns = ts_ns
+        self.reached += 1
+        if tick.verdict is OPEN:
+            on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
+            self._judge(tick, Verdict.DELIVERED if on_time else Verdict.LATE)
+        if tick.work_ns is not None and tick.accept_ns is not None:
+            latency = self.latency_ns
+            latency["expiry_to_work"].add(tick.work_ns - tick.expiry_ns)
+            latency["work_to_accept"].add(tick.accept_ns - tick.work_ns)
+            latency["accept_to_inject"].add(ts_ns - tick.accept_ns)
+
+    def _end(self, tick: Tick, ts_ns: int) -> None:
+        tick.eoi_ns = ts_ns
+        if tick.inject_ns is not None:
+            self.latency_ns["inject_to_eoi"].add(ts_ns - tick.inject_ns)
+            self.latency_ns["expiry_to_eoi"].add(ts_ns - tick.expiry_ns)
+
+    def _judge(
+        self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""
+    ) -> None:
+        tick.verdict = verdict
+        tick.where = where
+        tick.detail = detail
+        self._judged[verdict] = self._judged.get(verdict, 0) + 1

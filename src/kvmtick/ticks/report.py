@@ -1,0 +1,91 @@
+"""What became of the ticks, for people (`summary`) and for programs (`as_dict`)."""
+
+from collections.abc import Iterator
+
+from kvmtick.ticks.life import HOPS, Tick, TickAssembler
+from kvmtick.ticks.verdict import Verdict
+
+__all__ = ["TickReport"]
+
+_COUNTED = tuple(verdict for verdict in Verdict if verdict is not Verdict.UNKNOWN)
+_MEANING = {
+    Verdict.DELIVERED: "reached the guest within their period",
+    Verdict.LATE: "reached the guest a period late, or more",
+    Verdict.REINJECTED: "held back, pulsed on a later EOI",
+    Verdict.COALESCED: "merged with a request that was still set",
+    Verdict.MASKED: "pulsed while every pin was masked",
+    Verdict.DROPPED: "their count was thrown away",
+    Verdict.OUTSTANDING: "still under way at the end",
+}
+
+
+class TickReport:
+    """The ticks of one source: counts by verdict, latency per hop, and the lives themselves."""
+
+    def __init__(self, assembler: TickAssembler) -> None:
+        self._assembler = assembler
+
+    def __len__(self) -> int:
+        return self._assembler.expired
+
+    def __iter__(self) -> Iterator[Tick]:
+        """The lives that were kept, in order: the last 16,384."""
+        return iter(self._assembler.lives)
+
+    def __getitem__(self, index: int) -> Tick:
+        """Tick `index`, counting from 1 as `--story` does; IndexError names what there is."""
+        lives = self._assembler.lives
+        first = self._assembler.expired - len(lives) + 1
+        if not lives or not first <= index < first + len(lives):
+            have = f"{first} to {first + len(lives) - 1}" if lives else "none"
+            raise IndexError(f"no tick {index}: the ticks kept are {have}")
+        return lives[index - first]
+
+    @property
+    def source(self) -> str:
+        """Which timer: `pit`."""
+        return self._assembler.source
+
+    @property
+    def path(self) -> str:
+        """By which way they reached the guest: `pic`."""
+        return self._assembler.path
+
+    @property
+    def expired(self) -> int:
+        """How often the timer expired."""
+        return self._assembler.expired
+
+    @property
+    def extra(self) -> int:
+        """Injections that belong to no tick."""
+        return self._assembler.extra
+
+    def count(self, verdict: Verdict | str) -> int:
+        """How many ticks got this verdict."""
+        return self._assembler.count(Verdict(verdict))
+
+    @property
+    def latency_ns(self) -> dict[str, dict[str, int]]:
+        """`p50`, `p99` and `max` of each hop, in ns; empty for a hop no tick made."""
+        return {hop: self._assembler.latency_ns[hop].summary() for hop in HOPS}
+
+    def as_dict(self) -> dict[str, str | int]:
+        """`source`, `expired` and a count for each verdict; the verdicts add up to `expired`."""
+        counts = {verdict.value: self.count(verdict) for verdict in _COUNTED}
+        return {"source": self.source, "expired": self.expired, **counts, "extra": self.extra}
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """`(verdict, count, meaning)` in the order a reader wants them."""
+        return [(v.value, self.count(v), meaning) for v, meaning in _MEANING.items()]
+
+    def summary(self) -> str:
+        """A few lines for the terminal: counts by verdict, then latencies."""
+        lines = [f"{self.expired} ticks of the {self.source} by way of the {self.path}:"]
+        lines += [f"  {name:<12}{count:>9}" for name, count, _ in self.rows() if count]
+        lines += [
+            f"  {hop:<18}p50 {s['p50']:>9} ns   p99 {s['p99']:>9} ns   max {s['max']:>9} ns"
+            for hop, s in self.latency_ns.items()
+            if s
+        ]
+        return "\n".join(lines)

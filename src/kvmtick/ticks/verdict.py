@@ -1,0 +1,32 @@
+"""The one word said of every tick.
+
+The order is the order of judgement: the first that matches wins (docs/walkthrough.md). A tick is
+`dropped` when the count it was owed a pulse by was thrown away before that pulse; a count reset
+after the pulse takes nothing from the guest.
+"""
+
+from enum import Enum
+
+__all__ = ["Verdict", "Where"]
+
+
+class Verdict(Enum):
+    """What became of an expiry."""
+
+    DROPPED = "dropped"
+    REINJECTED = "reinjected"
+    MASKED = "masked"
+    COALESCED = "coalesced"
+    DELIVERED = "delivered"
+    LATE = "late"
+    OUTSTANDING = "outstanding"
+    UNKNOWN = "unknown"
+
+
+class Where(Enum):
+    """Where a tick that did not come through ended."""
+
+    WORKER = "worker"
+    PIC = "pic"
+    IOAPIC = "ioapic"
+    LAPIC = "lapic"

@@ -1,0 +1,51 @@
+"""The machine's clock: integer nanoseconds, virtual or CLOCK_MONOTONIC.
+
+`now_ns` is a plain attribute in both, so that hot code reads it without a call. The virtual clock
+moves only when the machine moves it. The monotonic clock is a snapshot: `refresh` takes a new one,
+and the machine refreshes it wherever the kernel would call `ktime_get`: before every timer
+callback, worker run, VM entry and port access.
+"""
+
+import time
+
+__all__ = ["Clock", "MonotonicClock", "VirtualClock"]
+
+
+class Clock:
+    """What every chip reads: `now_ns`, nanoseconds on CLOCK_MONOTONIC or since power-on."""
+
+    __slots__ = ("now_ns",)
+
+    name = "abstract"
+
+    def __init__(self, now_ns: int) -> None:
+        self.now_ns = now_ns
+
+    def refresh(self) -> None:
+        """Bring `now_ns` up to date."""
+
+
+class VirtualClock(Clock):
+    """Time is what the machine says it is; it starts at 0 and never goes back."""
+
+    __slots__ = ()
+
+    name = "virtual"
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class MonotonicClock(Clock):
+    """CLOCK_MONOTONIC of this host, the clock KVM's PIT runs on."""
+
+    __slots__ = ()
+
+    name = "real"
+
+    def __init__(self) -> None:
+        super().__init__(time.monotonic_ns())
+
+    def refresh(self) -> None:
+        """Take a new snapshot of CLOCK_MONOTONIC."""
+        self.now_ns = time.monotonic_ns()

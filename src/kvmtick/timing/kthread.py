@@ -1,0 +1,126 @@
+"""Kernel worker threads and their work items (kernel/kthread.c: kthread_worker, kthread_work).
+
+A work item sits in the queue at most once; it may be queued again from the moment its function
+starts. The worker runs items in order. How long it takes to get the CPU is the host model's
+business (`worker_delay`).
+
+Not modelled: delayed work, several workers a thread, affinity and priority.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from kvmtick.timing.clock import Clock
+from kvmtick.timing.host import HostModel
+from kvmtick.timing.queue import EventQueue
+from kvmtick.trace.events import Function
+from kvmtick.trace.recorder import Recorder
+
+__all__ = ["KthreadWork", "KthreadWorker"]
+
+
+class KthreadWork:
+    """A function a worker runs; `queued` while it waits."""
+
+    __slots__ = ("address", "callback", "function", "queued")
+
+    def __init__(self, callback: Callable[[], None], function: Function, address: int) -> None:
+        self.callback = callback
+        self.function = int(function)
+        self.address = address
+        self.queued = False
+
+
+class KthreadWorker:
+    """One worker thread, for example `kvm-pit/1000`."""
+
+    __slots__ = (
+        "_clock",
+        "_host",
+        "_queue",
+        "_recorder",
+        "_woken",
+        "_works",
+        "address",
+        "destroyed",
+        "name",
+        "task",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        clock: Clock,
+        queue: EventQueue,
+        host: HostModel,
+        recorder: Recorder,
+        address: int,
+    ) -> None:
+        self.name = name
+        self._clock = clock
+        self._queue = queue
+        self._host = host
+        self._recorder = recorder
+        self.address = address
+        self.task = recorder.add_task(name)
+        self._works: deque[KthreadWork] = deque()
+        self._woken = -1
+        self.destroyed = False
+
+    def queue_work(self, work: KthreadWork) -> bool:
+        """`kthread_queue_work`: False if it is queued already. ValueError once destroyed."""
+        if self.destroyed:
+            raise ValueError(f"worker {self.name} is destroyed: it takes no work")
+        if work.queued:
+            return False
+        work.queued = True
+        self._works.append(work)
+        self._recorder.sched_kthread_work_queue_work(work.address, work.function, self.address)
+        if self._woken < 0:
+            due_ns = self._clock.now_ns + self._host.delay_ns("worker_delay")
+            self._woken = self._queue.add(due_ns, self._wake)
+        return True
+
+    def flush_work(self, work: KthreadWork) -> None:
+        """`kthread_flush_work`: come back when the item, if queued, has run.
+
+        The caller would sleep until the worker gets there; here the worker runs at once, so a
+        flush takes no time whatever the host's delays.
+        """
+        while work.queued:
+            self._run_one()
+
+    def flush(self) -> None:
+        """`kthread_flush_worker`: come back when everything queued so far has run."""
+        for work in tuple(self._works):
+            self.flush_work(work)
+
+    def destroy(self) -> None:
+        """`kthread_destroy_worker`: run what is queued, then stop. Harmless when repeated."""
+        self.flush()
+        self._sleep()
+        self.destroyed = True
+
+    def _sleep(self) -> None:
+        if self._woken >= 0:
+            self._queue.cancel(self._woken)
+            self._woken = -1
+
+    def _wake(self) -> None:
+        """`kthread_worker_fn`: one pass over the queue; work queued meanwhile gets its own wake."""
+        self._woken = -1
+        for _ in range(len(self._works)):
+            self._run_one()
+
+    def _run_one(self) -> None:
+        work = self._works.popleft()
+        work.queued = False
+        if not self._works:
+            self._sleep()
+        recorder = self._recorder
+        task = recorder.task
+        recorder.task = self.task
+        recorder.sched_kthread_work_execute_start(work.address, work.function)
+        work.callback()
+        recorder.sched_kthread_work_execute_end(work.address, work.function)
+        recorder.task = task

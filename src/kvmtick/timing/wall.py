@@ -1,0 +1,76 @@
+"""Wall time of this host: how long a run took, waiting, and the kick that ends a real-time slice."""
+
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Kicker", "Stopwatch", "sleep_until_ns"]
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started_ns = time.monotonic_ns()
+
+    def elapsed_s(self) -> float:
+        """Wall seconds so far."""
+        return (time.monotonic_ns() - self._started_ns) / 1e9
+
+
+def sleep_until_ns(due_ns: int) -> None:
+    """Sleep until CLOCK_MONOTONIC reaches `due_ns`; returns at once if it has."""
+    wait_ns = due_ns - time.monotonic_ns()
+    if wait_ns > 0:
+        time.sleep(wait_ns / 1e9)
+
+
+class Kicker:
+    """A thread that calls back once when CLOCK_MONOTONIC reaches the time it was armed for.
+
+    It is what the host timer's interrupt is to a real vCPU: it gets the guest out. The thread
+    starts with the first `arm` and ends with `close`.
+    """
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._changed = threading.Condition()
+        self._due_ns: int | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def arm(self, due_ns: int) -> None:
+        """Call back at `due_ns`, in place of whatever was armed before."""
+        with self._changed:
+            self._due_ns = due_ns
+            self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kvmtick-kicker", daemon=True)
+            self._thread.start()
+
+    def disarm(self) -> None:
+        """No call back any more (one may be under way)."""
+        with self._changed:
+            self._due_ns = None
+
+    def close(self) -> None:
+        """End the thread and wait for it. Harmless when repeated."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                if self._due_ns is None:
+                    self._changed.wait()
+                    continue
+                wait_ns = self._due_ns - time.monotonic_ns()
+                if wait_ns > 0:
+                    self._changed.wait(wait_ns / 1e9)
+                    continue
+                self._due_ns = None
+                self._callback()

@@ -1,0 +1,122 @@
+"""The tracepoints as typed records, under the kernel's names and with the kernel's fields.
+
+Sources: include/trace/events/{timer,sched}.h, arch/x86/kvm/trace.h and include/trace/events/kvm.h,
+as their `events/*/*/format` files describe them. A record is a tuple
+`(ts_ns, event, task, field, ...)`; `Tracepoint.fields` names what follows the task. `ts_ns` is the
+machine's clock, `task` an index into the recorder's tasks, with `IRQ_CONTEXT` set in an interrupt.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+__all__ = [
+    "IRQ_CONTEXT",
+    "TRACEPOINTS",
+    "ApicvInhibitReason",
+    "Event",
+    "Function",
+    "Irqchip",
+    "Record",
+    "Tracepoint",
+    "field",
+]
+
+Record = tuple[int, ...]
+
+IRQ_CONTEXT = 0x100
+"""Set in a record's task when the event happened in an interrupt on that task's CPU."""
+
+HEADER_FIELDS = 3
+
+
+class Function(IntEnum):
+    """Kernel functions that timer and work events name."""
+
+    PIT_TIMER_FN = 0
+    PIT_DO_WORK = 1
+
+
+class Irqchip(IntEnum):
+    """`irqchip` of kvm_ack_irq and of routing entries (KVM_IRQCHIP_*)."""
+
+    PIC_MASTER = 0
+    PIC_SLAVE = 1
+    IOAPIC = 2
+
+
+class ApicvInhibitReason(IntEnum):
+    """`reason` of kvm_apicv_inhibit_changed (enum kvm_apicv_inhibit), the one this model sets."""
+
+    PIT_REINJ = 9
+
+
+class Event(IntEnum):
+    """Which tracepoint a record belongs to."""
+
+    HRTIMER_START = 0
+    HRTIMER_CANCEL = 1
+    HRTIMER_EXPIRE_ENTRY = 2
+    WORK_QUEUE = 3
+    WORK_START = 4
+    WORK_END = 5
+    KVM_SET_IRQ = 6
+    KVM_PIC_SET_IRQ = 7
+    KVM_IOAPIC_SET_IRQ = 8
+    KVM_ACK_IRQ = 9
+    KVM_INJ_VIRQ = 10
+    KVM_VCPU_WAKEUP = 11
+    KVM_PIO = 12
+    KVM_ENTRY = 13
+    KVM_EXIT = 14
+    KVM_APICV_INHIBIT_CHANGED = 15
+    PIT_RESET_REINJECT = 16
+
+
+class Tracepoint(NamedTuple):
+    """One tracepoint: the subsystem and name it has in tracefs, and its fields in order."""
+
+    system: str
+    name: str
+    fields: tuple[str, ...]
+
+
+TRACEPOINTS: dict[Event, Tracepoint] = {
+    Event.HRTIMER_START: Tracepoint(
+        "timer", "hrtimer_start", ("hrtimer", "function", "expires", "was_armed")
+    ),
+    Event.HRTIMER_CANCEL: Tracepoint("timer", "hrtimer_cancel", ("hrtimer",)),
+    Event.HRTIMER_EXPIRE_ENTRY: Tracepoint(
+        "timer", "hrtimer_expire_entry", ("hrtimer", "function", "now")
+    ),
+    Event.WORK_QUEUE: Tracepoint(
+        "sched", "sched_kthread_work_queue_work", ("work", "function", "worker")
+    ),
+    Event.WORK_START: Tracepoint(
+        "sched", "sched_kthread_work_execute_start", ("work", "function")
+    ),
+    Event.WORK_END: Tracepoint("sched", "sched_kthread_work_execute_end", ("work", "function")),
+    Event.KVM_SET_IRQ: Tracepoint("kvm", "kvm_set_irq", ("gsi", "level", "irq_source_id")),
+    Event.KVM_PIC_SET_IRQ: Tracepoint(
+        "kvm", "kvm_pic_set_irq", ("chip", "pin", "elcr", "imr", "coalesced")
+    ),
+    Event.KVM_IOAPIC_SET_IRQ: Tracepoint("kvm", "kvm_ioapic_set_irq", ("e", "pin", "coalesced")),
+    Event.KVM_ACK_IRQ: Tracepoint("kvm", "kvm_ack_irq", ("irqchip", "pin")),
+    Event.KVM_INJ_VIRQ: Tracepoint("kvm", "kvm_inj_virq", ("vector", "soft", "reinjected")),
+    Event.KVM_VCPU_WAKEUP: Tracepoint("kvm", "kvm_vcpu_wakeup", ("ns", "waited", "valid")),
+    Event.KVM_PIO: Tracepoint("kvm", "kvm_pio", ("rw", "port", "size", "count", "val")),
+    Event.KVM_ENTRY: Tracepoint("kvm", "kvm_entry", ("vcpu_id", "rip", "intr_info")),
+    Event.KVM_EXIT: Tracepoint(
+        "kvm", "kvm_exit", ("vcpu_id", "exit_reason", "guest_rip", "info1", "intr_info")
+    ),
+    Event.KVM_APICV_INHIBIT_CHANGED: Tracepoint(
+        "kvm", "kvm_apicv_inhibit_changed", ("reason", "set", "inhibits")
+    ),
+    # The kernel has no tracepoint in i8254.c. This one is the model's own: without it a reader has
+    # to guess which ticks an unmask or a reprogramming threw away.
+    Event.PIT_RESET_REINJECT: Tracepoint("kvmtick", "kvm_pit_reset_reinject", ("pending",)),
+}
+
+
+def field(record: Record, name: str) -> int:
+    """A field of a record by its tracepoint's name; ValueError if it has no such field."""
+    return record[HEADER_FIELDS + TRACEPOINTS[Event(record[1])].fields.index(name)]

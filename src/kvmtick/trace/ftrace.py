@@ -1,0 +1,167 @@
+"""Records as ftrace text: the lines `trace` in tracefs would hold, in the kernel's own wording.
+
+The wording of each event is its `print fmt` in `events/*/*/format` (Linux 6.18); hexadecimal
+pointers are the model's fixed numbers. A trailing blank of kvm_pio is left out.
+"""
+
+from collections.abc import Callable
+from typing import TextIO
+
+from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+
+__all__ = ["FtraceWriter", "event_name", "event_text", "format_line"]
+
+_DELIVERY_MODES = ("Fixed", "LowPrio", "SMI", "Res3", "NMI", "INIT", "SIPI", "ExtINT")
+_IRQCHIPS = ("PIC master", "PIC slave", "IOAPIC")
+_APICV_INHIBITS = (
+    "DISABLED",
+    "HYPERV",
+    "ABSENT",
+    "BLOCKIRQ",
+    "PHYSICAL_ID_ALIASED",
+    "APIC_ID_MODIFIED",
+    "APIC_BASE_MODIFIED",
+    "NESTED",
+    "IRQWIN",
+    "PIT_REINJ",
+)
+_EXIT_REASONS = {
+    1: "EXTERNAL_INTERRUPT",
+    2: "TRIPLE_FAULT",
+    7: "INTERRUPT_WINDOW",
+    8: "NMI_WINDOW",
+    12: "HLT",
+    30: "IO_INSTRUCTION",
+    52: "PREEMPTION_TIMER",
+}
+
+
+def _function(value: int) -> str:
+    return Function(value).name.lower()
+
+
+def _hrtimer_start(r: Record) -> str:
+    return (
+        f"hrtimer={r[3]:016x} function={_function(r[4])} expires={r[5]} softexpires={r[5]}"
+        f" mode=ABS was_armed={r[6]:d}"
+    )
+
+
+def _hrtimer_expire_entry(r: Record) -> str:
+    return f"hrtimer={r[3]:016x} function={_function(r[4])} now={r[5]}"
+
+
+def _work_queue(r: Record) -> str:
+    return f"work struct={r[3]:016x} function={_function(r[4])} worker={r[5]:016x}"
+
+
+def _work_execute(r: Record) -> str:
+    return f"work struct {r[3]:016x}: function {_function(r[4])}"
+
+
+def _pic_set_irq(r: Record) -> str:
+    trigger = "level" if r[5] >> r[4] & 1 else "edge"
+    masked = "|masked" if r[6] >> r[4] & 1 else ""
+    return f"chip {r[3]} pin {r[4]} ({trigger}{masked}){' (coalesced)' if r[7] else ''}"
+
+
+def _ioapic_set_irq(r: Record) -> str:
+    e = r[3]
+    return (
+        f"pin {r[4]} dst {e >> 56:x} vec {e & 0xFF} ({_DELIVERY_MODES[e >> 8 & 7]}"
+        f"|{'logical' if e >> 11 & 1 else 'physical'}|{'level' if e >> 15 & 1 else 'edge'}"
+        f"{'|masked' if e >> 16 & 1 else ''}){' (coalesced)' if r[5] else ''}"
+    )
+
+
+def _inj_virq(r: Record) -> str:
+    return f"{'Soft/INTn' if r[4] else 'IRQ'} 0x{r[3]:x}{' [reinjected]' if r[5] else ''}"
+
+
+def _vcpu_wakeup(r: Record) -> str:
+    return (
+        f"{'wait' if r[4] else 'poll'} time {r[3]} ns, polling {'valid' if r[5] else 'invalid'}"
+    )
+
+
+def _pio(r: Record) -> str:
+    text = f"pio_{'write' if r[3] else 'read'} at 0x{r[4]:x} size {r[5]} count {r[6]} val 0x{r[7]:x}"
+    return f"{text} (...)" if r[6] > 1 else text
+
+
+def _entry(r: Record) -> str:
+    return f"vcpu {r[3]}, rip 0x{r[4]:x} intr_info 0x{r[5]:08x} error_code 0x00000000"
+
+
+def _exit(r: Record) -> str:
+    return (
+        f"vcpu {r[3]} reason {_EXIT_REASONS.get(r[4], f'0x{r[4]:x}')} rip 0x{r[5]:x}"
+        f" info1 0x{r[6]:016x} info2 0x{0:016x} intr_info 0x{r[7]:08x} error_code 0x00000000"
+        f" requests 0x{0:016x}"
+    )
+
+
+def _apicv_inhibit_changed(r: Record) -> str:
+    names = "|".join(name for bit, name in enumerate(_APICV_INHIBITS) if r[5] >> bit & 1)
+    return f"{'set' if r[4] else 'cleared'} reason={r[3]}, inhibits=0x{r[5]:x} {names}".rstrip()
+
+
+_TEXT: dict[int, Callable[[Record], str]] = {
+    Event.HRTIMER_START: _hrtimer_start,
+    Event.HRTIMER_CANCEL: lambda r: f"hrtimer={r[3]:016x}",
+    Event.HRTIMER_EXPIRE_ENTRY: _hrtimer_expire_entry,
+    Event.WORK_QUEUE: _work_queue,
+    Event.WORK_START: _work_execute,
+    Event.WORK_END: _work_execute,
+    Event.KVM_SET_IRQ: lambda r: f"gsi {r[3]} level {r[4]} source {r[5]}",
+    Event.KVM_PIC_SET_IRQ: _pic_set_irq,
+    Event.KVM_IOAPIC_SET_IRQ: _ioapic_set_irq,
+    Event.KVM_ACK_IRQ: lambda r: f"irqchip {_IRQCHIPS[r[3]]} pin {r[4]}",
+    Event.KVM_INJ_VIRQ: _inj_virq,
+    Event.KVM_VCPU_WAKEUP: _vcpu_wakeup,
+    Event.KVM_PIO: _pio,
+    Event.KVM_ENTRY: _entry,
+    Event.KVM_EXIT: _exit,
+    Event.KVM_APICV_INHIBIT_CHANGED: _apicv_inhibit_changed,
+    Event.PIT_RESET_REINJECT: lambda r: f"pending {r[3]}",
+}
+
+
+def event_name(record: Record) -> str:
+    """The tracepoint's name, as tracefs has it."""
+    return TRACEPOINTS[Event(record[1])].name
+
+
+def event_text(record: Record) -> str:
+    """What follows the name on an event's line."""
+    return _TEXT[record[1]](record)
+
+
+def format_line(record: Record, tasks: list[str]) -> str:
+    """One line of ftrace text. The machine's host has one CPU, number 0."""
+    comm, _, pid = tasks[record[2] & ~IRQ_CONTEXT].rpartition("-")
+    flags = "d.h1." if record[2] & IRQ_CONTEXT else "....."
+    seconds, ns = divmod(record[0], 1_000_000_000)
+    return (
+        f"{comm:>16}-{pid:<7} [000] {flags} {seconds:5d}.{ns // 1000:06d}:"
+        f" {event_name(record)}: {event_text(record)}"
+    )
+
+
+class FtraceWriter:
+    """A recorder's consumer that writes ftrace text to a file."""
+
+    def __init__(self, file: TextIO, tasks: list[str]) -> None:
+        """`tasks` is the recorder's, which may still grow."""
+        self._file = file
+        self._tasks = tasks
+        self.lines = 0
+        file.write("# tracer: nop\n#\n")
+        file.write("#           TASK-PID     CPU#  |||||  TIMESTAMP  FUNCTION\n")
+        file.write("#              | |         |   |||||     |         |\n")
+
+    def __call__(self, batch: list[Record]) -> None:
+        """Write a batch of records."""
+        tasks = self._tasks
+        self._file.writelines(f"{format_line(record, tasks)}\n" for record in batch)
+        self.lines += len(batch)

@@ -1,0 +1,97 @@
+"""What goes into the guest at the next VM entry, and in which order.
+
+`inject_pending_event` follows kvm_check_and_inject_events (arch/x86/kvm/x86.c) over the VMX
+functions vmx_inject_irq, vmx_inject_nmi and vmx_enable_{irq,nmi}_window: first an event whose
+delivery was cut short, then an NMI, then an external interrupt; what cannot be taken now opens a
+window. Blocking follows SDM vol. 3A, 6.8.1 (IF), 6.8.3 (MOV SS) and 6.7.1 (NMI).
+
+Not modelled: SMI, pending exceptions raised by KVM itself, nested guests.
+"""
+
+from typing import Protocol
+
+from kvmtick.cpu.engine import EventType, Interruptibility
+from kvmtick.trace.recorder import Recorder
+from kvmtick.vcpu.vmcs import Vmcs, intr_info, intr_type, intr_vector
+
+__all__ = [
+    "NMI_VECTOR",
+    "RFLAGS_IF",
+    "InterruptSource",
+    "PendingEvents",
+    "complete_interrupts",
+    "inject_pending_event",
+    "interrupt_allowed",
+    "nmi_allowed",
+]
+
+RFLAGS_IF = 1 << 9
+NMI_VECTOR = 2
+NMI_LIMIT = 2
+"""One NMI in service and one pending: more are merged (`process_nmi`)."""
+
+_SHADOW = int(Interruptibility.STI | Interruptibility.MOV_SS)
+_NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.MOV_SS)
+
+
+class InterruptSource(Protocol):
+    """Where the vCPU's external interrupts come from."""
+
+    def has_interrupt(self) -> bool:
+        """`kvm_cpu_has_injectable_intr`."""
+
+    def get_interrupt(self) -> int:
+        """`kvm_cpu_get_interrupt`: acknowledge and return the vector."""
+
+
+class PendingEvents:
+    """Events on their way into the guest."""
+
+    __slots__ = ("nmi_pending", "reinject_info")
+
+    def __init__(self) -> None:
+        self.nmi_pending = 0
+        self.reinject_info = 0
+        """The event to deliver again, as interruption information; 0 if none."""
+
+    def queue_nmi(self, nmi_blocked: bool) -> None:
+        """`kvm_inject_nmi` and `process_nmi`: pends unless as many as can wait do already."""
+        limit = 1 if nmi_blocked else NMI_LIMIT
+        self.nmi_pending = min(self.nmi_pending + 1, limit)
+
+
+def interrupt_allowed(vmcs: Vmcs) -> bool:
+    """`vmx_interrupt_allowed`: IF is set and no STI or MOV SS shadow."""
+    return bool(vmcs.guest_rflags & RFLAGS_IF) and not vmcs.guest_interruptibility & _SHADOW
+
+
+def nmi_allowed(vmcs: Vmcs) -> bool:
+    """`vmx_nmi_allowed`: no NMI in service and no MOV SS shadow."""
+    return not vmcs.guest_interruptibility & _NMI_BLOCKED
+
+
+def complete_interrupts(vmcs: Vmcs, pending: PendingEvents) -> None:
+    """`vmx_complete_interrupts`: keep the event whose delivery the exit cut short."""
+    pending.reinject_info = vmcs.idt_vectoring_info
+    vmcs.entry_intr_info = 0
+
+
+def inject_pending_event(
+    vmcs: Vmcs, pending: PendingEvents, source: InterruptSource, recorder: Recorder
+) -> None:
+    """Fill the VM-entry interruption information and set the windows for what has to wait."""
+    info = pending.reinject_info
+    if info:
+        vmcs.entry_intr_info = info
+        pending.reinject_info = 0
+        if intr_type(info) == EventType.EXTERNAL:
+            recorder.kvm_inj_virq(intr_vector(info), False, True)
+    elif pending.nmi_pending and nmi_allowed(vmcs):
+        pending.nmi_pending -= 1
+        vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
+    elif source.has_interrupt() and interrupt_allowed(vmcs):
+        vector = source.get_interrupt()
+        recorder.kvm_inj_virq(vector, False, False)
+        vmcs.entry_intr_info = intr_info(EventType.EXTERNAL, vector)
+    vmcs.nmi_window_exiting = pending.nmi_pending > 0
+    vmcs.intr_window_exiting = source.has_interrupt()

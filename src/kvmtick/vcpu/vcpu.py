@@ -1,0 +1,283 @@
+"""A virtual CPU: its requests, its kick, and one VM entry and exit (arch/x86/kvm/x86.c).
+
+`enter` is vcpu_enter_guest: it serves the requests, injects what is due, lets the engine run and
+handles the exit. Port accesses are handled while the engine is inside, as exits the kernel handles
+itself; whoever wants the vCPU's attention makes a request and kicks it.
+
+Not modelled: the local APIC. ExtINT reaches vCPU 0 as after reset (LVT0 unmasked, ExtINT mode).
+"""
+
+from enum import IntEnum, IntFlag
+from typing import Protocol
+
+from kvmtick.cpu.engine import Engine, ExitReason, Interruptibility
+from kvmtick.irqchip.i8259 import Pic
+from kvmtick.irqchip.iobus import IoBus
+from kvmtick.timing.clock import Clock
+from kvmtick.timing.queue import EventQueue
+from kvmtick.trace.recorder import Recorder
+from kvmtick.vcpu.events import (
+    PendingEvents,
+    complete_interrupts,
+    inject_pending_event,
+    interrupt_allowed,
+    nmi_allowed,
+)
+from kvmtick.vcpu.vmcs import Vmcs
+
+__all__ = ["EXIT_IO_INSTRUCTION", "MpState", "Request", "UserPorts", "Vcpu"]
+
+EXIT_IO_INSTRUCTION = 30
+"""The basic exit reason of a port access (SDM appendix C); engines report none."""
+
+RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
+
+
+class MpState(IntEnum):
+    """KVM_MP_STATE_*: what the vCPU is about."""
+
+    RUNNABLE = 0
+    HALTED = 3
+
+
+class Request(IntFlag):
+    """KVM_REQ_*: what must be looked at before the next entry."""
+
+    NONE = 0
+    EVENT = 1 << 0
+    MIGRATE_TIMER = 1 << 1
+
+
+class UserPorts(Protocol):
+    """The ports no in-kernel device answers: an exit to user space."""
+
+    def read(self, port: int, size_bytes: int) -> int:
+        """The value the guest reads."""
+
+    def write(self, port: int, size_bytes: int, value: int) -> None:
+        """The guest wrote `value`."""
+
+
+class VcpuBoard(Protocol):
+    """What a vCPU is wired to."""
+
+    clock: Clock
+    queue: EventQueue
+    recorder: Recorder
+    bus: IoBus
+    ports: UserPorts
+    pic: Pic | None
+
+    def migrate_pit_timer(self) -> None:
+        """`__kvm_migrate_timers`, the PIT's part."""
+
+
+class Vcpu:
+    """One vCPU over one engine."""
+
+    __slots__ = (
+        "_board",
+        "_bus",
+        "_clock",
+        "_entered_ns",
+        "_pio_data",
+        "_ports",
+        "_queue",
+        "_recorder",
+        "_virtual",
+        "engine",
+        "in_guest",
+        "instructions",
+        "kicked",
+        "mp_state",
+        "pending",
+        "requests",
+        "task",
+        "vcpu_id",
+        "vmcs",
+    )
+
+    def __init__(self, board: VcpuBoard, vcpu_id: int, engine: Engine, task: int) -> None:
+        """`task` is the vCPU thread's index in the recorder."""
+        self._board = board
+        self._clock = board.clock
+        self._queue = board.queue
+        self._recorder = board.recorder
+        self._bus = board.bus
+        self._ports = board.ports
+        self._virtual = board.clock.name == "virtual"
+        self.vcpu_id = vcpu_id
+        self.engine = engine
+        self.task = task
+        self.vmcs = Vmcs()
+        self.pending = PendingEvents()
+        self.requests = 0
+        self.mp_state = MpState.RUNNABLE
+        self.in_guest = False
+        self.kicked = False
+        self.instructions = 0
+        self._entered_ns = 0
+        self._pio_data = 0
+        engine.attach(self._pio_out, self._pio_in)
+
+    # Requests and kicks.
+
+    def request_event(self) -> None:
+        """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
+        self.requests |= Request.EVENT
+        self.kick()
+
+    def kick(self) -> None:
+        """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
+        self.kicked = True
+        if self.in_guest:
+            self.engine.kick()
+
+    def request_migrate_timer(self) -> None:
+        """`kvm_make_request(KVM_REQ_MIGRATE_TIMER)`: the thread moved to another host CPU."""
+        self.requests |= Request.MIGRATE_TIMER
+        self.kick()
+
+    def queue_nmi(self) -> None:
+        """`kvm_inject_nmi`."""
+        self.pending.queue_nmi(bool(self.vmcs.guest_interruptibility & Interruptibility.NMI))
+        self.request_event()
+
+    # External interrupts (irq.c).
+
+    def accepts_extint(self) -> bool:
+        """`kvm_apic_accept_pic_intr`: LVT0 is in ExtINT mode and unmasked, as after reset."""
+        return self.vcpu_id == 0
+
+    def has_interrupt(self) -> bool:
+        """`kvm_cpu_has_extint`."""
+        pic = self._board.pic
+        return pic is not None and pic.output and self.vcpu_id == 0
+
+    def get_interrupt(self) -> int:
+        """`kvm_cpu_get_extint`: the INTA cycle."""
+        pic = self._board.pic
+        assert pic is not None
+        return pic.read_irq()
+
+    def has_events(self) -> bool:
+        """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
+        if self.pending.reinject_info or (self.pending.nmi_pending and nmi_allowed(self.vmcs)):
+            return True
+        return self.has_interrupt() and interrupt_allowed(self.vmcs)
+
+    # One entry and exit.
+
+    def enter(self, budget: int) -> int:
+        """`vcpu_enter_guest`: at most `budget` instructions; returns the `ExitReason`."""
+        if self.requests:
+            self._serve_requests()
+        vmcs, engine, recorder = self.vmcs, self.engine, self._recorder
+        recorder.task = self.task
+        if recorder.detail:
+            rip = engine.registers()["rip"]
+            recorder.kvm_entry(self.vcpu_id, rip, vmcs.entry_intr_info)
+        self.kicked = False
+        self._entered_ns = self._clock.now_ns
+        self.in_guest = True
+        try:
+            reason = engine.enter(
+                vmcs.entry_intr_info,
+                vmcs.intr_window_exiting,
+                vmcs.nmi_window_exiting,
+                budget,
+                self._entered_ns,
+            )
+        finally:
+            self.in_guest = False
+            self._set_clock(engine.retired)
+            self.instructions += engine.retired
+        vmcs.exit_reason = reason
+        vmcs.guest_rflags = engine.rflags
+        vmcs.guest_interruptibility = engine.interruptibility
+        vmcs.idt_vectoring_info = engine.idt_vectoring_info
+        if recorder.detail:
+            self._record_exit(reason, 0)
+        self._handle_exit(reason)
+        return reason
+
+    def _serve_requests(self) -> None:
+        requests, self.requests = self.requests, 0
+        if requests & Request.MIGRATE_TIMER:
+            self._board.migrate_pit_timer()
+        if requests & Request.EVENT:
+            inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+
+    def _handle_exit(self, reason: int) -> None:
+        vmcs = self.vmcs
+        complete_interrupts(vmcs, self.pending)
+        if reason == ExitReason.HLT:
+            self.mp_state = MpState.HALTED
+        elif reason == ExitReason.INTERRUPT_WINDOW:
+            vmcs.intr_window_exiting = False
+            self.requests |= Request.EVENT
+        elif reason == ExitReason.NMI_WINDOW:
+            vmcs.nmi_window_exiting = False
+            self.requests |= Request.EVENT
+        if self.pending.reinject_info:
+            self.requests |= Request.EVENT
+
+    def _record_exit(self, reason: int, info1: int) -> None:
+        self._recorder.kvm_exit(
+            self.vcpu_id,
+            reason,
+            self.engine.registers()["rip"],
+            info1,
+            self.vmcs.idt_vectoring_info,
+        )
+
+    # Port accesses, while the engine is inside.
+
+    def _set_clock(self, retired: int) -> None:
+        if self._virtual:
+            self._clock.now_ns = self._entered_ns + retired
+        else:
+            self._clock.refresh()
+
+    def _pio_out(self, port: int, size_bytes: int, value: int, retired: int) -> None:
+        self._set_clock(retired)
+        recorder = self._recorder
+        if recorder.detail:
+            self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 0))
+        recorder.kvm_pio(1, port, size_bytes, 1, value)
+        deadline_ns = self._queue.next_ns
+        device = self._bus.find(port, size_bytes)
+        if device is None:
+            self._ports.write(port, size_bytes, value)
+        else:
+            device.io_write(port, size_bytes, value)
+        # The slice was cut for the deadline there was; an earlier one needs a new slice.
+        if self._queue.next_ns < deadline_ns:
+            self.engine.kick()
+        if recorder.detail:
+            recorder.kvm_entry(self.vcpu_id, self.engine.registers()["rip"], 0)
+
+    def _pio_in(self, port: int, size_bytes: int, retired: int) -> int:
+        self._set_clock(retired)
+        recorder = self._recorder
+        if recorder.detail:
+            self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 1))
+        deadline_ns = self._queue.next_ns
+        device = self._bus.find(port, size_bytes)
+        if device is None:
+            value = self._ports.read(port, size_bytes)
+        else:
+            value = device.io_read(port, size_bytes, self._pio_data)
+        value &= RAX_BYTES[size_bytes]
+        self._pio_data = value
+        recorder.kvm_pio(0, port, size_bytes, 1, value)
+        if self._queue.next_ns < deadline_ns:
+            self.engine.kick()
+        if recorder.detail:
+            recorder.kvm_entry(self.vcpu_id, self.engine.registers()["rip"], 0)
+        return value
+
+
+def _io_qualification(port: int, size_bytes: int, is_in: int) -> int:
+    """The exit qualification of a port access (SDM table 28-5)."""
+    return port << 16 | is_in << 3 | (size_bytes - 1)

@@ -1,0 +1,653 @@
+"""The engine contract, one body for every engine that runs without /dev/kvm.
+
+Each guest exists twice: as machine code (bytes with their assembly beside them) and as a generator.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from engine_machine import CODE, IRQ, NMI, PLENTY, VECTOR, Guest, Machine
+
+from kvmtick.cpu.engine import Engine, ExitReason, Interruptibility
+from kvmtick.cpu.scripted import (
+    Cli,
+    Hlt,
+    In,
+    MovSs,
+    Out,
+    Program,
+    Rdtsc,
+    ScriptedEngine,
+    Spin,
+    Sti,
+)
+from kvmtick.cpu.unicorn import UnicornEngine
+
+JOIN_S = 30
+
+Build = Callable[[Guest], Machine]
+
+
+@pytest.fixture(params=["unicorn", "scripted"])
+def build(request: pytest.FixtureRequest) -> Iterator[Build]:
+    machines = []
+
+    def make(guest: Guest) -> Machine:
+        handlers = {vector: routine for vector, (_, routine) in guest.handlers.items()}
+        engine = (
+            UnicornEngine()
+            if request.param == "unicorn"
+            else ScriptedEngine(guest.routine, handlers)
+        )
+        machines.append(Machine(engine, guest))
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.engine.close()
+
+
+def nothing() -> Program:
+    yield from ()
+
+
+IRET = ("cf", nothing)  # iret
+
+
+def halt() -> Program:
+    yield Hlt()
+
+
+def spin() -> Program:
+    while True:
+        yield Spin(1000)
+
+
+HALT = Guest("f4", halt)  # hlt
+SPIN = Guest("ebfe", spin)  # jmp $
+
+
+def test_is_an_engine(build: Build) -> None:
+    engine: Engine = build(HALT).engine  # for the type checker
+    assert engine.name in ("unicorn", "scripted")
+    assert engine.error == ""
+
+
+def test_hlt_counts_and_stops_behind_itself(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(2)
+        yield Hlt()
+        yield Spin(3)
+        yield Hlt()
+
+    # nop; nop; hlt; nop; nop; nop; hlt
+    machine = build(Guest("9090f4 909090f4", routine))
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 3
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 4
+    assert machine.engine.interruptibility == 0
+    assert not machine.interrupts_enabled
+
+
+def test_out_gives_port_size_value_and_time(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Out(0x43, 0x34)
+        yield Spin(1)
+        yield Out(0x40, 0x1234, 2)
+        yield Spin(2)
+        yield Out(0xCF8, 0x8000_0004, 4)
+        yield Hlt()
+
+    machine = build(
+        Guest(
+            "b034"  # mov al, 0x34
+            "e643"  # out 0x43, al
+            "b83412"  # mov ax, 0x1234
+            "e740"  # out 0x40, ax
+            "baf80c"  # mov dx, 0xcf8
+            "66b804000080"  # mov eax, 0x80000004
+            "66ef"  # out dx, eax
+            "f4",  # hlt
+            routine,
+        )
+    )
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [
+        ("out", 0x43, 1, 0x34, 1),
+        ("out", 0x40, 2, 0x1234, 3),
+        ("out", 0xCF8, 4, 0x8000_0004, 6),
+    ]
+    assert machine.engine.retired == 8
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "code"),
+    [
+        # in al, 0x61; out 0x80, al; hlt - then the same with ax and eax
+        (1, "e461 e680 f4"),
+        (2, "e561 e780 f4"),
+        (4, "66e561 66e780 f4"),
+    ],
+)
+def test_in_gives_the_guest_what_the_handler_returns(
+    build: Build, size_bytes: int, code: str
+) -> None:
+    def routine() -> Program:
+        value = yield In(0x61, size_bytes)
+        yield Out(0x80, value, size_bytes)
+        yield Hlt()
+
+    machine = build(Guest(code, routine))
+    machine.input = 0xFEDC_BA98
+    assert machine.enter() is ExitReason.HLT
+    value = machine.input & ((1 << 8 * size_bytes) - 1)
+    assert machine.accesses == [
+        ("in", 0x61, size_bytes, machine.input, 0),
+        ("out", 0x80, size_bytes, value, 1),
+    ]
+
+
+def test_retired_starts_anew_at_each_entry(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(3)
+        yield Out(0x80, 0)
+        yield Hlt()
+
+    machine = build(Guest("909090 e680 f4", routine))  # nop; nop; nop; out 0x80, al; hlt
+    assert machine.enter(budget=2) is ExitReason.PREEMPTION_TIMER
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [("out", 0x80, 1, 0, 1)]
+    assert machine.engine.retired == 3
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 999, 1000, 1001, 12_345])
+def test_the_budget_is_exact(build: Build, budget: int) -> None:
+    machine = build(SPIN)
+    assert machine.enter(budget=budget) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == budget
+
+
+def count_and_out() -> Program:
+    yield Spin(1 + 100 * 3 + 99 + 1)
+    yield Out(0x80, 100)
+    yield Hlt()
+
+
+COUNT_AND_OUT = Guest(
+    "b96400"  # mov cx, 100
+    "40"  # again: inc ax
+    "49"  # dec cx
+    "7402"  # jz done
+    "ebfa"  # jmp again
+    "90"  # done: nop
+    "e680"  # out 0x80, al
+    "f4",  # hlt
+    count_and_out,
+)
+
+
+@pytest.mark.parametrize("slices", [(PLENTY,), (1,), (2,), (3, 1), (7, 1, 2), (100,), (401, 1)])
+def test_slices_do_not_change_the_run(build: Build, slices: tuple[int, ...]) -> None:
+    machine = build(COUNT_AND_OUT)
+    total = 0
+    for budget in itertools.cycle(slices):
+        reason = machine.enter(budget=budget, tsc=total)
+        total += machine.engine.retired
+        if reason is ExitReason.HLT:
+            break
+        assert reason is ExitReason.PREEMPTION_TIMER
+        assert machine.engine.retired == budget
+        assert total < PLENTY
+    assert total == 1 + 100 * 3 + 99 + 1 + 2
+    assert [access[:4] for access in machine.accesses] == [("out", 0x80, 1, 100)]
+
+
+def test_hlt_beats_the_budget_it_ends_with(build: Build) -> None:
+    machine = build(HALT)
+    assert machine.enter(budget=1) is ExitReason.HLT
+    assert machine.engine.retired == 1
+
+
+def sti_spin_hlt() -> Program:
+    yield Sti()
+    yield Spin(2)
+    yield Hlt()
+
+
+def eoi() -> Program:
+    yield Spin(1)
+    yield Out(0x20, 0x20)
+
+
+# mov al, 0x20; out 0x20, al; iret
+EOI = ("b020 e620 cf", eoi)
+STI_SPIN_HLT = Guest("fb 9090 f4", sti_spin_hlt, {VECTOR: EOI, 2: EOI})  # sti; nop; nop; hlt
+
+
+def hlt_loop() -> Program:
+    yield Sti()
+    while True:
+        yield Hlt()
+        yield Spin(1)
+
+
+HLT_LOOP = Guest("fb f4 ebfd", hlt_loop, {VECTOR: EOI, 2: EOI})  # sti; again: hlt; jmp again
+
+
+def test_a_tick(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 2
+    for _ in range(100):
+        assert machine.enter(IRQ) is ExitReason.HLT
+        assert machine.engine.retired == 5  # mov, out, iret, jmp, hlt
+    assert machine.accesses == [("out", 0x20, 1, 0x20, 1)] * 100
+
+
+def test_injection_clears_if_and_iret_restores_it(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    assert machine.enter() is ExitReason.HLT
+    assert machine.interrupts_enabled
+    assert machine.enter(IRQ, budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 1
+    assert not machine.interrupts_enabled
+    assert machine.enter(budget=2) is ExitReason.PREEMPTION_TIMER
+    assert machine.interrupts_enabled
+
+
+def test_a_kick_before_entry_finds_the_event_delivered(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    machine.enter()
+    machine.engine.kick()
+    assert machine.enter(IRQ) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 0
+    assert not machine.interrupts_enabled
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 5
+
+
+def test_irq_window_opens_behind_the_shadow_of_sti(build: Build) -> None:
+    machine = build(STI_SPIN_HLT)
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.interrupts_enabled
+    assert machine.engine.interruptibility == Interruptibility.STI
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 1
+    assert machine.engine.interruptibility == 0
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 0
+
+
+def test_irq_window_waits_for_sti(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(5)
+        yield Sti()
+        yield Spin(2)
+        yield Hlt()
+
+    machine = build(Guest("9090909090 fb 9090 f4", routine))  # 5 nop; sti; 2 nop; hlt
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 7
+
+
+def test_irq_window_stays_closed_without_if(build: Build) -> None:
+    machine = build(SPIN)
+    assert machine.enter(irq_window=True, budget=500) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 500
+
+
+def test_cli_closes_the_window(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield Cli()
+        yield Spin(1)
+        yield Hlt()
+
+    machine = build(Guest("fb fa 90 f4", routine))  # sti; cli; nop; hlt
+    assert machine.enter(irq_window=True) is ExitReason.HLT
+    assert machine.engine.retired == 4
+    assert not machine.interrupts_enabled
+
+
+def test_sti_hlt_halts_and_opens_the_window(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    assert machine.enter(irq_window=True) is ExitReason.HLT
+    assert machine.engine.retired == 2
+    assert machine.engine.interruptibility == 0
+    assert machine.interrupts_enabled
+    assert machine.enter(IRQ) is ExitReason.HLT
+    assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]
+
+
+def mov_ss() -> Program:
+    yield Sti()
+    yield Spin(1)
+    yield MovSs()
+    yield Spin(2)
+    yield Hlt()
+
+
+MOV_SS = Guest("fb 31c0 8ed0 9090 f4", mov_ss)  # sti; xor ax, ax; mov ss, ax; nop; nop; hlt
+
+
+def test_mov_ss_casts_a_shadow(build: Build) -> None:
+    machine = build(MOV_SS)
+    assert machine.enter(budget=3) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.interruptibility == Interruptibility.MOV_SS
+    assert machine.enter(irq_window=True, nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 1
+    assert machine.engine.interruptibility == 0
+
+
+def test_nmi_blocks_nmis_until_iret(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    machine.enter()
+    assert machine.enter(NMI, budget=2) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.interruptibility == Interruptibility.NMI
+    assert not machine.interrupts_enabled
+    assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]
+    assert machine.enter(irq_window=True, nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 1  # the iret
+    assert machine.engine.interruptibility == 0
+    assert machine.interrupts_enabled
+
+
+def test_any_iret_ends_nmi_blocking(build: Build) -> None:
+    def nmi_handler() -> Program:
+        yield Sti()
+        yield Spin(3)
+
+    # sti; nop; nop; nop; iret
+    handlers = {2: ("fb 909090 cf", nmi_handler), VECTOR: IRET}
+    machine = build(Guest("fb f4 ebfd", hlt_loop, handlers))
+    machine.enter()
+    assert machine.enter(NMI, irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.interruptibility == Interruptibility.NMI
+    assert machine.enter(IRQ, nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 1
+
+
+def test_nmi_window_is_open_at_once_and_needs_no_if(build: Build) -> None:
+    machine = build(SPIN)
+    assert machine.enter(nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 0
+
+
+def test_order_at_one_boundary(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield Spin(1)
+        yield Out(0x80, 0)
+        yield from spin()
+
+    # sti; nop; out 0x80, al; jmp $
+    machine = build(Guest("fb 90 e680 ebfe", routine))
+    assert machine.enter(budget=2) is ExitReason.PREEMPTION_TIMER
+    machine.on_out = lambda port: machine.engine.kick()
+    # One boundary behind the OUT: kick, both windows and the budget.
+    assert machine.enter(budget=1) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 1
+    machine.engine.kick()
+    both = {"irq_window": True, "nmi_window": True, "budget": 1}
+    assert machine.enter(**both) is ExitReason.EXTERNAL_INTERRUPT  # type: ignore[arg-type]
+    assert machine.engine.retired == 0
+    assert machine.enter(**both) is ExitReason.NMI_WINDOW  # type: ignore[arg-type]
+    assert machine.enter(irq_window=True, budget=1) is ExitReason.INTERRUPT_WINDOW
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 1
+
+
+def outs() -> Program:
+    while True:
+        yield Spin(1)
+        yield Out(0x80, 0)
+        yield Spin(1)
+
+
+OUTS = Guest("90 e680 ebfb", outs)  # again: nop; out 0x80, al; jmp again
+
+
+def test_a_kick_in_a_handler_ends_behind_that_instruction(build: Build) -> None:
+    machine = build(OUTS)
+    machine.on_out = lambda port: machine.engine.kick()
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 2
+    for _ in range(10):
+        assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+        assert machine.engine.retired == 3
+    assert len(machine.accesses) == 11
+
+
+def test_a_kick_is_used_up_by_its_exit(build: Build) -> None:
+    machine = build(SPIN)
+    machine.engine.kick()
+    machine.engine.kick()
+    assert machine.enter(budget=5) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.enter(budget=5) is ExitReason.PREEMPTION_TIMER
+
+
+def test_a_kick_outlives_other_exits(build: Build) -> None:
+    def routine() -> Program:
+        yield Hlt()
+        yield from spin()
+
+    machine = build(Guest("f4 ebfe", routine))  # hlt; jmp $
+    assert machine.enter() is ExitReason.HLT
+    machine.engine.kick()
+    assert machine.enter(budget=5) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 0
+
+
+def test_a_kick_from_another_thread_ends_an_endless_loop(build: Build) -> None:
+    machine = build(OUTS)
+    machine.engine.release_gil(True)
+    running = threading.Event()
+    machine.on_out = lambda port: running.set()
+    stop = threading.Timer(JOIN_S, machine.engine.kick)  # a bound for the test, never the cause
+    stop.start()
+
+    def kicker() -> None:
+        running.wait()
+        machine.engine.kick()
+
+    thread = threading.Thread(target=kicker)
+    thread.start()
+    assert machine.enter(budget=1 << 40) is ExitReason.EXTERNAL_INTERRUPT
+    assert running.is_set()
+    assert stop.is_alive()
+    stop.cancel()
+    thread.join(JOIN_S)
+    assert not thread.is_alive()
+
+
+def test_rdtsc_is_tsc_plus_retired(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(2)
+        value = yield Rdtsc()
+        yield Out(0x80, value & 0xFFFF_FFFF, 4)
+        yield Hlt()
+
+    # nop; nop; rdtsc; out 0x80, eax; hlt
+    machine = build(Guest("9090 0f31 66e780 f4", routine))
+    assert machine.enter(tsc=0x1_0000_1000) is ExitReason.HLT
+    assert machine.accesses == [("out", 0x80, 4, 0x1002, 3)]
+    machine.engine.reset(0, CODE)
+    assert machine.enter(tsc=50, budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.enter(tsc=51) is ExitReason.HLT
+    assert machine.accesses[-1][3] == 52
+
+
+class DeviceError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("release_gil", [False, True])
+def test_an_exception_of_a_handler_ends_enter(build: Build, release_gil: bool) -> None:
+    machine = build(OUTS)
+    machine.engine.release_gil(release_gil)
+
+    def fail(port: int) -> None:
+        raise DeviceError(port)
+
+    machine.on_out = fail
+    with pytest.raises(DeviceError):
+        machine.enter()
+    assert machine.engine.retired == 2
+    machine.on_out = lambda port: None
+    assert machine.enter(budget=4) is ExitReason.PREEMPTION_TIMER
+    assert machine.accesses[-1] == ("out", 0x80, 1, 0, 2)
+
+
+def test_an_exception_in_a_read(build: Build) -> None:
+    def routine() -> Program:
+        value = yield In(0x60)
+        yield Out(0x80, value)
+        yield Hlt()
+
+    machine = build(Guest("e460 e680 f4", routine))  # in al, 0x60; out 0x80, al; hlt
+
+    def fail(port: int) -> None:
+        raise DeviceError(port)
+
+    machine.on_out = fail
+    with pytest.raises(DeviceError):
+        machine.enter()
+    assert machine.engine.retired == 1
+    machine.on_out = lambda port: None
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses[-1] == ("out", 0x80, 1, 0xFF, 0)
+
+
+def test_a_handler_may_not_enter_its_engine(build: Build) -> None:
+    machine = build(OUTS)
+    machine.on_out = lambda port: void(machine.enter())
+    with pytest.raises(RuntimeError):
+        machine.enter()
+
+
+def void(value: object) -> None:
+    pass
+
+
+def test_two_engines_do_not_disturb_each_other(build: Build) -> None:
+    first, second = build(COUNT_AND_OUT), build(OUTS)
+    second.on_out = lambda port: second.engine.kick()
+    total = 0
+    while (reason := first.enter(budget=17)) is ExitReason.PREEMPTION_TIMER:
+        total += first.engine.retired
+        assert second.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert reason is ExitReason.HLT
+    assert total + first.engine.retired == 403
+    assert first.accesses[0][3] == 100
+    assert len(second.accesses) == 403 // 17
+
+
+def test_an_engine_runs_inside_a_handler_of_another(build: Build) -> None:
+    inner = build(HLT_LOOP)
+    inner.enter()
+    outer = build(HLT_LOOP)
+    outer.enter()
+    outer.on_out = lambda port: void(inner.enter(IRQ))
+    for _ in range(20):
+        assert outer.enter(IRQ) is ExitReason.HLT
+        assert outer.engine.retired == 5
+    assert len(inner.accesses) == len(outer.accesses) == 20
+
+
+def test_runs_repeat(build: Build) -> None:
+    def run() -> tuple[list[object], bytes]:
+        machine = build(HLT_LOOP)
+        log: list[object] = [machine.enter(), machine.engine.retired]
+        for tick in range(50):
+            intr_info = NMI if tick % 7 == 0 else IRQ
+            for budget in (1 + tick % 4, PLENTY):
+                reason = machine.enter(intr_info, budget=budget, tsc=tick)
+                engine = machine.engine
+                log += [reason, engine.retired, engine.rflags, engine.interruptibility]
+                intr_info = 0
+                if reason is ExitReason.HLT:
+                    break
+        return log + list(machine.accesses), bytes(machine.ram)
+
+    assert run() == run()
+
+
+def test_host_tsc_runs_by_itself(build: Build) -> None:
+    def routine() -> Program:
+        while True:
+            value = yield Rdtsc()
+            yield Out(0x80, value & 0xFFFF_FFFF, 4)
+            yield Hlt()
+
+    machine = build(Guest("0f31 66e780 f4 ebf8", routine))  # again: rdtsc; out; hlt; jmp again
+    machine.engine.use_host_tsc(0)
+    machine.enter(tsc=5)
+    machine.enter(tsc=5)
+    first, second = (access[3] for access in machine.accesses)
+    assert 0 < (second - first) % (1 << 32) < 60 * 10**9 % (1 << 32) + (1 << 31)
+
+
+def test_registers(build: Build) -> None:
+    machine = build(SPIN)
+    registers = machine.engine.registers()
+    assert registers["rip"] == CODE
+    assert registers["rflags"] == 2
+    assert {"rax", "r15", "rsp", "cs", "ss", "cr0", "cr3"} <= registers.keys()
+    machine.engine.set_register("rsi", 0x1234_5678_9ABC)
+    machine.engine.set_register("rflags", 0x202)
+    assert machine.engine.registers()["rsi"] == 0x1234_5678_9ABC
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    with pytest.raises(ValueError, match="cr3"):
+        machine.engine.set_register("cr3", 0)
+
+
+def test_misuse(build: Build) -> None:
+    machine = build(SPIN)
+    with pytest.raises(ValueError, match="budget"):
+        machine.enter(budget=0)
+    machine.engine.close()
+    machine.engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        machine.enter()
+
+
+def test_no_handler_attached() -> None:
+    for engine in (UnicornEngine(), ScriptedEngine(halt)):
+        with pytest.raises(ValueError, match="attach"):
+            engine.enter(0, False, False, 1, 0)
+        engine.close()
+
+
+def test_a_vector_nobody_handles_is_a_triple_fault(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield Spin(1)
+        yield Hlt()
+
+    # sti; lidt [0x1100] (zeros: no vector is inside the limit); hlt
+    machine = build(Guest("fb 0f011e0011 f4", routine))
+    assert machine.enter() is ExitReason.HLT
+    assert machine.enter(IRQ) is ExitReason.TRIPLE_FAULT
+    assert machine.engine.retired == 0
+    machine.engine.reset(0, CODE)
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 3
+
+
+def test_scripted_reports_an_injection_cut_short() -> None:
+    engine = ScriptedEngine(hlt_loop, {VECTOR: eoi})
+    machine = Machine(engine, HLT_LOOP)
+    machine.enter()
+    engine.cut_short(2)
+    for _ in range(2):
+        assert machine.enter(IRQ) is ExitReason.EXTERNAL_INTERRUPT
+        assert engine.idt_vectoring_info == IRQ
+        assert engine.retired == 0
+        assert machine.interrupts_enabled
+    assert machine.enter(engine.idt_vectoring_info) is ExitReason.HLT
+    assert engine.idt_vectoring_info == 0
+    assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]

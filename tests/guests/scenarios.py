@@ -1,0 +1,320 @@
+"""Scripts for the `scenario` guest, among them those behind the traces of a real kernel.
+
+The guest is `kvmtick/guests/scenario.asm`: it initialises the PICs, then carries out operations of
+8 bytes each that lie at image offset 0x800. `SCENARIOS` holds the scripts whose port accesses are
+those of the recorded traces (`base_1.txt`, `if0_0.txt`, ...); a script of one's own is
+``Scenario("name", "what it does", (pit(1193), idle_ms(5), end()))``.
+
+All of `SCENARIOS` end with exit code 0x5a, as the recorded guests did.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from mmap import mmap
+from typing import Final
+
+from kvmtick import guests
+
+SCRIPT_AT: Final = 0x800
+"""Image offset of the script."""
+
+RESULTS_AT: Final = 0x100
+"""Image offset of results[32]: u32, filled by `in8` and `snap`."""
+
+VECTORS_AT: Final = 0x180
+"""Image offset of vectors[16]: u32, interrupts taken at vectors 0x20..0x2f."""
+
+NMIS_AT: Final = 0x1C0
+"""Image offset of the number of NMIs taken: u32."""
+
+EXIT_CODE: Final = 0x5A
+"""Exit code of the recorded guests."""
+
+ERROR_OPERATION: Final = 0xFE
+"""Exit code after an operation that does not exist."""
+
+MAX_OPERATIONS: Final = (0x10000 - guests.LOAD_AT - SCRIPT_AT) // 8
+"""The script must end below the 64 KiB a real-mode segment holds."""
+
+
+class Code(IntEnum):
+    """Operation codes."""
+
+    END = 0
+    NOP1 = 1
+    CLI = 2
+    STI = 3
+    SPIN_MS = 4
+    IDLE_MS = 5
+    OUT8 = 6
+    IN8 = 7
+    OUT32 = 8
+    EOI_OFF = 9
+    EOI_ON = 10
+    WAIT_TICKS = 11
+    SNAP = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation; the table in `scenario.asm` says what the arguments are."""
+
+    code: Code
+    arg16: int = 0
+    arg32: int = 0
+
+    def pack(self) -> bytes:
+        """As it lies in guest memory."""
+        return struct.pack("<HHI", self.code, self.arg16, self.arg32)
+
+
+def end(code: int = 0) -> Op:
+    """Leave: `code` goes to port 0xf4."""
+    return Op(Code.END, 0, code)
+
+
+def nop() -> Op:
+    """Do nothing."""
+    return Op(Code.NOP1)
+
+
+def cli() -> Op:
+    """Interrupts off (IF=0)."""
+    return Op(Code.CLI)
+
+
+def sti() -> Op:
+    """Interrupts on (IF=1)."""
+    return Op(Code.STI)
+
+
+def spin_ms(ms: int) -> Op:
+    """Busy-wait `ms` milliseconds of TSC time, IF as it is."""
+    return Op(Code.SPIN_MS, 0, ms)
+
+
+def idle_ms(ms: int) -> Op:
+    """HLT until the first wake-up at which `ms` milliseconds have passed; leaves IF=1.
+
+    Only an interrupt wakes it: with none to come it never ends.
+    """
+    return Op(Code.IDLE_MS, 0, ms)
+
+
+def out8(port: int, value: int) -> Op:
+    """Write one byte to `port`."""
+    return Op(Code.OUT8, port, value)
+
+
+def in8(port: int, index: int) -> Op:
+    """results[index] = one byte read from `port`."""
+    return Op(Code.IN8, port, index)
+
+
+def out32(port: int, value: int) -> Op:
+    """Write 4 bytes to `port`."""
+    return Op(Code.OUT32, port, value)
+
+
+def eoi_off() -> Op:
+    """From now on no handler writes an EOI."""
+    return Op(Code.EOI_OFF)
+
+
+def eoi_on() -> Op:
+    """From now on the handlers write their EOIs again (as at the start)."""
+    return Op(Code.EOI_ON)
+
+
+def wait_ticks(ticks: int) -> Op:
+    """HLT until `counter` has gone up by `ticks`; leaves IF=1."""
+    return Op(Code.WAIT_TICKS, 0, ticks)
+
+
+def snap(index: int) -> Op:
+    """results[index] = `counter`."""
+    return Op(Code.SNAP, 0, index)
+
+
+def pit(divisor: int, control: int = 0x34) -> tuple[Op, Op, Op]:
+    """Program PIT channel 0: control word (0x34: mode 2), low byte, high byte of the count."""
+    return out8(0x43, control), out8(0x40, divisor & 0xFF), out8(0x40, divisor >> 8 & 0xFF)
+
+
+def user_sleep_us(us: int) -> Op:
+    """Ask user space, by a dword to port 0xd8, to stay out of KVM_RUN for `us` microseconds."""
+    return out32(0xD8, us)
+
+
+PIC_INIT: Final = (
+    (0x20, 1, 0x11),
+    (0x21, 1, 0x20),
+    (0x21, 1, 0x04),
+    (0x21, 1, 0x01),
+    (0x21, 1, 0xFE),
+    (0xA1, 1, 0xFF),
+)
+"""The port writes (port, size, value) that come before those of any script."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A script and what it is about; in `script` tuples of operations, as of `pit`, may nest."""
+
+    name: str
+    description: str
+    script: tuple[Op | tuple[Op, ...], ...]
+
+    def ops(self) -> tuple[Op, ...]:
+        """The script, flat."""
+        flat: list[Op] = []
+        for item in self.script:
+            if isinstance(item, Op):
+                flat.append(item)
+            else:
+                flat.extend(item)
+        return tuple(flat)
+
+    def writes(self) -> tuple[tuple[int, int, int], ...]:
+        """All port writes (port, size, value) in order, but for the EOIs of handlers."""
+        written = list(PIC_INIT)
+        for op in self.ops():
+            match op.code:
+                case Code.OUT8:
+                    written.append((op.arg16, 1, op.arg32))
+                case Code.OUT32:
+                    written.append((op.arg16, 4, op.arg32))
+                case Code.END:
+                    written.append((0xF4, 1, op.arg32))
+        return tuple(written)
+
+    def guest(self, tsc_khz: int = 1_000_000) -> guests.Guest:
+        """The guest that carries out the script."""
+        ops = self.ops()
+        if not ops or ops[-1].code is not Code.END:
+            raise ValueError(f"scenario {self.name!r}: the script must end with end()")
+        if len(ops) > MAX_OPERATIONS:
+            raise ValueError(f"scenario {self.name!r}: {len(ops)} operations, {MAX_OPERATIONS} fit")
+        bare = guests.load("scenario", ticks=0, tsc_khz=tsc_khz)
+        image = bare.image[:SCRIPT_AT] + b"".join(op.pack() for op in ops)
+        return guests.Guest(
+            f"scenario-{self.name}", image, bare.load_at, bare.entry, bare.parameters
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a scenario left behind."""
+
+    counter: int
+    results: tuple[int, ...]
+    vectors: tuple[int, ...]
+    nmis: int
+
+    @classmethod
+    def read(
+        cls, memory: bytes | bytearray | memoryview | mmap, image_at: int = guests.LOAD_AT
+    ) -> "Results":
+        """Read from guest RAM that starts at physical address 0."""
+        counter = guests.Parameters.read(memory, image_at + 4).counter
+        results = struct.unpack_from("<32I", memory, image_at + RESULTS_AT)
+        vectors = struct.unpack_from("<16I", memory, image_at + VECTORS_AT)
+        (nmis,) = struct.unpack_from("<I", memory, image_at + NMIS_AT)
+        return cls(counter, results, vectors, nmis)
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            "base",
+            "20 ms of HLT at 1 kHz",
+            (pit(1193), idle_ms(20), snap(0), end(EXIT_CODE)),
+        ),
+        Scenario(
+            "if0",
+            "3 ticks, 50 ms with IF=0, 10 ms of HLT",
+            (
+                pit(1193),
+                wait_ticks(3),
+                cli(),
+                snap(0),
+                spin_ms(50),
+                snap(1),
+                sti(),
+                idle_ms(10),
+                snap(2),
+                end(EXIT_CODE),
+            ),
+        ),
+        Scenario(
+            "picmask",
+            "3 ticks, IRQ 0 masked in the PIC for 50 ms with IF=1, 10 ms of HLT",
+            (
+                pit(1193),
+                wait_ticks(3),
+                out8(0x21, 0xFF),
+                snap(0),
+                spin_ms(50),
+                snap(1),
+                out8(0x21, 0xFE),
+                idle_ms(10),
+                snap(2),
+                end(EXIT_CODE),
+            ),
+        ),
+        Scenario(
+            "ifmask",
+            "3 ticks, 30 ms with IF=0, then IRQ 0 masked and unmasked, 10 ms of HLT",
+            (
+                pit(1193),
+                wait_ticks(3),
+                cli(),
+                snap(0),
+                spin_ms(30),
+                out8(0x21, 0xFF),
+                out8(0x21, 0xFE),
+                snap(1),
+                sti(),
+                idle_ms(10),
+                snap(2),
+                end(EXIT_CODE),
+            ),
+        ),
+        Scenario(
+            "clamp",
+            "20 ms of HLT with a PIT count of 10: 8.4 us, raised to 200 us",
+            (pit(10), idle_ms(20), snap(0), end(EXIT_CODE)),
+        ),
+        Scenario(
+            "notrun",
+            "3 ticks, the vCPU 50 ms out of KVM_RUN with IF=1, 10 ms of HLT",
+            (
+                pit(1193),
+                wait_ticks(3),
+                snap(0),
+                user_sleep_us(50_000),
+                idle_ms(10),
+                snap(1),
+                end(EXIT_CODE),
+            ),
+        ),
+        Scenario(
+            "noeoi",
+            "20 ms spun with IF=1 and no EOI, one EOI by hand, 10 ms more",
+            (
+                eoi_off(),
+                pit(1193),
+                sti(),
+                spin_ms(20),
+                snap(0),
+                out8(0x20, 0x20),
+                spin_ms(10),
+                snap(1),
+                end(EXIT_CODE),
+            ),
+        ),
+    )
+}
+"""By name: those of the recorded traces `<name>_0.txt` (reinject off) and `<name>_1.txt` (on)."""
