@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CompileError, LinkError
 
 NEEDS = (
     "kvmtick compiles a small C extension (kvmtick.cpu._shim): {missing}. "
@@ -36,7 +36,7 @@ class BuildShim(build_ext):
             raise SystemExit(NEEDS.format(missing=missing))
         try:
             super().build_extensions()
-        except BaseError as error:
+        except (BaseError, CompileError, LinkError) as error:
             raise SystemExit(NEEDS.format(missing=f"the compiler failed ({error})")) from None
 
 

@@ -112,7 +112,7 @@ def test_kvm_error_is_one_line_with_a_remedy() -> None:
         "KVM_CREATE_PIT2: ENOENT: no in-kernel irqchip; call create_irqchip() first"
     )
     assert str(KvmError(errno.EINVAL, "KVM_RUN", "why not")) == "KVM_RUN: EINVAL: why not"
-    assert str(KvmError(errno.EIO, "KVM_RUN")) == "KVM_RUN: EIO: Input/output error"
+    assert str(KvmError(errno.ENOMEM, "KVM_RUN")) == "KVM_RUN: ENOMEM: Cannot allocate memory"
 
 
 def test_errors_survive_pickling() -> None:

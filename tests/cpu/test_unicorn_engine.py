@@ -378,6 +378,10 @@ def test_code_where_nothing_is_mapped_is_an_internal_error() -> None:
     assert cpu.engine.retired == 1
     cpu.engine.reset(0, CODE)
     assert cpu.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    cpu.engine.kick()
+    assert cpu.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert cpu.enter() is ExitReason.INTERNAL_ERROR
+    assert cpu.engine.retired == 0
 
 
 def test_host_writes_to_code() -> None:

@@ -218,7 +218,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"capture: {error}", file=sys.stderr)
         return 2
     lines = header(guest, args, got)
-    args.out.write_text("\n".join([*(f"# {line}" for line in lines), *got.lines]) + "\n")
+    try:
+        args.out.write_text("\n".join([*(f"# {line}" for line in lines), *got.lines]) + "\n")
+    except OSError as error:
+        print(f"capture: {error}; name a file that can be written with --out", file=sys.stderr)
+        return 2
     print(f"{args.out.name}: {lines[1]}; {lines[6]}")
     return int(bool(got.lost.total) or got.end.reason != "done")
 

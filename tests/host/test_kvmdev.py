@@ -218,6 +218,25 @@ def test_overlapping_memory_is_refused(make_vm: MakeVm) -> None:
     assert caught.value.errno == errno.EEXIST
 
 
+@pytest.mark.parametrize(("gpa", "size"), [(0x100, 0x1000), (0x40_0000, 100), (0x40_0000, 0)])
+def test_unaligned_memory_is_refused(make_vm: MakeVm, gpa: int, size: int) -> None:
+    with pytest.raises(KvmError, match="multiples of 4096") as caught:
+        make_vm().file.add_memory(gpa, size, slot=1)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_another_process_cannot_run_it(make_vm: MakeVm) -> None:
+    vm = make_vm(SPIN)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            vm.vcpus[0].run(0.1)
+        except KvmError as error:
+            os._exit(error.errno or 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EIO
+
+
 def test_a_living_vm_keeps_its_memory(make_vm: MakeVm) -> None:
     """A guest must never see what this process maps where its RAM was."""
     vm = make_vm(SPIN)

@@ -13,6 +13,14 @@ _BAD_CHIP = "no such chip_id; 0 is the PIC master, 1 the PIC slave, 2 the IOAPIC
 _NO_LAPIC = "no in-kernel local APIC; call create_irqchip() before create_vcpu()"
 
 _WHY: dict[tuple[str, int], str] = {
+    ("KVM_CREATE_VM", _EINVAL): "unknown machine type; use 0",
+    ("KVM_SET_USER_MEMORY_REGION", _EEXIST): "it overlaps another slot; choose another gpa",
+    (
+        "KVM_SET_USER_MEMORY_REGION",
+        _EINVAL,
+    ): "gpa and size must be multiples of 4096 bytes, the size above 0, the slot free",
+    ("KVM_RUN", _errno.EFAULT): "guest memory went away; keep it open while the vCPU runs",
+    ("KVM_RUN", _errno.EIO): "this is another process than the VM's; create the VM after fork()",
     ("KVM_CREATE_IRQCHIP", _EEXIST): "the VM already has an irqchip; create it once",
     ("KVM_CREATE_IRQCHIP", _EINVAL): "a vCPU exists already; call create_irqchip() first",
     ("KVM_CREATE_PIT", _ENOENT): _NO_IRQCHIP,

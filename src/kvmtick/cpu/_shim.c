@@ -42,6 +42,8 @@
 #define UC_HOOK_INSN (1 << 1)
 #define UC_HOOK_CODE (1 << 2)
 #define UC_HOOK_INSN_INVALID (1 << 14)
+#define UC_ERR_FETCH_UNMAPPED 8
+#define UC_ERR_FETCH_PROT 14
 #define UC_INS_IN 218
 #define UC_INS_OUT 500
 #define UC_INS_RDTSC 608
@@ -65,7 +67,8 @@
 #define UC_CTL_FLUSH_TLB UC_CTL_WRITE(11, 0)
 #define UC_CTL_TCG_BUFFER_SIZE UC_CTL_WRITE(13, 1)
 
-/* ---- 2.1.4's structures: offsets in bytes, proven by prove_layout ------------------------- */
+/* ---- 2.1.4's structures: offsets in bytes, proven by prove_layout --------------------------
+ * cc_dst, cc_src2, hflags2, ldt, tr and gdt are proven only by the fields around them. */
 
 enum { UC_CPU = 440 }; /* uc_struct -> CPUState */
 
@@ -370,13 +373,6 @@ static unsigned compute_interruptibility(const Engine *self)
 
 /* ---- instruction boundaries --------------------------------------------------------------- */
 
-static bool stop(Engine *self, int reason)
-{
-    self->exit_reason = reason;
-    lib.emu_stop(self->uc);
-    return true;
-}
-
 /* `kick` sets its flag, then watch_from; here it is the other way round: no kick gets lost. */
 static void set_watch(Engine *self)
 {
@@ -387,25 +383,31 @@ static void set_watch(Engine *self)
     }
 }
 
-/* Ends the execution before the next instruction if something asks for it, in the contract's
- * order. */
-static bool leave_at_boundary(Engine *self)
+/* What ends the execution before the next instruction, in the contract's order. */
+static int boundary_reason(Engine *self)
 {
     if (self->failed) {
-        return stop(self, EXIT_CALLBACK_FAILED);
+        return EXIT_CALLBACK_FAILED;
     }
-    if (__atomic_exchange_n(&self->kicked, 0, __ATOMIC_ACQUIRE)) {
-        return stop(self, EXIT_EXTERNAL_INTERRUPT);
+    if (__atomic_exchange_n(&self->kicked, 0, __ATOMIC_SEQ_CST)) {
+        return EXIT_EXTERNAL_INTERRUPT;
     }
     bool shadow = U32(self->env, ENV_HFLAGS) & HF_INHIBIT_IRQ;
     if (self->nmi_window && !shadow && !(U32(self->env, ENV_HFLAGS2) & HF2_NMI)) {
-        return stop(self, EXIT_NMI_WINDOW);
+        return EXIT_NMI_WINDOW;
     }
     if (self->irq_window && !shadow && (U64(self->env, ENV_EFLAGS) & FLAGS_IF)) {
-        return stop(self, EXIT_INTERRUPT_WINDOW);
+        return EXIT_INTERRUPT_WINDOW;
     }
-    if (self->started >= self->budget) {
-        return stop(self, EXIT_PREEMPTION_TIMER);
+    return self->started >= self->budget ? EXIT_PREEMPTION_TIMER : EXIT_NONE;
+}
+
+static bool leave_at_boundary(Engine *self)
+{
+    self->exit_reason = boundary_reason(self);
+    if (self->exit_reason != EXIT_NONE) {
+        lib.emu_stop(self->uc);
+        return true;
     }
     if (!self->irq_window && !self->nmi_window) {
         set_watch(self); /* a kick came late and its exit is over */
@@ -777,20 +779,35 @@ static bool probe_take_interrupt(void *cpu, int request)
 typedef struct {
     char *cpu;
     char *env;
-    bool seen;
-    bool right;
+    int right; /* exceptions that left what we expect */
 } Probe;
 
-/* Runs on `int 0x21`, which sets every field that describes an exception. */
+/* `int 0x21` sets every field that describes an exception. */
+static bool int_left_its_marks(const Probe *probe)
+{
+    const char *env = probe->env;
+    return I32(probe->cpu, CPU_EXCEPTION_INDEX) == 0x21 && I32(env, ENV_EXCEPTION_IS_INT) == 1 &&
+           I32(env, ENV_ERROR_CODE) == 0 && U64(env, ENV_EXCEPTION_NEXT_EIP) == 0x1002 &&
+           U64(env, ENV_EIP) == 0x1002 && I32(env, ENV_OLD_EXCEPTION) == -1;
+}
+
+/* A division by zero is a contributory exception: it becomes the exception in flight. */
+static bool division_left_its_marks(const Probe *probe)
+{
+    return I32(probe->env, ENV_EXCEPTION_IS_INT) == 0 && I32(probe->env, ENV_OLD_EXCEPTION) == 0 &&
+           U64(probe->env, ENV_EIP) == 0x1002;
+}
+
 static void probe_exception(void *uc, uint32_t vector, void *user)
 {
     Probe *probe = user;
-    char *env = probe->env;
-    probe->seen = true;
-    probe->right = vector == 0x21 && I32(probe->cpu, CPU_EXCEPTION_INDEX) == 0x21 &&
-                   I32(env, ENV_EXCEPTION_IS_INT) == 1 && I32(env, ENV_ERROR_CODE) == 0 &&
-                   U64(env, ENV_EXCEPTION_NEXT_EIP) == 0x1002 && U64(env, ENV_EIP) == 0x1002;
     (void)uc;
+    if (vector == 0x21) {
+        probe->right += int_left_its_marks(probe);
+    } else {
+        probe->right += vector == 0 && division_left_its_marks(probe);
+        U64(probe->env, ENV_EIP) += 2; /* step over the division */
+    }
 }
 
 static bool written_register_is_at(void *uc, int number, const char *place)
@@ -840,11 +857,11 @@ static const char *wrong_register_field(void *uc, char *env)
     return NULL;
 }
 
-/* Runs `int 0x21; hlt` with a pending interrupt and looks at what it left. */
+/* Runs `int 0x21; div bx; hlt` with a pending interrupt and looks at what it left. */
 static const char *wrong_execution_field(void *uc, char *cpu, char *env)
 {
-    static const uint8_t code[] = {0xcd, 0x21, 0xf4};
-    Probe probe = {cpu, env, false, false};
+    static const uint8_t code[] = {0xcd, 0x21, 0xf7, 0xf3, 0xf4};
+    Probe probe = {cpu, env, 0};
     size_t hook;
     uint64_t flags = 2;
     probe_request = 0;
@@ -858,9 +875,9 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_take_interrupt;
     U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
     int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
-    if (error || !probe.seen || !probe.right) return "exception state";
+    if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1003) return "halted";
+    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1005) return "halted";
     return NULL;
 }
 
@@ -1380,6 +1397,13 @@ static int classify(Engine *self, int error)
     }
     if (self->failed) {
         return EXIT_CALLBACK_FAILED;
+    }
+    if (error == UC_ERR_FETCH_UNMAPPED || error == UC_ERR_FETCH_PROT) {
+        /* There is no instruction to hook, but the boundary before it is one all the same. */
+        int reason = boundary_reason(self);
+        if (reason != EXIT_NONE) {
+            return reason;
+        }
     }
     if (error) {
         set_error(self, lib.strerror(error));

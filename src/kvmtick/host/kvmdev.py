@@ -242,7 +242,8 @@ class KvmDevice(KvmFile):
 
     def create_vm(self, type_: int = 0) -> "VmFile":
         """KVM_CREATE_VM. EINVAL: `type_` is not a machine type of this host."""
-        return VmFile(self.ioctl(ioctls.KVM_CREATE_VM, type_), self.vcpu_mmap_size())
+        mmap_bytes = self.vcpu_mmap_size()
+        return VmFile(self.ioctl(ioctls.KVM_CREATE_VM, type_), mmap_bytes)
 
 
 class _VmLife:
@@ -287,6 +288,9 @@ class VmFile(KvmFile):
 
         EINVAL: not page aligned, or it wraps. EEXIST: it overlaps another slot.
         """
+        if size_bytes <= 0:
+            # 0 would ask the kernel to take the slot away
+            raise KvmError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION")
         ram = mmap.mmap(-1, size_bytes)
         region = structs.kvm_userspace_memory_region(
             slot=slot,
@@ -649,7 +653,7 @@ def open_kvm(path: str = KVM_PATH) -> KvmDevice:
         version = device.api_version()
     except KvmError as error:
         device.close()
-        raise HostError(f"{path} is no KVM device ({error})", f"use {KVM_PATH}") from None
+        raise HostError(f"{path} is no KVM device ({error})", "a KVM device is: c 10 232") from None
     if version != structs.KVM_API_VERSION:
         device.close()
         raise HostError(f"{path} speaks KVM API {version}, not 12", "use a kernel from 2.6.22 on")

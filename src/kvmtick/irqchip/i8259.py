@@ -196,7 +196,9 @@ class Pic:
         line = line_state(self.irq_states, pin, irq_source_id, level)
         chip = self.master if pin < 8 else self.slave
         result = chip.set_line(pin & 7, line)
-        self.update_irq()
+        # The falling edge of an edge-triggered pin changes nothing that INTR depends on.
+        if line or chip.elcr:
+            self.update_irq()
         if level or self._recorder.detail:
             self._recorder.kvm_pic_set_irq(pin >> 3, pin & 7, chip.elcr, chip.imr, result == 0)
         return result
@@ -228,7 +230,7 @@ class Pic:
 
     def update_irq(self) -> None:
         """`pic_update_irq`: pass the slave's request on and drive the INTR pin."""
-        if self.slave.pending_irq() >= 0:
+        if self.slave.irr and self.slave.pending_irq() >= 0:
             self.master.set_line(CASCADE_PIN, 1)
             self.master.set_line(CASCADE_PIN, 0)
         output = self.master.pending_irq() >= 0

@@ -35,6 +35,10 @@ SLICE_INSTRUCTIONS = 10_000_000
 SLICE_REAL_NS = 100_000_000
 UNLIMITED_INSTRUCTIONS = 1 << 40
 
+_EXIT_HLT = int(ExitReason.HLT)
+_HALTED = int(MpState.HALTED)
+_RUNNABLE = int(MpState.RUNNABLE)
+
 
 @dataclass(frozen=True, slots=True)
 class Exit:
@@ -181,10 +185,12 @@ class Machine:
             passes += 1
             if limit_s is not None and passes & 15 == 0 and stopwatch.elapsed_s() > limit_s:
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
-            deadline_ns = min(queue.next_ns, end_ns)
-            if self._is_away(vcpu):
+            deadline_ns = queue.next_ns if queue.next_ns < end_ns else end_ns
+            if vcpu.kicked:
+                self._meet_busy_host(vcpu)
+            if clock.now_ns < self._off_until_ns:
                 self._sleep(deadline_ns)
-            elif vcpu.mp_state == MpState.HALTED and not self._wake(vcpu):
+            elif vcpu.mp_state == _HALTED and not self._wake(vcpu):
                 if self._is_deadlocked(vcpu, end_ns):
                     return Exit("deadlock", detail=_deadlock_detail(vcpu))
                 self._sleep(deadline_ns)
@@ -194,31 +200,30 @@ class Machine:
     def _enter(self, vcpu: Vcpu, deadline_ns: int) -> None:
         now_ns = self.clock.now_ns
         if self._kicker is None:
-            reason = vcpu.enter(min(deadline_ns - now_ns, SLICE_INSTRUCTIONS))
+            budget = deadline_ns - now_ns
+            reason = vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
         else:
             self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
             reason = vcpu.enter(UNLIMITED_INSTRUCTIONS)
-        if reason == ExitReason.HLT:
+        if reason == _EXIT_HLT:
             self._halted_ns = self.clock.now_ns
         elif reason == ExitReason.TRIPLE_FAULT:
             self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
         elif reason == ExitReason.INTERNAL_ERROR:
             self._exit = Exit("guest-error", detail=vcpu.engine.error)
 
-    def _is_away(self, vcpu: Vcpu) -> bool:
-        """Is the vCPU thread off its CPU? A kick may find the host busy (`vcpu_off`)."""
-        if vcpu.kicked:
-            vcpu.kicked = False
-            delay_ns = self.host.delay_ns("vcpu_off")
-            if delay_ns:
-                self.take_vcpu_off(delay_ns)
-        return self.clock.now_ns < self._off_until_ns
+    def _meet_busy_host(self, vcpu: Vcpu) -> None:
+        """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
+        vcpu.kicked = False
+        delay_ns = self.host.delay_ns("vcpu_off")
+        if delay_ns:
+            self.take_vcpu_off(delay_ns)
 
     def _wake(self, vcpu: Vcpu) -> bool:
         """`kvm_vcpu_check_block`: awake if there is something to run for."""
         if not vcpu.has_events():
             return False
-        vcpu.mp_state = MpState.RUNNABLE
+        vcpu.mp_state = _RUNNABLE
         slept_ns = self.clock.now_ns - self._halted_ns
         self.recorder.task = vcpu.task
         self.recorder.kvm_vcpu_wakeup(slept_ns, slept_ns > 0, True)

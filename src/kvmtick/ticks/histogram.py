@@ -7,32 +7,41 @@ __all__ = ["Histogram"]
 SUB_BITS = 7
 """Values below 2^7 are exact; above, a bucket spans less than 1/64 of its value."""
 
-BATCH = 4096
-
 
 class Histogram:
-    """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
+    """Counts of non-negative integers (ns), with quantiles. The maximum is exact.
 
-    __slots__ = ("_buckets", "_fresh", "_total", "max")
+    `add` is a bound `list.append`: whoever adds calls `fold` now and then, so that memory stays
+    constant.
+    """
+
+    __slots__ = ("_buckets", "_fresh", "_total", "add", "max")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
         self._fresh: list[int] = []
         self._total = 0
         self.max = 0
+        self.add = self._fresh.append
 
     def __len__(self) -> int:
         return self._total + len(self._fresh)
 
-    def add(self, value: int) -> None:
-        """Count one value."""
-        self._fresh.append(value)
-        if len(self._fresh) >= BATCH:
-            self._fold()
+    def fold(self) -> None:
+        """Put what was added into the buckets."""
+        if not self._fresh:
+            return
+        self.max = max(self.max, max(self._fresh))
+        self._total += len(self._fresh)
+        for value, count in Counter(self._fresh).items():
+            shift = max(0, value.bit_length() - SUB_BITS)
+            bucket = ((value >> shift) + 1 << shift) - 1
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self._fresh.clear()
 
     def quantile(self, share: float) -> int:
         """The smallest bucket's upper end that covers `share` (0-1) of the values; 0 if empty."""
-        self._fold()
+        self.fold()
         wanted = max(1, round(share * self._total))
         seen = 0
         for bucket in sorted(self._buckets):
@@ -46,14 +55,3 @@ class Histogram:
         if not len(self):
             return {}
         return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self.max}
-
-    def _fold(self) -> None:
-        if not self._fresh:
-            return
-        self.max = max(self.max, max(self._fresh))
-        self._total += len(self._fresh)
-        for value, count in Counter(self._fresh).items():
-            shift = max(0, value.bit_length() - SUB_BITS)
-            bucket = ((value >> shift) + 1 << shift) - 1
-            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-        self._fresh.clear()

@@ -15,16 +15,7 @@ from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.verdict import Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Irqchip, Record
 
-__all__ = ["HOPS", "Tick", "TickAssembler"]
-
-HOPS = (
-    "expiry_to_work",
-    "work_to_accept",
-    "accept_to_inject",
-    "inject_to_eoi",
-    "expiry_to_eoi",
-)
-"""The hops of a PIT tick: worker start, PIC request, VM-entry field written, guest's EOI."""
+__all__ = ["Tick", "TickAssembler"]
 
 KEEP = 16_384
 """Lives kept for looking at; the counts and latencies cover all."""
@@ -93,7 +84,11 @@ class TickAssembler:
         self.expired = 0
         self.extra = 0
         self.reached = 0
-        self.latency_ns = {hop: Histogram() for hop in HOPS}
+        self._expiry_to_work = Histogram()
+        self._work_to_accept = Histogram()
+        self._accept_to_inject = Histogram()
+        self._inject_to_eoi = Histogram()
+        self._expiry_to_eoi = Histogram()
         self._judged: dict[Verdict, int] = {}
         self._reinject = False
         self._expires_ns = 0
@@ -138,6 +133,18 @@ class TickAssembler:
             handler = handlers[record[1]]
             if handler is not None:
                 handler(record)
+        for histogram in self.latency_ns().values():
+            histogram.fold()
+
+    def latency_ns(self) -> dict[str, Histogram]:
+        """The hops of a tick: worker start, PIC request, VM-entry field written, guest's EOI."""
+        return {
+            "expiry_to_work": self._expiry_to_work,
+            "work_to_accept": self._work_to_accept,
+            "accept_to_inject": self._accept_to_inject,
+            "inject_to_eoi": self._inject_to_eoi,
+            "expiry_to_eoi": self._expiry_to_eoi,
+        }
 
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
@@ -335,16 +342,15 @@ class TickAssembler:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
             self._judge(tick, Verdict.DELIVERED if on_time else Verdict.LATE)
         if tick.work_ns is not None and tick.accept_ns is not None:
-            latency = self.latency_ns
-            latency["expiry_to_work"].add(tick.work_ns - tick.expiry_ns)
-            latency["work_to_accept"].add(tick.accept_ns - tick.work_ns)
-            latency["accept_to_inject"].add(ts_ns - tick.accept_ns)
+            self._expiry_to_work.add(tick.work_ns - tick.expiry_ns)
+            self._work_to_accept.add(tick.accept_ns - tick.work_ns)
+            self._accept_to_inject.add(ts_ns - tick.accept_ns)
 
     def _end(self, tick: Tick, ts_ns: int) -> None:
         tick.eoi_ns = ts_ns
         if tick.inject_ns is not None:
-            self.latency_ns["inject_to_eoi"].add(ts_ns - tick.inject_ns)
-            self.latency_ns["expiry_to_eoi"].add(ts_ns - tick.expiry_ns)
+            self._inject_to_eoi.add(ts_ns - tick.inject_ns)
+            self._expiry_to_eoi.add(ts_ns - tick.expiry_ns)
 
     def _judge(
         self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kvmtick.ticks.life import HOPS, Tick, TickAssembler
+from kvmtick.ticks.life import Tick, TickAssembler
 from kvmtick.ticks.verdict import Verdict
 
 __all__ = ["TickReport"]
@@ -68,7 +68,7 @@ class TickReport:
     @property
     def latency_ns(self) -> dict[str, dict[str, int]]:
         """`p50`, `p99` and `max` of each hop, in ns; empty for a hop no tick made."""
-        return {hop: self._assembler.latency_ns[hop].summary() for hop in HOPS}
+        return {hop: h.summary() for hop, h in self._assembler.latency_ns().items()}
 
     def as_dict(self) -> dict[str, str | int]:
         """`source`, `expired` and a count for each verdict; the verdicts add up to `expired`."""

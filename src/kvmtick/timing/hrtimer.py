@@ -127,6 +127,6 @@ class HrTimer:
         recorder = self._recorder
         task = recorder.enter_irq()
         recorder.hrtimer_expire_entry(self.address, self.function, self._clock.now_ns)
-        if self.callback() == HrTimerRestart.RESTART and self._handle == _IDLE:
+        if self.callback() is HrTimerRestart.RESTART and self._handle == _IDLE:
             self._enqueue(False)
         recorder.task = task

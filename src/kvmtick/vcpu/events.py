@@ -30,6 +30,7 @@ NMI_VECTOR = 2
 NMI_LIMIT = 2
 """One NMI in service and one pending: more are merged (`process_nmi`)."""
 
+_EXTERNAL_INTERRUPT = intr_info(EventType.EXTERNAL, 0)
 _SHADOW = int(Interruptibility.STI | Interruptibility.MOV_SS)
 _NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.MOV_SS)
 
@@ -92,6 +93,6 @@ def inject_pending_event(
     elif source.has_interrupt() and interrupt_allowed(vmcs):
         vector = source.get_interrupt()
         recorder.kvm_inj_virq(vector, False, False)
-        vmcs.entry_intr_info = intr_info(EventType.EXTERNAL, vector)
+        vmcs.entry_intr_info = _EXTERNAL_INTERRUPT | vector
     vmcs.nmi_window_exiting = pending.nmi_pending > 0
     vmcs.intr_window_exiting = source.has_interrupt()

@@ -48,6 +48,16 @@ class Request(IntFlag):
     MIGRATE_TIMER = 1 << 1
 
 
+# Plain integers: arithmetic on enum members costs more than a port access.
+_REQ_EVENT = int(Request.EVENT)
+_REQ_MIGRATE_TIMER = int(Request.MIGRATE_TIMER)
+_RUNNABLE = int(MpState.RUNNABLE)
+_HALTED = int(MpState.HALTED)
+_EXIT_HLT = int(ExitReason.HLT)
+_EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
+_EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
+
+
 class UserPorts(Protocol):
     """The ports no in-kernel device answers: an exit to user space."""
 
@@ -80,6 +90,7 @@ class Vcpu:
         "_bus",
         "_clock",
         "_entered_ns",
+        "_pic",
         "_pio_data",
         "_ports",
         "_queue",
@@ -105,6 +116,8 @@ class Vcpu:
         self._recorder = board.recorder
         self._bus = board.bus
         self._ports = board.ports
+        # An irqchip comes before the first vCPU or never; only vCPU 0 takes ExtINT.
+        self._pic = board.pic if vcpu_id == 0 else None
         self._virtual = board.clock.name == "virtual"
         self.vcpu_id = vcpu_id
         self.engine = engine
@@ -112,7 +125,7 @@ class Vcpu:
         self.vmcs = Vmcs()
         self.pending = PendingEvents()
         self.requests = 0
-        self.mp_state = MpState.RUNNABLE
+        self.mp_state = _RUNNABLE
         self.in_guest = False
         self.kicked = False
         self.instructions = 0
@@ -124,7 +137,7 @@ class Vcpu:
 
     def request_event(self) -> None:
         """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
-        self.requests |= Request.EVENT
+        self.requests |= _REQ_EVENT
         self.kick()
 
     def kick(self) -> None:
@@ -135,7 +148,7 @@ class Vcpu:
 
     def request_migrate_timer(self) -> None:
         """`kvm_make_request(KVM_REQ_MIGRATE_TIMER)`: the thread moved to another host CPU."""
-        self.requests |= Request.MIGRATE_TIMER
+        self.requests |= _REQ_MIGRATE_TIMER
         self.kick()
 
     def queue_nmi(self) -> None:
@@ -151,14 +164,13 @@ class Vcpu:
 
     def has_interrupt(self) -> bool:
         """`kvm_cpu_has_extint`."""
-        pic = self._board.pic
-        return pic is not None and pic.output and self.vcpu_id == 0
+        pic = self._pic
+        return pic is not None and pic.output
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_extint`: the INTA cycle."""
-        pic = self._board.pic
-        assert pic is not None
-        return pic.read_irq()
+        assert self._pic is not None
+        return self._pic.read_irq()
 
     def has_events(self) -> bool:
         """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
@@ -203,24 +215,24 @@ class Vcpu:
 
     def _serve_requests(self) -> None:
         requests, self.requests = self.requests, 0
-        if requests & Request.MIGRATE_TIMER:
+        if requests & _REQ_MIGRATE_TIMER:
             self._board.migrate_pit_timer()
-        if requests & Request.EVENT:
+        if requests & _REQ_EVENT:
             inject_pending_event(self.vmcs, self.pending, self, self._recorder)
 
     def _handle_exit(self, reason: int) -> None:
         vmcs = self.vmcs
         complete_interrupts(vmcs, self.pending)
-        if reason == ExitReason.HLT:
-            self.mp_state = MpState.HALTED
-        elif reason == ExitReason.INTERRUPT_WINDOW:
+        if reason == _EXIT_HLT:
+            self.mp_state = _HALTED
+        elif reason == _EXIT_INTERRUPT_WINDOW:
             vmcs.intr_window_exiting = False
-            self.requests |= Request.EVENT
-        elif reason == ExitReason.NMI_WINDOW:
+            self.requests |= _REQ_EVENT
+        elif reason == _EXIT_NMI_WINDOW:
             vmcs.nmi_window_exiting = False
-            self.requests |= Request.EVENT
+            self.requests |= _REQ_EVENT
         if self.pending.reinject_info:
-            self.requests |= Request.EVENT
+            self.requests |= _REQ_EVENT
 
     def _record_exit(self, reason: int, info1: int) -> None:
         self._recorder.kvm_exit(

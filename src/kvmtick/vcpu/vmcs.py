@@ -14,7 +14,7 @@ INTR_INFO_TYPE_MASK = 7
 
 def intr_info(event_type: EventType, vector: int) -> int:
     """An interruption-information field, valid, without an error code (SDM 25.8.3)."""
-    return INTR_INFO_VALID | event_type << INTR_INFO_TYPE_SHIFT | vector
+    return INTR_INFO_VALID | int(event_type) << INTR_INFO_TYPE_SHIFT | vector
 
 
 def intr_type(info: int) -> int:
