@@ -57,7 +57,8 @@ def test_capture(tool: ModuleType, tracefs: Tracefs, tmp_path: Path, reinject: s
 
     assert count("kvm_ack_irq") == 3
     assert count("hrtimer_expire_entry") >= 1
-    assert count("kvm_set_irq") % 2 == 0
+    # the trace may end between the two halves of a pulse
+    assert sum("gsi 0 level 1" in line for line in body) - count("kvm_set_irq") // 2 in (0, 1)
     timers = {m[0] for line in body if (m := re.search(r"hrtimer=\w+", line))}
     assert len(timers) == 1
 

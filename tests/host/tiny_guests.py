@@ -46,9 +46,11 @@ def ticker(ticks: int, count: int = 1193) -> bytes:
         b"\xc7\x06\x82\x00\x00\x00"
     )
     body = PIC_INIT + out8(0x43, 0x34) + out8(0x40, count & 0xFF) + out8(0x40, count >> 8)
-    # cx = 0; sti; again: hlt; cmp cx, ticks; jb again; cli; mov al, cl; out 0xf4, al
-    body += b"\x31\xc9\xfb" + bytes((0xF4, 0x83, 0xF9, ticks, 0x72, 0xFA)) + b"\xfa\x88\xc8" + DONE
-    isr = b"\x41" + out8(0x20, 0x20) + b"\xcf"  # inc cx; EOI; iret
+    # cx = 0; again: sti; hlt; cmp cx, ticks; jb again; mov al, cl; out 0xf4, al
+    body += b"\x31\xc9" + bytes((0xFB, 0xF4, 0x83, 0xF9, ticks, 0x72, 0xF9)) + b"\x88\xc8" + DONE
+    # inc cx; EOI; push bp; mov bp, sp; and byte [bp + 7], ~2 (IF of the frame); pop bp; iret:
+    # the next tick waits for the next sti, so the guest never takes one too many
+    isr = b"\x41" + out8(0x20, 0x20) + b"\x55\x89\xe5\x80\x66\x07\xfd\x5d\xcf"
     isr_at = CODE + len(head % b"\0\0") + len(body)
     return head % isr_at.to_bytes(2, "little") + body + isr
 

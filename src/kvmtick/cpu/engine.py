@@ -10,7 +10,10 @@ to the next VM exit:
   (`EXTERNAL_INTERRUPT`), then an open NMI window if `nmi_window` (`NMI_WINDOW`), then an open
   interrupt window if `irq_window` (`INTERRUPT_WINDOW`), then an exhausted `budget`
   (`PREEMPTION_TIMER`);
-* HLT ends it with `HLT`: it has retired, RIP is behind it and it lifts an STI shadow;
+* HLT ends it with `HLT`: it has retired, RIP is behind it and it lifts an STI shadow (so
+  `sti; hlt` ends with HLT even when a window was asked for: look again before sleeping);
+* a kick is used up by the exit it causes; one that comes too late for an exit ends the next entry,
+  after that entry's event is delivered, with nothing retired;
 * a port access does not leave `enter`: the engine calls the handlers given to `attach`, with the
   number of instructions retired since the entry, the access itself not counted. To leave after it
   the handler kicks;
@@ -116,6 +119,12 @@ class Engine(Protocol):
 
     def kick(self) -> None:
         """Leave the guest at the next instruction boundary (or at once, at the next `enter`)."""
+
+    def release_gil(self, enabled: bool) -> None:
+        """Whether other Python threads run while the guest does; off, port accesses cost less.
+
+        A `kick` from another thread needs it.
+        """
 
     def use_host_tsc(self, offset_ns: int) -> None:
         """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""

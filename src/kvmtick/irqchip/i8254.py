@@ -152,9 +152,7 @@ class WorkerFactory(Protocol):
 class TimerFactory(Protocol):
     """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
 
-    def __call__(
-        self, function: Function, callback: Callable[[], HrTimerRestart]
-    ) -> HrTimer: ...
+    def __call__(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer: ...
 
 
 class PitBoard(Protocol):

@@ -52,7 +52,9 @@ POLL_NOTHING = 0x07
 
 MASKED = -1
 
-LOWEST_BIT = tuple((value & -value).bit_length() - 1 if value else NO_PRIORITY for value in range(256))
+LOWEST_BIT = tuple(
+    (value & -value).bit_length() - 1 if value else NO_PRIORITY for value in range(256)
+)
 
 # Initialisation states: what the next write to the odd port is.
 READY, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)

@@ -40,6 +40,6 @@ class Ioapic:
         else:
             self.irr |= mask
             result = _MASKED
-        if level or self._recorder.detail:
+        if self._recorder.detail:
             self._recorder.kvm_ioapic_set_irq(REDIRECTION_RESET, pin, result == 0)
         return result

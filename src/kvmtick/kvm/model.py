@@ -279,6 +279,12 @@ class ModelVm:
             exit_ = Exit(goal.reason)
         return self._result(guest, exit_, stopwatch.elapsed_s(), counter)
 
+    def ticks(self) -> TickReport:
+        """The ticks of the PIT so far."""
+        self.machine.recorder.flush()
+        self.assembler.settle()
+        return TickReport(self.assembler)
+
     def parameters(self) -> Parameters | None:
         """The guest's parameter block as it is now in RAM; None for a foreign guest."""
         guest = self.machine.loaded[-1] if self.machine.loaded else None
@@ -293,13 +299,10 @@ class ModelVm:
         period_ns = nominal_period_ns(block.divisor)
         return [self.machine.started_ns + NOMINAL_TIMES * block.count * period_ns]
 
-    def _result(
-        self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None
-    ) -> Run:
+    def _result(self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None) -> Run:
         machine, pit, block = self.machine, self.machine.board.pit, self.parameters()
         vcpu = machine.vcpu
         assert vcpu is not None
-        self.assembler.settle()
         guest_ticks = block.counter if block else None
         if counter is not None:
             guest_ticks = int.from_bytes(machine.read_memory(counter, 4), "little")
@@ -315,7 +318,7 @@ class ModelVm:
             exit=exit_,
             pit=pit and PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject),
             guest_ticks=guest_ticks,
-            ticks=TickReport(self.assembler) if pit else None,
+            ticks=self.ticks() if pit else None,
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),
             serial=machine.ports.serial.decode("utf-8", "replace"),

@@ -93,9 +93,7 @@ class Board:
         self._last_tid += 1
         return self._last_tid
 
-    def create_timer(
-        self, function: Function, callback: Callable[[], HrTimerRestart]
-    ) -> HrTimer:
+    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
         """`hrtimer_setup(CLOCK_MONOTONIC, HRTIMER_MODE_ABS)`."""
         return HrTimer(
             self.clock,

@@ -28,7 +28,9 @@ def load_file(path: Path, load_at: int | None = None, entry: int | None = None) 
     try:
         image = path.read_bytes()
     except OSError as error:
-        raise LoadError(f"cannot read {str(path)!r}: {error.strerror}: give a readable file") from None
+        raise LoadError(
+            f"cannot read {str(path)!r}: {error.strerror}: give a readable file"
+        ) from None
     if not image:
         raise LoadError(f"{str(path)!r} is empty: give a flat binary or a 512-byte boot sector")
     if load_at is None:

@@ -87,6 +87,7 @@ class Machine:
         self.vcpu = vcpu
         if not self.virtual:
             engine.use_host_tsc(self.started_ns)
+            engine.release_gil(True)
             self._kicker = Kicker(engine.kick)
         if self.loaded:
             engine.reset(*self.loaded[-1].entry)
@@ -152,7 +153,9 @@ class Machine:
             raise ValueError("the machine has no vCPU: create one before running")
         stopwatch = Stopwatch()
         try:
-            return self._loop(vcpu, NEVER_NS if end_ns is None else end_ns, limit_s, until, stopwatch)
+            return self._loop(
+                vcpu, NEVER_NS if end_ns is None else end_ns, limit_s, until, stopwatch
+            )
         except KeyboardInterrupt:
             return Exit("interrupted")
         finally:
@@ -168,14 +171,12 @@ class Machine:
         until: Callable[[], bool] | None,
         stopwatch: Stopwatch,
     ) -> Exit:
-        clock, queue, recorder = self.clock, self.board.queue, self.recorder
+        clock, queue = self.clock, self.board.queue
         passes = 0
         while True:
             clock.refresh()
             if queue.next_ns <= clock.now_ns:
                 queue.run_due(clock)
-            if recorder.full:
-                recorder.flush()
             if self._exit is not None:
                 return self._exit
             if until is not None and until():
@@ -183,7 +184,7 @@ class Machine:
             if clock.now_ns >= end_ns:
                 return Exit("time")
             passes += 1
-            if limit_s is not None and passes & 15 == 0 and stopwatch.elapsed_s() > limit_s:
+            if passes & 15 == 0 and self._look_up(limit_s, stopwatch):
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
             deadline_ns = queue.next_ns if queue.next_ns < end_ns else end_ns
             if vcpu.kicked:
@@ -196,6 +197,12 @@ class Machine:
                 self._sleep(deadline_ns)
             else:
                 self._enter(vcpu, deadline_ns)
+
+    def _look_up(self, limit_s: float | None, stopwatch: Stopwatch) -> bool:
+        """Now and then: hand the records on; is the wall-time limit over?"""
+        if self.recorder.full:
+            self.recorder.flush()
+        return limit_s is not None and stopwatch.elapsed_s() > limit_s
 
     def _enter(self, vcpu: Vcpu, deadline_ns: int) -> None:
         now_ns = self.clock.now_ns
@@ -215,9 +222,10 @@ class Machine:
     def _meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
         vcpu.kicked = False
-        delay_ns = self.host.delay_ns("vcpu_off")
-        if delay_ns:
-            self.take_vcpu_off(delay_ns)
+        if not self.host.on_time:
+            delay_ns = self.host.delay_ns("vcpu_off")
+            if delay_ns:
+                self.take_vcpu_off(delay_ns)
 
     def _wake(self, vcpu: Vcpu) -> bool:
         """`kvm_vcpu_check_block`: awake if there is something to run for."""
@@ -257,6 +265,27 @@ class Machine:
         self.vcpu.engine.kick()
 
     # For people.
+
+    def snapshot(self) -> dict[str, str]:
+        """The state a tick passes through, by name: what a story compares from event to event."""
+        state: dict[str, str] = {}
+        pit, pic, vcpu = self.board.pit, self.board.pic, self.vcpu
+        if pit is not None:
+            state["pending"] = str(pit.pending)
+            state["irq_ack"] = str(int(pit.irq_ack))
+            state["work queued"] = "yes" if pit.work.queued else "no"
+            state["timer"] = f"expires at {pit.timer.expires_ns}" if pit.timer.enqueued else "idle"
+        if pic is not None:
+            state["PIC IRR"] = f"{pic.master.irr:08b}"
+            state["PIC ISR"] = f"{pic.master.isr:08b}"
+            state["PIC IMR"] = f"{pic.master.imr:08b}"
+            state["INTR"] = str(int(pic.output))
+        if vcpu is not None:
+            state["vCPU"] = vcpu.mp_state_name()
+            state["KVM_REQ_EVENT"] = str(vcpu.requests & 1)
+            state["VM-entry intr info"] = f"{vcpu.vmcs.entry_intr_info:#010x}"
+            state["interrupt window"] = "asked for" if vcpu.vmcs.intr_window_exiting else "no"
+        return state
 
     def crash_report(self) -> str:
         """Registers and the last events, for a guest that failed."""

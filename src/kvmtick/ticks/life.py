@@ -259,7 +259,9 @@ class TickAssembler:
             self._lost(tick, Verdict.COALESCED)
         else:
             if self._request is not None:
-                self._judge(self._request, Verdict.DROPPED, Where.PIC, "its PIC request was taken back")
+                self._judge(
+                    self._request, Verdict.DROPPED, Where.PIC, "its PIC request was taken back"
+                )
             self._request = tick
             self._foreign_request = tick is None
             if tick is not None:

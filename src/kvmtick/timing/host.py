@@ -42,7 +42,11 @@ def format_ns(value_ns: int) -> str:
     """A duration for people, with the largest unit that keeps it above 1: `999.8 us`."""
     for unit, scale in (("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1_000)):
         if abs(value_ns) >= scale:
-            return f"{value_ns / scale:.4g} {unit}" if value_ns % scale else f"{value_ns // scale} {unit}"
+            return (
+                f"{value_ns / scale:.4g} {unit}"
+                if value_ns % scale
+                else f"{value_ns // scale} {unit}"
+            )
     return f"{value_ns} ns"
 
 
@@ -95,12 +99,13 @@ def parse_delay(text: str) -> Delay:
 
 
 class HostModel:
-    """Draws the delays of one machine's host; all zero until `set_fault`."""
+    """Draws the delays of one machine's host; `on_time` (all are zero) until `set_fault`."""
 
-    __slots__ = ("_delays", "_randoms", "seed")
+    __slots__ = ("_delays", "_randoms", "on_time", "seed")
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        self.on_time = True
         self._delays: dict[str, Delay] = {}
         self._randoms = {name: Random(f"{seed}:{name}") for name in FAULTS}
 
@@ -112,6 +117,7 @@ class HostModel:
             self._delays.pop(name, None)
         else:
             self._delays[name] = parse_delay(delay)
+        self.on_time = not self._delays
 
     def faults(self) -> dict[str, str]:
         """The faults in force, as written."""
@@ -119,7 +125,5 @@ class HostModel:
 
     def delay_ns(self, name: str) -> int:
         """How late the host is this time; 0 without that fault."""
-        if not self._delays:
-            return 0
         delay = self._delays.get(name)
         return delay.draw_ns(self._randoms[name]) if delay else 0

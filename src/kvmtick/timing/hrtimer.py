@@ -118,7 +118,9 @@ class HrTimer:
 
     def _enqueue(self, was_armed: bool) -> None:
         self._recorder.hrtimer_start(self.address, self.function, self.expires_ns, was_armed)
-        due_ns = self.expires_ns + self._host.delay_ns("late_expiry")
+        due_ns = self.expires_ns
+        if not self._host.on_time:
+            due_ns += self._host.delay_ns("late_expiry")
         self._handle = self._queue.add(due_ns, self._expire)
 
     def _expire(self) -> None:

@@ -73,11 +73,13 @@ class KthreadWorker:
             raise ValueError(f"worker {self.name} is destroyed: it takes no work")
         if work.queued:
             return False
+        self._recorder.sched_kthread_work_queue_work(work.address, work.function, self.address)
         work.queued = True
         self._works.append(work)
-        self._recorder.sched_kthread_work_queue_work(work.address, work.function, self.address)
         if self._woken < 0:
-            due_ns = self._clock.now_ns + self._host.delay_ns("worker_delay")
+            due_ns = self._clock.now_ns
+            if not self._host.on_time:
+                due_ns += self._host.delay_ns("worker_delay")
             self._woken = self._queue.add(due_ns, self._wake)
         return True
 
@@ -114,13 +116,13 @@ class KthreadWorker:
 
     def _run_one(self) -> None:
         work = self._works.popleft()
-        work.queued = False
         if not self._works:
             self._sleep()
         recorder = self._recorder
         task = recorder.task
         recorder.task = self.task
         recorder.sched_kthread_work_execute_start(work.address, work.function)
+        work.queued = False
         work.callback()
         recorder.sched_kthread_work_execute_end(work.address, work.function)
         recorder.task = task

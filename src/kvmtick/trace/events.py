@@ -91,9 +91,7 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     Event.WORK_QUEUE: Tracepoint(
         "sched", "sched_kthread_work_queue_work", ("work", "function", "worker")
     ),
-    Event.WORK_START: Tracepoint(
-        "sched", "sched_kthread_work_execute_start", ("work", "function")
-    ),
+    Event.WORK_START: Tracepoint("sched", "sched_kthread_work_execute_start", ("work", "function")),
     Event.WORK_END: Tracepoint("sched", "sched_kthread_work_execute_end", ("work", "function")),
     Event.KVM_SET_IRQ: Tracepoint("kvm", "kvm_set_irq", ("gsi", "level", "irq_source_id")),
     Event.KVM_PIC_SET_IRQ: Tracepoint(

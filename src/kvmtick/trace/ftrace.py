@@ -79,13 +79,13 @@ def _inj_virq(r: Record) -> str:
 
 
 def _vcpu_wakeup(r: Record) -> str:
-    return (
-        f"{'wait' if r[4] else 'poll'} time {r[3]} ns, polling {'valid' if r[5] else 'invalid'}"
-    )
+    return f"{'wait' if r[4] else 'poll'} time {r[3]} ns, polling {'valid' if r[5] else 'invalid'}"
 
 
 def _pio(r: Record) -> str:
-    text = f"pio_{'write' if r[3] else 'read'} at 0x{r[4]:x} size {r[5]} count {r[6]} val 0x{r[7]:x}"
+    text = (
+        f"pio_{'write' if r[3] else 'read'} at 0x{r[4]:x} size {r[5]} count {r[6]} val 0x{r[7]:x}"
+    )
     return f"{text} (...)" if r[6] > 1 else text
 
 

@@ -50,6 +50,18 @@ class HasNow(Protocol):
     now_ns: int
 
 
+class _FollowedBuffer(list[Record]):
+    """A buffer that shows each record as it comes."""
+
+    def __init__(self, follower: Callable[[Record], None]) -> None:
+        super().__init__()
+        self._follower = follower
+
+    def append(self, record: Record) -> None:
+        self._follower(record)
+        super().append(record)
+
+
 class Recorder:
     """Stamps events with the clock and the running task and keeps them in order."""
 
@@ -57,6 +69,7 @@ class Recorder:
         "_buffer",
         "_clock",
         "_consumers",
+        "_follower",
         "_tail",
         "detail",
         "dropped",
@@ -68,6 +81,7 @@ class Recorder:
         self._clock = clock
         self._buffer: list[Record] = []
         self._consumers: list[Consumer] = []
+        self._follower: Callable[[Record], None] | None = None
         self._tail: deque[Record] = deque(maxlen=TAIL)
         self.detail = detail
         self.dropped = 0
@@ -99,7 +113,7 @@ class Recorder:
         batch = self._buffer
         if not batch:
             return
-        self._buffer = []
+        self._buffer = [] if self._follower is None else _FollowedBuffer(self._follower)
         self._tail.extend(batch[-TAIL:])
         if not self._consumers:
             self.dropped += len(batch)
@@ -109,6 +123,12 @@ class Recorder:
     def tail(self) -> list[Record]:
         """The last records, at most 32: what a crash report shows."""
         return [*self._tail, *self._buffer][-TAIL:]
+
+    def follow(self, follower: Callable[[Record], None]) -> None:
+        """Show every later record to `follower` the moment it is made (slow; for stories)."""
+        self.flush()
+        self._follower = follower
+        self._buffer = _FollowedBuffer(follower)
 
     def enter_irq(self) -> int:
         """An interrupt hits the running task's CPU; returns what to restore `task` to."""
@@ -159,9 +179,7 @@ class Recorder:
 
     def kvm_ioapic_set_irq(self, e: int, pin: int, coalesced: bool) -> None:
         """An IOAPIC pin was driven; `e` is its redirection entry."""
-        self._buffer.append(
-            (self._clock.now_ns, _KVM_IOAPIC_SET_IRQ, self.task, e, pin, coalesced)
-        )
+        self._buffer.append((self._clock.now_ns, _KVM_IOAPIC_SET_IRQ, self.task, e, pin, coalesced))
 
     def kvm_ack_irq(self, irqchip: int, pin: int) -> None:
         """The guest acknowledged (EOI, poll) an interrupt of a pin."""

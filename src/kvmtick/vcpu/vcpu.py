@@ -156,6 +156,12 @@ class Vcpu:
         self.pending.queue_nmi(bool(self.vmcs.guest_interruptibility & Interruptibility.NMI))
         self.request_event()
 
+    def mp_state_name(self) -> str:
+        """`halted`, `in guest` or `runnable`."""
+        if self.mp_state == _HALTED:
+            return "halted"
+        return "in guest" if self.in_guest else "runnable"
+
     # External interrupts (irq.c).
 
     def accepts_extint(self) -> bool:
@@ -187,8 +193,7 @@ class Vcpu:
         vmcs, engine, recorder = self.vmcs, self.engine, self._recorder
         recorder.task = self.task
         if recorder.detail:
-            rip = engine.registers()["rip"]
-            recorder.kvm_entry(self.vcpu_id, rip, vmcs.entry_intr_info)
+            recorder.kvm_entry(self.vcpu_id, engine.registers()["rip"], vmcs.entry_intr_info)
         self.kicked = False
         self._entered_ns = self._clock.now_ns
         self.in_guest = True
@@ -210,7 +215,13 @@ class Vcpu:
         vmcs.idt_vectoring_info = engine.idt_vectoring_info
         if recorder.detail:
             self._record_exit(reason, 0)
-        self._handle_exit(reason)
+        complete_interrupts(vmcs, self.pending)
+        if reason == _EXIT_HLT:
+            self.mp_state = _HALTED
+        else:
+            self._handle_exit(reason)
+        if self.pending.reinject_info:
+            self.requests |= _REQ_EVENT
         return reason
 
     def _serve_requests(self) -> None:
@@ -221,17 +232,11 @@ class Vcpu:
             inject_pending_event(self.vmcs, self.pending, self, self._recorder)
 
     def _handle_exit(self, reason: int) -> None:
-        vmcs = self.vmcs
-        complete_interrupts(vmcs, self.pending)
-        if reason == _EXIT_HLT:
-            self.mp_state = _HALTED
-        elif reason == _EXIT_INTERRUPT_WINDOW:
-            vmcs.intr_window_exiting = False
+        if reason == _EXIT_INTERRUPT_WINDOW:
+            self.vmcs.intr_window_exiting = False
             self.requests |= _REQ_EVENT
         elif reason == _EXIT_NMI_WINDOW:
-            vmcs.nmi_window_exiting = False
-            self.requests |= _REQ_EVENT
-        if self.pending.reinject_info:
+            self.vmcs.nmi_window_exiting = False
             self.requests |= _REQ_EVENT
 
     def _record_exit(self, reason: int, info1: int) -> None:

@@ -1,0 +1,99 @@
+"""The command line: `kvmtick VERB`. One module a verb, imported when the verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kvmtick import __version__
+
+__all__ = ["EXIT_GUEST", "EXIT_HOST", "EXIT_INTERRUPTED", "EXIT_USAGE", "UsageError", "main"]
+
+EXIT_OK = 0
+EXIT_DIFFERENCE = 1
+EXIT_USAGE = 2
+EXIT_HOST = 3
+EXIT_GUEST = 4
+EXIT_INTERRUPTED = 130
+
+VERBS = {
+    "run": "boot a guest and follow its ticks",
+    "doctor": "what this machine offers, what it lacks, what to do about it",
+}
+
+HELP = """\
+usage: kvmtick VERB [OPTION ...]
+       kvmtick VERB --help
+
+Follow a timer tick through KVM: from the expiry of the PIT's hrtimer, through the kvm-pit worker,
+GSI 0, the PIC and the VM entry, to the guest's handler and its EOI. The chips are a model of the
+kernel's, under real guest code, in deterministic virtual time: no /dev/kvm and no root needed.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help     this page
+  --version      the version
+
+examples:
+  kvmtick run                                   1,000 ticks at 1 kHz, what became of each
+  kvmtick run tick-if0 --no-reinject            interrupts off for 50 ms: what is lost?
+  kvmtick run --story 3                         the life of tick 3, step by step
+  kvmtick run --fault worker_delay=exp:200us    a host whose kvm-pit thread is late
+  kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
+  kvmtick run --json | jq .ticks                for programs
+
+exit codes:
+  0 fine   1 a check found a difference   2 usage   3 the host lacks what was asked for
+  4 the guest failed (triple fault, deadlock, wall-time limit)   130 interrupted
+"""
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be; one line that names it and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of usage and exit."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UsageError as error:
+        print(f"kvmtick: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("kvmtick: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`); say nothing, not even at exit.
+        sys.stderr.close()
+        return EXIT_OK
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(
+            HELP.format(verbs="\n".join(f"  {v:<14} {text}" for v, text in VERBS.items())), end=""
+        )
+        return EXIT_OK
+    if verb == "--version":
+        print(f"kvmtick {__version__}")
+        return EXIT_OK
+    if verb not in VERBS:
+        raise UsageError(f"unknown verb {verb!r}: choose {' or '.join(VERBS)}; see kvmtick --help")
+    module = importlib.import_module(f"kvmtick.cli.{verb}")
+    code: int = module.main(arguments[1:])
+    return code

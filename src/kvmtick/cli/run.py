@@ -1,0 +1,343 @@
+"""`kvmtick run`: boot a guest, follow its ticks, say what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+from argparse import BooleanOptionalAction
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvmtick import guests
+from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
+from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, Parser, UsageError
+from kvmtick.guests import Guest
+from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
+from kvmtick.machine.loader import LoadError, load_file
+from kvmtick.machine.run import Run
+from kvmtick.ticks.story import StoryTeller
+from kvmtick.timing.host import parse_delay, parse_duration_ns
+from kvmtick.trace.ftrace import FtraceWriter
+
+__all__ = ["main"]
+
+DEFAULT_GUEST = "tick-pic"
+DEFAULT_TICKS = 1000
+MAX_TICKS = 0xFFFF_FFFF
+NS_PER_MS = 1_000_000
+
+EPILOG = """\
+delays (for --fault):
+  200us             always that long
+  exp:200us         exponentially distributed, that mean
+  uniform:10us..2ms anything between, equally likely
+  1%:5ms            5 ms once in a hundred times, otherwise nothing
+
+verdicts (every expiry gets one):
+  delivered    reached the guest within its period
+  late         reached the guest, but a period late or more
+  reinjected   held back because the last tick was not acknowledged, pulsed on a later EOI
+  coalesced    merged with a request that was still set
+  masked       pulsed while every pin it leads to was masked
+  dropped      the count it was owed a pulse by was thrown away (unmask, reprogramming)
+  outstanding  still under way when the run ended
+
+The run ends when the guest is done, after --for, or after --limit of wall time. A guest that cannot
+get its ticks ends after ten times the time they should take. A file must be a flat real-mode image
+or a 512-byte boot sector; it ends when --ticks ticks have reached it.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `kvmtick run`."""
+    listing = "\n".join(f"  {name:<14} {text}" for name, text in guests.names().items())
+    p = Parser(
+        prog="kvmtick run",
+        usage="kvmtick run [GUEST] [OPTION ...]",
+        description="Boot a guest and follow its timer ticks through KVM's chips.\n\nguests:\n"
+        + listing
+        + "\n  FILE           a flat binary or a boot sector of your own",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
+    )
+    add = p.add_argument_group("what to run").add_argument
+    add("--hz", metavar="HZ", help="tick rate of a built-in guest, 18.2 to 1193181 (1000)")
+    add("--ticks", metavar="N", help="how many ticks to wait for (1000)")
+    add("--for", metavar="DURATION", help="how long, on the machine's clock: 250ms, 10s")
+    add("--hold", metavar="DURATION", help="how long tick-if0 and tick-mask hold ticks back (50ms)")
+    add("--load-at", metavar="ADDRESS", help="where a file goes (0x8000, boot sectors 0x7c00)")
+    add("--entry", metavar="ADDRESS", help="where a file starts (where it was loaded)")
+    add("--counter", metavar="ADDRESS", help="where a file keeps its own 32-bit tick count")
+    add = p.add_argument_group("how").add_argument
+    add(
+        "--clock",
+        choices=("virtual", "real"),
+        default="virtual",
+        help="virtual: 1 instruction is 1 ns, HLT jumps to the next deadline; real: CLOCK_MONOTONIC (virtual)",
+    )
+    add(
+        "--reinject",
+        action=BooleanOptionalAction,
+        default=True,
+        help="replay ticks the guest could not take, as KVM does unless told otherwise (on)",
+    )
+    add(
+        "--fault",
+        metavar="NAME=DELAY",
+        action="append",
+        default=[],
+        help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
+    )
+    add("--seed", metavar="N", default="0", help="seed of the faults (0)")
+    add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
+    add = p.add_argument_group("what to show").add_argument
+    add("--story", metavar="N", help="tell the life of tick N, step by step")
+    add("--trace", metavar="FILE", help="write the events as ftrace text")
+    add("--json", action="store_true", help="one JSON object instead of the report")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    options = parser().parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        vm, guest = _build(options, stack)
+        teller = _tell(options, vm)
+        _trace(options, vm, stack)
+        foreign = guest.parameters is None
+        for_ns = _duration_ns("--for", vars(options)["for"])
+        with _quiet_gc(), _progress(options, vm, guest, for_ns):
+            run = vm.run(
+                ticks=_ticks(options) if foreign else None,
+                for_ns=for_ns,
+                limit_s=_limit_s(options.limit),
+                counter=_address("--counter", options.counter),
+            )
+        _report(options, run, teller)
+        if run.exit.is_failure:
+            print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
+            print(vm.machine.crash_report(), file=sys.stderr)
+            return EXIT_GUEST
+    return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
+
+
+def _build(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[ModelVm, Guest]:
+    guest = _guest(options)
+    counter = _address("--counter", options.counter)
+    detail = bool(options.trace or options.story)
+    vm = ModelVm(clock=options.clock, seed=_integer("--seed", options.seed), detail=detail)
+    stack.callback(vm.close)
+    if counter is not None and counter + 4 > len(vm.machine.ram):
+        raise UsageError(f"--counter {counter:#x}: RAM ends at {len(vm.machine.ram):#x}")
+    for fault in options.fault:
+        name, equals, delay = fault.partition("=")
+        if not equals:
+            raise UsageError(f"--fault {fault!r}: give NAME=DELAY, such as worker_delay=200us")
+        try:
+            vm.machine.host.set_fault(name, delay)
+        except ValueError as error:
+            raise UsageError(f"--fault {fault!r}: {error}") from None
+    vm.create_irqchip()
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    vm.reinject_control(options.reinject)
+    vm.create_vcpu(0)
+    vm.load(guest)
+    return vm, guest
+
+
+# Reading the options.
+
+
+def _guest(options: argparse.Namespace) -> Guest:
+    """The built-in guest of that name, else the file."""
+    name = options.guest
+    load_at = _address("--load-at", options.load_at)
+    entry = _address("--entry", options.entry)
+    path = Path(name)
+    if name not in guests.names() and (path.exists() or "/" in name or path.suffix):
+        for option, value in (("--hz", options.hz), ("--hold", options.hold)):
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value}: {name!r} is a file and sets its own pace; leave it out"
+                )
+        try:
+            return load_file(path, load_at, entry)
+        except LoadError as error:
+            raise UsageError(str(error)) from None
+    for option, value in (
+        ("--load-at", load_at),
+        ("--entry", entry),
+        ("--counter", options.counter),
+    ):
+        if value is not None:
+            raise UsageError(
+                f"{option}: {name!r} is a built-in guest and has its place; leave it out"
+            )
+    try:
+        return guests.load(
+            name, ticks=_ticks(options) or 0, hz=_hz(options.hz), param_ms=_hold_ms(options.hold)
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}; or give a file") from None
+
+
+def _ticks(options: argparse.Namespace) -> int | None:
+    """How many ticks end the run; None with `--for` alone."""
+    if options.ticks is None:
+        return None if vars(options)["for"] else DEFAULT_TICKS
+    ticks = _integer("--ticks", options.ticks)
+    if not 1 <= ticks <= MAX_TICKS:
+        raise UsageError(f"--ticks {ticks}: give 1 to {MAX_TICKS}, or --for DURATION instead")
+    return ticks
+
+
+def _hz(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text) if guests.divisor_for(float(text)) else None
+    except ValueError:
+        raise UsageError(
+            f"--hz {text}: the PIT cannot tick at that rate, give 18.2 to 1193181"
+        ) from None
+
+
+def _hold_ms(text: str | None) -> int | None:
+    hold_ns = _duration_ns("--hold", text)
+    if hold_ns is None:
+        return None
+    if hold_ns % NS_PER_MS:
+        raise UsageError(f"--hold {text}: give whole milliseconds, such as 50ms")
+    return hold_ns // NS_PER_MS
+
+
+def _duration_ns(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        duration_ns = parse_duration_ns(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+    if not duration_ns:
+        raise UsageError(f"{option} {text}: give more than nothing, such as 250ms")
+    return duration_ns
+
+
+def _limit_s(text: str | None) -> float:
+    limit_ns = _duration_ns("--limit", text)
+    return DEFAULT_LIMIT_S if limit_ns is None else limit_ns / 1e9
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a whole number: give digits only") from None
+
+
+def _address(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        address = int(text, 0)
+    except ValueError:
+        address = -1
+    if address < 0:
+        raise UsageError(f"{option} {text!r} is not an address: give a number such as 0x7c00")
+    return address
+
+
+# Around the run.
+
+
+@contextlib.contextmanager
+def _quiet_gc() -> Iterator[None]:
+    """Records and lives are many, short-lived and free of cycles: look for garbage less often."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _trace(options: argparse.Namespace, vm: ModelVm, stack: contextlib.ExitStack) -> None:
+    if not options.trace:
+        return
+    try:
+        file = stack.enter_context(open(options.trace, "w", encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"--trace {options.trace}: {error.strerror}; give a writable file"
+        ) from None
+    vm.machine.recorder.add_consumer(FtraceWriter(file, vm.machine.recorder.tasks))
+
+
+def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:
+    if options.story is None:
+        return None
+    index = _integer("--story", options.story)
+    if index < 1:
+        raise UsageError(f"--story {index}: ticks count from 1")
+    return StoryTeller(index, vm.machine.recorder, vm.machine.snapshot)
+
+
+@contextlib.contextmanager
+def _progress(
+    options: argparse.Namespace, vm: ModelVm, guest: Guest, for_ns: int | None
+) -> Iterator[None]:
+    """A bar on the terminal for runs that take long; nothing when nobody watches."""
+    if options.json or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    machine, wanted = vm.machine, _ticks(options)
+    with Progress(
+        TextColumn(guest.name),
+        BarColumn(),
+        TextColumn("{task.fields[expired]:,} ticks"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(guest.name, total=1.0, expired=0)
+
+        def show(batch: object) -> None:
+            done = [machine.elapsed_ns / for_ns] if for_ns else []
+            done += [vm.assembler.reached / wanted] if wanted else []
+            bar.update(task, completed=max(done, default=0.0), expired=vm.assembler.expired)
+
+        machine.recorder.add_consumer(show)
+        try:
+            yield
+        finally:
+            machine.recorder.remove_consumer(show)
+
+
+# The report.
+
+
+def _report(options: argparse.Namespace, run: Run, teller: StoryTeller | None) -> None:
+    if options.json:
+        result = run.as_dict()
+        if teller is not None:
+            result["story"] = teller.as_dict()
+        print(json.dumps(result))
+        return
+    from kvmtick.cli.show import show_run
+
+    show_run(run)
+    if teller is not None:
+        print()
+        print(teller.text())

@@ -1,0 +1,89 @@
+"""The report of a run for people: tables by rich, without colour when not on a terminal."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvmtick.machine.run import BELIEVED_HZ, Run
+from kvmtick.timing.host import format_ns
+
+__all__ = ["show_run"]
+
+_HOPS = {
+    "expiry_to_work": "hrtimer expiry -> kvm-pit worker",
+    "work_to_accept": "worker -> PIC request",
+    "accept_to_inject": "PIC request -> VM entry",
+    "inject_to_eoi": "VM entry -> guest's EOI",
+    "expiry_to_eoi": "expiry -> EOI",
+}
+_STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
+
+
+def show_run(run: Run, console: Console | None = None) -> None:
+    """Print the report."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    show = console.print
+    show(
+        f"[bold]{escape(run.guest)}[/] on the {run.cpu} CPU with the {run.chips}'s chips, {run.clock} time"
+    )
+    show(_setting(run))
+    show(_outcome(run))
+    if run.ticks is not None:
+        verdicts = Table("verdict", "ticks", "meaning", box=None, pad_edge=False)
+        verdicts.columns[1].justify = "right"
+        for name, count, meaning in run.ticks.rows():
+            if count:
+                verdicts.add_row(f"[{_STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
+        verdicts.add_row("[bold]expired[/]", f"[bold]{run.ticks.expired:,}[/]", "")
+        show()
+        show(verdicts)
+        _show_latency(run, console)
+    show()
+    show(_speed(run))
+    for name, text in (("debug console", run.console), ("serial line", run.serial)):
+        if text:
+            show(f"\n{name}:")
+            console.out(text.rstrip("\n"), highlight=False)
+
+
+def _setting(run: Run) -> str:
+    pit = run.pit
+    if pit is None or not pit.period_ns:
+        return "the PIT was not programmed"
+    rate_hz = 1e9 / pit.period_ns
+    return (
+        f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz),"
+        f" reinject {'on' if pit.reinject else 'off'}"
+        + "".join(f", {name}={delay}" for name, delay in run.faults.items())
+        + (f", seed {run.seed}" if run.faults else "")
+    )
+
+
+def _outcome(run: Run) -> str:
+    text = f"{run.exit.reason} after {run.elapsed_ns / 1e9:.6f} s"
+    if run.guest_ticks is None:
+        return text
+    text += f"; the guest counted {run.guest_ticks:,} ticks"
+    if run.drift_ppm is not None:
+        text += f", its clock ({BELIEVED_HZ} Hz) is off by {run.drift_ppm:+,.6g} ppm"
+    return text
+
+
+def _show_latency(run: Run, console: Console) -> None:
+    assert run.ticks is not None
+    table = Table("hop", "p50", "p99", "max", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for hop, values in run.ticks.latency_ns.items():
+        if values:
+            table.add_row(_HOPS[hop], *(format_ns(values[key]) for key in ("p50", "p99", "max")))
+    if table.row_count:
+        console.print()
+        console.print(table)
+
+
+def _speed(run: Run) -> str:
+    expired = run.ticks.expired if run.ticks else 0
+    rate = f": {expired / run.wall_s:,.0f} ticks/s" if expired and run.wall_s else ""
+    instructions = f", {run.instructions:,} instructions" if run.instructions is not None else ""
+    return f"{run.wall_s:.3f} s of wall time{rate}{instructions}"

@@ -1,0 +1,140 @@
+"""A machine for tests: boot a guest, run it up to a point, disturb the host, look at the ticks.
+
+The pytest fixture `kvmtick_machine` (`kvmtick.pytest_plugin`) makes these; any other test framework
+can do the same by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvmtick import guests
+from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
+from kvmtick.guests import Guest
+from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
+from kvmtick.machine.loader import load_file
+from kvmtick.machine.run import Run
+from kvmtick.ticks.report import TickReport
+from kvmtick.timing.host import parse_duration_ns
+
+__all__ = ["GuestMachine"]
+
+
+class GuestMachine:
+    """A model VM with irqchip, PIT and vCPU 0, and a guest in it, ready to run.
+
+    `guest` is a built-in guest's name, a path to an image, or a `Guest`; further keywords go to
+    `kvmtick.guests.load` (`ticks`, `hz`, `param_ms`, ...). `faults` maps fault names to delays.
+    """
+
+    def __init__(
+        self,
+        guest: str | Path | Guest = "tick-pic",
+        *,
+        seed: int = 0,
+        clock: str = "virtual",
+        reinject: bool = True,
+        faults: dict[str, str] | None = None,
+        **parameters: Any,
+    ) -> None:
+        if isinstance(guest, Path):
+            guest = load_file(guest)
+        elif isinstance(guest, str):
+            guest = guests.load(guest, **parameters)
+        self.seed = seed
+        self.guest = guest
+        self.vm = ModelVm(clock=clock, seed=seed)
+        self.last: Run | None = None
+        self._parameters = parameters
+        self._reinject = reinject
+        for name, delay in (faults or {}).items():
+            self.fault(name, delay)
+        self.vm.create_irqchip()
+        self.vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        self.vm.reinject_control(reinject)
+        self.vm.create_vcpu(0)
+        self.vm.load(guest)
+
+    def run(
+        self,
+        *,
+        until: Callable[[GuestMachine], bool] | None = None,
+        for_: str | None = None,
+        ticks: int | None = None,
+        limit_s: float = DEFAULT_LIMIT_S,
+    ) -> Run:
+        """Run on: until the guest ends, `until(machine)` is true (asked between guest entries),
+        `for_` (such as `250ms`) has passed on the machine's clock, or, for a foreign guest,
+        `ticks` ticks have reached it.
+        """
+        self.last = self.vm.run(
+            ticks=ticks,
+            for_ns=None if for_ is None else parse_duration_ns(for_),
+            limit_s=limit_s,
+            until=None if until is None else lambda: until(self),
+        )
+        return self.last
+
+    def fault(self, name: str, delay: str | None) -> None:
+        """Make the host late from now on (`worker_delay`, `exp:200us`); None ends it."""
+        self.vm.machine.host.set_fault(name, delay)
+
+    def vcpu_off(self, duration: str) -> None:
+        """The vCPU loses its CPU for that long, from now on."""
+        self.vm.machine.take_vcpu_off(parse_duration_ns(duration))
+
+    @property
+    def ticks(self) -> TickReport:
+        """The ticks so far: `ticks.count("late")`, `ticks[3].eoi_ns`, `for tick in ticks`."""
+        return self.vm.ticks()
+
+    @property
+    def guest_ticks(self) -> int | None:
+        """The guest's own count, from its parameter block; None for a foreign guest."""
+        block = self.vm.parameters()
+        return block.counter if block else None
+
+    def memory(self, gpa: int, size_bytes: int) -> bytes:
+        """Guest RAM."""
+        return self.vm.read_memory(gpa, size_bytes)
+
+    def word(self, gpa: int) -> int:
+        """A 32-bit little-endian word of guest RAM."""
+        return int.from_bytes(self.memory(gpa, 4), "little")
+
+    @property
+    def console(self) -> str:
+        """What the guest printed on the debug console."""
+        return self.vm.machine.ports.console.decode("utf-8", "replace")
+
+    def command(self) -> str:
+        """The `kvmtick run` that repeats this machine's run, as far as one command can."""
+        words = ["kvmtick", "run", self.guest.name, "--seed", str(self.seed)]
+        for name, option in (("ticks", "--ticks"), ("hz", "--hz")):
+            if name in self._parameters:
+                words += [option, str(self._parameters[name])]
+        if self._parameters.get("param_ms") is not None:
+            words += ["--hold", f"{self._parameters['param_ms']}ms"]
+        if not self._reinject:
+            words.append("--no-reinject")
+        for name, delay in self.vm.machine.host.faults().items():
+            words += ["--fault", f"{name}={delay}"]
+        return " ".join(words)
+
+    def close(self) -> None:
+        """Free the VM. Harmless when repeated."""
+        self.vm.close()
+
+    def __enter__(self) -> GuestMachine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
