@@ -20,12 +20,11 @@ set aside, and why:
 * **hrtimer_cancel** and the **hrtimer_start** of a timer that is taken along when the vCPU thread
   moves to another CPU: `expires` is what it was before. A punctual host of one CPU moves nothing.
 * **the order between threads**: which of them is first is the host's business, for example whether
-  the worker drops the line before or after the vCPU takes the interrupt. Hence one list a line,
-  and in the worker's list a `queue` that falls into a run stands behind it.
+  the worker drops the line before or after the vCPU takes the interrupt. Hence one list a line.
 * **how often**: repeats are collapsed, see `collapse`. The numbers are the guest's business: it
   counts its ticks itself (tests/conformance/test_section6.py).
-* **where the trace ends**: it is cut behind the write to the exit port, and a repeat that this
-  leaves unfinished is dropped.
+* **where the trace ends**: it is cut behind the write to the exit port. A run of the worker, or an
+  expiry of the timer, that this leaves unfinished is dropped.
 
 An event of any other kind is an error: nothing disappears unnamed.
 """
@@ -50,7 +49,7 @@ SET_ASIDE = frozenset(
     }
 )
 EXIT_WRITE = "pio_write at 0xf4 "
-LONGEST_BLOCK = 6
+LONGEST_BLOCK = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,9 @@ class ChipLines:
     """What happened on each line, in order, repeats collapsed."""
 
     hrtimer: tuple[str, ...]
-    """Counter 0's timer: `start in 1.0 ms`, `expire`, `start +999848 ns`."""
+    """Counter 0's timer: `start in 1.0 ms`, `expire`, `expire, start +999848 ns`."""
     worker: tuple[str, ...]
-    """`queue by timer`, `queue by ack`, and runs: `run, pulse` (1 then 0), `run, idle`, ..."""
+    """Its runs: who queued the work, and what it did with the line: `by timer: 1 0`, `by ack: `."""
     gsi: tuple[str, ...]
     """Levels of GSI 0, with their source."""
     ioapic: tuple[str, ...]
@@ -118,28 +117,20 @@ def _collapse_blocks(tokens: list[str], size: int) -> list[str]:
     return out
 
 
-def drop_unfinished(tokens: tuple[str, ...], longest: int = LONGEST_BLOCK) -> tuple[str, ...]:
-    """Without the beginning of one more repeat of the last block: `a b c b` is `a b c`."""
-    for rest in range(1, longest):
-        for size in range(rest + 1, longest + 1):
-            block = tokens[-rest - size : -rest]
-            if len(block) == size and block[:rest] == tokens[-rest:]:
-                return tokens[:-rest]
-    return tokens
-
-
 def differences(model: ChipLines, kernel: ChipLines) -> str:
     """What differs, for people; empty if nothing does."""
     out = []
     for field in fields(ChipLines):
         ours, theirs = getattr(model, field.name), getattr(kernel, field.name)
         if ours != theirs:
-            out.append(f"{field.name}:\n  model:  {' | '.join(ours)}\n  kernel: {' | '.join(theirs)}")
+            out.append(
+                f"{field.name}:\n  model:  {' | '.join(ours)}\n  kernel: {' | '.join(theirs)}"
+            )
     return "\n".join(out)
 
 
 class _Reader:
-    """Sorts the events of one trace onto the lines."""
+    """Sorts the events of one trace onto the lines. Its `_<event>` methods take one event each."""
 
     def __init__(self) -> None:
         self._hrtimer: list[str] = []
@@ -148,12 +139,14 @@ class _Reader:
         self._ioapic: list[str] = []
         self._pic: list[str] = []
         self._vcpu: list[str] = []
-        self._kvm_eoi_injects = True
         self._expires = 0
         self._expired = True
+        self._restarts = False
         self._level: dict[str, str] = {}
+        self._queued_by = ""
         self._run: list[str] | None = None
-        self._queued_in_run: list[str] = []
+        self._before_run: list[int] = []
+        self._eoi_is_injection = True
 
     def event(self, match: re.Match[str]) -> None:
         """The next event."""
@@ -165,53 +158,53 @@ class _Reader:
             raise ValueError(f"normalise.py does not know what to do with {name}")
 
     def result(self) -> ChipLines:
-        """All lines, collapsed."""
-        self._finish_run(["..."])
-        lines = (self._hrtimer, self._worker, self._gsi, self._ioapic, self._pic)
-        # The last token of the vCPU's line is the write that ends the trace: nothing is cut there.
-        return ChipLines(*(drop_unfinished(collapse(line)) for line in lines), collapse(self._vcpu))
+        """All lines, collapsed, without what the end of the trace cut in two."""
+        if self._run is not None:
+            for line, length in zip(self._pins(), self._before_run, strict=True):
+                del line[length:]
+        if self._restarts and self._hrtimer[-1] == "expire":
+            self._hrtimer.pop()
+        lines = (self._hrtimer, self._worker, self._gsi, self._ioapic, self._pic, self._vcpu)
+        return ChipLines(*(collapse(line) for line in lines))
+
+    def _pins(self) -> tuple[list[str], ...]:
+        return self._gsi, self._ioapic, self._pic
 
     def _hrtimer_start(self, match: re.Match[str]) -> None:
-        numbers = _fields(match["rest"])
-        expires = int(numbers["expires"])
+        expires = int(_fields(match["rest"])["expires"])
         previous, self._expires = self._expires, expires
         if not self._expired and expires == previous:
             return
+        self._expired = False
         if _in_interrupt(match):
-            self._hrtimer.append(f"start {expires - previous:+d} ns")
+            self._restarts = True
+            self._hrtimer[-1] += f", start {expires - previous:+d} ns"
         else:
             due_ns = expires - int(match["ts"].replace(".", "")) * 1000
             self._hrtimer.append(f"start in {due_ns / 1e6:.1f} ms")
-        self._expired = False
 
     def _hrtimer_expire_entry(self, match: re.Match[str]) -> None:
         self._expired = True
         self._hrtimer.append("expire")
 
     def _sched_kthread_work_queue_work(self, match: re.Match[str]) -> None:
-        token = f"queue by {'timer' if _in_interrupt(match) else 'ack'}"
-        (self._worker if self._run is None else self._queued_in_run).append(token)
+        self._queued_by = "timer" if _in_interrupt(match) else "ack"
 
     def _sched_kthread_work_execute_start(self, match: re.Match[str]) -> None:
-        self._run = []
+        self._run = [f"by {self._queued_by}:"]
+        self._before_run = [len(line) for line in self._pins()]
 
     def _sched_kthread_work_execute_end(self, match: re.Match[str]) -> None:
-        self._finish_run([])
-
-    def _finish_run(self, unfinished: list[str]) -> None:
-        if self._run is None:
-            return
-        levels = self._run + unfinished
-        did = {(): "idle", ("1", "0"): "pulse"}.get(tuple(levels), " ".join(levels))
-        self._worker += [f"run, {did}", *self._queued_in_run]
-        self._run, self._queued_in_run = None, []
+        if self._run is not None:
+            self._worker.append(" ".join(self._run))
+            self._run = None
 
     def _kvm_set_irq(self, match: re.Match[str]) -> None:
-        words = match["rest"].split()
-        self._level[match["pid"]] = words[3]
+        level = match["rest"].split()[3]
+        self._level[match["pid"]] = level
         self._gsi.append(match["rest"])
         if self._run is not None and match["comm"].startswith("kvm-pit/"):
-            self._run.append(words[3])
+            self._run.append(level)
 
     def _kvm_ioapic_set_irq(self, match: re.Match[str]) -> None:
         self._ioapic.append(f"level {self._level[match['pid']]}: {match['rest']}")
@@ -228,12 +221,12 @@ class _Reader:
         self._vcpu.append(f"ack {match['rest']}")
 
     def _kvm_inj_virq(self, match: re.Match[str]) -> None:
-        self._kvm_eoi_injects = False
+        self._eoi_is_injection = False
         if "[reinjected]" not in match["rest"]:
             self._vcpu.append("inject")
 
     def _kvm_eoi(self, match: re.Match[str]) -> None:
-        if self._kvm_eoi_injects:
+        if self._eoi_is_injection:
             self._vcpu.append("inject")
 
 

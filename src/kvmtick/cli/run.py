@@ -19,7 +19,7 @@ from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
 from kvmtick.machine.loader import LoadError, load_file
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
-from kvmtick.timing.host import parse_delay, parse_duration_ns
+from kvmtick.timing.host import parse_duration_ns
 from kvmtick.trace.ftrace import FtraceWriter
 
 __all__ = ["main"]
@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         "--clock",
         choices=("virtual", "real"),
         default="virtual",
-        help="virtual: 1 instruction is 1 ns, HLT jumps to the next deadline; real: CLOCK_MONOTONIC (virtual)",
+        help="virtual: an instruction is 1 ns, HLT jumps to the next deadline; real: this host's"
+        " CLOCK_MONOTONIC (virtual)",
     )
     add(
         "--reinject",
@@ -108,9 +109,7 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = parser().parse_args(argv)
     with contextlib.ExitStack() as stack:
-        vm, guest = _build(options, stack)
-        teller = _tell(options, vm)
-        _trace(options, vm, stack)
+        vm, guest, teller = _build(options, stack)
         foreign = guest.parameters is None
         for_ns = _duration_ns("--for", vars(options)["for"])
         with _quiet_gc(), _progress(options, vm, guest, for_ns):
@@ -128,7 +127,9 @@ def main(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
 
 
-def _build(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[ModelVm, Guest]:
+def _build(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[ModelVm, Guest, StoryTeller | None]:
     guest = _guest(options)
     counter = _address("--counter", options.counter)
     detail = bool(options.trace or options.story)
@@ -144,12 +145,15 @@ def _build(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Mo
             vm.machine.host.set_fault(name, delay)
         except ValueError as error:
             raise UsageError(f"--fault {fault!r}: {error}") from None
+    # Whoever follows the events needs those of the chips' creation too.
+    teller = _tell(options, vm)
+    _trace(options, vm, stack)
     vm.create_irqchip()
     vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
     vm.reinject_control(options.reinject)
     vm.create_vcpu(0)
     vm.load(guest)
-    return vm, guest
+    return vm, guest, teller
 
 
 # Reading the options.
@@ -274,7 +278,7 @@ def _trace(options: argparse.Namespace, vm: ModelVm, stack: contextlib.ExitStack
     if not options.trace:
         return
     try:
-        file = stack.enter_context(open(options.trace, "w", encoding="utf-8"))
+        file = stack.enter_context(Path(options.trace).open("w", encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"--trace {options.trace}: {error.strerror}; give a writable file"

@@ -24,7 +24,8 @@ def show_run(run: Run, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     show = console.print
     show(
-        f"[bold]{escape(run.guest)}[/] on the {run.cpu} CPU with the {run.chips}'s chips, {run.clock} time"
+        f"[bold]{escape(run.guest)}[/] on the {run.cpu} CPU with the {run.chips}'s chips,"
+        f" {run.clock} time"
     )
     show(_setting(run))
     show(_outcome(run))

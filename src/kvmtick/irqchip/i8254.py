@@ -1,4 +1,4 @@
-"""KVM's in-kernel i8254 programmable interval timer (arch/x86/kvm/i8254.c, api.rst KVM_CREATE_PIT2).
+"""KVM's in-kernel i8254 interval timer (arch/x86/kvm/i8254.c, api.rst KVM_CREATE_PIT2).
 
 Implements the Intel 8254 datasheet (order 231164): three counters, modes 0-5, LSB, MSB and word
 access, the counter latch and read-back commands, the status byte, the gate of counter 2 and port
@@ -12,7 +12,8 @@ Where KVM differs from the silicon, KVM's way is kept:
 * the status byte never shows NULL COUNT;
 * a low gate does not stop a counter; a rising one restarts it in modes 1, 2, 3 and 5;
 * a control word alone stops nothing; only a completed count does;
-* counter 0 in mode 5 has no timer and stands still;
+* counter 0 is read off its timer: in mode 5, which has none, it stands still, or goes on from where
+  an earlier mode's timer left it;
 * a periodic interval below 200 us is raised to 200 us, except for the first expiry.
 
 Not modelled: the lock (a machine runs in one thread), the log line that tells of the clamp, the NMI
@@ -37,7 +38,7 @@ from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
-from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
+from kvmtick.timing.hrtimer import NORESTART, RESTART, HrTimer, HrTimerRestart
 from kvmtick.timing.kthread import KthreadWork, KthreadWorker
 from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import Recorder
@@ -45,9 +46,9 @@ from kvmtick.trace.recorder import Recorder
 __all__ = [
     "KVM_PIT_FREQ_HZ",
     "MIN_TIMER_PERIOD_NS",
+    "Pit",
     "PitBoard",
     "PitChannel",
-    "Pit",
     "create_pit",
     "mul_u64_u32_div",
     "nominal_period_ns",
@@ -143,18 +144,6 @@ class PitChannel:
             setattr(self, name, getattr(state, name))
 
 
-class WorkerFactory(Protocol):
-    """`kthread_run_worker`: a new worker thread of that name; KvmError if there can be none."""
-
-    def __call__(self, name: str) -> KthreadWorker: ...
-
-
-class TimerFactory(Protocol):
-    """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
-
-    def __call__(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer: ...
-
-
 class PitBoard(Protocol):
     """What the VM gives its PIT to stand on."""
 
@@ -164,12 +153,16 @@ class PitBoard(Protocol):
     notifiers: Notifiers
     bus: IoBus
     source_ids: IrqSourceIds
-    create_timer: TimerFactory
-    create_worker: WorkerFactory
     pid: int
 
     def new_address(self) -> int:
         """A made-up kernel address, for the trace to name an object by."""
+
+    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
+        """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
+
+    def create_worker(self, name: str) -> KthreadWorker:
+        """`kthread_run_worker`: a new worker thread; KvmError if there can be none."""
 
     def set_apicv_inhibit(self, reason: ApicvInhibitReason, inhibit: bool) -> None:
         """`kvm_set_or_clear_apicv_inhibit`."""
@@ -247,9 +240,9 @@ class Pit:
             self.pending += 1
         self.worker.queue_work(self.work)
         if not self.is_periodic:
-            return HrTimerRestart.NORESTART
+            return NORESTART
         self.timer.add_expires_ns(self.period_ns)
-        return HrTimerRestart.RESTART
+        return RESTART
 
     def do_work(self) -> None:
         """`pit_do_work`: pulse GSI 0, unless the last pulse still waits for its acknowledgement."""

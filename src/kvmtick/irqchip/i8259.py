@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.notifiers import Notifiers
-from kvmtick.irqchip.routing import line_state
 from kvmtick.trace.recorder import Recorder
 
 __all__ = ["CASCADE_PIN", "PIC_STATE_FIELDS", "Pic", "PicState"]
@@ -52,9 +51,14 @@ POLL_NOTHING = 0x07
 
 MASKED = -1
 
-LOWEST_BIT = tuple(
-    (value & -value).bit_length() - 1 if value else NO_PRIORITY for value in range(256)
+PRIORITY = tuple(
+    tuple(
+        next((step for step in range(8) if mask >> (step + add & 7) & 1), NO_PRIORITY)
+        for mask in range(256)
+    )
+    for add in range(8)
 )
+"""`PRIORITY[priority_add][mask]`: 0 (highest) to 7 of the first set bit of `mask`, 8 if none."""
 
 # Initialisation states: what the next write to the odd port is.
 READY, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
@@ -116,8 +120,7 @@ class PicState:
 
     def priority(self, mask: int) -> int:
         """`get_priority`: 0 (highest) to 7 of the first set bit of `mask`, 8 if none is set."""
-        add = self.priority_add & 7
-        return LOWEST_BIT[(mask >> add | mask << (8 - add)) & 0xFF]
+        return PRIORITY[self.priority_add & 7][mask]
 
     def set_line(self, pin: int, level: int) -> int:
         """`pic_set_irq1`: 1 the request is new or the line went low, 0 coalesced, -1 masked."""
@@ -145,20 +148,22 @@ class PicState:
         requests = self.irr & ~self.imr
         if not requests:
             return NO_IRQ
-        priority = self.priority(requests)
+        priorities = PRIORITY[self.priority_add & 7]
+        priority = priorities[requests]
         in_service = self.isr
-        if self.special_fully_nested_mode and not self.first_pin:
-            in_service &= ~(1 << CASCADE_PIN)
-        if in_service and priority >= self.priority(in_service):
-            return NO_IRQ
+        if in_service:
+            if self.special_fully_nested_mode and not self.first_pin:
+                in_service &= ~(1 << CASCADE_PIN)
+            if priority >= priorities[in_service]:
+                return NO_IRQ
         return (priority + self.priority_add) & 7
 
 
 class Pic:
     """The master and slave pair; `output` is the INTR pin to the processor.
 
-    `accepts_extint` says whether a vCPU would take ExtINT (`kvm_apic_accept_pic_intr`), `raise_intr`
-    asks that vCPU to look at its events and kicks it (`pic_unlock`).
+    `accepts_extint` says whether a vCPU would take ExtINT (`kvm_apic_accept_pic_intr`),
+    `raise_intr` asks that vCPU to look at its events and kicks it (`pic_unlock`).
     """
 
     __slots__ = (
@@ -166,6 +171,7 @@ class Pic:
         "_notifiers",
         "_raise_intr",
         "_recorder",
+        "_stale",
         "irq_states",
         "master",
         "output",
@@ -187,6 +193,9 @@ class Pic:
         self.slave = PicState(8, ELCR_MASK_SLAVE)
         self.irq_states = [0] * 16
         self.output = False
+        # ICW1, ICW4 and a poll of the cascade leave INTR as it was: the next edge of any line, a
+        # falling one too, drives it anew.
+        self._stale = False
 
     def register(self, bus: IoBus) -> None:
         """Put the pair and the ELCR on the port bus (`kvm_pic_init`)."""
@@ -195,13 +204,22 @@ class Pic:
 
     def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
         """`kvm_pic_set_irq`: drive pin 0-15; the result is `PicState.set_line`'s."""
-        line = line_state(self.irq_states, pin, irq_source_id, level)
+        # `__kvm_irq_line_state`: the line is the OR over all sources.
+        states = self.irq_states
+        source = 1 << irq_source_id
+        line = states[pin] = states[pin] | source if level else states[pin] & ~source
         chip = self.master if pin < 8 else self.slave
+        detail = self._recorder.detail
+        if not (line or chip.elcr or self._stale or self.slave.irr or detail):
+            # The falling edge of an edge-triggered pin changes nothing that INTR depends on, unless
+            # the slave still has a request to pass on.
+            mask = 1 << (pin & 7)
+            chip.last_irr &= ~mask
+            return MASKED if chip.imr & mask else 1
         result = chip.set_line(pin & 7, line)
-        # The falling edge of an edge-triggered pin changes nothing that INTR depends on.
-        if line or chip.elcr:
-            self.update_irq()
-        if level or self._recorder.detail:
+        self._stale = False
+        self.update_irq()
+        if level or detail:
             self._recorder.kvm_pic_set_irq(pin >> 3, pin & 7, chip.elcr, chip.imr, result == 0)
         return result
 
@@ -228,17 +246,18 @@ class Pic:
                     slave_irq = SPURIOUS_PIN
                 vector = slave.irq_base + slave_irq
         self.update_irq()
-        return vector
+        # `kvm_queue_interrupt` keeps a byte: KVM_SET_IRQCHIP stores any irq_base.
+        return vector & 0xFF
 
     def update_irq(self) -> None:
         """`pic_update_irq`: pass the slave's request on and drive the INTR pin."""
         if self.slave.irr and self.slave.pending_irq() >= 0:
             self.master.set_line(CASCADE_PIN, 1)
             self.master.set_line(CASCADE_PIN, 0)
-        output = self.master.pending_irq() >= 0
-        rising = output and not self.output
-        self.output = output
-        if rising:
+        if self.master.pending_irq() < 0:
+            self.output = False
+        elif not self.output:
+            self.output = True
             self._raise_intr()
 
     def io_read(self, port: int, size_bytes: int, stale: int) -> int:
@@ -287,6 +306,7 @@ class Pic:
             chip.special_fully_nested_mode = 0
             chip.auto_eoi = 0
         chip.init_state = EXPECT_ICW2
+        self._stale = True
         # Whoever waits for the acknowledgement of a forgotten request would wait for ever.
         if forgotten and self._accepts_extint():
             for pin in range(8):
@@ -304,16 +324,19 @@ class Pic:
             chip.special_fully_nested_mode = 1 if value & ICW4_SFNM else 0
             chip.auto_eoi = 1 if value & ICW4_AEOI else 0
             chip.init_state = READY
+            self._stale = True
         elif chip.init_state == READY:
             self._write_ocw1(chip, value)
 
     def _write_ocw1(self, chip: PicState, value: int) -> None:
         changed = chip.imr ^ value
         chip.imr = value
-        irqchip = 1 if chip.first_pin else 0
+        first_pin = chip.first_pin
         for pin in range(8):
             if changed >> pin & 1:
-                self._notifiers.fire_mask_notifiers(irqchip, pin, bool(value >> pin & 1))
+                self._notifiers.fire_mask_notifiers(
+                    first_pin >> 3, first_pin + pin, bool(value >> pin & 1)
+                )
         self.update_irq()
 
     def _write_ocw2(self, chip: PicState, value: int) -> None:
@@ -350,9 +373,10 @@ class Pic:
             self._end_service(chip, pin)
 
     def _end_service(self, chip: PicState, pin: int) -> None:
-        """`pic_clear_isr`: also tells who waits for the acknowledgement."""
+        """`pic_clear_isr`: also tells who waits for the acknowledgement (slave pins are 8-15)."""
         chip.isr &= ~(1 << pin)
-        self._notifiers.notify_acked_irq(1 if chip.first_pin else 0, pin)
+        first_pin = chip.first_pin
+        self._notifiers.notify_acked_irq(first_pin >> 3, first_pin + pin)
 
     def _poll(self, chip: PicState) -> int:
         """`pic_poll_read`: acknowledge by reading, without INTA."""
@@ -368,6 +392,8 @@ class Pic:
         self._end_service(chip, pin)
         if is_slave or pin != CASCADE_PIN:
             self.update_irq()
+        else:
+            self._stale = True
         return POLL_INTERRUPT | pin
 
 

@@ -7,7 +7,7 @@ Not modelled: everything a guest could program, for nothing can reach its regist
 window, unmasked pins, level triggering, remote IRR, delivery to local APICs.
 """
 
-from kvmtick.irqchip.routing import IOAPIC_PINS, line_state
+from kvmtick.irqchip.routing import IOAPIC_PINS
 from kvmtick.trace.recorder import Recorder
 
 __all__ = ["REDIRECTION_RESET", "Ioapic"]
@@ -30,7 +30,9 @@ class Ioapic:
 
     def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
         """`kvm_ioapic_set_irq`: -1 for a rising edge (masked), 0 if already high, 1 for low."""
-        line = line_state(self.irq_states, pin, irq_source_id, level)
+        states = self.irq_states
+        source = 1 << irq_source_id
+        line = states[pin] = states[pin] | source if level else states[pin] & ~source
         mask = 1 << pin
         if not line:
             self.irr &= ~mask

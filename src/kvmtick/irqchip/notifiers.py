@@ -14,7 +14,10 @@ MaskNotifier = Callable[[bool], None]
 
 
 class Notifiers:
-    """The notifiers of one VM. Chips speak of pins; the routing table says which GSI that is."""
+    """The notifiers of one VM. Chips speak of pins; the routing table says which GSI that is.
+
+    The last one registered is told first, as in the kernel's lists. The slave PIC's pins are 8-15.
+    """
 
     __slots__ = ("_ack", "_mask", "_recorder", "_routing")
 
@@ -29,7 +32,7 @@ class Notifiers:
 
     def register_ack(self, gsi: int, notifier: AckNotifier) -> None:
         """`kvm_register_irq_ack_notifier`."""
-        self._ack.append((gsi, notifier))
+        self._ack.insert(0, (gsi, notifier))
 
     def unregister_ack(self, gsi: int, notifier: AckNotifier) -> None:
         """`kvm_unregister_irq_ack_notifier`; ValueError if it is not registered."""
@@ -37,7 +40,7 @@ class Notifiers:
 
     def register_mask(self, gsi: int, notifier: MaskNotifier) -> None:
         """`kvm_register_irq_mask_notifier`."""
-        self._mask.append((gsi, notifier))
+        self._mask.insert(0, (gsi, notifier))
 
     def unregister_mask(self, gsi: int, notifier: MaskNotifier) -> None:
         """`kvm_unregister_irq_mask_notifier`; ValueError if it is not registered."""

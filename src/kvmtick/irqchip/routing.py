@@ -1,7 +1,7 @@
 """GSI routing and irq source ids (arch/x86/kvm/irq.c, virt/kvm/irqchip.c; api.rst 4.52).
 
 A GSI leads to at most one pin of each chip. Several sources may drive one pin; its level is the OR
-over them (`line_state`). The table is the kernel's default (`kvm_setup_default_irq_routing`): GSI n
+over them, which each chip keeps in its `irq_states`. The table is the kernel's default (`kvm_setup_default_irq_routing`): GSI n
 to IOAPIC pin n (n < 24) and to PIC pin n (n < 16), GSI 0 to pin 0.
 
 Not modelled: tables set by user space (KVM_SET_GSI_ROUTING) and MSI entries.
@@ -21,7 +21,6 @@ __all__ = [
     "IrqRouting",
     "IrqSourceIds",
     "SetIrq",
-    "line_state",
 ]
 
 SetIrq = Callable[[int, int, int], int]
@@ -35,14 +34,6 @@ MAX_SOURCES = 64
 PIC_PINS = 16
 IOAPIC_PINS = 24
 UNROUTED = -1
-
-
-def line_state(states: list[int], pin: int, irq_source_id: int, level: int) -> int:
-    """`__kvm_irq_line_state`: remember what one source says; returns the OR over all."""
-    bit = 1 << irq_source_id
-    state = states[pin] | bit if level else states[pin] & ~bit
-    states[pin] = state
-    return 1 if state else 0
 
 
 class IrqSourceIds:
@@ -84,17 +75,17 @@ class IrqRouting:
         self._entries.clear()
         self._gsi_of_pin.clear()
         for gsi in range(IOAPIC_PINS):
-            self._add(gsi, ioapic, Irqchip.IOAPIC, gsi, gsi)
+            self._add(gsi, ioapic, Irqchip.IOAPIC, gsi)
             if gsi < PIC_PINS:
                 chip = Irqchip.PIC_MASTER if gsi < PIC_PINS // 2 else Irqchip.PIC_SLAVE
-                self._add(gsi, pic, chip, gsi % (PIC_PINS // 2), gsi)
+                self._add(gsi, pic, chip, gsi)
 
-    def _add(self, gsi: int, set_irq: SetIrq, irqchip: Irqchip, chip_pin: int, pin: int) -> None:
+    def _add(self, gsi: int, set_irq: SetIrq, irqchip: Irqchip, pin: int) -> None:
         self._entries.setdefault(gsi, []).append((set_irq, pin))
-        self._gsi_of_pin[int(irqchip), chip_pin] = gsi
+        self._gsi_of_pin[int(irqchip), pin] = gsi
 
     def gsi_of_pin(self, irqchip: int, pin: int) -> int:
-        """`kvm_irq_map_chip_pin`: the GSI that leads to this pin, -1 if none."""
+        """`kvm_irq_map_chip_pin`: the GSI that leads to this pin (slave PIC: 8-15), -1 if none."""
         return self._gsi_of_pin.get((irqchip, pin), UNROUTED)
 
     def set_irq(self, irq_source_id: int, gsi: int, level: int) -> int:

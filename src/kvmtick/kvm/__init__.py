@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvmtick.kvm.kernel import KernelVm
     from kvmtick.kvm.model import ModelVm
 
-__all__ = ["Kvm", "KernelKvm", "ModelKvm"]
+__all__ = ["KernelKvm", "Kvm", "ModelKvm"]
 
 
 class ModelKvm:
@@ -47,7 +47,7 @@ def Kvm(backend: Literal["model"] = "model") -> ModelKvm: ...
 def Kvm(backend: Literal["kernel"]) -> KernelKvm: ...
 
 
-def Kvm(backend: str = "model") -> ModelKvm | KernelKvm:  # noqa: N802 - the kernel's own name
+def Kvm(backend: str = "model") -> ModelKvm | KernelKvm:
     """The system side of KVM: `model` or `kernel`. ValueError for any other name."""
     if backend == "model":
         return ModelKvm()

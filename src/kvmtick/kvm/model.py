@@ -9,7 +9,7 @@ Not modelled: more than one vCPU, the local APIC's and the IOAPIC's registers, K
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from kvmtick.abi.errors import KvmError
@@ -33,6 +33,7 @@ from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import REDIRECTION_RESET
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
 from kvmtick.machine.machine import Exit, Machine
+from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
@@ -219,7 +220,7 @@ class ModelVm:
         return ModelVcpu(self.machine.create_vcpu(self._engine()))
 
     def load(self, guest: Guest) -> None:
-        """Put an image into RAM and let vCPU 0 start at its entry. ValueError if it does not fit."""
+        """Put an image into RAM, vCPU 0 will start at its entry. ValueError if it does not fit."""
         self.machine.load(guest)
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
@@ -255,6 +256,7 @@ class ModelVm:
         limit_s: float | None = DEFAULT_LIMIT_S,
         until: Callable[[], bool] | None = None,
         counter: int | None = None,
+        handlers: Mapping[int, PortHandler] | None = None,
     ) -> Run:
         """Run the guest and follow its ticks.
 
@@ -262,7 +264,8 @@ class ModelVm:
         seconds, or when `until` (asked between guest entries) is true. A foreign guest ends when
         `ticks` ticks have reached it. A guest that does not get its ticks ends (reason `time`)
         after ten times the time they should take. `counter`: where a foreign guest keeps a 32-bit
-        tick count, guest-physical. May be called again to go on.
+        tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during this
+        run, as in `KernelVm.run_until_exit`; they may call the VM. May be called again to go on.
         """
         stopwatch = Stopwatch()
         guest = self.machine.loaded[-1] if self.machine.loaded else None
@@ -272,8 +275,9 @@ class ModelVm:
             end_ns += self._nominal_end_ns()
         elif ticks is not None:
             goal = _TickGoal(self, ticks)
+        self.machine.ports.handlers = handlers or {}
         exit_ = self.machine.run(
-            min(end_ns, default=None), limit_s, _either(goal and goal.is_over, until)
+            min(end_ns, default=None), limit_s, _either(goal.is_over if goal else None, until)
         )
         if exit_.reason == "until" and goal is not None and goal.reason:
             exit_ = Exit(goal.reason)
@@ -316,7 +320,7 @@ class ModelVm:
             wall_s=wall_s,
             instructions=vcpu.instructions,
             exit=exit_,
-            pit=pit and PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject),
+            pit=PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject) if pit else None,
             guest_ticks=guest_ticks,
             ticks=self.ticks() if pit else None,
             faults=machine.host.faults(),
@@ -336,11 +340,12 @@ class _TickGoal:
     def is_over(self) -> bool:
         machine = self._vm.machine
         machine.recorder.flush()
+        pit = machine.board.pit
+        period_ns = pit.period_ns if pit else 0
         if self._vm.assembler.reached >= self._ticks:
             self.reason = "done"
-        elif (pit := machine.board.pit) is not None and pit.period_ns:
-            if machine.elapsed_ns >= NOMINAL_TIMES * self._ticks * pit.period_ns:
-                self.reason = "time"
+        elif period_ns and machine.elapsed_ns >= NOMINAL_TIMES * self._ticks * period_ns:
+            self.reason = "time"
         return bool(self.reason)
 
 

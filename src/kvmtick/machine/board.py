@@ -14,7 +14,6 @@ from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
-from kvmtick.machine.ports import PortMap
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
@@ -22,7 +21,7 @@ from kvmtick.timing.kthread import KthreadWorker
 from kvmtick.timing.queue import EventQueue
 from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import Recorder
-from kvmtick.vcpu.vcpu import Vcpu
+from kvmtick.vcpu.vcpu import UserPorts, Vcpu
 
 __all__ = ["Board"]
 
@@ -42,7 +41,7 @@ class Board:
         clock: Clock,
         host: HostModel,
         recorder: Recorder,
-        ports: PortMap,
+        ports: UserPorts,
     ) -> None:
         self.clock = clock
         self.host = host

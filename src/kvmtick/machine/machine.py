@@ -33,6 +33,8 @@ RAM_BYTES = 2 << 20
 SLICE_INSTRUCTIONS = 10_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: about 0.1 s."""
 SLICE_REAL_NS = 100_000_000
+BLOCK_PASSES = 16
+"""How many deadlines may pass over a halted vCPU before the loop looks up."""
 UNLIMITED_INSTRUCTIONS = 1 << 40
 
 _EXIT_HLT = int(ExitReason.HLT)
@@ -173,30 +175,29 @@ class Machine:
     ) -> Exit:
         clock, queue = self.clock, self.board.queue
         passes = 0
-        while True:
-            clock.refresh()
+        while self._exit is None:
+            if clock.live:
+                clock.refresh()
             if queue.next_ns <= clock.now_ns:
                 queue.run_due(clock)
-            if self._exit is not None:
-                return self._exit
-            if until is not None and until():
-                return Exit("until")
             if clock.now_ns >= end_ns:
                 return Exit("time")
             passes += 1
             if passes & 15 == 0 and self._look_up(limit_s, stopwatch):
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
-            deadline_ns = queue.next_ns if queue.next_ns < end_ns else end_ns
             if vcpu.kicked:
                 self._meet_busy_host(vcpu)
             if clock.now_ns < self._off_until_ns:
-                self._sleep(deadline_ns)
+                self._sleep(end_ns)
             elif vcpu.mp_state == _HALTED and not self._wake(vcpu):
                 if self._is_deadlocked(vcpu, end_ns):
                     return Exit("deadlock", detail=_deadlock_detail(vcpu))
-                self._sleep(deadline_ns)
+                self._block(vcpu, end_ns)
             else:
-                self._enter(vcpu, deadline_ns)
+                self._enter(vcpu, end_ns)
+                if until is not None and self._exit is None and until():
+                    return Exit("until")
+        return self._exit
 
     def _look_up(self, limit_s: float | None, stopwatch: Stopwatch) -> bool:
         """Now and then: hand the records on; is the wall-time limit over?"""
@@ -204,8 +205,10 @@ class Machine:
             self.recorder.flush()
         return limit_s is not None and stopwatch.elapsed_s() > limit_s
 
-    def _enter(self, vcpu: Vcpu, deadline_ns: int) -> None:
+    def _enter(self, vcpu: Vcpu, end_ns: int) -> None:
         now_ns = self.clock.now_ns
+        next_ns = self.board.queue.next_ns
+        deadline_ns = next_ns if next_ns < end_ns else end_ns
         if self._kicker is None:
             budget = deadline_ns - now_ns
             reason = vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
@@ -244,12 +247,27 @@ class Machine:
             return True
         return self.board.queue.next_ns == NEVER_NS == end_ns
 
-    def _sleep(self, until_ns: int) -> None:
+    def _block(self, vcpu: Vcpu, end_ns: int) -> None:
+        """`kvm_vcpu_block`: sleep from deadline to deadline until somebody kicks the vCPU."""
+        clock, queue = self.clock, self.board.queue
+        for _ in range(BLOCK_PASSES):
+            self._sleep(end_ns)
+            if clock.now_ns >= end_ns:
+                return
+            queue.run_due(clock)
+            if vcpu.kicked:
+                return
+
+    def _sleep(self, end_ns: int) -> None:
+        """Let time pass up to the next deadline, or in real time a part of it."""
+        next_ns = self.board.queue.next_ns
+        until_ns = next_ns if next_ns < end_ns else end_ns
         self.recorder.task = IDLE_TASK
         if self.virtual:
             self.clock.now_ns = until_ns
         else:
             sleep_until_ns(min(until_ns, self.clock.now_ns + SLICE_REAL_NS))
+            self.clock.refresh()
 
     def _guest_exit(self, value: int) -> None:
         """The guest wrote the debug exit port."""

@@ -7,12 +7,21 @@
   transmitter is always empty, nothing is ever received;
 * everything else reads all ones, as an undriven ISA bus does.
 
+`handlers` come before all of these: a program that runs the VM answers ports of its own with them.
+
 Not modelled: UART interrupts, modem lines, FIFOs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
-__all__ = ["PortMap"]
+__all__ = ["PortHandler", "PortMap"]
+
+PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
+"""`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.
+
+The result answers a read (None: all ones) and is ignored for a write.
+"""
 
 PORT_HOST_SLEEP = 0xD8
 PORT_DEBUG_CONSOLE = 0xE9
@@ -38,6 +47,7 @@ class PortMap:
         """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""
         self._on_exit = on_exit
         self._on_sleep = on_sleep
+        self.handlers: Mapping[int, PortHandler] = {}
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
@@ -45,16 +55,22 @@ class PortMap:
 
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
+        ones = (1 << 8 * size_bytes) - 1
+        if handler := self.handlers.get(port):
+            answer = handler(port, size_bytes, None)
+            return ones if answer is None else answer & ones
         if size_bytes == 1:
             if port == PORT_DEBUG_CONSOLE:
                 return PORT_DEBUG_CONSOLE
             if port & ~7 == PORT_SERIAL:
                 return self._read_uart(port & 7)
-        return (1 << 8 * size_bytes) - 1
+        return ones
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value`."""
-        if port == PORT_DEBUG_EXIT:
+        if handler := self.handlers.get(port):
+            handler(port, size_bytes, value)
+        elif port == PORT_DEBUG_EXIT:
             self._on_exit(value)
         elif port == PORT_HOST_SLEEP:
             self._on_sleep(value)

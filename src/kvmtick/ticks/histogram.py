@@ -1,6 +1,7 @@
 """Latencies in constant memory: a histogram with a bounded relative error."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 __all__ = ["Histogram"]
 
@@ -9,39 +10,29 @@ SUB_BITS = 7
 
 
 class Histogram:
-    """Counts of non-negative integers (ns), with quantiles. The maximum is exact.
+    """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
 
-    `add` is a bound `list.append`: whoever adds calls `fold` now and then, so that memory stays
-    constant.
-    """
-
-    __slots__ = ("_buckets", "_fresh", "_total", "add", "max")
+    __slots__ = ("_buckets", "_total", "max")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
-        self._fresh: list[int] = []
         self._total = 0
         self.max = 0
-        self.add = self._fresh.append
 
     def __len__(self) -> int:
-        return self._total + len(self._fresh)
+        return self._total
 
-    def fold(self) -> None:
-        """Put what was added into the buckets."""
-        if not self._fresh:
-            return
-        self.max = max(self.max, max(self._fresh))
-        self._total += len(self._fresh)
-        for value, count in Counter(self._fresh).items():
+    def add(self, values: Sequence[int]) -> None:
+        """Count some values."""
+        self.max = max(self.max, *values)
+        self._total += len(values)
+        for value, count in Counter(values).items():
             shift = max(0, value.bit_length() - SUB_BITS)
             bucket = ((value >> shift) + 1 << shift) - 1
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-        self._fresh.clear()
 
     def quantile(self, share: float) -> int:
         """The smallest bucket's upper end that covers `share` (0-1) of the values; 0 if empty."""
-        self.fold()
         wanted = max(1, round(share * self._total))
         seen = 0
         for bucket in sorted(self._buckets):
@@ -52,6 +43,6 @@ class Histogram:
 
     def summary(self) -> dict[str, int]:
         """`p50`, `p99` and `max`; empty if nothing was counted."""
-        if not len(self):
+        if not self._total:
             return {}
         return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self.max}

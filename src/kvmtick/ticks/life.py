@@ -10,6 +10,7 @@ next one; with reinject off the one that queued the work.
 
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 
 from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.verdict import Verdict, Where
@@ -27,12 +28,35 @@ PORT_PIC_DATA = 0x21
 IMR_IRQ0 = 1
 NO_COMMAND = -1
 OPEN = Verdict.OUTSTANDING
+_DELIVERED = Verdict.DELIVERED
+_LATE = Verdict.LATE
+
+_EVENT_OF = itemgetter(1)
+_PLAIN_TICK = bytes(
+    (
+        Event.HRTIMER_EXPIRE_ENTRY,
+        Event.WORK_QUEUE,
+        Event.HRTIMER_START,
+        Event.WORK_START,
+        Event.KVM_SET_IRQ,
+        Event.KVM_PIC_SET_IRQ,
+        Event.KVM_INJ_VIRQ,
+        Event.KVM_PIO,
+        Event.KVM_ACK_IRQ,
+    )
+)
+_REACH_HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject")
+_END_HOPS = ("inject_to_eoi", "expiry_to_eoi")
 ICW1 = 0x10
 OCW3 = 0x08
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK = int(Function.PIT_DO_WORK)
 _PIC_MASTER = int(Irqchip.PIC_MASTER)
+
+
+def _ignore(record: Record) -> None:
+    """An event that says nothing of the PIT's ticks."""
 
 
 class Tick:
@@ -53,17 +77,28 @@ class Tick:
         "work_ns",
     )
 
-    def __init__(self, index: int, expiry_ns: int, fired_ns: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        expiry_ns: int,
+        fired_ns: int,
+        period_ns: int | None = None,
+        work_ns: int | None = None,
+        accept_ns: int | None = None,
+        inject_ns: int | None = None,
+        eoi_ns: int | None = None,
+        vector: int | None = None,
+    ) -> None:
         """`index` counts from 1; `expiry_ns` is the timer's `expires`, `fired_ns` the late now."""
         self.index = index
         self.expiry_ns = expiry_ns
         self.fired_ns = fired_ns
-        self.period_ns: int | None = None
-        self.work_ns: int | None = None
-        self.accept_ns: int | None = None
-        self.inject_ns: int | None = None
-        self.eoi_ns: int | None = None
-        self.vector: int | None = None
+        self.period_ns = period_ns
+        self.work_ns = work_ns
+        self.accept_ns = accept_ns
+        self.inject_ns = inject_ns
+        self.eoi_ns = eoi_ns
+        self.vector = vector
         self.verdict = OPEN
         self.where: Where | None = None
         self.detail = ""
@@ -84,11 +119,9 @@ class TickAssembler:
         self.expired = 0
         self.extra = 0
         self.reached = 0
-        self._expiry_to_work = Histogram()
-        self._work_to_accept = Histogram()
-        self._accept_to_inject = Histogram()
-        self._inject_to_eoi = Histogram()
-        self._expiry_to_eoi = Histogram()
+        self._latency_ns = {hop: Histogram() for hop in (*_REACH_HOPS, *_END_HOPS)}
+        self._reach_hops: list[tuple[int, int, int]] = []
+        self._end_hops: list[tuple[int, int]] = []
         self._judged: dict[Verdict, int] = {}
         self._reinject = False
         self._expires_ns = 0
@@ -110,7 +143,7 @@ class TickAssembler:
         self._pic_command = NO_COMMAND
         self._icw2_next = False
         self._irq_base: int | None = None
-        self._handlers: list[Callable[[Record], None] | None] = [None] * len(Event)
+        self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
             (Event.HRTIMER_START, self._hrtimer_start),
             (Event.HRTIMER_EXPIRE_ENTRY, self._hrtimer_expire_entry),
@@ -129,22 +162,93 @@ class TickAssembler:
     def __call__(self, batch: list[Record]) -> None:
         """Take in a batch of records."""
         handlers = self._handlers
-        for record in batch:
-            handler = handlers[record[1]]
-            if handler is not None:
-                handler(record)
-        for histogram in self.latency_ns().values():
-            histogram.fold()
+        events = bytes(map(_EVENT_OF, batch))
+        at = 0
+        while at < len(batch):
+            plain = events.find(_PLAIN_TICK, at)
+            for record in batch[at : plain if plain >= 0 else None]:
+                handlers[record[1]](record)
+            if plain < 0:
+                break
+            at = plain + len(_PLAIN_TICK)
+            if not self._plain_tick(batch, plain):
+                for record in batch[plain:at]:
+                    handlers[record[1]](record)
+        self._fold_hops()
+
+    def _plain_tick(self, batch: list[Record], at: int) -> bool:
+        """A whole life at once, the same as record by record: expiry, pulse, injection and EOI in
+        a row, with nothing else under way. False, and nothing done, if it is not that.
+        """
+        _, _, _, gsi, level, source = batch[at + 4]
+        accept_ns, _, _, chip, pin, _, imr, coalesced = batch[at + 5]
+        inject_ns, _, _, vector, _, reinjected = batch[at + 6]
+        _, _, _, is_write, port, _, _, value = batch[at + 7]
+        eoi_ns, _, _, irqchip, acked_pin = batch[at + 8]
+        if (
+            not self._is_idle()
+            or gsi != PIT_GSI
+            or not level
+            or source != PIT_SOURCE_ID
+            or chip
+            or pin
+            or imr & IMR_IRQ0
+            or coalesced
+            or vector != self._irq_base
+            or reinjected
+            or not is_write
+            or port != PORT_PIC_COMMAND
+            or value & (ICW1 | OCW3)
+            or irqchip
+            or acked_pin
+        ):
+            return False
+        self.expired += 1
+        self.reached += 1
+        expiry_ns, next_ns, work_ns = self._expires_ns, batch[at + 2][5], batch[at + 3][0]
+        self._expires_ns = next_ns
+        self._work_ns = work_ns
+        self._passed_by = self._seen_by_worker
+        self._seen_by_worker = self.expired
+        tick = Tick(
+            self.expired,
+            expiry_ns,
+            batch[at][5],
+            next_ns - expiry_ns,
+            work_ns,
+            accept_ns,
+            inject_ns,
+            eoi_ns,
+            vector,
+        )
+        self.lives.append(tick)
+        self._judge(tick, _DELIVERED if inject_ns < next_ns else _LATE)
+        self._reach_hops.append((work_ns - expiry_ns, accept_ns - work_ns, inject_ns - accept_ns))
+        self._end_hops.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
+        return True
+
+    def _is_idle(self) -> bool:
+        """Reinject is on and no tick is under way."""
+        return (
+            self._reinject
+            and not self._pending
+            and not self._waiting
+            and not self._work_queued
+            and self._request is None
+            and self._in_service is None
+            and not self._foreign_request
+            and not self._auto_eoi
+        )
 
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of a tick: worker start, PIC request, VM-entry field written, guest's EOI."""
-        return {
-            "expiry_to_work": self._expiry_to_work,
-            "work_to_accept": self._work_to_accept,
-            "accept_to_inject": self._accept_to_inject,
-            "inject_to_eoi": self._inject_to_eoi,
-            "expiry_to_eoi": self._expiry_to_eoi,
-        }
+        return self._latency_ns
+
+    def _fold_hops(self) -> None:
+        for names, rows in ((_REACH_HOPS, self._reach_hops), (_END_HOPS, self._end_hops)):
+            for name, values in zip(names, zip(*rows, strict=True), strict=False):
+                self._latency_ns[name].add(values)
+            rows.clear()
 
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
@@ -280,6 +384,8 @@ class TickAssembler:
             self._auto_eoi = False
             if self._auto_eoi_tick is not None:
                 self._auto_eoi_tick.vector = record[3]
+            else:
+                self.extra += 1
             return
         tick = self._request
         base = self._irq_base
@@ -342,17 +448,17 @@ class TickAssembler:
         self.reached += 1
         if tick.verdict is OPEN:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
-            self._judge(tick, Verdict.DELIVERED if on_time else Verdict.LATE)
+            self._judge(tick, _DELIVERED if on_time else _LATE)
         if tick.work_ns is not None and tick.accept_ns is not None:
-            self._expiry_to_work.add(tick.work_ns - tick.expiry_ns)
-            self._work_to_accept.add(tick.accept_ns - tick.work_ns)
-            self._accept_to_inject.add(ts_ns - tick.accept_ns)
+            work_ns, accept_ns = tick.work_ns, tick.accept_ns
+            self._reach_hops.append(
+                (work_ns - tick.expiry_ns, accept_ns - work_ns, ts_ns - accept_ns)
+            )
 
     def _end(self, tick: Tick, ts_ns: int) -> None:
         tick.eoi_ns = ts_ns
         if tick.inject_ns is not None:
-            self._inject_to_eoi.add(ts_ns - tick.inject_ns)
-            self._expiry_to_eoi.add(ts_ns - tick.expiry_ns)
+            self._end_hops.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
 
     def _judge(
         self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""

@@ -1,4 +1,4 @@
-"""The life of one tick, told step by step: what the kernel calls it, where it is here, what changed.
+"""The life of one tick, step by step: what the kernel calls it, where it is here, what changed.
 
 The teller follows the recorder record by record, with a snapshot of the machine's state at each,
 until its tick is over. What changed between two records is the doing of the first, unless the
@@ -112,7 +112,10 @@ class StoryTeller:
     """Follows tick `index` (from 1) through a run and tells its life afterwards."""
 
     def __init__(self, index: int, recorder: Recorder, snapshot: Callable[[], Snapshot]) -> None:
-        """`snapshot` gives the machine's state by name; `recorder` must record details."""
+        """`snapshot` gives the machine's state by name; `recorder` must record details.
+
+        Made before the PIT is, or it misses how reinjection is set.
+        """
         self.index = index
         self.tick: Tick | None = None
         self.expired = 0
@@ -149,6 +152,8 @@ class StoryTeller:
         for name, ns in (("pulse", tick.work_ns), ("inject", tick.inject_ns), ("eoi", tick.eoi_ns)):
             if ns is not None:
                 self._marks.setdefault(name, here)
+        if tick.verdict is Verdict.DROPPED:
+            self._marks.setdefault("drop", here)
 
     def _is_over(self, tick: Tick) -> bool:
         if tick.eoi_ns is not None:
@@ -207,7 +212,18 @@ class StoryTeller:
             chosen |= self._pulse(self._marks["pulse"], expiry)
         if "inject" in self._marks:
             chosen |= self._delivery(self._marks["inject"], self._marks.get("eoi"))
+        if "drop" in self._marks:
+            chosen |= self._drop(self._marks["drop"])
         return chosen
+
+    def _drop(self, drop: int) -> set[int]:
+        """What threw the count away, from the guest's port access on."""
+        start = drop
+        while self._life[start - 1][0][1] == Event.HRTIMER_CANCEL:
+            start -= 1
+        if self._life[start - 1][0][1] == Event.KVM_PIO:
+            start -= 1
+        return set(range(start, drop + 1))
 
     def _pulse(self, pulse: int, expiry: int) -> set[int]:
         """The worker's run around a pulse, and the acknowledgement that called for it."""

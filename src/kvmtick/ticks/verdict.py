@@ -5,12 +5,12 @@ The order is the order of judgement: the first that matches wins (docs/walkthrou
 after the pulse takes nothing from the guest.
 """
 
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["Verdict", "Where"]
 
 
-class Verdict(Enum):
+class Verdict(StrEnum):
     """What became of an expiry."""
 
     DROPPED = "dropped"
@@ -23,7 +23,7 @@ class Verdict(Enum):
     UNKNOWN = "unknown"
 
 
-class Where(Enum):
+class Where(StrEnum):
     """Where a tick that did not come through ended."""
 
     WORKER = "worker"

@@ -14,12 +14,14 @@ __all__ = ["Clock", "MonotonicClock", "VirtualClock"]
 class Clock:
     """What every chip reads: `now_ns`, nanoseconds on CLOCK_MONOTONIC or since power-on."""
 
-    __slots__ = ("now_ns",)
+    __slots__ = ("live", "now_ns")
 
     name = "abstract"
 
-    def __init__(self, now_ns: int) -> None:
+    def __init__(self, now_ns: int, live: bool) -> None:
+        """`live`: time goes on by itself, so hot code has to `refresh`."""
         self.now_ns = now_ns
+        self.live = live
 
     def refresh(self) -> None:
         """Bring `now_ns` up to date."""
@@ -33,7 +35,7 @@ class VirtualClock(Clock):
     name = "virtual"
 
     def __init__(self) -> None:
-        super().__init__(0)
+        super().__init__(0, live=False)
 
 
 class MonotonicClock(Clock):
@@ -44,7 +46,7 @@ class MonotonicClock(Clock):
     name = "real"
 
     def __init__(self) -> None:
-        super().__init__(time.monotonic_ns())
+        super().__init__(time.monotonic_ns(), live=True)
 
     def refresh(self) -> None:
         """Take a new snapshot of CLOCK_MONOTONIC."""

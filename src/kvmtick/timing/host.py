@@ -15,6 +15,8 @@ fault does not change another.
 from dataclasses import dataclass
 from random import Random
 
+from kvmtick.timing.queue import NEVER_NS
+
 __all__ = ["FAULTS", "Delay", "HostModel", "format_ns", "parse_delay", "parse_duration_ns"]
 
 FAULTS = ("worker_delay", "vcpu_off", "late_expiry")
@@ -35,6 +37,8 @@ def parse_duration_ns(text: str) -> int:
         raise ValueError(f"{text!r} is not a duration: {remedy}") from None
     if value_ns < 0:
         raise ValueError(f"duration {text!r} is negative: {remedy}")
+    if value_ns >= NEVER_NS:
+        raise ValueError(f"duration {text!r} is longer than {NEVER_NS} ns: {remedy}")
     return value_ns
 
 

@@ -17,7 +17,7 @@ from kvmtick.timing.queue import EventQueue
 from kvmtick.trace.events import Function
 from kvmtick.trace.recorder import Recorder
 
-__all__ = ["HrTimer", "HrTimerRestart"]
+__all__ = ["NORESTART", "RESTART", "HrTimer", "HrTimerRestart"]
 
 _IDLE = -1
 
@@ -27,6 +27,11 @@ class HrTimerRestart(IntEnum):
 
     NORESTART = 0
     RESTART = 1
+
+
+# Names of their own: looking up an enum's member costs more than running a timer callback.
+NORESTART = HrTimerRestart.NORESTART
+RESTART = HrTimerRestart.RESTART
 
 
 class HrTimer:
@@ -98,16 +103,16 @@ class HrTimer:
     def forward(self, now_ns: int, interval_ns: int) -> int:
         """`hrtimer_forward`: move the expiry by whole intervals past `now_ns`.
 
-        Returns the number of intervals passed, 0 if the expiry still lies ahead. ValueError if
-        the timer is enqueued (the kernel warns) or the interval is not positive.
+        Returns the number of intervals passed, 0 if the expiry still lies ahead. Otherwise,
+        ValueError if the timer is enqueued (the kernel warns) or the interval is not positive.
         """
+        late_ns = now_ns - self.expires_ns
+        if late_ns < 0:
+            return 0
         if self._handle != _IDLE:
             raise ValueError("hrtimer forward: the timer is enqueued; cancel it first")
         if interval_ns <= 0:
             raise ValueError(f"hrtimer forward: interval {interval_ns} ns is not positive")
-        late_ns = now_ns - self.expires_ns
-        if late_ns < 0:
-            return 0
         overruns = late_ns // interval_ns + 1
         self.expires_ns += overruns * interval_ns
         return overruns
@@ -129,6 +134,6 @@ class HrTimer:
         recorder = self._recorder
         task = recorder.enter_irq()
         recorder.hrtimer_expire_entry(self.address, self.function, self._clock.now_ns)
-        if self.callback() is HrTimerRestart.RESTART and self._handle == _IDLE:
+        if self.callback() is RESTART and self._handle == _IDLE:
             self._enqueue(False)
         recorder.task = task

@@ -84,13 +84,14 @@ class KthreadWorker:
         return True
 
     def flush_work(self, work: KthreadWork) -> None:
-        """`kthread_flush_work`: come back when the item, if queued, has run.
+        """`kthread_flush_work`: come back when the item, if queued, has run; once is enough.
 
         The caller would sleep until the worker gets there; here the worker runs at once, so a
         flush takes no time whatever the host's delays.
         """
-        while work.queued:
-            self._run_one()
+        if work.queued:
+            while self._run_one() is not work:
+                pass
 
     def flush(self) -> None:
         """`kthread_flush_worker`: come back when everything queued so far has run."""
@@ -99,6 +100,8 @@ class KthreadWorker:
 
     def destroy(self) -> None:
         """`kthread_destroy_worker`: run what is queued, then stop. Harmless when repeated."""
+        if self.destroyed:
+            return
         self.flush()
         self._sleep()
         self.destroyed = True
@@ -114,7 +117,7 @@ class KthreadWorker:
         for _ in range(len(self._works)):
             self._run_one()
 
-    def _run_one(self) -> None:
+    def _run_one(self) -> KthreadWork:
         work = self._works.popleft()
         if not self._works:
             self._sleep()
@@ -126,3 +129,4 @@ class KthreadWorker:
         work.callback()
         recorder.sched_kthread_work_execute_end(work.address, work.function)
         recorder.task = task
+        return work

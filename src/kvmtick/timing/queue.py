@@ -34,7 +34,7 @@ class EventQueue:
         return len(self._heap) - len(self._cancelled)
 
     def add(self, due_ns: int, callback: Callable[[], None]) -> int:
-        """Queue `callback` for `due_ns` (the past is due at once); returns a handle for `cancel`."""
+        """Queue `callback` for `due_ns` (the past is due at once); the result is for `cancel`."""
         seq = self._seq
         self._seq = seq + 1
         heappush(self._heap, (due_ns, seq, callback))
@@ -53,17 +53,17 @@ class EventQueue:
 
     def run_due(self, clock: Clock) -> None:
         """Run, in order, everything due by `clock.now_ns`, what the callbacks add included."""
-        heap = self._heap
-        while heap and heap[0][0] <= clock.now_ns:
-            entry = heappop(heap)
-            if self._cancelled and entry[1] in self._cancelled:
-                self._cancelled.remove(entry[1])
-                continue
-            self.next_ns = heap[0][0] if heap else NEVER_NS
-            clock.refresh()
-            entry[2]()
-            heap = self._heap
-        self._settle()
+        while self.next_ns <= clock.now_ns:
+            # The head is live: `cancel` and this loop keep it so.
+            callback = heappop(self._heap)[2]
+            if self._cancelled:
+                self._settle()
+            else:
+                heap = self._heap
+                self.next_ns = heap[0][0] if heap else NEVER_NS
+            if clock.live:
+                clock.refresh()
+            callback()
 
     def _settle(self) -> None:
         heap = self._heap

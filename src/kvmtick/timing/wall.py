@@ -1,4 +1,4 @@
-"""Wall time of this host: how long a run took, waiting, and the kick that ends a real-time slice."""
+"""Wall time of this host: a stopwatch, waiting, and the kick that ends a real-time slice."""
 
 import threading
 import time

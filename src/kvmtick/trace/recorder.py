@@ -22,7 +22,9 @@ Consumer = Callable[[list[Record]], None]
 
 IDLE_TASK = 0
 
-BATCH = 4096
+BATCH = 512
+"""Small enough to stay in the processor's cache until the consumers have read it."""
+
 TAIL = 32
 
 _HRTIMER_START = int(Event.HRTIMER_START)

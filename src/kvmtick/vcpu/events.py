@@ -71,10 +71,10 @@ def nmi_allowed(vmcs: Vmcs) -> bool:
     return not vmcs.guest_interruptibility & _NMI_BLOCKED
 
 
-def complete_interrupts(vmcs: Vmcs, pending: PendingEvents) -> None:
-    """`vmx_complete_interrupts`: keep the event whose delivery the exit cut short."""
+def complete_interrupts(vmcs: Vmcs, pending: PendingEvents) -> bool:
+    """`vmx_complete_interrupts`: keep the event whose delivery the exit cut short, if any."""
     pending.reinject_info = vmcs.idt_vectoring_info
-    vmcs.entry_intr_info = 0
+    return pending.reinject_info != 0
 
 
 def inject_pending_event(

@@ -95,7 +95,6 @@ class Vcpu:
         "_ports",
         "_queue",
         "_recorder",
-        "_virtual",
         "engine",
         "in_guest",
         "instructions",
@@ -118,7 +117,6 @@ class Vcpu:
         self._ports = board.ports
         # An irqchip comes before the first vCPU or never; only vCPU 0 takes ExtINT.
         self._pic = board.pic if vcpu_id == 0 else None
-        self._virtual = board.clock.name == "virtual"
         self.vcpu_id = vcpu_id
         self.engine = engine
         self.task = task
@@ -180,22 +178,31 @@ class Vcpu:
 
     def has_events(self) -> bool:
         """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
-        if self.pending.reinject_info or (self.pending.nmi_pending and nmi_allowed(self.vmcs)):
+        pic = self._pic
+        if pic is not None and pic.output and interrupt_allowed(self.vmcs):
             return True
-        return self.has_interrupt() and interrupt_allowed(self.vmcs)
+        pending = self.pending
+        return pending.nmi_pending > 0 and nmi_allowed(self.vmcs)
 
     # One entry and exit.
 
     def enter(self, budget: int) -> int:
         """`vcpu_enter_guest`: at most `budget` instructions; returns the `ExitReason`."""
-        if self.requests:
-            self._serve_requests()
+        requests = self.requests
+        if requests:
+            self.requests = 0
+            if requests & _REQ_MIGRATE_TIMER:
+                self._board.migrate_pit_timer()
+            if requests & _REQ_EVENT:
+                inject_pending_event(self.vmcs, self.pending, self, self._recorder)
         vmcs, engine, recorder = self.vmcs, self.engine, self._recorder
         recorder.task = self.task
         if recorder.detail:
             recorder.kvm_entry(self.vcpu_id, engine.registers()["rip"], vmcs.entry_intr_info)
         self.kicked = False
-        self._entered_ns = self._clock.now_ns
+        clock = self._clock
+        entered_ns = clock.now_ns
+        self._entered_ns = entered_ns
         self.in_guest = True
         try:
             reason = engine.enter(
@@ -203,35 +210,32 @@ class Vcpu:
                 vmcs.intr_window_exiting,
                 vmcs.nmi_window_exiting,
                 budget,
-                self._entered_ns,
+                entered_ns,
             )
         finally:
             self.in_guest = False
-            self._set_clock(engine.retired)
-            self.instructions += engine.retired
+            retired = engine.retired
+            self.instructions += retired
+            if clock.live:
+                clock.refresh()
+            else:
+                clock.now_ns = entered_ns + retired
         vmcs.exit_reason = reason
         vmcs.guest_rflags = engine.rflags
         vmcs.guest_interruptibility = engine.interruptibility
+        vmcs.entry_intr_info = 0
         vmcs.idt_vectoring_info = engine.idt_vectoring_info
         if recorder.detail:
             self._record_exit(reason, 0)
-        complete_interrupts(vmcs, self.pending)
         if reason == _EXIT_HLT:
             self.mp_state = _HALTED
         else:
             self._handle_exit(reason)
-        if self.pending.reinject_info:
-            self.requests |= _REQ_EVENT
         return reason
 
-    def _serve_requests(self) -> None:
-        requests, self.requests = self.requests, 0
-        if requests & _REQ_MIGRATE_TIMER:
-            self._board.migrate_pit_timer()
-        if requests & _REQ_EVENT:
-            inject_pending_event(self.vmcs, self.pending, self, self._recorder)
-
     def _handle_exit(self, reason: int) -> None:
+        if complete_interrupts(self.vmcs, self.pending):
+            self.requests |= _REQ_EVENT
         if reason == _EXIT_INTERRUPT_WINDOW:
             self.vmcs.intr_window_exiting = False
             self.requests |= _REQ_EVENT
@@ -251,10 +255,11 @@ class Vcpu:
     # Port accesses, while the engine is inside.
 
     def _set_clock(self, retired: int) -> None:
-        if self._virtual:
-            self._clock.now_ns = self._entered_ns + retired
+        clock = self._clock
+        if clock.live:
+            clock.refresh()
         else:
-            self._clock.refresh()
+            clock.now_ns = self._entered_ns + retired
 
     def _pio_out(self, port: int, size_bytes: int, value: int, retired: int) -> None:
         self._set_clock(retired)

@@ -1,0 +1,273 @@
+"""The model's chips against the kernel's: after the same program, the same state, byte for byte.
+
+What a program is, and what of its outcome is a matter of time, says programs.py. The programs run
+in one VM a side, which is put back to its first state between them.
+"""
+
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, reject, settings
+
+from differential.programs import (
+    HANDLER,
+    HANDLER_AT,
+    IVT,
+    LEAST_COUNT,
+    LOAD_AT,
+    PORT_ACT,
+    PORT_EXIT,
+    PROGRAMS,
+    RESULTS_AT,
+    WINDOWS,
+    Call,
+    In,
+    Line,
+    Out,
+    Program,
+    Reinject,
+    SetIrqchip,
+    SetPit2,
+    Tick,
+    assemble,
+    calls,
+    pic_registers,
+    pit_registers,
+    pit_without_times,
+    read_masks,
+)
+from kvmtick.abi import HostError
+from kvmtick.abi.structs import (
+    KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip,
+    kvm_pic_state,
+    kvm_pit_state2,
+)
+from kvmtick.guests import Guest
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.model import ModelVm
+
+PROGRAMS_A_RUN = 2000
+LIMIT_S = 2.0
+LATE_RETRIES = 5
+LEAST_TIMER_NS = LEAST_COUNT * 1_000_000_000 // 1193181
+RAM_BYTES = 0x10000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a program left: bytes read (masked), answers of KVM_IRQ_LINE_STATUS, the vectors of
+    the interrupts that waited at its end, and the states after these.
+    """
+
+    reads: bytes
+    vectors: tuple[int, ...]
+    lines: tuple[int, ...]
+    pics: tuple[bytes, bytes]
+    pit: bytes
+
+    def differences(self, kernel: "Outcome") -> list[str]:
+        """For people: what differs from the kernel's."""
+        out = []
+        if self.reads != kernel.reads:
+            out.append(f"read: model {self.reads.hex(' ')}, kernel {kernel.reads.hex(' ')}")
+        if self.vectors != kernel.vectors:
+            out.append(f"vectors: model {self.vectors}, kernel {kernel.vectors}")
+        if self.lines != kernel.lines:
+            out.append(f"KVM_IRQ_LINE_STATUS: model {self.lines}, kernel {kernel.lines}")
+        mine, other = self._registers(), kernel._registers()
+        return out + [
+            f"{name}: model {mine[name]:#x}, kernel {other[name]:#x}"
+            for name in mine
+            if mine[name] != other[name]
+        ]
+
+    def _registers(self) -> dict[str, int]:
+        out = {
+            f"{chip}.{name}": value
+            for chip, state in zip(("master", "slave"), self.pics, strict=True)
+            for name, value in pic_registers(kvm_pic_state.from_buffer_copy(state)).items()
+        }
+        pit = pit_registers(kvm_pit_state2.from_buffer_copy(self.pit))
+        return out | {f"pit.{name}": value for name, value in pit.items()}
+
+
+class Side:
+    """One back end's VM, for many programs."""
+
+    def __init__(self, vm: ModelVm | KernelVm) -> None:
+        self.vm = vm
+        vm.create_irqchip()
+        vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        vm.create_vcpu()
+        self._first_pics = [self._pic_state(chip_id) for chip_id in range(2)]
+        self._lines: list[int] = []
+        self._calls: list[Call] = []
+        vm.write_memory(0, IVT)
+        vm.write_memory(HANDLER_AT, HANDLER)
+
+    def outcome(self, program: Program) -> Outcome:
+        """Run a program from the first state."""
+        self._calls, self._lines = calls(program), []
+        self.vm.load(Guest("program", assemble(program), LOAD_AT, (0, LOAD_AT), None))
+        masks = read_masks(program)
+        self.vm.write_memory(RESULTS_AT, bytes(len(masks) + 2 * WINDOWS))
+        try:
+            self.run()
+            reads = self.vm.read_memory(RESULTS_AT, len(masks))
+            words = self.vm.read_memory(RESULTS_AT + len(masks), 2 * WINDOWS)
+            vectors = struct.unpack(f"<{WINDOWS}H", words)
+            return Outcome(
+                reads=bytes(byte & mask for byte, mask in zip(reads, masks, strict=True)),
+                vectors=tuple(word - 1 for word in vectors if word),
+                lines=tuple(self._lines),
+                pics=(self._pic_state(0), self._pic_state(1)),
+                pit=bytes(pit_without_times(self.vm.get_pit2())),
+            )
+        finally:
+            self._put_back(program)
+
+    def run(self) -> None:
+        """Run the guest until it writes the exit port."""
+        raise NotImplementedError
+
+    def act(self, port: int, size_bytes: int, value: int | None) -> None:
+        """The guest asks for a call."""
+        assert value is not None
+        match self._calls[value]:
+            case Line(gsi, level):
+                self._lines.append(self.vm.irq_line_status(gsi, level))
+            case Reinject(on):
+                self.vm.reinject_control(on)
+            case SetIrqchip(chip_id, state):
+                self._set_pic(chip_id, state)
+            case SetPit2(state):
+                self.vm.set_pit2(kvm_pit_state2.from_buffer_copy(state))
+
+    def _pic_state(self, chip_id: int) -> bytes:
+        return bytes(self.vm.get_irqchip(chip_id).chip.pic)
+
+    def _set_pic(self, chip_id: int, state: bytes) -> None:
+        chip = kvm_irqchip(chip_id=chip_id)
+        chip.chip.pic = kvm_pic_state.from_buffer_copy(state)
+        self.vm.set_irqchip(chip)
+
+    def _put_back(self, program: Program) -> None:
+        """To the state of a new VM, the PIT's hidden part included: loading a count in mode 2
+        forgets what is pending, and mode 255 stops the timer.
+        """
+        state = kvm_pit_state2()
+        for index, channel in enumerate(state.channels):
+            channel.count, channel.mode, channel.gate = 0x10000, 2, int(index < 2)
+        self.vm.set_pit2(state)
+        for channel in state.channels:
+            channel.mode = 0xFF
+        self.vm.set_pit2(state)
+        for gsi in {call.gsi for call in self._calls if isinstance(call, Line)}:
+            self.vm.irq_line(gsi, 0)
+        for chip_id, first in enumerate(self._first_pics):
+            self._set_pic(chip_id, first)
+        if any(isinstance(call, Reinject) for call in self._calls):
+            self.vm.reinject_control(True)
+
+
+class ModelSide(Side):
+    """The model. Its VM does not end with the guest: the exit port is the test's own."""
+
+    vm: ModelVm
+
+    def run(self) -> None:
+        done = False
+
+        def on_exit(port: int, size_bytes: int, value: int | None) -> None:
+            nonlocal done
+            done = True
+            assert self.vm.machine.vcpu is not None
+            self.vm.machine.vcpu.engine.kick()
+
+        handlers = {PORT_ACT: self.act, PORT_EXIT: on_exit}
+        run = self.vm.run(until=lambda: done, limit_s=LIMIT_S, handlers=handlers)
+        assert run.exit.reason == "until", run.exit
+
+
+class LateHostError(Exception):
+    """A program took so long that a timer may have fired that should not."""
+
+
+class KernelSide(Side):
+    """/dev/kvm."""
+
+    vm: KernelVm
+
+    def outcome(self, program: Program) -> Outcome:
+        """As on the other side; a run on a late host is made again."""
+        for _ in range(LATE_RETRIES):
+            with suppress(LateHostError):
+                return super().outcome(program)
+        return reject()
+
+    def run(self) -> None:
+        begin_ns = time.monotonic_ns()
+        run = self.vm.run_until_exit({PORT_ACT: self.act}, limit_s=LIMIT_S)
+        assert run.reason == "done", run
+        if time.monotonic_ns() - begin_ns > LEAST_TIMER_NS * 3 // 4:
+            raise LateHostError
+
+
+@pytest.fixture(scope="module")
+def sides() -> Iterator[tuple[ModelSide, KernelSide]]:
+    """A VM on each side; a skip that says why where /dev/kvm cannot be used."""
+    try:
+        kernel = KernelVm()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm: {error}")
+    with kernel, ModelVm() as model:
+        yield ModelSide(model), KernelSide(kernel)
+
+
+def check(sides: tuple[ModelSide, KernelSide], program: Program) -> None:
+    """Both sides, one after the other; AssertionError with all that differs.
+
+    A difference counts if it shows twice: a timer's interrupt may be lost in time on a host that
+    is itself a guest, and then a `Tick` comes too late.
+    """
+    for _ in range(2):
+        model, kernel = (side.outcome(program) for side in sides)
+        found = model.differences(kernel)
+        if not found:
+            return
+    raise AssertionError("\n".join([*found, "program:", *(f"  {op}," for op in program)]))
+
+
+@settings(
+    max_examples=PROGRAMS_A_RUN,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+)
+@given(program=PROGRAMS)
+def test_random_programs_leave_the_same_state(
+    sides: tuple[ModelSide, KernelSide], program: Program
+) -> None:
+    check(sides, program)
+
+
+def test_the_comparison_can_fail(sides: tuple[ModelSide, KernelSide]) -> None:
+    """Different programs on the two sides: each kind of difference is seen."""
+    model, kernel = sides
+    pairs: list[tuple[Program, Program, str]] = [
+        ((Out(0x21, 1), In(0x21)), (Out(0x21, 2), In(0x21)), "read"),
+        ((Line(3, 1),), (Out(0x21, 8), Line(3, 1)), "KVM_IRQ_LINE_STATUS"),
+        ((Out(0xA1, 1),), (Out(0xA1, 2),), "slave.imr"),
+        ((Out(0x43, 0x70),), (Out(0x43, 0x72),), "pit.channels[1].mode"),
+        ((Tick(),), (), "vectors"),
+        ((Out(0x21, 1), Tick()), (Out(0x21, 1),), "master.irr"),
+    ]
+    for ours, theirs, kind in pairs:
+        found = model.outcome(ours).differences(kernel.outcome(theirs))
+        assert any(difference.startswith(kind) for difference in found), (kind, found)

@@ -1,0 +1,152 @@
+"""docs/json.md names every key of the JSON objects, and no other, with its type."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from doc_blocks import ROOT
+
+from kvmtick.cli import main
+from kvmtick.machine.machine import Exit
+
+HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
+OPEN_OBJECTS = {"faults": "name", "capabilities": "name", "events": "name", "parameters": "name"}
+"""Objects whose keys depend on the host or the command line."""
+WHOLE_OBJECTS = ("sources[].ticks", "sources[].latency_ns")
+"""Objects that are described elsewhere."""
+
+Fields = dict[str, str]
+
+
+def documented(section: str) -> Fields:
+    """Key and type of every row in the tables of a section."""
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    body = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+(?: or null)?) \|", body, re.MULTILINE)
+    assert rows, f"no table in {section!r}"
+    return dict(rows)
+
+
+def printed(*arguments: str) -> dict[str, Any]:
+    """The object a command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*arguments, "--json"]) == 0
+    result = json.loads(out.getvalue())
+    assert isinstance(result, dict)
+    return result
+
+
+def values(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """(path, value) of every leaf, with the paths written as the page writes them."""
+    if path not in WHOLE_OBJECTS and isinstance(value, dict) and (value or path):
+        for key, inner in value.items():
+            name = key
+            if path in OPEN_OBJECTS:
+                name = f"<{OPEN_OBJECTS[path]}>"
+            elif path == "latency_ns":
+                assert key in HOPS
+                name = "<hop>"
+            yield from values(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for inner in value:
+            yield from values(inner, f"{path}[]")
+    else:
+        yield path, value
+
+
+def faults(told: Fields, printed_object: dict[str, Any]) -> list[str]:
+    """What the page and an object do not agree in."""
+    found: dict[str, list[object]] = {}
+    for path, value in values(printed_object):
+        found.setdefault(path, []).append(value)
+    wrong = [f"not told: {path}" for path in found if path not in told]
+    wrong += [f"not there: {path}" for path in told if path not in found]
+    for path in found.keys() & told.keys():
+        allowed = told[path].split(" or ")
+        wrong += [f"{path} is {v!r}" for v in found[path] if json_type(v) not in allowed]
+    return wrong
+
+
+def json_type(value: object) -> str:
+    """The word the page uses for a value's type."""
+    if value is None:
+        return "null"
+    for kind, word in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string")):
+        if isinstance(value, kind):
+            return word
+    return "array" if isinstance(value, list) else "object"
+
+
+def test_run() -> None:
+    result = printed("run", "--ticks", "20", "--story", "3", "--fault", "worker_delay=10us")
+    assert not faults(documented("kvmtick run"), result)
+    assert tuple(result["latency_ns"]) == HOPS
+    (source,) = result["sources"]
+    assert source["ticks"] == result["ticks"]
+    assert source["latency_ns"] == result["latency_ns"]
+
+
+def test_a_story_that_did_not_happen() -> None:
+    told = documented("kvmtick run")
+    result = printed("run", "--ticks", "2", "--story", "99", "--fault", "worker_delay=10us")
+    no_steps = {path for path in told if path.startswith("story.steps[]")}
+    assert faults(told, result) == [
+        "not told: story.steps",
+        *(f"not there: {path}" for path in told if path in no_steps),
+    ]
+
+
+def test_exit_reasons() -> None:
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", text, re.MULTILINE))
+    sources = (ROOT / "src/kvmtick").rglob("*.py")
+    code = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    reasons = {*re.findall(r'\bExit\(\s*"([\w-]+)"', code), "done"}
+    assert told.keys() | {"until"} == reasons
+    assert {reason for reason in told if Exit(reason).is_failure} == {
+        reason for reason, exit_code in told.items() if exit_code == "4"
+    }
+
+
+def test_verdicts_add_up() -> None:
+    ticks = printed("run", "tick-if0", "--hold", "2ms", "--ticks", "8", "--no-reinject")["ticks"]
+    told = documented("kvmtick run")
+    verdicts = [key for key in ticks if key not in ("source", "expired", "extra")]
+    assert {f"ticks.{verdict}" for verdict in verdicts} < told.keys()
+    assert sum(ticks[verdict] for verdict in verdicts) == ticks["expired"] > 8
+
+
+def test_doctor() -> None:
+    result = printed("doctor")
+    told = documented("kvmtick doctor")
+    for name in OPEN_OBJECTS:
+        if name in result and not result[name]:
+            del result[name], told[f"{name}.<name>"]
+    assert not faults(told, result)
+
+
+# That these tests can fail.
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"new_key": 1}, "not told: new_key"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"guest": None}, "guest is None"),
+    ],
+)
+def test_a_change_of_the_object_is_found(change: dict[str, object], fault: str) -> None:
+    result = printed("run", "--ticks", "4", "--story", "1", "--fault", "vcpu_off=10us")
+    assert faults(documented("kvmtick run"), result | change) == [fault]
+
+
+def test_a_missing_key_is_found() -> None:
+    result = printed("run", "--ticks", "4", "--story", "1", "--fault", "vcpu_off=10us")
+    del result["drift_ppm"]
+    assert faults(documented("kvmtick run"), result) == ["not there: drift_ppm"]

@@ -1,0 +1,134 @@
+"""The kicker thread and the stopwatch. Nothing here sleeps: the tests wait for events."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvmtick.timing.wall import Kicker, Stopwatch, sleep_until_ns
+
+SOON_S = 10.0
+"""How long a test waits before it fails; never how long it takes."""
+NEVER_NS = 1 << 62
+
+
+class Kicked:
+    """Notes when it was called back, and by whom."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.calls: list[tuple[int, str]] = []
+        self.kicker = Kicker(self._kick)
+
+    def _kick(self) -> None:
+        self.calls.append((time.monotonic_ns(), threading.current_thread().name))
+        self.event.set()
+
+    def wait(self) -> None:
+        assert self.event.wait(SOON_S)
+        self.event.clear()
+
+
+@pytest.fixture
+def kicked() -> Iterator[Kicked]:
+    kicked = Kicked()
+    yield kicked
+    kicked.kicker.close()
+
+
+def test_an_armed_kicker_calls_back_from_its_own_thread_and_not_early(kicked: Kicked) -> None:
+    due_ns = time.monotonic_ns() + 2_000_000
+    kicked.kicker.arm(due_ns)
+    kicked.wait()
+    [(called_ns, thread)] = kicked.calls
+    assert called_ns >= due_ns
+    assert thread == "kvmtick-kicker"
+
+
+def test_a_time_that_has_passed_kicks_at_once(kicked: Kicked) -> None:
+    kicked.kicker.arm(0)
+    kicked.wait()
+
+
+def test_arming_again_replaces_the_time(kicked: Kicked) -> None:
+    kicked.kicker.arm(NEVER_NS)
+    kicked.kicker.arm(time.monotonic_ns())
+    kicked.wait()
+    assert len(kicked.calls) == 1
+
+
+def test_it_calls_back_once_for_each_time_it_is_armed(kicked: Kicked) -> None:
+    for _ in range(3):
+        kicked.kicker.arm(time.monotonic_ns())
+        kicked.wait()
+    kicked.kicker.close()
+    assert len(kicked.calls) == 3
+
+
+def test_a_disarmed_kicker_does_not_call_back(kicked: Kicked) -> None:
+    due_ns = time.monotonic_ns() + 5_000_000
+    kicked.kicker.arm(due_ns)
+    kicked.kicker.disarm()
+    if time.monotonic_ns() >= due_ns:
+        pytest.skip("the host was busy for too long")
+    # What is armed next comes at a later time than what was disarmed.
+    kicked.kicker.arm(due_ns + 1_000_000)
+    kicked.wait()
+    kicked.kicker.close()
+    [(called_ns, _)] = kicked.calls
+    assert called_ns >= due_ns + 1_000_000
+
+
+def test_the_callback_may_arm_the_kicker() -> None:
+    done = threading.Event()
+    calls: list[int] = []
+
+    def again() -> None:
+        calls.append(1)
+        if len(calls) < 3:
+            kicker.arm(0)
+        else:
+            done.set()
+
+    kicker = Kicker(again)
+    kicker.arm(0)
+    assert done.wait(SOON_S)
+    kicker.close()
+    assert len(calls) == 3
+
+
+def test_close_ends_the_thread_even_while_it_waits() -> None:
+    kicked = Kicked()
+    kicked.kicker.arm(NEVER_NS)
+    thread = next(each for each in threading.enumerate() if each.name == "kvmtick-kicker")
+    kicked.kicker.close()
+    assert not thread.is_alive()
+    kicked.kicker.close()
+    assert kicked.calls == []
+
+
+def test_there_is_no_thread_before_the_first_arm() -> None:
+    before = threading.active_count()
+    kicker = Kicked().kicker
+    kicker.disarm()
+    assert threading.active_count() == before
+    kicker.close()
+
+
+def test_the_stopwatch_counts_up_from_zero() -> None:
+    stopwatch = Stopwatch()
+    first_s = stopwatch.elapsed_s()
+    second_s = stopwatch.elapsed_s()
+    assert 0 <= first_s <= second_s < SOON_S
+
+
+def test_sleep_until_a_time_that_has_passed_returns_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    sleep_until_ns(0)
+    assert slept == []
+    sleep_until_ns(time.monotonic_ns() + 10**9)
+    assert slept == [pytest.approx(1, abs=0.5)]
