@@ -1,0 +1,7 @@
+"""`python -m kvmtick`."""
+
+import sys
+
+from kvmtick.cli import main
+
+sys.exit(main())
