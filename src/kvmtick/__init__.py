@@ -4,20 +4,25 @@ KVM's x86 tick-interrupt emulation in Python (i8254, its hrtimer and worker, the
 routing, vCPU kick and injection) under real guest code. `Kvm` is where programs start.
 """
 
-from kvmtick import guests
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmtick import guests
+    from kvmtick.abi.errors import KvmError
+    from kvmtick.kvm import Kvm
 
 __version__ = "0.1.0"
 __all__ = ["Kvm", "KvmError", "__version__", "guests"]
 
+_HOMES = {"Kvm": "kvmtick.kvm", "KvmError": "kvmtick.abi.errors"}
+
 
 def __getattr__(name: str) -> object:
-    # `kvmtick --help` must not pay for the chips.
-    if name == "Kvm":
-        from kvmtick.kvm import Kvm
+    # Imported when asked for: `kvmtick --help` must not pay for the chips.
+    from importlib import import_module
 
-        return Kvm
-    if name == "KvmError":
-        from kvmtick.abi.errors import KvmError
-
-        return KvmError
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "guests":
+        return import_module("kvmtick.guests")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""`python -m kvmtick`."""
+"""`python -m kvmtick` is `kvmtick`."""
 
 import sys
 
 from kvmtick.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,6 +40,7 @@ class GuestMachine:
         faults: dict[str, str] | None = None,
         **parameters: Any,
     ) -> None:
+        self._source = guest.name if isinstance(guest, Guest) else str(guest)
         if isinstance(guest, Path):
             guest = load_file(guest)
         elif isinstance(guest, str):
@@ -112,7 +113,11 @@ class GuestMachine:
 
     def command(self) -> str:
         """The `kvmtick run` that repeats this machine's run, as far as one command can."""
-        words = ["kvmtick", "run", self.guest.name, "--seed", str(self.seed)]
+        words = ["kvmtick", "run", self._source, "--seed", str(self.seed)]
+        if not self.vm.machine.virtual:
+            words += ["--clock", "real"]
+        if self._parameters.get("divisor"):
+            words += ["--hz", str(guests.PIT_HZ / self._parameters["divisor"])]
         for name, option in (("ticks", "--ticks"), ("hz", "--hz")):
             if name in self._parameters:
                 words += [option, str(self._parameters[name])]

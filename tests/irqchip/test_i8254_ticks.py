@@ -207,6 +207,16 @@ def test_programming_in_hpet_legacy_mode_starts_nothing() -> None:
     assert pc.pit.timer.expires_ns == interval_ns(2 * COUNT)
 
 
+def test_setting_the_state_in_hpet_legacy_mode_leaves_the_worker_alone() -> None:
+    pc = ticking()
+    periods(pc, 3)
+    set_flags(pc, KVM_PIT_FLAGS_HPET_LEGACY)
+    assert pc.pit.pending == 3  # stopping the timer forgets nothing
+    pc.pit.ack_irq()
+    set_flags(pc, KVM_PIT_FLAGS_HPET_LEGACY)
+    assert pc.pit.work.queued
+
+
 # From expiry to pulse to acknowledgement.
 
 

@@ -284,6 +284,15 @@ def test_set_priority_makes_the_named_pin_the_lowest(pics: Pc) -> None:
     assert [(pics.inta(), pics.out(MASTER, EOI))[0] for _ in range(3)] == [0x23, 0x20, 0x21]
 
 
+def test_set_priority_lets_a_request_overtake_what_is_in_service(pics: Pc) -> None:
+    pics.pulse(3)
+    pics.inta()
+    pics.pulse(5)
+    assert pics.inta() == -1
+    pics.out(MASTER, 0xC3)
+    assert pics.inta() == 0x25
+
+
 @pytest.mark.parametrize(
     ("command", "isr_left", "priority_add"),
     [
@@ -481,14 +490,13 @@ def test_a_poll_of_the_master_lowers_intr(pics: Pc) -> None:
     assert not pics.pic.output
 
 
-def test_a_poll_of_the_cascade_leaves_intr_until_the_next_edge_of_any_line(pics: Pc) -> None:
+def test_a_poll_of_the_cascade_leaves_the_slave_asking(pics: Pc) -> None:
     pics.line(9, 1)
     pics.out(MASTER, POLL)
     assert pics.inp(MASTER) == 0x82
     assert irr(pics) == 0
-    assert pics.pic.output
-    pics.line(9, 0)  # a falling edge
-    assert irr(pics) == 0x04  # the slave still asks
+    pics.line(9, 0)
+    assert irr(pics) == 0x04
     assert pics.inta() == 0x29
 
 
@@ -636,18 +644,54 @@ def test_icw1_also_ends_the_service_of_a_pin_whose_request_it_forgets(pics: Pc) 
     pics.init_pics()
 
 
-def test_after_icw1_intr_stays_until_the_next_edge_of_any_line(pics: Pc) -> None:
+# INTR is driven anew by every edge of every line, a falling one too; not by these writes.
+
+
+def test_after_an_initialisation_a_stale_intr_is_spurious(pics: Pc) -> None:
     pics.line(3, 1)
     pics.out(MASTER, 0x11)
     pics.out(MASTER_DATA, 0x40, 0x04, 0x01)
-    assert pics.inta() == 0x47  # spurious
-    pics.line(3, 0)
+    assert pics.inta() == 0x47
+
+
+def test_icw1_leaves_intr_high_until_the_next_edge(pics: Pc) -> None:
     pics.line(3, 1)
     pics.out(MASTER, 0x11)
-    pics.out(MASTER_DATA, 0x40, 0x04, 0x01)
     assert pics.pic.output
-    pics.line(3, 0)  # a falling edge
-    assert pics.inta() == -1
+    pics.line(3, 0)
+    assert not pics.pic.output
+
+
+def test_icw4_leaves_intr_low_until_the_next_edge(pics: Pc) -> None:
+    pics.pulse(2)
+    assert pics.inta() == 0x2F
+    pics.out(MASTER, 0x11)
+    pics.pulse(2)  # blocked by itself
+    pics.out(MASTER_DATA, 0x20, 0x04, 0x11)  # not in special fully nested mode
+    assert not pics.pic.output
+    pics.line(4, 0)
+    assert pics.pic.output
+
+
+def test_a_poll_of_the_cascade_leaves_intr_high_until_the_next_edge(pics: Pc) -> None:
+    pics.pulse(2)
+    pics.out(MASTER, POLL)
+    assert pics.inp(MASTER) == 0x82
+    assert pics.pic.output
+    pics.line(4, 0)
+    assert not pics.pic.output
+
+
+def test_a_slave_request_behind_a_cascade_line_held_high_waits_for_the_next_edge(
+    pics: Pc,
+) -> None:
+    pics.line(2, 1)
+    assert pics.inta() == 0x2F
+    pics.out(MASTER, EOI)
+    pics.line(11, 1)  # no rising edge for the master to see, but the line is low after it
+    assert not pics.pic.output
+    pics.line(11, 0)
+    assert pics.inta() == 0x2B
 
 
 # Who is told.

@@ -190,15 +190,18 @@ def bits(pins: set[int]) -> int:
 
 
 PORTS = st.sampled_from([MASTER, MASTER_DATA, SLAVE, SLAVE_DATA, ELCR1, ELCR2])
-LINES = st.tuples(st.just("line"), st.integers(0, 15), st.integers(0, 1))
-COMMANDS = st.sampled_from([0x0A, 0x0B, 0x0C, 0x10, 0x11, 0x20, 0x80, 0xA0, 0x00])
+PINS = st.one_of(st.integers(0, 15), st.sampled_from([2, 3, 9, 12]))
+LINES = st.tuples(st.just("line"), PINS, st.integers(0, 1))
+COMMANDS = st.sampled_from([0x00, 0x0A, 0x0B, 0x0C, 0x10, 0x11, 0x20, 0x80, 0xA0, 0xC3, 0xC5, 0xE4])
+ICW4S = [0x01, 0x03, 0x11, 0x13]
 STEPS = st.one_of(
     LINES,
     LINES,
-    st.tuples(st.just("pulse"), st.integers(0, 15), st.just(0)),
-    st.tuples(st.just("inta"), st.just(0), st.just(0)),
+    st.tuples(st.just("pulse"), PINS, st.just(0)),
+    st.tuples(st.sampled_from(["inta", "inta", "eoi"]), st.just(0), st.just(0)),
     st.tuples(st.just("write"), PORTS, st.integers(0, 0xFF)),
     st.tuples(st.just("write"), st.sampled_from([MASTER, SLAVE]), COMMANDS),
+    st.tuples(st.just("init"), st.sampled_from([MASTER, SLAVE]), st.sampled_from(ICW4S)),
     st.tuples(st.just("read"), PORTS, st.just(0)),
 )
 
@@ -216,20 +219,21 @@ def agree(chip: PicState, reference: Chip) -> None:
 
 @settings(max_examples=200)
 @given(
-    st.sampled_from([None, 0x01, 0x03, 0x11, 0x13]),
+    st.sampled_from([None, *ICW4S]),
     st.lists(STEPS, max_size=60),
 )
 def test_any_history_agrees_with_the_reference(
     icw4: int | None, steps: list[tuple[str, int, int]]
 ) -> None:
     pc, reference = Pc(pit=None), Reference()
-    writes = []
+
+    def write(port: int, *values: int) -> None:
+        for value in values:
+            pc.out(port, value)
+            reference.write(port, value)
+
     if icw4 is not None:
-        for port, base in ((MASTER, 0x20), (SLAVE, 0x28)):
-            writes += [(port, 0x11), (port + 1, base), (port + 1, 4), (port + 1, icw4)]
-    for port, value in writes:
-        pc.out(port, value)
-        reference.write(port, value)
+        steps = [("init", MASTER, icw4), ("init", SLAVE, icw4), *steps]
     for kind, where, value in steps:
         if kind == "line":
             assert pc.pic.set_irq(where, 0, value) == reference.line(where, bool(value))
@@ -239,9 +243,14 @@ def test_any_history_agrees_with_the_reference(
         elif kind == "inta":
             if pc.pic.output:
                 assert pc.pic.read_irq() == reference.inta()
+        elif kind == "eoi":
+            write(SLAVE, 0x20)
+            write(MASTER, 0x20)
+        elif kind == "init":
+            write(where, 0x11)
+            write(where + 1, 0x20 if where == MASTER else 0x28, 0x04, value)
         elif kind == "write":
-            pc.out(where, value)
-            reference.write(where, value)
+            write(where, value)
         else:
             assert pc.inp(where) == reference.read(where)
         assert pc.pic.output == reference.intr

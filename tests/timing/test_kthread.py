@@ -115,7 +115,11 @@ def test_a_flushed_item_does_not_run_again_at_its_wake(rig: Rig, works: Works) -
 def test_flush_work_waits_for_one_run_only_of_an_item_that_queues_itself(
     rig: Rig, works: Works
 ) -> None:
-    work = works.work("a", lambda: works.worker.queue_work(work))
+    def again() -> None:
+        assert len(works.ran) == 1
+        works.worker.queue_work(work)
+
+    work = works.work("a", again)
     works.worker.queue_work(work)
     works.worker.flush_work(work)
     assert works.names() == ["a"]

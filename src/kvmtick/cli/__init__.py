@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from importlib import import_module
 
 from kvmtick import __version__
 
-__all__ = ["EXIT_GUEST", "EXIT_HOST", "EXIT_INTERRUPTED", "EXIT_USAGE", "UsageError", "main"]
+__all__ = [
+    "EXIT_GUEST",
+    "EXIT_HOST",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "EXIT_USAGE",
+    "UsageError",
+    "main",
+]
 
 EXIT_OK = 0
-EXIT_DIFFERENCE = 1
 EXIT_USAGE = 2
+EXIT_HOST = 3
 EXIT_HOST = 3
 EXIT_GUEST = 4
 EXIT_INTERRUPTED = 130
@@ -48,7 +54,7 @@ examples:
   kvmtick run --json | jq .ticks                for programs
 
 exit codes:
-  0 fine   1 a check found a difference   2 usage   3 the host lacks what was asked for
+  0 fine   2 usage   3 the host lacks what was asked for
   4 the guest failed (triple fault, deadlock, wall-time limit)   130 interrupted
 """
 
@@ -57,19 +63,14 @@ class UsageError(Exception):
     """The command line asks for something that cannot be; one line that names it and the remedy."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Instead of usage and exit."""
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"kvmtick: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -78,8 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has seen enough (`| head`); say nothing, not even at exit.
-        sys.stderr.close()
+        _forget_output()
         return EXIT_OK
+    except ImportError as error:
+        print(f"kvmtick: {error}; see kvmtick doctor", file=sys.stderr)
+        return EXIT_HOST
+    except OSError as error:
+        print(f"kvmtick: {error.strerror or error}: give the output some place", file=sys.stderr)
+        _forget_output()
+        return EXIT_HOST
+
+
+def _forget_output() -> None:
+    """What is still buffered for stdout goes nowhere, so that Python's exit has nothing to say."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -94,6 +107,6 @@ def _dispatch(arguments: list[str]) -> int:
         return EXIT_OK
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}: choose {' or '.join(VERBS)}; see kvmtick --help")
-    module = importlib.import_module(f"kvmtick.cli.{verb}")
+    module = import_module(f"kvmtick.cli.{verb}")
     code: int = module.main(arguments[1:])
     return code

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from kvmtick import __version__
-from kvmtick.cli import EXIT_OK, Parser
+from kvmtick.cli import EXIT_OK
+from kvmtick.cli.options import Parser
 from kvmtick.host.probe import KvmProbe, TracefsProbe, probe_host
 
 __all__ = ["Check", "main"]
@@ -178,11 +179,12 @@ def _show(
     caps: dict[str, int],
     parameters: dict[str, str],
 ) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from kvmtick.cli.show import ReportConsole
+
+    console = ReportConsole()
     console.print(f"kvmtick {__version__} on Linux {facts['kernel']}, {facts['cpus']} CPUs")
     table = Table("", "what", "found", box=None, pad_edge=False)
     for check in checks:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kvmtick import guests
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
-from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, Parser, UsageError
+from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
+from kvmtick.cli.options import Parser
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
 from kvmtick.machine.loader import LoadError, load_file
@@ -28,6 +29,7 @@ DEFAULT_GUEST = "tick-pic"
 DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
 NS_PER_MS = 1_000_000
+HOLDERS = ("tick-if0", "tick-mask")
 
 EPILOG = """\
 delays (for --fault):
@@ -147,7 +149,7 @@ def _build(
             raise UsageError(f"--fault {fault!r}: {error}") from None
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
-    _trace(options, vm, stack)
+    stack.enter_context(_trace(options, vm))
     vm.create_irqchip()
     vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
     vm.reinject_control(options.reinject)
@@ -184,6 +186,10 @@ def _guest(options: argparse.Namespace) -> Guest:
             raise UsageError(
                 f"{option}: {name!r} is a built-in guest and has its place; leave it out"
             )
+    if options.hold is not None and name in guests.names() and name not in HOLDERS:
+        raise UsageError(
+            f"--hold {options.hold}: {name!r} holds nothing; use {' or '.join(HOLDERS)}"
+        )
     try:
         return guests.load(
             name, ticks=_ticks(options) or 0, hz=_hz(options.hz), param_ms=_hold_ms(options.hold)
@@ -274,16 +280,20 @@ def _quiet_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _trace(options: argparse.Namespace, vm: ModelVm, stack: contextlib.ExitStack) -> None:
-    if not options.trace:
+@contextlib.contextmanager
+def _trace(options: argparse.Namespace, vm: ModelVm) -> Iterator[None]:
+    """The recorder writes to the trace file, if one was asked for."""
+    if options.trace is None:
+        yield
         return
     try:
-        file = stack.enter_context(Path(options.trace).open("w", encoding="utf-8"))
+        with Path(options.trace).open("w", encoding="utf-8") as file:
+            vm.machine.recorder.add_consumer(FtraceWriter(file, vm.machine.recorder.tasks))
+            yield
     except OSError as error:
         raise UsageError(
             f"--trace {options.trace}: {error.strerror}; give a writable file"
         ) from None
-    vm.machine.recorder.add_consumer(FtraceWriter(file, vm.machine.recorder.tasks))
 
 
 def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:

@@ -7,7 +7,7 @@ from rich.table import Table
 from kvmtick.machine.run import BELIEVED_HZ, Run
 from kvmtick.timing.host import format_ns
 
-__all__ = ["show_run"]
+__all__ = ["ReportConsole", "show_run"]
 
 _HOPS = {
     "expiry_to_work": "hrtimer expiry -> kvm-pit worker",
@@ -19,9 +19,20 @@ _HOPS = {
 _STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
 
 
+class ReportConsole(Console):
+    """Colour only on a terminal, no wrapping of lines; a closed pipe is `main`'s business."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Instead of ending with exit code 1, which means something else here."""
+        raise BrokenPipeError
+
+
 def show_run(run: Run, console: Console | None = None) -> None:
     """Print the report."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or ReportConsole()
     show = console.print
     show(
         f"[bold]{escape(run.guest)}[/] on the {run.cpu} CPU with the {run.chips}'s chips,"
@@ -64,8 +75,8 @@ def _outcome(run: Run) -> str:
     text = f"{run.exit.reason} after {run.elapsed_ns / 1e9:.6f} s"
     if run.guest_ticks is None:
         return text
-    text += f"; the guest counted {run.guest_ticks:,} ticks"
-    if run.drift_ppm is not None:
+    text += f"; the guest counted {run.guest_ticks:,} tick{'' if run.guest_ticks == 1 else 's'}"
+    if run.drift_ppm is not None and run.exit.reason == "done":
         text += f", its clock ({BELIEVED_HZ} Hz) is off by {run.drift_ppm:+,.6g} ppm"
     return text
 

@@ -24,7 +24,6 @@ restores the whole RFLAGS that delivery pushed; a routine cannot change what was
 
 from collections.abc import Callable, Generator, Mapping
 from mmap import mmap
-from time import CLOCK_MONOTONIC, clock_gettime_ns
 from typing import TypeAlias
 
 from kvmtick.cpu.engine import (
@@ -35,6 +34,7 @@ from kvmtick.cpu.engine import (
     PortIn,
     PortOut,
 )
+from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
     "Cli",
@@ -355,7 +355,7 @@ class ScriptedEngine:
     def _read_tsc(self) -> int:
         if self._host_tsc_offset_ns is None:
             return (self._tsc + self.retired) & 0xFFFF_FFFF_FFFF_FFFF
-        return clock_gettime_ns(CLOCK_MONOTONIC) - self._host_tsc_offset_ns
+        return MonotonicClock().now_ns - self._host_tsc_offset_ns
 
     def _return(self, frame: _Frame) -> bool:
         """A routine ended: IRET in a handler, HLT in the program; true for HLT."""

@@ -48,12 +48,14 @@ class IoBus:
                 errno.ENOSPC, "kvm_io_bus_register_dev", f"{NR_IOBUS_DEVS} devices on the bus"
             )
         self._ranges.append((port, length, decoded or length, device))
-        self._index()
+        self._index(port, decoded or length, device)
 
     def unregister(self, device: IoDevice) -> None:
         """Take a device off the bus, with all its ranges; harmless if it is not there."""
         self._ranges = [entry for entry in self._ranges if entry[3] is not device]
-        self._index()
+        self._byte_ports = {}
+        for first, _, decoded, other in self._ranges:
+            self._index(first, decoded, other)
 
     def find(self, port: int, size_bytes: int) -> IoDevice | None:
         """The device that takes an access of `size_bytes` at `port`."""
@@ -64,8 +66,6 @@ class IoBus:
                 return device
         return None
 
-    def _index(self) -> None:
-        self._byte_ports = {}
-        for first, _, decoded, device in self._ranges:
-            for port in range(first, first + decoded):
-                self._byte_ports.setdefault(port, device)
+    def _index(self, first: int, decoded: int, device: IoDevice) -> None:
+        for port in range(first, first + decoded):
+            self._byte_ports.setdefault(port, device)

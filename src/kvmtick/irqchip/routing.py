@@ -1,8 +1,9 @@
 """GSI routing and irq source ids (arch/x86/kvm/irq.c, virt/kvm/irqchip.c; api.rst 4.52).
 
 A GSI leads to at most one pin of each chip. Several sources may drive one pin; its level is the OR
-over them, which each chip keeps in its `irq_states`. The table is the kernel's default (`kvm_setup_default_irq_routing`): GSI n
-to IOAPIC pin n (n < 24) and to PIC pin n (n < 16), GSI 0 to pin 0.
+over them, which each chip keeps in its `irq_states`. The table is the kernel's default
+(`kvm_setup_default_irq_routing`): GSI n to IOAPIC pin n (n < 24) and to PIC pin n (n < 16), GSI 0
+to pin 0.
 
 Not modelled: tables set by user space (KVM_SET_GSI_ROUTING) and MSI entries.
 """

@@ -264,20 +264,21 @@ class ModelVm:
         seconds, or when `until` (asked between guest entries) is true. A foreign guest ends when
         `ticks` ticks have reached it. A guest that does not get its ticks ends (reason `time`)
         after ten times the time they should take. `counter`: where a foreign guest keeps a 32-bit
-        tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during this
-        run, as in `KernelVm.run_until_exit`; they may call the VM. May be called again to go on.
+        tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during
+        this run, as in `KernelVm.run_until_exit`, and may call the VM. May be called again to go
+        on.
         """
         stopwatch = Stopwatch()
         guest = self.machine.loaded[-1] if self.machine.loaded else None
-        end_ns = [] if for_ns is None else [self.machine.clock.now_ns + for_ns]
+        lengths_ns = [] if for_ns is None else [for_ns]
         goal: _TickGoal | None = None
         if guest is not None and guest.parameters is not None:
-            end_ns += self._nominal_end_ns()
+            lengths_ns += self._nominal_rest_ns()
         elif ticks is not None:
             goal = _TickGoal(self, ticks)
         self.machine.ports.handlers = handlers or {}
         exit_ = self.machine.run(
-            min(end_ns, default=None), limit_s, _either(goal.is_over if goal else None, until)
+            min(lengths_ns, default=None), limit_s, _either(goal.is_over if goal else None, until)
         )
         if exit_.reason == "until" and goal is not None and goal.reason:
             exit_ = Exit(goal.reason)
@@ -296,12 +297,13 @@ class ModelVm:
             return None
         return Parameters.read(self.machine.ram, guest.parameters.magic)
 
-    def _nominal_end_ns(self) -> list[int]:
+    def _nominal_rest_ns(self) -> list[int]:
+        """How much longer a built-in guest may take for the ticks it waits for."""
         block = self.parameters()
         if block is None or not block.count:
             return []
-        period_ns = nominal_period_ns(block.divisor)
-        return [self.machine.started_ns + NOMINAL_TIMES * block.count * period_ns]
+        whole_ns = NOMINAL_TIMES * block.count * nominal_period_ns(block.divisor)
+        return [max(0, whole_ns - self.machine.elapsed_ns)]
 
     def _result(self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None) -> Run:
         machine, pit, block = self.machine, self.machine.board.pit, self.parameters()

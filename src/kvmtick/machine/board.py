@@ -23,7 +23,7 @@ from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.vcpu import UserPorts, Vcpu
 
-__all__ = ["Board"]
+__all__ = ["VMM_PID", "Board"]
 
 VMM_PID = 1000
 """The process id every machine's VMM has: nothing of the host enters a trace."""

@@ -14,7 +14,7 @@ from mmap import mmap
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import Guest
-from kvmtick.machine.board import Board
+from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.ports import PortMap
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
@@ -65,8 +65,9 @@ class Machine:
             raise ValueError(f"clock {clock!r}: choose virtual or real")
         self.virtual = clock == "virtual"
         self.clock = VirtualClock() if self.virtual else MonotonicClock()
-        self.started_ns = self.clock.now_ns
+        self.started_ns = NEVER_NS
         self.recorder = Recorder(self.clock, detail)
+        self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
@@ -88,7 +89,6 @@ class Machine:
         self.board.vcpus.append(vcpu)
         self.vcpu = vcpu
         if not self.virtual:
-            engine.use_host_tsc(self.started_ns)
             engine.release_gil(True)
             self._kicker = Kicker(engine.kick)
         if self.loaded:
@@ -131,8 +131,8 @@ class Machine:
 
     @property
     def elapsed_ns(self) -> int:
-        """The machine's time since power-on."""
-        return self.clock.now_ns - self.started_ns
+        """The machine's time since it was first run."""
+        return max(0, self.clock.now_ns - self.started_ns)
 
     def take_vcpu_off(self, duration_ns: int) -> None:
         """The host runs something else on the vCPU's CPU for that long, from now on."""
@@ -141,12 +141,13 @@ class Machine:
 
     def run(
         self,
-        end_ns: int | None = None,
+        for_ns: int | None = None,
         limit_s: float | None = None,
         until: Callable[[], bool] | None = None,
     ) -> Exit:
-        """Run until the guest ends, the machine's time reaches `end_ns` (reason `time`), `limit_s`
-        wall seconds are over (`limit`), or `until`, asked between guest entries, says so (`until`).
+        """Run until the guest ends, `for_ns` of the machine's time are over (reason `time`),
+        `limit_s` wall seconds are over (`limit`), or `until`, asked between guest entries, says so
+        (`until`).
 
         May be called again to go on, unless the guest itself ended.
         """
@@ -154,16 +155,24 @@ class Machine:
         if vcpu is None:
             raise ValueError("the machine has no vCPU: create one before running")
         stopwatch = Stopwatch()
+        self.clock.refresh()
+        if self.started_ns == NEVER_NS:
+            self._power_on(vcpu)
+        end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
-            return self._loop(
-                vcpu, NEVER_NS if end_ns is None else end_ns, limit_s, until, stopwatch
-            )
+            return self._loop(vcpu, end_ns, limit_s, until, stopwatch)
         except KeyboardInterrupt:
             return Exit("interrupted")
         finally:
             if self._kicker is not None:
                 self._kicker.disarm()
             self.recorder.flush()
+
+    def _power_on(self, vcpu: Vcpu) -> None:
+        """The machine's time starts now; what was set up before took none of it."""
+        self.started_ns = self.clock.now_ns
+        if not self.virtual:
+            vcpu.engine.use_host_tsc(self.started_ns)
 
     def _loop(
         self,

@@ -50,9 +50,9 @@ class Run:
         """How fast the guest's own clock runs against the machine's, in parts per million.
 
         The guest counts `guest_ticks * count` periods of 1193182 Hz; 0 would be a true clock.
-        None if the guest has no count or no time has passed.
+        None if the guest counted nothing or no time has passed.
         """
-        if self.guest_ticks is None or self.pit is None or not self.elapsed_ns:
+        if not self.guest_ticks or self.pit is None or not self.elapsed_ns:
             return None
         believed_ns = self.guest_ticks * self.pit.count * 1_000_000_000 / BELIEVED_HZ
         return round((believed_ns / self.elapsed_ns - 1) * 1e6, 3)
