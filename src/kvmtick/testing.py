@@ -67,9 +67,9 @@ class GuestMachine:
         ticks: int | None = None,
         limit_s: float = DEFAULT_LIMIT_S,
     ) -> Run:
-        """Run on: until the guest ends, `until(machine)` is true (asked between guest entries),
-        `for_` (such as `250ms`) has passed on the machine's clock, or, for a foreign guest,
-        `ticks` ticks have reached it.
+        """Run on: until the guest ends, `until(machine)` is true (asked whenever the vCPU is out
+        of the guest), `for_` (such as `250ms`) has passed on the machine's clock, or, for a
+        foreign guest, `ticks` ticks have reached it.
         """
         self.last = self.vm.run(
             ticks=ticks,

@@ -29,9 +29,11 @@ LIMIT_S = 5.0
 
 
 def worst_step_us(lines: Iterable[str]) -> float:
-    """The longest of: expiry due to its callback, work queued to started, injection to EOI."""
+    """The longest of: expiry due to its callback, work queued to started and started to done, line
+    raised to the halted vCPU awake, injection to EOI.
+    """
     worst = 0.0
-    due_us = queued_us = injected_us = -1.0
+    due_us = queued_us = injected_us = raised_us = started_us = -1.0
     for match in filter(None, map(LINE.match, lines)):
         event, rest, now_us = match["event"], match["rest"], float(match["ts"]) * 1e6
         since_us = -1.0
@@ -42,7 +44,14 @@ def worst_step_us(lines: Iterable[str]) -> float:
         elif event == "sched_kthread_work_queue_work":
             queued_us = now_us
         elif event == "sched_kthread_work_execute_start":
-            since_us = queued_us
+            since_us, started_us = queued_us, now_us
+        elif event == "sched_kthread_work_execute_end":
+            since_us = started_us
+        elif event == "kvm_set_irq" and " level 1 " in rest:
+            raised_us = now_us
+        elif event == "kvm_vcpu_wakeup":
+            asleep_us = int(rest.partition(" time ")[2].split()[0]) / 1e3
+            since_us = raised_us if raised_us > now_us - asleep_us else -1.0
         elif event in ("kvm_eoi", "kvm_inj_virq"):
             injected_us = now_us
         elif event == "kvm_ack_irq":
@@ -50,6 +59,15 @@ def worst_step_us(lines: Iterable[str]) -> float:
         if since_us >= 0:
             worst = max(worst, now_us - since_us)
     return worst
+
+
+def duration_us(lines: Iterable[str]) -> float:
+    """From the start of the timer to the end of the trace."""
+    times = [
+        (match["event"], float(match["ts"]) * 1e6) for match in filter(None, map(LINE.match, lines))
+    ]
+    begin_us = next(time_us for event, time_us in times if event == "hrtimer_start")
+    return times[-1][1] - begin_us
 
 
 def reopened(lines: Iterable[str]) -> bool:

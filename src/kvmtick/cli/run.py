@@ -28,6 +28,7 @@ __all__ = ["main"]
 DEFAULT_GUEST = "tick-pic"
 DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
+MAX_HOLD_MS = 3_600_000
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
 
@@ -225,6 +226,8 @@ def _hold_ms(text: str | None) -> int | None:
         return None
     if hold_ns % NS_PER_MS:
         raise UsageError(f"--hold {text}: give whole milliseconds, such as 50ms")
+    if hold_ns > MAX_HOLD_MS * NS_PER_MS:
+        raise UsageError(f"--hold {text}: give at most {MAX_HOLD_MS}ms")
     return hold_ns // NS_PER_MS
 
 

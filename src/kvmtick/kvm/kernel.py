@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Protocol, TypeAlias
 
+from kvmtick import guests
 from kvmtick.abi import KvmError, ioctls
 from kvmtick.abi.structs import (
     kvm_irq_level,
@@ -45,9 +46,14 @@ from kvmtick.host.kvmdev import (
     VmFile,
     open_kvm,
 )
+from kvmtick.irqchip.i8254 import nominal_period_ns
+from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.run import PitSettings, Run
+from kvmtick.timing.wall import Stopwatch
 
 __all__ = [
     "DEFAULT_RAM_BYTES",
+    "DEFAULT_RUN_LIMIT_S",
     "PORT_CONSOLE",
     "PORT_EXIT",
     "PORT_SERIAL",
@@ -61,6 +67,7 @@ __all__ = [
 ]
 
 DEFAULT_RAM_BYTES: Final = 2 << 20
+DEFAULT_RUN_LIMIT_S: Final = 60.0
 
 PORT_SLEEP: Final = 0xD8
 """A write sleeps that many microseconds with the vCPU outside KVM_RUN."""
@@ -236,7 +243,8 @@ class KernelVm:
 
     def __init__(self, *, ram_bytes: int = DEFAULT_RAM_BYTES, path: str = KVM_PATH) -> None:
         self.vcpus: list[KernelVcpu] = []
-        self._entry: tuple[int, int] | None = None
+        self._guest: Guest | None = None
+        self._reinject = True
         self.device: KvmDevice = open_kvm(path)
         try:
             self.file: VmFile = self.device.create_vm()
@@ -268,8 +276,8 @@ class KernelVm:
         """KVM_CREATE_VCPU. EEXIST: the id is taken. EINVAL: it is out of range."""
         vcpu = KernelVcpu(self.file.create_vcpu(vcpu_id), vcpu_id)
         self.vcpus.append(vcpu)
-        if vcpu_id == 0 and self._entry is not None:
-            vcpu.set_real_mode(*self._entry)
+        if vcpu_id == 0 and self._guest is not None:
+            vcpu.set_real_mode(*self._guest.entry)
         return vcpu
 
     def load(self, guest: Guest) -> None:
@@ -278,7 +286,7 @@ class KernelVm:
         Raises ValueError where the image does not fit.
         """
         self.write_memory(guest.load_at, guest.image)
-        self._entry = guest.entry
+        self._guest = guest
         for vcpu in self.vcpus:
             if vcpu.vcpu_id == 0:
                 vcpu.set_real_mode(*guest.entry)
@@ -311,6 +319,7 @@ class KernelVm:
         """KVM_REINJECT_CONTROL: replay ticks the guest could not take, or not. ENXIO: no PIT."""
         control = kvm_reinject_control(pit_reinject=int(reinject))
         self.file.ioctl(ioctls.KVM_REINJECT_CONTROL, control)
+        self._reinject = reinject
 
     def get_irqchip(self, chip_id: int) -> kvm_irqchip:
         """KVM_GET_IRQCHIP; `chip_id`: KVM_IRQCHIP_*. ENXIO: no irqchip. EINVAL: no such chip."""
@@ -339,6 +348,52 @@ class KernelVm:
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: what the TSC of a new vCPU counts a millisecond."""
         return self.file.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def run(
+        self,
+        *,
+        limit_s: float = DEFAULT_RUN_LIMIT_S,
+        handlers: Mapping[int, PortHandler] | None = None,
+    ) -> Run:
+        """Run the guest on the kernel's chips, as `ModelVm.run` does on the model's.
+
+        Nobody sees the events here, so the result's `ticks` is None; `guest_ticks` is the guest's
+        own count. `handlers` and errors as `run_until_exit`.
+        """
+        stopwatch = Stopwatch()
+        ended = self.run_until_exit(handlers, limit_s)
+        reason: str = ended.reason
+        if reason == "done" and ended.code:
+            reason = "guest-error"
+        guest = self._guest
+        block = guest.parameters if isinstance(guest, guests.Guest) else None
+        return Run(
+            guest=guest.name if isinstance(guest, guests.Guest) else "",
+            cpu="kvm",
+            chips="kernel",
+            clock="real",
+            seed=0,
+            elapsed_ns=ended.elapsed_ns,
+            wall_s=stopwatch.elapsed_s(),
+            instructions=None,
+            exit=RunExit(reason, ended.code),
+            pit=self._pit_settings(),
+            guest_ticks=int.from_bytes(self.read_memory(block.counter, 4), "little")
+            if block
+            else None,
+            ticks=None,
+            console=ended.console.decode("utf-8", "replace"),
+        )
+
+    def _pit_settings(self) -> PitSettings | None:
+        """Counter 0 as KVM_GET_PIT2 tells it; None without a PIT."""
+        try:
+            count = self.get_pit2().channels[0].count
+        except KvmError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+        return PitSettings(count, nominal_period_ns(count), self._reinject)
 
     def run_until_exit(
         self,

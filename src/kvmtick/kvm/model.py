@@ -261,10 +261,10 @@ class ModelVm:
         """Run the guest and follow its ticks.
 
         It ends when the guest does, after `for_ns` of the machine's time, after `limit_s` wall
-        seconds, or when `until` (asked between guest entries) is true. A foreign guest ends when
-        `ticks` ticks have reached it. A guest that does not get its ticks ends (reason `time`)
-        after ten times the time they should take. `counter`: where a foreign guest keeps a 32-bit
-        tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during
+        seconds, or when `until` (asked whenever the vCPU is out of the guest) is true. A foreign
+        guest ends when `ticks` ticks have reached it. A guest that does not get its ticks ends
+        (reason `time`) after ten times the time they should take. `counter`: where a foreign guest
+        keeps a 32-bit tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during
         this run, as in `KernelVm.run_until_exit`, and may call the VM. May be called again to go
         on.
         """

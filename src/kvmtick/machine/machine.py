@@ -77,6 +77,7 @@ class Machine:
         self._exit: Exit | None = None
         self._off_until_ns = 0
         self._halted_ns = -1
+        self._slice_over = False
         self._kicker: Kicker | None = None
 
     # Putting it together.
@@ -146,8 +147,8 @@ class Machine:
         until: Callable[[], bool] | None = None,
     ) -> Exit:
         """Run until the guest ends, `for_ns` of the machine's time are over (reason `time`),
-        `limit_s` wall seconds are over (`limit`), or `until`, asked between guest entries, says so
-        (`until`).
+        `limit_s` wall seconds are over (`limit`), or `until`, asked whenever the vCPU is out of
+        the guest, says so (`until`).
 
         May be called again to go on, unless the guest itself ended.
         """
@@ -183,6 +184,7 @@ class Machine:
         stopwatch: Stopwatch,
     ) -> Exit:
         clock, queue = self.clock, self.board.queue
+        block_passes = BLOCK_PASSES if until is None else 1
         passes = 0
         while self._exit is None:
             if clock.live:
@@ -192,7 +194,7 @@ class Machine:
             if clock.now_ns >= end_ns:
                 return Exit("time")
             passes += 1
-            if passes & 15 == 0 and self._look_up(limit_s, stopwatch):
+            if (self._slice_over or passes & 15 == 0) and self._look_up(limit_s, stopwatch):
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
             if vcpu.kicked:
                 self._meet_busy_host(vcpu)
@@ -201,15 +203,16 @@ class Machine:
             elif vcpu.mp_state == _HALTED and not self._wake(vcpu):
                 if self._is_deadlocked(vcpu, end_ns):
                     return Exit("deadlock", detail=_deadlock_detail(vcpu))
-                self._block(vcpu, end_ns)
+                self._block(vcpu, end_ns, block_passes)
             else:
                 self._enter(vcpu, end_ns)
-                if until is not None and self._exit is None and until():
-                    return Exit("until")
+            if until is not None and self._exit is None and until():
+                return Exit("until")
         return self._exit
 
     def _look_up(self, limit_s: float | None, stopwatch: Stopwatch) -> bool:
         """Now and then: hand the records on; is the wall-time limit over?"""
+        self._slice_over = False
         if self.recorder.full:
             self.recorder.flush()
         return limit_s is not None and stopwatch.elapsed_s() > limit_s
@@ -226,6 +229,8 @@ class Machine:
             reason = vcpu.enter(UNLIMITED_INSTRUCTIONS)
         if reason == _EXIT_HLT:
             self._halted_ns = self.clock.now_ns
+        elif reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
+            self._slice_over = True
         elif reason == ExitReason.TRIPLE_FAULT:
             self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
         elif reason == ExitReason.INTERNAL_ERROR:
@@ -256,10 +261,12 @@ class Machine:
             return True
         return self.board.queue.next_ns == NEVER_NS == end_ns
 
-    def _block(self, vcpu: Vcpu, end_ns: int) -> None:
-        """`kvm_vcpu_block`: sleep from deadline to deadline until somebody kicks the vCPU."""
+    def _block(self, vcpu: Vcpu, end_ns: int, passes: int) -> None:
+        """`kvm_vcpu_block`: sleep from deadline to deadline until somebody kicks the vCPU, at most
+        over `passes` deadlines.
+        """
         clock, queue = self.clock, self.board.queue
-        for _ in range(BLOCK_PASSES):
+        for _ in range(passes):
             self._sleep(end_ns)
             if clock.now_ns >= end_ns:
                 return
