@@ -6,6 +6,7 @@ can do the same by hand.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -118,8 +119,10 @@ class GuestMachine:
             words += ["--clock", "real"]
         if self._parameters.get("divisor"):
             words += ["--hz", str(guests.PIT_HZ / self._parameters["divisor"])]
+        if self._parameters.get("ticks") == 0:
+            words += ["--for", f"{max(1, self.vm.machine.elapsed_ns)}ns"]
         for name, option in (("ticks", "--ticks"), ("hz", "--hz")):
-            if name in self._parameters:
+            if self._parameters.get(name):
                 words += [option, str(self._parameters[name])]
         if self._parameters.get("param_ms") is not None:
             words += ["--hold", f"{self._parameters['param_ms']}ms"]
@@ -127,7 +130,7 @@ class GuestMachine:
             words.append("--no-reinject")
         for name, delay in self.vm.machine.host.faults().items():
             words += ["--fault", f"{name}={delay}"]
-        return " ".join(words)
+        return shlex.join(words)
 
     def close(self) -> None:
         """Free the VM. Harmless when repeated."""

@@ -71,11 +71,11 @@ def duration_us(lines: Iterable[str]) -> float:
 
 
 def reopened(lines: Iterable[str]) -> bool:
-    """Whether the timer expired between an injection and its EOI.
+    """Whether the timer expired, or the line was raised, between an injection and its EOI.
 
     This host's back end writes EOI to the local APIC when it injects, which also tells the PIT that
-    its tick was acknowledged: such an expiry pulses the line once more, which on no other host it
-    does (reinject on). It is a matter of luck while ticks are replayed back to back.
+    its tick was acknowledged: work that comes then pulses the line once more, which on no other
+    host it does (reinject on). It is a matter of luck while ticks are replayed back to back.
     """
     in_service = False
     for match in filter(None, map(LINE.match, lines)):
@@ -83,7 +83,10 @@ def reopened(lines: Iterable[str]) -> bool:
             in_service = True
         elif match["event"] == "kvm_ack_irq":
             in_service = False
-        elif match["event"] == "hrtimer_expire_entry" and in_service:
+        elif in_service and (
+            match["event"] == "hrtimer_expire_entry"
+            or (match["event"] == "kvm_set_irq" and " level 1 " in match["rest"])
+        ):
             return True
     return False
 

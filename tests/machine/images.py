@@ -18,7 +18,11 @@ def out(port: int, value: int) -> bytes:
 
 def out32(port: int, value: int) -> bytes:
     """mov eax, value; mov dx, port; out dx, eax"""
-    return b"\x66\xb8" + value.to_bytes(4, "little") + bytes((0xBA, port & 0xFF, port >> 8, 0x66, 0xEF))
+    return (
+        b"\x66\xb8"
+        + value.to_bytes(4, "little")
+        + bytes((0xBA, port & 0xFF, port >> 8, 0x66, 0xEF))
+    )
 
 
 def leave(code: int) -> bytes:

@@ -68,9 +68,9 @@ def test_what_cannot_be_loaded_is_named_with_the_remedy(image: Path) -> None:
         load_file(image)
     image.write_bytes(b"\xf4")
     for load_at in (-1, 0x10_0000):
-        with pytest.raises(LoadError, match="--load-at .* is out of real mode's reach"):
+        with pytest.raises(LoadError, match=r"--load-at .* is out of real mode's reach"):
             load_file(image, load_at)
-        with pytest.raises(LoadError, match="--entry .* is out of real mode's reach"):
+        with pytest.raises(LoadError, match=r"--entry .* is out of real mode's reach"):
             load_file(image, 0x8000, load_at)
 
 

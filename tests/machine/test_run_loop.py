@@ -1,5 +1,7 @@
 """The run loop: how a run ends, to the nanosecond; going on; the guest's ports; real code."""
 
+from itertools import pairwise
+
 import pytest
 from images import (
     CLI_HLT,
@@ -24,7 +26,9 @@ PERIOD_NS = 999_848
 MS = 1_000_000
 
 
-def boot(guest: Guest | bytes | str, *, seed: int = 0, reinject: bool = True, **more: int) -> ModelVm:
+def boot(
+    guest: Guest | bytes | str, *, seed: int = 0, reinject: bool = True, **more: int
+) -> ModelVm:
     """A VM with everything, and a guest in it."""
     vm = ModelVm(seed=seed)
     vm.create_irqchip()
@@ -202,7 +206,7 @@ def test_a_late_expiry_does_not_shift_the_next_one() -> None:
         vm.machine.host.set_fault("late_expiry", "300us")
         vm.run()
         ticks = list(vm.ticks())
-        assert {b.expiry_ns - a.expiry_ns for a, b in zip(ticks, ticks[1:], strict=False)} == {
+        assert {b.expiry_ns - a.expiry_ns for a, b in pairwise(ticks)} == {
             PERIOD_NS
         }
         assert {tick.fired_ns - tick.expiry_ns for tick in ticks} == {300_000}
@@ -211,7 +215,11 @@ def test_a_late_expiry_does_not_shift_the_next_one() -> None:
 # --- the same run again -------------------------------------------------------------------------
 
 
-FAULTS = (("worker_delay", "exp:400us"), ("vcpu_off", "10%:3ms"), ("late_expiry", "uniform:0us..1ms"))
+FAULTS = (
+    ("worker_delay", "exp:400us"),
+    ("vcpu_off", "10%:3ms"),
+    ("late_expiry", "uniform:0us..1ms"),
+)
 
 
 def stormy(seed: int) -> dict[str, object]:
@@ -257,9 +265,7 @@ def test_the_debug_console_and_the_serial_line_are_read_back_as_text() -> None:
 
 
 def test_the_serial_line_is_always_ready_and_keeps_its_divisor_from_the_text() -> None:
-    image = (
-        out(0x3FB, 0x80) + out(0x3F8, 1) + out(0x3F9, 0) + out(0x3FB, 3) + out(0x3F8, ord("x"))
-    )
+    image = out(0x3FB, 0x80) + out(0x3F8, 1) + out(0x3F9, 0) + out(0x3FB, 3) + out(0x3F8, ord("x"))
     with boot(image + read_and_print(0x3FD) + read_and_print(0x3FA) + leave(0)) as vm:
         run = vm.run(limit_s=5)
         assert run.serial == "x"

@@ -16,7 +16,6 @@ from kvmtick.cpu.scripted import (
     Cli,
     Hlt,
     In,
-    Operation,
     Out,
     Program,
     Routine,
@@ -37,7 +36,8 @@ Step = tuple[object, ...]
 
 BASE = 0x20
 PIT_SOURCE = 2
-RW_MSB, RW_WORD1 = 2, 4
+RW_WORD0 = 3
+"""The next byte is the low one of two: it loads nothing yet."""
 CONTROL_LOHI = 0x30
 
 
@@ -193,7 +193,7 @@ class Oracle:
         return result
 
     def reset(self) -> None:
-        """The counts were thrown away: work that is queued pulses once more, then nobody is owed."""
+        """The counts were thrown away: work that is queued pulses once more, then none is owed."""
         keep = 1 if self.pit.work.queued else 0
         for tick in self.unpulsed[keep:]:
             tick.count_reset = True
@@ -209,10 +209,11 @@ class Oracle:
             if self.latched is not None:
                 self.latched.request_lost = self.latched.reach_ns is None
             self.latched = None
-        elif port == 0x21 and imr & 1 and not master.imr & 1 and self.pit.reinject:
-            self.reset()
-        elif port == 0x40 and state != 3 and channel.mode in (0, 1, 2, 3, 4) and self.pit.reinject:
-            self.reset()
+        elif self.pit.reinject:
+            unmasked = port == 0x21 and imr & 1 and not master.imr & 1
+            loaded = port == 0x40 and state != RW_WORD0 and channel.mode <= 4
+            if unmasked or loaded:
+                self.reset()
         self.look()
 
     def on_in(self, read: PortIn, port: int, size: int, retired: int) -> int:
@@ -226,9 +227,7 @@ class Oracle:
 
     def on_vector(self, vector: int) -> None:
         self.injections += 1
-        if vector != BASE:
-            self.extra += 1
-        elif not self.reach():
+        if vector != BASE or not self.reach():
             self.extra += 1
         self.look()
 
@@ -286,28 +285,31 @@ def guest(steps: Iterable[Step]) -> Program:
 def run_steps(steps: Iterable[Step]) -> Program:
     """The steps, one after the other."""
     for step in steps:
-        for operation in guest_step(step):
-            yield operation
+        yield from guest_step(step)
 
 
-def guest_step(step: Step) -> list[Operation]:
+def guest_step(step: Step) -> Program:
     """A guest's step as instructions."""
     name, *numbers = step
     values = [int(str(number)) for number in numbers]
     if name == "out":
-        return [Out(values[0], values[1])]
-    if name == "spin":
-        return [Spin(values[0])]
-    if name == "poll":
-        return [Out(0x20, 0x0C), In(0x20)]
-    if name == "init":
-        words = ((0x20, 0x11), (0x21, BASE), (0x21, 4), (0x21, values[0]))
-        return [Out(port, value) for port, value in words]
-    if name == "pit":
+        yield Out(values[0], values[1])
+    elif name == "spin":
+        yield Spin(values[0])
+    elif name == "poll":
+        yield Out(0x20, 0x0C)
+        yield In(0x20)
+    elif name == "init":
+        for port, value in ((0x20, 0x11), (0x21, BASE), (0x21, 4), (0x21, values[0])):
+            yield Out(port, value)
+    elif name == "pit":
         mode, count = values
-        control = CONTROL_LOHI | mode << 1
-        return [Out(0x43, control), Out(0x40, count & 0xFF), Out(0x40, count >> 8)]
-    return [{"cli": Cli, "sti": Sti, "hlt": Hlt}[str(name)]()]
+        yield Out(0x43, CONTROL_LOHI | mode << 1)
+        yield Out(0x40, count & 0xFF)
+        yield Out(0x40, count >> 8)
+    else:
+        plain: dict[str, type[Cli | Sti | Hlt]] = {"cli": Cli, "sti": Sti, "hlt": Hlt}
+        yield plain[str(name)]()
 
 
 class Rig:

@@ -41,7 +41,9 @@ wild_user: st.SearchStrategy[Step] = st.one_of(
     calm_user,
     st.sampled_from([("line", 0), ("line", 1), ("line", 9)]),
     st.tuples(
-        st.just("set_irqchip"), st.sampled_from(("irr", "isr", "imr", "auto_eoi")), st.integers(0, 1)
+        st.just("set_irqchip"),
+        st.sampled_from(("irr", "isr", "imr", "auto_eoi")),
+        st.integers(0, 1),
     ),
 )
 

@@ -199,7 +199,9 @@ def test_reinjected_outranks_what_became_of_the_pulse() -> None:
     s.work(PERIOD_NS)
     held = s.expire()
     s.work(2 * PERIOD_NS, pulses=False)
-    s.write(0x20, 0x60)  # a specific EOI although nothing is in service: it acknowledges all the same
+    s.write(
+        0x20, 0x60
+    )  # a specific EOI although nothing is in service: it acknowledges all the same
     s.recorder.kvm_ack_irq(0, 0)
     s.queue()
     s.work(2 * PERIOD_NS + 10, coalesced=True)

@@ -231,7 +231,9 @@ def test_the_columns_are_those_of_tracefs() -> None:
 )
 def test_seconds_and_microseconds_rounded_down(ts_ns: int, text: str) -> None:
     line = format_line((ts_ns, int(Event.KVM_SET_IRQ), 0, 0, 1, 2), ["<idle>-0"])
-    assert line == f"          <idle>-0       [000] ..... {text}: kvm_set_irq: gsi 0 level 1 source 2"
+    assert (
+        line == f"          <idle>-0       [000] ..... {text}: kvm_set_irq: gsi 0 level 1 source 2"
+    )
 
 
 def test_an_interrupt_is_marked_on_the_task_it_hit() -> None:

@@ -5,7 +5,18 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from kvmtick.cpu.engine import INTR_INFO_VALID, ExitReason
-from kvmtick.cpu.scripted import Cli, Hlt, In, MovSs, Out, Program, Routine, ScriptedEngine, Spin, Sti
+from kvmtick.cpu.scripted import (
+    Cli,
+    Hlt,
+    In,
+    MovSs,
+    Out,
+    Program,
+    Routine,
+    ScriptedEngine,
+    Spin,
+    Sti,
+)
 from kvmtick.machine.board import Board
 from kvmtick.machine.machine import Machine
 from kvmtick.trace.events import Event, Record

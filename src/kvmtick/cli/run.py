@@ -111,15 +111,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = parser().parse_args(argv)
+    # All that can be wrong is looked at before a trace file is emptied.
+    for_ns = _duration_ns("--for", vars(options)["for"])
+    limit_s = _limit_s(options.limit)
+    ticks = _ticks(options)
     with contextlib.ExitStack() as stack:
         vm, guest, teller = _build(options, stack)
-        foreign = guest.parameters is None
-        for_ns = _duration_ns("--for", vars(options)["for"])
         with _quiet_gc(), _progress(options, vm, guest, for_ns):
             run = vm.run(
-                ticks=_ticks(options) if foreign else None,
+                ticks=ticks if guest.parameters is None else None,
                 for_ns=for_ns,
-                limit_s=_limit_s(options.limit),
+                limit_s=limit_s,
                 counter=_address("--counter", options.counter),
             )
         _report(options, run, teller)

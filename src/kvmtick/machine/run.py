@@ -59,10 +59,11 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `kvmtick run --json` (docs/json.md)."""
-        ticks = self.ticks.as_dict() if self.ticks else None
-        latency_ns = self.ticks.latency_ns if self.ticks else None
+        # A report without ticks is false; only None means that nobody looked.
+        ticks = None if self.ticks is None else self.ticks.as_dict()
+        latency_ns = None if self.ticks is None else self.ticks.latency_ns
         sources = []
-        if self.ticks:
+        if self.ticks is not None:
             sources = [
                 {
                     "source": self.ticks.source,
