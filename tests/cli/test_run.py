@@ -304,7 +304,8 @@ def test_a_story_of_a_tick_that_did_not_happen(kvmtick: Terminal) -> None:
 
 
 FTRACE_LINE = re.compile(
-    r"^ *(?P<comm>\S.*?)-(?P<pid>\d+) +\[000\] [.dNhs1]{5} +(?P<s>\d+)\.(?P<us>\d{6}): (?P<event>\w+): \S"
+    r"^ *(?P<comm>\S.*?)-(?P<pid>\d+) +\[000\] [.dNhs1]{5} +(?P<s>\d+)\.(?P<us>\d{6}):"
+    r" (?P<event>\w+): \S"
 )
 
 

@@ -206,9 +206,7 @@ def test_a_late_expiry_does_not_shift_the_next_one() -> None:
         vm.machine.host.set_fault("late_expiry", "300us")
         vm.run()
         ticks = list(vm.ticks())
-        assert {b.expiry_ns - a.expiry_ns for a, b in pairwise(ticks)} == {
-            PERIOD_NS
-        }
+        assert {b.expiry_ns - a.expiry_ns for a, b in pairwise(ticks)} == {PERIOD_NS}
         assert {tick.fired_ns - tick.expiry_ns for tick in ticks} == {300_000}
 
 
