@@ -264,9 +264,9 @@ class ModelVm:
         seconds, or when `until` (asked whenever the vCPU is out of the guest) is true. A foreign
         guest ends when `ticks` ticks have reached it. A guest that does not get its ticks ends
         (reason `time`) after ten times the time they should take. `counter`: where a foreign guest
-        keeps a 32-bit tick count, guest-physical. `handlers` answer ports of their own (or ours instead) during
-        this run, as in `KernelVm.run_until_exit`, and may call the VM. May be called again to go
-        on.
+        keeps a 32-bit tick count, guest-physical. `handlers` answer ports of their own (or ours
+        instead) during this run, as in `KernelVm.run_until_exit`, and may call the VM. May be
+        called again to go on.
         """
         stopwatch = Stopwatch()
         guest = self.machine.loaded[-1] if self.machine.loaded else None
