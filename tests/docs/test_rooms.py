@@ -30,8 +30,8 @@ ROOMS = (
 )
 """From the bottom up: a room imports itself and rooms before it."""
 
-ON_TOP = ("testing", "pytest_plugin")
-"""Modules beside the rooms, for tests of guests; no room imports them."""
+ON_TOP = ("testing", "pytest_plugin", "__main__")
+"""Modules beside the rooms, for tests of guests and `python -m`; no room imports them."""
 
 FACADE = "__init__"
 """`kvmtick` itself: what users import. It may import everything, a room only its version."""
@@ -42,7 +42,6 @@ CLOCK_READERS = {
     "host": "deadlines of KVM_RUN",
     "cli": "what people are shown",
     "kvm.kernel": "a guest's sleep on the real kernel",
-    "cpu.scripted": "the guest's TSC in real time, as the native shim has it",
 }
 """Rooms and modules that may read a clock of the host, and what for."""
 
