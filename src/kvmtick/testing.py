@@ -52,7 +52,8 @@ class GuestMachine:
         self.last: Run | None = None
         self._parameters = parameters
         self._reinject = reinject
-        for name, delay in (faults or {}).items():
+        self._faults = dict(faults or {})
+        for name, delay in self._faults.items():
             self.fault(name, delay)
         self.vm.create_irqchip()
         self.vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
@@ -113,7 +114,7 @@ class GuestMachine:
         return self.vm.machine.ports.console.decode("utf-8", "replace")
 
     def command(self) -> str:
-        """The `kvmtick run` that repeats this machine's run, as far as one command can."""
+        """The `kvmtick run` that starts like this machine; what the test did later is not in it."""
         words = ["kvmtick", "run", self._source, "--seed", str(self.seed)]
         if not self.vm.machine.virtual:
             words += ["--clock", "real"]
@@ -128,7 +129,7 @@ class GuestMachine:
             words += ["--hold", f"{self._parameters['param_ms']}ms"]
         if not self._reinject:
             words.append("--no-reinject")
-        for name, delay in self.vm.machine.host.faults().items():
+        for name, delay in self._faults.items():
             words += ["--fault", f"{name}={delay}"]
         return shlex.join(words)
 

@@ -169,8 +169,9 @@ class Oracle:
         pulses, may_pulse = self.pulses, pit.irq_ack or not pit.reinject
         callback()
         assert self.pulses == pulses + may_pulse
-        for tick in self.unpulsed:
-            tick.passed_by = True
+        if not may_pulse:
+            for tick in self.unpulsed:
+                tick.passed_by = True
 
     def on_pin(self, pin: int, source: int, level: int) -> int:
         before = self.requested
@@ -296,6 +297,14 @@ def guest_step(step: Step) -> Program:
         yield Out(values[0], values[1])
     elif name == "spin":
         yield Spin(values[0])
+    elif name == "masked":
+        yield Out(0x21, 0x01)
+        yield Spin(values[0])
+        yield Out(0x21, 0x00)
+    elif name == "deaf":
+        yield Cli()
+        yield Spin(values[0])
+        yield Sti()
     elif name == "poll":
         yield Out(0x20, 0x0C)
         yield In(0x20)

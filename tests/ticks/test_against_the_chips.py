@@ -13,10 +13,11 @@ from kvmtick.ticks.verdict import Verdict, Where
 MASK, UNMASK = ("out", 0x21, 0xFF), ("out", 0x21, 0x00)
 
 spins = st.integers(1, 3_000_000).map(lambda ns: ("spin", ns))
+holds = st.tuples(st.sampled_from(("masked", "deaf")), st.integers(500_000, 5_000_000))
 counts = st.one_of(st.integers(240, 4000), st.sampled_from((1, 10, 1193)))
 calm_guest: st.SearchStrategy[Step] = st.one_of(
     spins,
-    spins,
+    holds,
     st.sampled_from([("cli",), ("sti",), ("hlt",), MASK, UNMASK, ("out", 0x20, 0x0B)]),
     st.tuples(st.just("pit"), st.sampled_from((0, 2, 3, 4, 5)), counts),
 )

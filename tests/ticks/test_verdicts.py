@@ -175,7 +175,7 @@ def test_with_reinject_on_the_count_keeps_what_the_worker_merges() -> None:
     s.eoi(2 * PERIOD_NS + 30)
     s.report()
     assert first.verdict is LATE
-    assert second.verdict is REINJECTED
+    assert second.verdict is DELIVERED, "no run of the worker refused it"
     assert second.inject_ns == 2 * PERIOD_NS + 20
 
 

@@ -101,7 +101,7 @@ def test_if_and_the_shadows_hold_an_interrupt_back_and_open_a_window(
 
 @pytest.mark.parametrize(
     ("blocked", "allowed"),
-    [(0, True), (NMI, False), (MOV_SS, False), (STI, True), (NMI | STI, False)],
+    [(0, True), (NMI, False), (MOV_SS, False), (STI, False), (NMI | STI, False)],
 )
 @pytest.mark.parametrize("interrupts_on", [True, False])
 def test_an_nmi_waits_for_iret_and_mov_ss_only(

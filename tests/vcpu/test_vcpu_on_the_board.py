@@ -174,6 +174,28 @@ def test_an_eoi_that_makes_another_interrupt_pending_is_followed_by_it_at_once()
     assert bench.injected() == [(IRQ0, False), (IRQ1, False)]
 
 
+def test_an_automatic_eoi_that_makes_another_interrupt_pending_loses_neither() -> None:
+    log = Log()
+
+    def guest() -> Program:
+        yield from pic_init()
+        yield Out(0x20, 0x11)
+        for port, value in ((0x21, 0x20), (0x21, 4), (0x21, 3)):
+            yield Out(port, value)
+        bench.pulse(0)
+        bench.pulse(1)
+        yield Sti()
+        yield Spin(1)
+        log.append("main")
+        yield Spin(900)
+        yield Hlt()
+
+    bench = make(guest, {IRQ0: log.handler("irq0"), IRQ1: log.handler("irq1")})
+    bench.machine.run(500)
+    assert log == ["irq0", "/irq0", "irq1", "/irq1", "main"]
+    assert bench.injected() == [(IRQ0, False), (IRQ1, False)]
+
+
 def test_a_handler_that_sets_if_before_its_eoi_is_interrupted_by_a_higher_priority_only() -> None:
     log = Log()
 

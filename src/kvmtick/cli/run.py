@@ -306,7 +306,7 @@ def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:
         return None
     index = _integer("--story", options.story)
     if index < 1:
-        raise UsageError(f"--story {index}: ticks count from 1")
+        raise UsageError(f"--story {index}: ticks count from 1, give 1 or more")
     return StoryTeller(index, vm.machine.recorder, vm.machine.snapshot)
 
 

@@ -96,7 +96,7 @@ class IrqRouting:
         chip gave one that is not; -1 if all did or the GSI has no route.
         """
         recorder = self._recorder
-        if level or recorder.detail:
+        if level or recorder.detail or irq_source_id != PIT_IRQ_SOURCE_ID:
             recorder.kvm_set_irq(gsi, level, irq_source_id)
         result = -1
         for set_irq, pin in self._entries.get(gsi, ()):

@@ -30,8 +30,9 @@ __all__ = ["RAM_BYTES", "Exit", "Machine"]
 RAM_BYTES = 2 << 20
 """All that real mode can address, with room behind it."""
 
-SLICE_INSTRUCTIONS = 10_000_000
-"""The longest stay in the guest without a look at Ctrl-C and the wall-time limit: about 0.1 s."""
+SLICE_INSTRUCTIONS = 1_000_000
+"""The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
+second of nothing but port accesses."""
 SLICE_REAL_NS = 100_000_000
 BLOCK_PASSES = 16
 """How many deadlines may pass over a halted vCPU before the loop looks up."""
@@ -137,7 +138,7 @@ class Machine:
 
     def take_vcpu_off(self, duration_ns: int) -> None:
         """The host runs something else on the vCPU's CPU for that long, from now on."""
-        self._off_until_ns = self.clock.now_ns + duration_ns
+        self._off_until_ns = max(self._off_until_ns, self.clock.now_ns + duration_ns)
         self.board.queue.add(self._off_until_ns, _nothing)
 
     def run(
@@ -218,9 +219,15 @@ class Machine:
         return limit_s is not None and stopwatch.elapsed_s() > limit_s
 
     def _enter(self, vcpu: Vcpu, end_ns: int) -> None:
+        if vcpu.requests:
+            vcpu.serve_requests()
         now_ns = self.clock.now_ns
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
+        if deadline_ns <= now_ns:
+            # Serving the requests made something due now: deliver the event, then look after it.
+            vcpu.engine.kick()
+            deadline_ns = now_ns + 1
         if self._kicker is None:
             budget = deadline_ns - now_ns
             reason = vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
@@ -239,7 +246,7 @@ class Machine:
     def _meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
         vcpu.kicked = False
-        if not self.host.on_time:
+        if not self.host.on_time and self.clock.now_ns >= self._off_until_ns:
             delay_ns = self.host.delay_ns("vcpu_off")
             if delay_ns:
                 self.take_vcpu_off(delay_ns)

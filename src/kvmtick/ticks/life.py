@@ -130,10 +130,12 @@ class TickAssembler:
         self._work_queued = False
         self._work_ns = 0
         self._seen_by_worker = 0
-        self._passed_by = 0
+        self._run_pulsed = True
+        self._held_back = 0
         self._waiting: deque[Tick] = deque()
         self._pulsed: Tick | None = None
         self._pulse_level = 0
+        self._held_by: set[int] = set()
         self._request: Tick | None = None
         self._foreign_request = False
         self._in_service: Tick | None = None
@@ -208,8 +210,8 @@ class TickAssembler:
         expiry_ns, next_ns, work_ns = self._expires_ns, batch[at + 2][5], batch[at + 3][0]
         self._expires_ns = next_ns
         self._work_ns = work_ns
-        self._passed_by = self._seen_by_worker
-        self._seen_by_worker = self.expired
+        self._begin_run()
+        self._run_pulsed = True
         tick = Tick(
             self.expired,
             expiry_ns,
@@ -237,6 +239,7 @@ class TickAssembler:
             and self._request is None
             and self._in_service is None
             and not self._foreign_request
+            and not self._held_by
             and not self._auto_eoi
         )
 
@@ -283,7 +286,7 @@ class TickAssembler:
         if self._reinject:
             self._pending += 1
         elif self._work_queued:
-            self._judge(tick, Verdict.COALESCED, Where.WORKER)
+            self._judge(tick, Verdict.COALESCED, Where.WORKER, "the worker had not run yet")
             return
         self._waiting.append(tick)
 
@@ -296,9 +299,16 @@ class TickAssembler:
             return
         self._work_queued = False
         self._work_ns = record[0]
-        # A pulse of this run is its tick's own only if no earlier run passed that tick by.
-        self._passed_by = self._seen_by_worker
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        """A run of the worker that gave no pulse found `irq_ack` at 0: it held back every tick
+        that had expired by then.
+        """
+        if not self._run_pulsed:
+            self._held_back = self._seen_by_worker
         self._seen_by_worker = self.expired
+        self._run_pulsed = False
 
     def _pit_reset_reinject(self, record: Record) -> None:
         self._pending = 0
@@ -337,6 +347,8 @@ class TickAssembler:
     # The line and the PIC.
 
     def _set_irq(self, record: Record) -> None:
+        if record[3] == PIT_GSI and record[5] != PIT_SOURCE_ID:
+            self._hold(record[5], record[4])
         self._pulse_level = record[4]
         if not record[4]:
             return
@@ -347,10 +359,18 @@ class TickAssembler:
         tick = self._waiting.popleft()
         self._pulsed = tick
         tick.work_ns = self._work_ns
+        self._run_pulsed = True
         if self._reinject:
             self._counted = tick
-            if tick.index <= self._passed_by:
+            if tick.index <= self._held_back:
                 self._judge(tick, Verdict.REINJECTED)
+
+    def _hold(self, source: int, level: int) -> None:
+        """Another source drives GSI 0: while it is high a pulse is no edge."""
+        if level:
+            self._held_by.add(source)
+        else:
+            self._held_by.discard(source)
 
     def _pic_set_irq(self, record: Record) -> None:
         if not self._pulse_level or record[3] or record[4]:
@@ -358,9 +378,11 @@ class TickAssembler:
         tick = self._pulsed
         self._pulsed = None
         if record[6] & IMR_IRQ0 and (self._request is not None or self._foreign_request):
-            self._lost(tick, Verdict.MASKED)
+            self._lost(tick, Verdict.MASKED, "IRQ 0 was masked and its request latched already")
         elif record[7]:
-            self._lost(tick, Verdict.COALESCED)
+            self._lost(tick, Verdict.COALESCED, "the PIC's request was still set")
+        elif tick is not None and self._held_by:
+            self._lost(tick, Verdict.COALESCED, "another source holds the line high: no edge")
         else:
             if self._request is not None:
                 self._judge(
@@ -371,9 +393,9 @@ class TickAssembler:
             if tick is not None:
                 tick.accept_ns = record[0]
 
-    def _lost(self, tick: Tick | None, verdict: Verdict) -> None:
+    def _lost(self, tick: Tick | None, verdict: Verdict, detail: str) -> None:
         if tick is not None and tick.verdict is OPEN:
-            self._judge(tick, verdict, Where.PIC)
+            self._judge(tick, verdict, Where.PIC, detail)
 
     # The vCPU and the guest.
 

@@ -14,7 +14,7 @@ _MEANING = {
     Verdict.REINJECTED: "held back, pulsed on a later EOI",
     Verdict.COALESCED: "merged with a request that was still set",
     Verdict.MASKED: "pulsed while every pin was masked",
-    Verdict.DROPPED: "their count was thrown away",
+    Verdict.DROPPED: "taken back before they reached the guest",
     Verdict.OUTSTANDING: "still under way at the end",
 }
 

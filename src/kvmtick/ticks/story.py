@@ -2,7 +2,7 @@
 
 The teller follows the recorder record by record, with a snapshot of the machine's state at each,
 until its tick is over. What changed between two records is the doing of the first, unless the
-second is an event that is recorded after the fact.
+second is an event that is recorded after it did that.
 """
 
 from __future__ import annotations
@@ -86,13 +86,17 @@ _TOLD: dict[int, tuple[str, str, str]] = {
     ),
 }
 
-_RECORDED_AFTER = (
-    Event.KVM_PIC_SET_IRQ,
-    Event.KVM_IOAPIC_SET_IRQ,
-    Event.KVM_INJ_VIRQ,
-    Event.KVM_VCPU_WAKEUP,
-)
-"""Events that are recorded when what they tell of has happened already."""
+_RECORDED_AFTER: dict[str, tuple[Event, ...]] = {
+    "timer": (Event.HRTIMER_EXPIRE_ENTRY,),
+    "PIC IRR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
+    "PIC ISR": (Event.KVM_INJ_VIRQ,),
+    "INTR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
+    "KVM_REQ_EVENT": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ, Event.KVM_ENTRY),
+    "interrupt window": (Event.KVM_ENTRY,),
+    "VM-entry intr info": (Event.KVM_EXIT,),
+    "vCPU": (Event.KVM_VCPU_WAKEUP,),
+}
+"""For each name of the snapshot, the events that are recorded when they have changed it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +188,21 @@ class StoryTeller:
 
     def _changed(self, position: int) -> tuple[str, ...]:
         """What the step at `position` changed."""
-        changes: list[str] = []
-        if position and self._life[position][0][1] in _RECORDED_AFTER:
-            changes += self._between(position - 1)
-        if position + 1 < len(self._life):
-            following = self._life[position + 1][0][1]
-            if following not in _RECORDED_AFTER:
-                changes += self._between(position)
-        return tuple(changes)
+        return (*self._changes(position, by_next=True), *self._changes(position + 1, by_next=False))
 
-    def _between(self, position: int) -> list[str]:
-        """What differs between two neighbouring records."""
-        before, after = self._life[position][1], self._life[position + 1][1]
-        return [f"{k}: {v} -> {after[k]}" for k, v in before.items() if after.get(k, v) != v]
+    def _changes(self, position: int, by_next: bool) -> list[str]:
+        """What differs between the record before `position` and the one there, as far as it is
+        the doing of the later (`by_next`) or of the earlier.
+        """
+        if not 0 < position < len(self._life):
+            return []
+        before, (record, after) = self._life[position - 1][1], self._life[position]
+        return [
+            f"{name}: {value} -> {after[name]}"
+            for name, value in before.items()
+            if after.get(name, value) != value
+            and (record[1] in _RECORDED_AFTER.get(name, ())) == by_next
+        ]
 
     def _chosen(self) -> set[int]:
         """Which records are this tick's: the arming, the expiry, the pulse, the delivery."""

@@ -32,7 +32,7 @@ NMI_LIMIT = 2
 
 _EXTERNAL_INTERRUPT = intr_info(EventType.EXTERNAL, 0)
 _SHADOW = int(Interruptibility.STI | Interruptibility.MOV_SS)
-_NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.MOV_SS)
+_NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.STI | Interruptibility.MOV_SS)
 
 
 class InterruptSource(Protocol):
@@ -67,7 +67,7 @@ def interrupt_allowed(vmcs: Vmcs) -> bool:
 
 
 def nmi_allowed(vmcs: Vmcs) -> bool:
-    """`vmx_nmi_allowed`: no NMI in service and no MOV SS shadow."""
+    """`vmx_nmi_allowed`: no NMI in service and no STI or MOV SS shadow."""
     return not vmcs.guest_interruptibility & _NMI_BLOCKED
 
 

@@ -155,10 +155,8 @@ class Vcpu:
         self.request_event()
 
     def mp_state_name(self) -> str:
-        """`halted`, `in guest` or `runnable`."""
-        if self.mp_state == _HALTED:
-            return "halted"
-        return "in guest" if self.in_guest else "runnable"
+        """`halted` or `runnable`."""
+        return "halted" if self.mp_state == _HALTED else "runnable"
 
     # External interrupts (irq.c).
 
@@ -188,13 +186,8 @@ class Vcpu:
 
     def enter(self, budget: int) -> int:
         """`vcpu_enter_guest`: at most `budget` instructions; returns the `ExitReason`."""
-        requests = self.requests
-        if requests:
-            self.requests = 0
-            if requests & _REQ_MIGRATE_TIMER:
-                self._board.migrate_pit_timer()
-            if requests & _REQ_EVENT:
-                inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+        if self.requests and not self.vmcs.entry_intr_info:
+            self.serve_requests()
         vmcs, engine, recorder = self.vmcs, self.engine, self._recorder
         recorder.task = self.task
         if recorder.detail:
@@ -232,6 +225,17 @@ class Vcpu:
         else:
             self._handle_exit(reason)
         return reason
+
+    def serve_requests(self) -> None:
+        """The first part of vcpu_enter_guest. It may create an earlier deadline: an automatic EOI
+        at the injection can queue the PIT's worker.
+        """
+        self._recorder.task = self.task
+        requests, self.requests = self.requests, 0
+        if requests & _REQ_MIGRATE_TIMER:
+            self._board.migrate_pit_timer()
+        if requests & _REQ_EVENT:
+            inject_pending_event(self.vmcs, self.pending, self, self._recorder)
 
     def _handle_exit(self, reason: int) -> None:
         if complete_interrupts(self.vmcs, self.pending):
