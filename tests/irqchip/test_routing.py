@@ -84,22 +84,49 @@ def test_the_65th_source_id_is_refused_until_one_is_freed() -> None:
 # The table.
 
 
+class Chip:
+    """A target of the routing table that notes how it was driven."""
+
+    def __init__(self, name: str, chips: "Chips") -> None:
+        self.name = name
+        self.chips = chips
+
+    def set_irq(self, pin: int, source: int, level: int) -> int:
+        self.chips.driven.append((self.name, pin, source, level))
+        return self.chips.answers[self.name]
+
+    def pulse(self, pin: int, source: int) -> None:
+        self.chips.driven.append((self.name, pin, source, PULSED))
+
+
+PULSED = 10
+
+
 class Chips:
     """Notes who was driven, and answers as told."""
 
-    def __init__(self) -> None:
+    def __init__(self, detail: bool = False) -> None:
         self.driven: list[tuple[str, int, int, int]] = []
         self.answers = {"pic": 1, "ioapic": 1}
-        self.routing = IrqRouting(Recorder(VirtualClock()))
-        self.routing.set_default(self._pic, self._ioapic)
+        self.routing = IrqRouting(Recorder(VirtualClock(), detail))
+        self.routing.set_default(Chip("pic", self), Chip("ioapic", self))
 
-    def _pic(self, pin: int, source: int, level: int) -> int:
-        self.driven.append(("pic", pin, source, level))
-        return self.answers["pic"]
 
-    def _ioapic(self, pin: int, source: int, level: int) -> int:
-        self.driven.append(("ioapic", pin, source, level))
-        return self.answers["ioapic"]
+def test_a_pulse_reaches_the_same_pins_in_the_same_order() -> None:
+    chips = Chips()
+    chips.routing.pulse(2, 0)
+    assert chips.driven == [("ioapic", 0, 2, PULSED), ("pic", 0, 2, PULSED)]
+
+
+def test_where_details_are_recorded_a_pulse_is_two_calls() -> None:
+    chips = Chips(detail=True)
+    chips.routing.pulse(2, 0)
+    assert chips.driven == [
+        ("ioapic", 0, 2, 1),
+        ("pic", 0, 2, 1),
+        ("ioapic", 0, 2, 0),
+        ("pic", 0, 2, 0),
+    ]
 
 
 @pytest.mark.parametrize("gsi", range(16))

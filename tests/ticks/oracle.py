@@ -113,7 +113,7 @@ class Oracle:
         pit.work.callback = partial(self.on_work, pit.work.callback)
         ioapic = self.vm.machine.board.ioapic
         assert ioapic is not None
-        self.vm.machine.board.routing.set_default(self.on_pin, ioapic.set_irq)
+        self.vm.machine.board.routing.set_default(SpiedPic(self), ioapic)
 
     @property
     def pit(self) -> Pit:
@@ -173,11 +173,23 @@ class Oracle:
             for tick in self.unpulsed:
                 tick.passed_by = True
 
-    def on_pin(self, pin: int, source: int, level: int) -> int:
+    # In the routing table the oracle stands where the PIC would.
+
+    def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
         before = self.requested
-        result = self.pic.set_irq(pin, source, level)
-        if pin or not level:
-            return result
+        result = self.pic.set_irq(pin, irq_source_id, level)
+        if level:
+            self.on_rise(pin, irq_source_id, before)
+        return result
+
+    def pulse(self, pin: int, irq_source_id: int) -> None:
+        before = self.requested
+        self.pic.pulse(pin, irq_source_id)
+        self.on_rise(pin, irq_source_id, before)
+
+    def on_rise(self, pin: int, source: int, before: int) -> None:
+        if pin:
+            return
         is_new = self.requested and not before
         tick = None
         if source == PIT_SOURCE:
@@ -191,7 +203,6 @@ class Oracle:
             tick.coalesced = not masked and not is_new
         if is_new:
             self.latched = tick
-        return result
 
     def reset(self) -> None:
         """The counts were thrown away: work that is queued pulses once more, then none is owed."""
@@ -228,7 +239,8 @@ class Oracle:
 
     def on_vector(self, vector: int) -> None:
         self.injections += 1
-        if vector != BASE or not self.reach():
+        # A handler that meddles with an initialisation under way can move the vectors.
+        if vector != self.pic.master.irq_base or not self.reach():
             self.extra += 1
         self.look()
 
@@ -319,6 +331,20 @@ def guest_step(step: Step) -> Program:
     else:
         plain: dict[str, type[Cli | Sti | Hlt]] = {"cli": Cli, "sti": Sti, "hlt": Hlt}
         yield plain[str(name)]()
+
+
+class SpiedPic:
+    """The PIC, as far as the routing table sees it, under the oracle's eyes."""
+
+    def __init__(self, oracle: "Oracle") -> None:
+        self.oracle = oracle
+
+    def set_irq(self, pin: int, source: int, level: int) -> int:
+        return self.oracle.on_pin(pin, source, level)
+
+    def pulse(self, pin: int, source: int) -> None:
+        self.set_irq(pin, source, 1)
+        self.set_irq(pin, source, 0)
 
 
 class Rig:

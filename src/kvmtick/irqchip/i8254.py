@@ -250,9 +250,7 @@ class Pit:
             if not self.irq_ack:
                 return
             self.irq_ack = False
-        set_irq = self._routing.set_irq
-        set_irq(self.irq_source_id, PIT_GSI, 1)
-        set_irq(self.irq_source_id, PIT_GSI, 0)
+        self._routing.pulse(self.irq_source_id, PIT_GSI)
 
     def ack_irq(self) -> None:
         """`kvm_pit_ack_irq`: the guest acknowledged GSI 0; the next counted expiry may follow."""

@@ -223,6 +223,27 @@ class Pic:
             self._recorder.kvm_pic_set_irq(pin >> 3, pin & 7, chip.elcr, chip.imr, result == 0)
         return result
 
+    def pulse(self, pin: int, irq_source_id: int) -> None:
+        """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it."""
+        chip = self.master if pin < 8 else self.slave
+        mask = 1 << (pin & 7)
+        if (
+            self.irq_states[pin]
+            or chip.last_irr & mask
+            or chip.elcr
+            or self._stale
+            or self.slave.irr
+            or pin > 7
+        ):
+            self.set_irq(pin, irq_source_id, 1)
+            self.set_irq(pin, irq_source_id, 0)
+            return
+        masked = chip.imr & mask
+        coalesced = not masked and chip.irr & mask != 0
+        chip.irr |= mask
+        self.update_irq()
+        self._recorder.kvm_pic_set_irq(0, pin, chip.elcr, chip.imr, coalesced)
+
     def read_irq(self) -> int:
         """`kvm_pic_read_irq`: the processor's INTA cycle; returns the vector.
 

@@ -45,3 +45,9 @@ class Ioapic:
         if self._recorder.detail:
             self._recorder.kvm_ioapic_set_irq(REDIRECTION_RESET, pin, result == 0)
         return result
+
+    def pulse(self, pin: int, irq_source_id: int) -> None:
+        """`set_irq` to 1 and then to 0: a masked pin forgets an edge as soon as it is over."""
+        if self.irq_states[pin] or self.irr >> pin & 1:
+            self.set_irq(pin, irq_source_id, 1)
+            self.set_irq(pin, irq_source_id, 0)

@@ -9,7 +9,7 @@ Not modelled: tables set by user space (KVM_SET_GSI_ROUTING) and MSI entries.
 """
 
 import errno
-from collections.abc import Callable
+from typing import Protocol
 
 from kvmtick.abi.errors import KvmError
 from kvmtick.trace.events import Irqchip
@@ -21,11 +21,19 @@ __all__ = [
     "USERSPACE_IRQ_SOURCE_ID",
     "IrqRouting",
     "IrqSourceIds",
-    "SetIrq",
+    "IrqTarget",
 ]
 
-SetIrq = Callable[[int, int, int], int]
-"""`(pin, irq_source_id, level)`: drive a chip's pin; negative masked, 0 coalesced, 1 delivered."""
+
+class IrqTarget(Protocol):
+    """A chip that GSIs lead to."""
+
+    def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
+        """Drive a pin; negative masked, 0 coalesced, 1 delivered."""
+
+    def pulse(self, pin: int, irq_source_id: int) -> None:
+        """`set_irq` to 1 and then to 0, with nothing in between."""
+
 
 USERSPACE_IRQ_SOURCE_ID = 0
 IRQFD_RESAMPLE_IRQ_SOURCE_ID = 1
@@ -68,10 +76,10 @@ class IrqRouting:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._entries: dict[int, list[tuple[SetIrq, int]]] = {}
+        self._entries: dict[int, list[tuple[IrqTarget, int]]] = {}
         self._gsi_of_pin: dict[tuple[int, int], int] = {}
 
-    def set_default(self, pic: SetIrq, ioapic: SetIrq) -> None:
+    def set_default(self, pic: IrqTarget, ioapic: IrqTarget) -> None:
         """`kvm_setup_default_irq_routing`. The IOAPIC comes first, as in the kernel's traces."""
         self._entries.clear()
         self._gsi_of_pin.clear()
@@ -81,8 +89,8 @@ class IrqRouting:
                 chip = Irqchip.PIC_MASTER if gsi < PIC_PINS // 2 else Irqchip.PIC_SLAVE
                 self._add(gsi, pic, chip, gsi)
 
-    def _add(self, gsi: int, set_irq: SetIrq, irqchip: Irqchip, pin: int) -> None:
-        self._entries.setdefault(gsi, []).append((set_irq, pin))
+    def _add(self, gsi: int, target: IrqTarget, irqchip: Irqchip, pin: int) -> None:
+        self._entries.setdefault(gsi, []).append((target, pin))
         self._gsi_of_pin[int(irqchip), pin] = gsi
 
     def gsi_of_pin(self, irqchip: int, pin: int) -> int:
@@ -99,8 +107,23 @@ class IrqRouting:
         if level or recorder.detail or irq_source_id != PIT_IRQ_SOURCE_ID:
             recorder.kvm_set_irq(gsi, level, irq_source_id)
         result = -1
-        for set_irq, pin in self._entries.get(gsi, ()):
-            delivered = set_irq(pin, irq_source_id, level)
+        for target, pin in self._entries.get(gsi, ()):
+            delivered = target.set_irq(pin, irq_source_id, level)
             if delivered >= 0:
                 result = delivered + (result if result > 0 else 0)
         return result
+
+    def pulse(self, irq_source_id: int, gsi: int) -> None:
+        """`kvm_set_irq` to 1 and then to 0, what the PIT does to GSI 0 at each tick.
+
+        The chips see both edges at once. That is no difference while nobody watches: nothing runs
+        between the two calls.
+        """
+        recorder = self._recorder
+        if recorder.detail:
+            self.set_irq(irq_source_id, gsi, 1)
+            self.set_irq(irq_source_id, gsi, 0)
+            return
+        recorder.kvm_set_irq(gsi, 1, irq_source_id)
+        for target, pin in self._entries.get(gsi, ()):
+            target.pulse(pin, irq_source_id)

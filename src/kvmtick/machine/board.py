@@ -65,7 +65,7 @@ class Board:
         self.pic = Pic(self.recorder, self.notifiers, self._accepts_extint, self._raise_intr)
         self.pic.register(self.bus)
         self.ioapic = Ioapic(self.recorder)
-        self.routing.set_default(self.pic.set_irq, self.ioapic.set_irq)
+        self.routing.set_default(self.pic, self.ioapic)
 
     def create_pit(self, flags: int) -> None:
         """KVM_CREATE_PIT2; whatever step fails, nothing stays registered and it is ENOMEM."""

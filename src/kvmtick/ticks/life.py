@@ -88,6 +88,7 @@ class Tick:
         inject_ns: int | None = None,
         eoi_ns: int | None = None,
         vector: int | None = None,
+        verdict: Verdict = OPEN,
     ) -> None:
         """`index` counts from 1; `expiry_ns` is the timer's `expires`, `fired_ns` the late now."""
         self.index = index
@@ -99,13 +100,17 @@ class Tick:
         self.inject_ns = inject_ns
         self.eoi_ns = eoi_ns
         self.vector = vector
-        self.verdict = OPEN
+        self.verdict = verdict
         self.where: Where | None = None
         self.detail = ""
 
     def __repr__(self) -> str:
         where = f" at {self.where.value}" if self.where else ""
         return f"<Tick {self.index} expiry_ns={self.expiry_ns} {self.verdict.value}{where}>"
+
+
+_PlainTick = tuple[int, int, int, int, int, int, int, int, int, Verdict]
+"""A finished life as the arguments of `Tick`: most are never looked at."""
 
 
 class TickAssembler:
@@ -115,14 +120,14 @@ class TickAssembler:
     path = "pic"
 
     def __init__(self, keep: int = KEEP) -> None:
-        self.lives: deque[Tick] = deque(maxlen=keep)
+        self._kept: deque[Tick | _PlainTick] = deque(maxlen=keep)
         self.expired = 0
         self.extra = 0
         self.reached = 0
         self._latency_ns = {hop: Histogram() for hop in (*_REACH_HOPS, *_END_HOPS)}
         self._reach_hops: list[tuple[int, int, int]] = []
         self._end_hops: list[tuple[int, int]] = []
-        self._judged: dict[Verdict, int] = {}
+        self._judged = dict.fromkeys(Verdict, 0)
         self._reinject = False
         self._expires_ns = 0
         self._expiring: Tick | None = None
@@ -212,19 +217,22 @@ class TickAssembler:
         self._work_ns = work_ns
         self._begin_run()
         self._run_pulsed = True
-        tick = Tick(
-            self.expired,
-            expiry_ns,
-            batch[at][5],
-            next_ns - expiry_ns,
-            work_ns,
-            accept_ns,
-            inject_ns,
-            eoi_ns,
-            vector,
+        verdict = _DELIVERED if inject_ns < next_ns else _LATE
+        self._judged[verdict] += 1
+        self._kept.append(
+            (
+                self.expired,
+                expiry_ns,
+                batch[at][5],
+                next_ns - expiry_ns,
+                work_ns,
+                accept_ns,
+                inject_ns,
+                eoi_ns,
+                vector,
+                verdict,
+            )
         )
-        self.lives.append(tick)
-        self._judge(tick, _DELIVERED if inject_ns < next_ns else _LATE)
         self._reach_hops.append((work_ns - expiry_ns, accept_ns - work_ns, inject_ns - accept_ns))
         self._end_hops.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
         return True
@@ -242,6 +250,11 @@ class TickAssembler:
             and not self._held_by
             and not self._auto_eoi
         )
+
+    @property
+    def lives(self) -> list[Tick]:
+        """The last lives, in order."""
+        return [kept if isinstance(kept, Tick) else Tick(*kept) for kept in self._kept]
 
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of a tick: worker start, PIC request, VM-entry field written, guest's EOI."""
@@ -261,7 +274,7 @@ class TickAssembler:
         """How many ticks have this verdict; the verdicts add up to `expired`."""
         if verdict is Verdict.OUTSTANDING:
             return self.expired - sum(self._judged.values())
-        return self._judged.get(verdict, 0)
+        return self._judged[verdict]
 
     # The timer and the worker.
 
@@ -282,7 +295,7 @@ class TickAssembler:
         self.expired += 1
         tick = Tick(self.expired, self._expires_ns, record[5])
         self._expiring = tick
-        self.lives.append(tick)
+        self._kept.append(tick)
         if self._reinject:
             self._pending += 1
         elif self._work_queued:
@@ -488,4 +501,4 @@ class TickAssembler:
         tick.verdict = verdict
         tick.where = where
         tick.detail = detail
-        self._judged[verdict] = self._judged.get(verdict, 0) + 1
+        self._judged[verdict] += 1

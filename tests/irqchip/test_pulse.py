@@ -1,0 +1,110 @@
+"""A pulse is `set_irq` to 1 and then to 0, whatever state the chips are in."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmtick.irqchip.i8259 import Pic
+from kvmtick.irqchip.ioapic import Ioapic
+from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqRouting
+from kvmtick.timing.clock import VirtualClock
+from kvmtick.trace.events import Record
+from kvmtick.trace.recorder import Recorder
+
+states = st.binary(min_size=16, max_size=16)
+few_bits = st.sampled_from([0, 0, 0, 1, 2, 4, 0x80, 0xFF])
+sources = st.integers(0, 2)
+
+
+class Chips:
+    """A PIC pair and an IOAPIC that count how often INTR rose."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.raised = 0
+        recorder = Recorder(VirtualClock())
+        recorder.add_consumer(self.records.extend)
+        self.recorder = recorder
+        routing = IrqRouting(recorder)
+        self.pic = Pic(recorder, Notifiers(routing, recorder), lambda: True, self._raise)
+        self.ioapic = Ioapic(recorder)
+
+    def _raise(self) -> None:
+        self.raised += 1
+
+    def facts(self) -> object:
+        self.recorder.flush()
+        pic = self.pic
+        return (
+            self.records,
+            self.raised,
+            pic.master.save(),
+            pic.slave.save(),
+            pic.irq_states,
+            pic.output,
+            self.ioapic.irr,
+            self.ioapic.irq_states,
+        )
+
+
+def prepared(
+    master: bytes, slave: bytes, held: list[int], output: bool, icw1: bool, lines: list[int]
+) -> Chips:
+    chips = Chips()
+    pic = chips.pic
+    pic.master.restore(master)
+    pic.slave.restore(slave)
+    pic.output = output
+    if icw1:
+        pic.io_write(0x20, 1, 0x11)
+    for pin in held:
+        pic.irq_states[pin] = 1
+    for pin in lines:
+        chips.ioapic.set_irq(pin, 0, 1)
+    return chips
+
+
+def sparse(fields: tuple[int, int, int, int, int]) -> bytes:
+    """A PIC state in which little is set, so that the short way is taken too."""
+    last_irr, irr, imr, isr, elcr = fields
+    state = bytearray(16)
+    state[0], state[1], state[2], state[3], state[14], state[15] = (
+        last_irr, irr, imr, isr, elcr, 0xFF,
+    )  # fmt: skip
+    return bytes(state)
+
+
+pic_states = st.one_of(
+    states, st.tuples(few_bits, few_bits, few_bits, few_bits, few_bits).map(sparse)
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    master=pic_states,
+    slave=pic_states,
+    held=st.lists(st.integers(0, 15), max_size=2),
+    output=st.booleans(),
+    icw1=st.booleans(),
+    lines=st.lists(st.integers(0, 23), max_size=2),
+    pin=st.one_of(st.just(0), st.integers(0, 15)),
+    source=sources,
+)
+def test_a_pulse_is_both_edges(
+    master: bytes,
+    slave: bytes,
+    held: list[int],
+    output: bool,
+    icw1: bool,
+    lines: list[int],
+    pin: int,
+    source: int,
+) -> None:
+    at_once = prepared(master, slave, held, output, icw1, lines)
+    in_turn = prepared(master, slave, held, output, icw1, lines)
+    for chip in (at_once.pic, at_once.ioapic):
+        chip.pulse(pin, source)
+    for chip in (in_turn.pic, in_turn.ioapic):
+        chip.set_irq(pin, source, 1)
+        chip.set_irq(pin, source, 0)
+    assert at_once.facts() == in_turn.facts()
