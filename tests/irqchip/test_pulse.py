@@ -1,6 +1,6 @@
 """A pulse is `set_irq` to 1 and then to 0, whatever state the chips are in."""
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmtick.irqchip.i8259 import Pic
@@ -12,7 +12,7 @@ from kvmtick.trace.events import Record
 from kvmtick.trace.recorder import Recorder
 
 states = st.binary(min_size=16, max_size=16)
-few_bits = st.sampled_from([0, 0, 0, 1, 2, 4, 0x80, 0xFF])
+few_bits = st.sampled_from([0, 0, 0, 0, 0, 1, 4, 0x80])
 sources = st.integers(0, 2)
 
 
@@ -42,14 +42,13 @@ class Chips:
             pic.slave.save(),
             pic.irq_states,
             pic.output,
+            pic._stale,
             self.ioapic.irr,
             self.ioapic.irq_states,
         )
 
 
-def prepared(
-    master: bytes, slave: bytes, held: list[int], output: bool, icw1: bool, lines: list[int]
-) -> Chips:
+def prepared(master: bytes, slave: bytes, held: bool, output: bool, icw1: bool, pin: int) -> Chips:
     chips = Chips()
     pic = chips.pic
     pic.master.restore(master)
@@ -57,9 +56,8 @@ def prepared(
     pic.output = output
     if icw1:
         pic.io_write(0x20, 1, 0x11)
-    for pin in held:
+    if held:
         pic.irq_states[pin] = 1
-    for pin in lines:
         chips.ioapic.set_irq(pin, 0, 1)
     return chips
 
@@ -79,29 +77,36 @@ pic_states = st.one_of(
 )
 
 
+@example(
+    master=sparse((4, 0, 0, 0, 0)),
+    slave=sparse((0, 1, 0, 0, 0)),
+    held=False,
+    output=False,
+    icw1=False,
+    pin=0,
+    source=2,
+)
 @settings(max_examples=500, deadline=None)
 @given(
     master=pic_states,
     slave=pic_states,
-    held=st.lists(st.integers(0, 15), max_size=2),
+    held=st.booleans(),
     output=st.booleans(),
     icw1=st.booleans(),
-    lines=st.lists(st.integers(0, 23), max_size=2),
     pin=st.one_of(st.just(0), st.integers(0, 15)),
     source=sources,
 )
 def test_a_pulse_is_both_edges(
     master: bytes,
     slave: bytes,
-    held: list[int],
+    held: bool,
     output: bool,
     icw1: bool,
-    lines: list[int],
     pin: int,
     source: int,
 ) -> None:
-    at_once = prepared(master, slave, held, output, icw1, lines)
-    in_turn = prepared(master, slave, held, output, icw1, lines)
+    at_once = prepared(master, slave, held, output, icw1, pin)
+    in_turn = prepared(master, slave, held, output, icw1, pin)
     for chip in (at_once.pic, at_once.ioapic):
         chip.pulse(pin, source)
     for chip in (in_turn.pic, in_turn.ioapic):

@@ -113,7 +113,7 @@ class Oracle:
         pit.work.callback = partial(self.on_work, pit.work.callback)
         ioapic = self.vm.machine.board.ioapic
         assert ioapic is not None
-        self.vm.machine.board.routing.set_default(SpiedPic(self), ioapic)
+        self.vm.machine.board.routing.set_default(self, ioapic)
 
     @property
     def pit(self) -> Pit:
@@ -331,20 +331,6 @@ def guest_step(step: Step) -> Program:
     else:
         plain: dict[str, type[Cli | Sti | Hlt]] = {"cli": Cli, "sti": Sti, "hlt": Hlt}
         yield plain[str(name)]()
-
-
-class SpiedPic:
-    """The PIC, as far as the routing table sees it, under the oracle's eyes."""
-
-    def __init__(self, oracle: "Oracle") -> None:
-        self.oracle = oracle
-
-    def set_irq(self, pin: int, source: int, level: int) -> int:
-        return self.oracle.on_pin(pin, source, level)
-
-    def pulse(self, pin: int, source: int) -> None:
-        self.set_irq(pin, source, 1)
-        self.set_irq(pin, source, 0)
 
 
 class Rig:

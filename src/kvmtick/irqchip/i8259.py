@@ -231,7 +231,6 @@ class Pic:
             self.irq_states[pin]
             or chip.last_irr & mask
             or chip.elcr
-            or self._stale
             or self.slave.irr
             or pin > 7
         ):
@@ -241,6 +240,7 @@ class Pic:
         masked = chip.imr & mask
         coalesced = not masked and chip.irr & mask != 0
         chip.irr |= mask
+        self._stale = False
         self.update_irq()
         self._recorder.kvm_pic_set_irq(0, pin, chip.elcr, chip.imr, coalesced)
 
