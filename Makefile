@@ -30,7 +30,9 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@command -v nasm >/dev/null || apt-get install --yes --quiet nasm >/dev/null 2>&1 || echo "nasm is missing: the guests' bytes are not compared with their sources"
+	@command -v nasm >/dev/null || { echo "installing nasm, to compare the guests' bytes with their sources"; \
+		{ apt-get update -qq && apt-get install --yes -qq nasm; } >/dev/null 2>&1 || \
+		echo "nasm could not be installed: that comparison will be skipped"; }
 	@touch $@
 
 clean:

@@ -146,6 +146,8 @@ def _build(
         name, equals, delay = fault.partition("=")
         if not equals:
             raise UsageError(f"--fault {fault!r}: give NAME=DELAY, such as worker_delay=200us")
+        if name in vm.machine.host.faults():
+            raise UsageError(f"--fault {fault!r}: {name} is given twice, give each fault once")
         try:
             vm.machine.host.set_fault(name, delay)
         except ValueError as error:
