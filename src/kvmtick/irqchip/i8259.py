@@ -227,13 +227,7 @@ class Pic:
         """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it."""
         chip = self.master if pin < 8 else self.slave
         mask = 1 << (pin & 7)
-        if (
-            self.irq_states[pin]
-            or chip.last_irr & mask
-            or chip.elcr
-            or self.slave.irr
-            or pin > 7
-        ):
+        if self.irq_states[pin] or chip.last_irr & mask or chip.elcr or self.slave.irr or pin > 7:
             self.set_irq(pin, irq_source_id, 1)
             self.set_irq(pin, irq_source_id, 0)
             return
