@@ -69,6 +69,12 @@ class Stream:
     # What the host does.
 
     def expire(self, late_ns: int = 0, queues: bool = True) -> Tick:
+        """As `fire`; returns the tick."""
+        self.fire(late_ns, queues)
+        self.recorder.flush()
+        return self.assembler.lives[-1]
+
+    def fire(self, late_ns: int = 0, queues: bool = True) -> None:
         """The timer expires, `late_ns` after its time; the work is queued unless it is already."""
         self.clock.now_ns = self.expires_ns + late_ns
         task = self.recorder.enter_irq()
@@ -79,8 +85,6 @@ class Stream:
             self.expires_ns += self.period_ns
             self.recorder.hrtimer_start(TIMER, PIT_FN, self.expires_ns, False)
         self.recorder.task = task
-        self.recorder.flush()
-        return self.assembler.lives[-1]
 
     def queue(self) -> None:
         """kthread_queue_work."""

@@ -16,7 +16,7 @@ def containers(assembler: TickAssembler) -> int:
 def live(stream: Stream, ticks: int, *, eoi: bool) -> None:
     for _ in range(ticks):
         at = stream.expires_ns
-        stream.expire()
+        stream.fire()
         stream.work(at)
         if eoi:
             stream.inject(at + 7)
