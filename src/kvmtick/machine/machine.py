@@ -201,11 +201,11 @@ class Machine:
                 self._meet_busy_host(vcpu)
             if clock.now_ns < self._off_until_ns:
                 self._sleep(end_ns)
-            elif vcpu.mp_state == _HALTED and not self._wake(vcpu):
-                if self._is_deadlocked(vcpu, end_ns):
-                    return Exit("deadlock", detail=_deadlock_detail(vcpu))
-                self._block(vcpu, end_ns, block_passes)
-            else:
+            elif vcpu.mp_state != _HALTED or self._wake(vcpu):
+                self._enter(vcpu, end_ns)
+            elif self._is_deadlocked(vcpu, end_ns):
+                return Exit("deadlock", detail=_deadlock_detail(vcpu))
+            elif self._block(vcpu, end_ns, block_passes):
                 self._enter(vcpu, end_ns)
             if until is not None and self._exit is None and until():
                 return Exit("until")
@@ -268,18 +268,19 @@ class Machine:
             return True
         return self.board.queue.next_ns == NEVER_NS == end_ns
 
-    def _block(self, vcpu: Vcpu, end_ns: int, passes: int) -> None:
+    def _block(self, vcpu: Vcpu, end_ns: int, passes: int) -> bool:
         """`kvm_vcpu_block`: sleep from deadline to deadline until somebody kicks the vCPU, at most
-        over `passes` deadlines.
+        over `passes` deadlines; true if it woke and may enter the guest now.
         """
         clock, queue = self.clock, self.board.queue
         for _ in range(passes):
             self._sleep(end_ns)
             if clock.now_ns >= end_ns:
-                return
+                return False
             queue.run_due(clock)
             if vcpu.kicked:
-                return
+                return self.host.on_time and self._wake(vcpu)
+        return False
 
     def _sleep(self, end_ns: int) -> None:
         """Let time pass up to the next deadline, or in real time a part of it."""

@@ -170,22 +170,26 @@ class TickAssembler:
         """Take in a batch of records."""
         handlers = self._handlers
         events = bytes(map(_EVENT_OF, batch))
+        idle = self._is_idle()
         at = 0
         while at < len(batch):
             plain = events.find(_PLAIN_TICK, at)
-            for record in batch[at : plain if plain >= 0 else None]:
+            if plain == at and idle and self._plain_tick(batch, at):
+                at += len(_PLAIN_TICK)
+                continue
+            # Record by record up to the next tick that may be plain, past this one if it was not.
+            end = plain if plain > at else events.find(_PLAIN_TICK, at + 1)
+            for record in batch[at : end if end >= 0 else None]:
                 handlers[record[1]](record)
-            if plain < 0:
+            if end < 0:
                 break
-            at = plain + len(_PLAIN_TICK)
-            if not self._plain_tick(batch, plain):
-                for record in batch[plain:at]:
-                    handlers[record[1]](record)
+            at = end
+            idle = self._is_idle()
         self._fold_hops()
 
     def _plain_tick(self, batch: list[Record], at: int) -> bool:
         """A whole life at once, the same as record by record: expiry, pulse, injection and EOI in
-        a row, with nothing else under way. False, and nothing done, if it is not that.
+        a row, while nothing else is under way. False, and nothing done, if it is not that.
         """
         _, _, _, gsi, level, source = batch[at + 4]
         accept_ns, _, _, chip, pin, _, imr, coalesced = batch[at + 5]
@@ -193,8 +197,7 @@ class TickAssembler:
         _, _, _, is_write, port, _, _, value = batch[at + 7]
         eoi_ns, _, _, irqchip, acked_pin = batch[at + 8]
         if (
-            not self._is_idle()
-            or gsi != PIT_GSI
+            gsi != PIT_GSI
             or not level
             or source != PIT_SOURCE_ID
             or chip
