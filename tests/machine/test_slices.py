@@ -9,6 +9,7 @@ from kvmtick.testing import GuestMachine
 PERIOD_NS = 999_848
 BASE = 0x20
 ICW4_AEOI = 0x03
+PORT = 0xD0
 
 
 def scripted_vm(main: Iterator[object], seen: list[int]) -> ModelVm:
@@ -72,3 +73,31 @@ def test_a_vcpu_that_is_off_draws_no_further_absence() -> None:
         machine.vcpu_off("50ms")
         machine.run(for_="40ms")
         assert machine.guest_ticks == before
+
+
+def test_of_the_nmis_that_come_while_one_is_handled_one_waits() -> None:
+    handled: list[int] = []
+
+    def main() -> Iterator[object]:
+        yield Spin(100)
+        yield Out(PORT, 0)
+        yield Spin(100)
+
+    def nmi() -> Iterator[object]:
+        handled.append(engine.retired)
+        yield Out(PORT, len(handled))
+        yield Spin(10)
+
+    def ask_for_three(port: int, size_bytes: int, value: int | None) -> None:
+        if value == 0:
+            vcpu.nmi()
+        if value == 1:
+            for _ in range(3):
+                vcpu.nmi()
+
+    engine = ScriptedEngine(main, {2: nmi})
+    with ModelVm(engine=lambda: engine) as vm:
+        vm.create_irqchip()
+        vcpu = vm.create_vcpu()
+        vm.run(for_ns=1000, handlers={PORT: ask_for_three})
+    assert len(handled) == 2

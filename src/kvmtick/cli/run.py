@@ -54,7 +54,7 @@ or a 512-byte boot sector; it ends when --ticks ticks have reached it.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options of `kvmtick run`."""
     listing = "\n".join(f"  {name:<14} {text}" for name, text in guests.names().items())
     p = Parser(
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    options = parser().parse_args(argv)
+    options = parser().parse_command_line(argv)
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
     limit_s = _limit_s(options.limit)

@@ -255,9 +255,19 @@ class TickAssembler:
         )
 
     @property
+    def kept(self) -> int:
+        """How many lives are kept: the last ones."""
+        return len(self._kept)
+
+    @property
     def lives(self) -> list[Tick]:
-        """The last lives, in order."""
+        """The lives that are kept, in order."""
         return [kept if isinstance(kept, Tick) else Tick(*kept) for kept in self._kept]
+
+    def life(self, position: int) -> Tick:
+        """One of the lives that are kept, counted from 0; IndexError if there is none."""
+        kept = self._kept[position]
+        return kept if isinstance(kept, Tick) else Tick(*kept)
 
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of a tick: worker start, PIC request, VM-entry field written, guest's EOI."""

@@ -34,12 +34,12 @@ class TickReport:
 
     def __getitem__(self, index: int) -> Tick:
         """Tick `index`, counting from 1 as `--story` does; IndexError names what there is."""
-        lives = self._assembler.lives
-        first = self._assembler.expired - len(lives) + 1
-        if not lives or not first <= index < first + len(lives):
-            have = f"{first} to {first + len(lives) - 1}" if lives else "none"
+        last, kept = self._assembler.expired, self._assembler.kept
+        first = last - kept + 1
+        if not first <= index <= last:
+            have = f"{first} to {last}" if kept else "none"
             raise IndexError(f"no tick {index}: the ticks kept are {have}")
-        return lives[index - first]
+        return self._assembler.life(index - first)
 
     @property
     def source(self) -> str:

@@ -90,6 +90,7 @@ class Vcpu:
         "_bus",
         "_clock",
         "_entered_ns",
+        "_nmis_queued",
         "_pic",
         "_pio_data",
         "_ports",
@@ -128,6 +129,7 @@ class Vcpu:
         self.kicked = False
         self.instructions = 0
         self._entered_ns = 0
+        self._nmis_queued = 0
         self._pio_data = 0
         engine.attach(self._pio_out, self._pio_in)
 
@@ -150,9 +152,17 @@ class Vcpu:
         self.kick()
 
     def queue_nmi(self) -> None:
-        """`kvm_inject_nmi`."""
-        self.pending.queue_nmi(bool(self.vmcs.guest_interruptibility & Interruptibility.NMI))
+        """`kvm_inject_nmi`. What the guest blocks is known when it is out of the guest."""
+        self._nmis_queued += 1
+        if not self.in_guest:
+            self._process_nmi()
         self.request_event()
+
+    def _process_nmi(self) -> None:
+        blocked = bool(self.vmcs.guest_interruptibility & Interruptibility.NMI)
+        while self._nmis_queued:
+            self._nmis_queued -= 1
+            self.pending.queue_nmi(blocked)
 
     def mp_state_name(self) -> str:
         """`halted` or `runnable`."""
@@ -218,6 +228,8 @@ class Vcpu:
         vmcs.guest_interruptibility = engine.interruptibility
         vmcs.entry_intr_info = 0
         vmcs.idt_vectoring_info = engine.idt_vectoring_info
+        if self._nmis_queued:
+            self._process_nmi()
         if recorder.detail:
             self._record_exit(reason, 0)
         if reason == _EXIT_HLT:
