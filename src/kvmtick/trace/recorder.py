@@ -22,8 +22,7 @@ Consumer = Callable[[list[Record]], None]
 
 IDLE_TASK = 0
 
-BATCH = 512
-"""Small enough to stay in the processor's cache until the consumers have read it."""
+BATCH = 2048
 
 TAIL = 32
 
