@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmtick import guests
+from kvmtick.kvm.model import ModelVm
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 
@@ -120,17 +122,29 @@ def test_a_full_buffer_says_so() -> None:
     assert not recorder.full
 
 
-def test_details_are_recorded_only_on_demand() -> None:
-    for detail in (False, True):
-        _, recorder = make(detail)
-        batch: list[Record] = []
-        recorder.add_consumer(batch.extend)
-        recorder.sched_kthread_work_execute_end(1, 1)
-        recorder.kvm_vcpu_wakeup(1, True, True)
-        recorder.flush()
-        assert [record[1] for record in batch] == (
-            [Event.WORK_END, Event.KVM_VCPU_WAKEUP] if detail else []
-        )
+DETAILS = {
+    Event.WORK_END,
+    Event.KVM_IOAPIC_SET_IRQ,
+    Event.KVM_VCPU_WAKEUP,
+    Event.KVM_ENTRY,
+    Event.KVM_EXIT,
+}
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_details_are_recorded_only_on_demand(detail: bool) -> None:
+    batch: list[Record] = []
+    with ModelVm(detail=detail) as vm:
+        vm.machine.recorder.add_consumer(batch.extend)
+        vm.create_irqchip()
+        vm.create_pit2()
+        vm.create_vcpu()
+        vm.load(guests.load("tick-pic", ticks=3))
+        vm.run()
+    events = {Event(record[1]) for record in batch}
+    assert (events >= DETAILS) if detail else events.isdisjoint(DETAILS)
+    levels = {record[4] for record in batch if record[1] == Event.KVM_SET_IRQ}
+    assert levels == ({0, 1} if detail else {1})
 
 
 def test_an_interrupt_borrows_the_task() -> None:

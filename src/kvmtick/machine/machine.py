@@ -256,9 +256,10 @@ class Machine:
         if not vcpu.has_events():
             return False
         vcpu.mp_state = _RUNNABLE
-        slept_ns = self.clock.now_ns - self._halted_ns
         self.recorder.task = vcpu.task
-        self.recorder.kvm_vcpu_wakeup(slept_ns, slept_ns > 0, True)
+        if self.recorder.detail:
+            slept_ns = self.clock.now_ns - self._halted_ns
+            self.recorder.kvm_vcpu_wakeup(slept_ns, slept_ns > 0, True)
         return True
 
     def _is_deadlocked(self, vcpu: Vcpu, end_ns: int) -> bool:

@@ -127,6 +127,7 @@ class KthreadWorker:
         recorder.sched_kthread_work_execute_start(work.address, work.function)
         work.queued = False
         work.callback()
-        recorder.sched_kthread_work_execute_end(work.address, work.function)
+        if recorder.detail:
+            recorder.sched_kthread_work_execute_end(work.address, work.function)
         recorder.task = task
         return work

@@ -162,9 +162,8 @@ class Recorder:
         self._buffer.append((self._clock.now_ns, _WORK_START, self.task, work, function))
 
     def sched_kthread_work_execute_end(self, work: int, function: int) -> None:
-        """The worker is done with an item (detail)."""
-        if self.detail:
-            self._buffer.append((self._clock.now_ns, _WORK_END, self.task, work, function))
+        """The worker is done with an item (detail; the caller asks)."""
+        self._buffer.append((self._clock.now_ns, _WORK_END, self.task, work, function))
 
     def kvm_set_irq(self, gsi: int, level: int, irq_source_id: int) -> None:
         """A source drives a GSI."""
@@ -193,11 +192,8 @@ class Recorder:
         )
 
     def kvm_vcpu_wakeup(self, ns: int, waited: bool, valid: bool) -> None:
-        """A halted vCPU is runnable again after `ns` (detail)."""
-        if self.detail:
-            self._buffer.append(
-                (self._clock.now_ns, _KVM_VCPU_WAKEUP, self.task, ns, waited, valid)
-            )
+        """A halted vCPU is runnable again after `ns` (detail; the caller asks)."""
+        self._buffer.append((self._clock.now_ns, _KVM_VCPU_WAKEUP, self.task, ns, waited, valid))
 
     def kvm_pio(self, rw: int, port: int, size: int, count: int, val: int) -> None:
         """The guest accessed a port; `rw` is 1 for a write."""
@@ -208,7 +204,7 @@ class Recorder:
             self.flush()
 
     def kvm_entry(self, vcpu_id: int, rip: int, intr_info: int) -> None:
-        """The vCPU enters the guest (detail; the caller asks, for `rip` costs a register read)."""
+        """The vCPU enters the guest (detail; the caller asks)."""
         self._buffer.append((self._clock.now_ns, _KVM_ENTRY, self.task, vcpu_id, rip, intr_info))
 
     def kvm_exit(

@@ -138,7 +138,9 @@ class Vcpu:
     def request_event(self) -> None:
         """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
         self.requests |= _REQ_EVENT
-        self.kick()
+        self.kicked = True
+        if self.in_guest:
+            self.engine.kick()
 
     def kick(self) -> None:
         """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
