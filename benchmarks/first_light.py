@@ -1,7 +1,7 @@
 """How fast and how large `kvmtick run` is: ticks a second, memory, start-up.
 
-Each figure is taken in processes of its own, several times; best and median are shown, for the
-machine is rarely alone. `--json` for programs, `--runs N` for how often.
+Each figure is taken in processes of its own, pinned to one core, several times; best and median
+are shown, for the machine is rarely alone. `--json` for programs, `--runs N` for how often.
 """
 
 import argparse
@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="how often to take each figure (5)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
+    # The processes that are measured inherit it.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     takes: dict[str, tuple[Callable[[], float], int]] = {
         "tick-pic": (ticks_per_second, options.runs),
         "memory": (peak_rss_mb, 1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import sys
 from argparse import BooleanOptionalAction
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> int:
     ticks = _ticks(options)
     with contextlib.ExitStack() as stack:
         vm, guest, teller = _build(options, stack)
-        with _quiet_gc(), _progress(options, vm, guest, for_ns):
+        with _progress(options, vm, guest, for_ns):
             run = vm.run(
                 ticks=ticks if guest.parameters is None else None,
                 for_ns=for_ns,
@@ -272,19 +271,6 @@ def _address(option: str, text: str | None) -> int | None:
 
 
 # Around the run.
-
-
-@contextlib.contextmanager
-def _quiet_gc() -> Iterator[None]:
-    """Records and lives are many, short-lived and free of cycles: look for garbage less often."""
-    thresholds = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 @contextlib.contextmanager
