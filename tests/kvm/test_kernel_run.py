@@ -1,14 +1,19 @@
 """`KernelVm.run`: the calls of the model, on the kernel's chips."""
 
-import os
-
 import pytest
 
 import kvmtick
+from kvmtick.abi import HostError
+from kvmtick.host.kvmdev import open_kvm
 
-pytestmark = pytest.mark.skipif(
-    not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is absent or forbidden here"
-)
+
+@pytest.fixture(autouse=True)
+def kvm() -> None:
+    """Skip, saying why, where /dev/kvm cannot be used."""
+    try:
+        open_kvm().close()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm: {error}")
 
 
 def test_the_library_example_runs_on_the_kernel_and_has_no_ticks_to_tell() -> None:

@@ -63,7 +63,7 @@ class PendingEvents:
 
 def interrupt_allowed(vmcs: Vmcs) -> bool:
     """`vmx_interrupt_allowed`: IF is set and no STI or MOV SS shadow."""
-    return bool(vmcs.guest_rflags & RFLAGS_IF) and not vmcs.guest_interruptibility & _SHADOW
+    return vmcs.guest_rflags & RFLAGS_IF != 0 and not vmcs.guest_interruptibility & _SHADOW
 
 
 def nmi_allowed(vmcs: Vmcs) -> bool:
