@@ -9,10 +9,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from kvmtick import guests
+from kvmtick.abi.closing import Closing
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
@@ -24,7 +24,7 @@ from kvmtick.timing.host import parse_duration_ns
 __all__ = ["GuestMachine"]
 
 
-class GuestMachine:
+class GuestMachine(Closing):
     """A model VM with irqchip, PIT and vCPU 0, and a guest in it, ready to run.
 
     `guest` is a built-in guest's name, a path to an image, or a `Guest`; further keywords go to
@@ -136,14 +136,3 @@ class GuestMachine:
     def close(self) -> None:
         """Free the VM. Harmless when repeated."""
         self.vm.close()
-
-    def __enter__(self) -> GuestMachine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -25,10 +25,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
 
 from kvmtick.abi import HostError, KvmError, ioctls, structs
+from kvmtick.abi.closing import Closing
 from kvmtick.abi.structs import KvmStruct, kvm_regs, kvm_run, kvm_segment, kvm_sregs
 
 __all__ = [
@@ -63,7 +63,6 @@ KICK_SIGNAL: Final = signal.SIGRTMIN + 6
 """Ends KVM_RUN; any real-time signal nobody else uses would do."""
 
 _S = TypeVar("_S", bound=KvmStruct)
-_F = TypeVar("_F", bound="KvmFile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ Exit: TypeAlias = (
 )
 
 
-class KvmFile:
+class KvmFile(Closing):
     """An open KVM file descriptor; a context manager, closing is harmless when repeated."""
 
     def __init__(self, fd: int) -> None:
@@ -208,17 +207,6 @@ class KvmFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self: _F) -> _F:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 from typing import Final
 
 from kvmtick.abi import HostError
+from kvmtick.abi.closing import Closing
 
 __all__ = [
     "TICK_EVENTS",
@@ -77,7 +78,7 @@ class Lost:
         return self.overrun + self.dropped + self.commit_overrun
 
 
-class Tracefs:
+class Tracefs(Closing):
     """A tracefs at `root`; `mounted` names the mount point, None for a private mount."""
 
     def __init__(self, root: Path, mounted: Path | None, fd: int = -1) -> None:
@@ -126,17 +127,6 @@ class Tracefs:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> "Tracefs":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

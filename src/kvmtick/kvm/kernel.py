@@ -11,11 +11,11 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol
 
 from kvmtick import guests
 from kvmtick.abi import KvmError, ioctls
+from kvmtick.abi.closing import Closing
 from kvmtick.abi.structs import (
     kvm_irq_level,
     kvm_irq_routing_entry,
@@ -48,6 +48,7 @@ from kvmtick.host.kvmdev import (
 )
 from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.timing.wall import Stopwatch
 
@@ -79,12 +80,6 @@ _UART_LCR, _UART_LSR = PORT_SERIAL + 3, PORT_SERIAL + 5
 _UART_LCR_DLAB = 0x80
 _UART_LSR_IDLE = 0x60
 """Transmitter and holding register empty: a guest that waits for them goes on at once."""
-
-PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
-"""`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.
-
-The result answers a read (None: all ones) and is ignored for a write.
-"""
 
 
 class Guest(Protocol):
@@ -235,7 +230,7 @@ class UserPorts:
         return _UART_LSR_IDLE if port == _UART_LSR else ones
 
 
-class KernelVm:
+class KernelVm(Closing):
     """One VM of the kernel (api.rst, "VM ioctls"), with `ram_bytes` of RAM at gpa 0.
 
     Raises `HostError` where /dev/kvm is absent or forbidden. A context manager.
@@ -442,17 +437,6 @@ class KernelVm:
         for name in ("file", "device", "memory"):
             if (part := getattr(self, name, None)) is not None:
                 part.close()
-
-    def __enter__(self) -> "KernelVm":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _port_access(vcpu: KernelVcpu, ports: UserPorts, exit_: ExitIo) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
+from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
@@ -72,7 +72,7 @@ class ModelVcpu:
         return int(self.vcpu.mp_state)
 
 
-class ModelVm:
+class ModelVm(Closing):
     """One VM of the model, with 2 MiB of RAM at guest-physical 0. A context manager."""
 
     def __init__(
@@ -234,17 +234,6 @@ class ModelVm:
     def close(self) -> None:
         """Free the VM. Harmless when repeated."""
         self.machine.close()
-
-    def __enter__(self) -> ModelVm:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Running.
 
