@@ -13,7 +13,6 @@ from typing import Any
 
 from kvmtick import guests
 from kvmtick.abi.closing import Closing
-from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
 from kvmtick.machine.loader import load_file
@@ -25,7 +24,7 @@ __all__ = ["GuestMachine"]
 
 
 class GuestMachine(Closing):
-    """A model VM with irqchip, PIT and vCPU 0, and a guest in it, ready to run.
+    """A model VM with irqchip, PIT and vCPUs, and a guest in it, ready to run.
 
     `guest` is a built-in guest's name, a path to an image, or a `Guest`; further keywords go to
     `kvmtick.guests.load` (`ticks`, `hz`, `param_ms`, ...). `faults` maps fault names to delays.
@@ -55,10 +54,7 @@ class GuestMachine(Closing):
         self._faults = dict(faults or {})
         for name, delay in self._faults.items():
             self.fault(name, delay)
-        self.vm.create_irqchip()
-        self.vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
-        self.vm.reinject_control(reinject)
-        self.vm.create_vcpu(0)
+        self.vm.prepare(guest.needs, reinject)
         self.vm.load(guest)
 
     def run(
@@ -127,6 +123,10 @@ class GuestMachine(Closing):
                 words += [option, str(self._parameters[name])]
         if self._parameters.get("param_ms") is not None:
             words += ["--hold", f"{self._parameters['param_ms']}ms"]
+        if self._parameters.get("timer"):
+            words += ["--timer", self._parameters["timer"]]
+        if not self._parameters.get("ack", True):
+            words.append("--no-ack")
         if not self._reinject:
             words.append("--no-reinject")
         for name, delay in self._faults.items():

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from mmap import mmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason
-from kvmtick.cpu.scripted import Routine, ScriptedEngine
+from kvmtick.cpu.scripted import Hlt, Program, Routine, ScriptedEngine
 from kvmtick.cpu.unicorn import UnicornEngine
 
 RAM_BYTES = 1 << 20
@@ -18,6 +18,10 @@ VECTOR = 0x20
 IRQ = INTR_INFO_VALID | VECTOR
 NMI = INTR_INFO_VALID | EventType.NMI << 8 | 2
 PLENTY = 10_000
+MMIO = 0x10_0000
+"""Behind the RAM; real mode reaches it as 0xffff:0x0010."""
+MSR = 0x830
+"""The x2APIC's ICR: any of the MSRs that handlers answer."""
 
 
 class Guest(NamedTuple):
@@ -29,22 +33,43 @@ class Guest(NamedTuple):
 
 
 class Machine:
-    """An engine with a guest in it and a log of its port accesses."""
+    """An engine with a guest in it and a log of its accesses.
 
-    def __init__(self, engine: UnicornEngine | ScriptedEngine, guest: Guest) -> None:
+    `on_out` is called with the port, address or MSR of each. `input` is what all reads answer;
+    accesses to `refused_msrs` give #GP.
+    """
+
+    def __init__(
+        self, engine: UnicornEngine | ScriptedEngine, guest: Guest, ram: mmap | None = None
+    ) -> None:
         self.engine = engine
-        self.ram = mmap(-1, RAM_BYTES)
-        self.accesses: list[tuple[str, int, int, int, int]] = []
+        self.ram = mmap(-1, RAM_BYTES) if ram is None else ram
+        self.accesses: list[tuple[Any, ...]] = []
         self.on_out: Callable[[int], None] = lambda port: None
         self.input = 0x5A
+        self.refused_msrs: set[int] = set()
         write_code(self.ram, CODE, guest.code)
         for number, (vector, (code, _)) in enumerate(guest.handlers.items()):
             address = HANDLERS + 0x100 * number
             write_code(self.ram, address, code)
             self.ram[4 * vector : 4 * vector + 4] = address.to_bytes(4, "little")
         engine.map_ram(0, self.ram)
-        engine.attach(self.port_out, self.port_in)
+        self.attach()
         engine.reset(0, CODE)
+
+    def attach(self) -> None:
+        self.engine.attach(
+            self.port_out,
+            self.port_in,
+            self.mmio_write,
+            self.mmio_read,
+            self.wrmsr,
+            self.rdmsr,
+            self.cpuid,
+        )
+
+    def attach_ports_only(self) -> None:
+        self.engine.attach(self.port_out, self.port_in)
 
     def port_out(self, port: int, size_bytes: int, value: int, retired: int) -> None:
         self.accesses.append(("out", port, size_bytes, value, retired))
@@ -54,6 +79,30 @@ class Machine:
         self.accesses.append(("in", port, size_bytes, self.input, retired))
         self.on_out(port)
         return self.input
+
+    def mmio_write(self, gpa: int, size_bytes: int, value: int, retired: int) -> None:
+        self.accesses.append(("mmio write", gpa, size_bytes, value, retired))
+        self.on_out(gpa)
+
+    def mmio_read(self, gpa: int, size_bytes: int, retired: int) -> int:
+        self.accesses.append(("mmio read", gpa, size_bytes, retired))
+        self.on_out(gpa)
+        return self.input
+
+    def wrmsr(self, index: int, value: int, retired: int) -> bool:
+        self.accesses.append(("wrmsr", index, value, retired))
+        self.on_out(index)
+        return index not in self.refused_msrs
+
+    def rdmsr(self, index: int, retired: int) -> int | None:
+        self.accesses.append(("rdmsr", index, retired))
+        self.on_out(index)
+        return None if index in self.refused_msrs else self.input
+
+    def cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        self.accesses.append(("cpuid", function, index))
+        self.on_out(function)
+        return function + 1, 0xBBBB_BBBB, index, 0xFFFF_FFFF
 
     def enter(
         self,
@@ -69,6 +118,36 @@ class Machine:
     @property
     def interrupts_enabled(self) -> bool:
         return bool(self.engine.rflags & FLAGS_IF)
+
+
+def no_routine() -> Program:
+    yield Hlt()
+
+
+class Cpu(Machine):
+    """A Unicorn engine with one program and code for some vectors."""
+
+    def __init__(
+        self, code: str, handlers: dict[int, str] | None = None, ram: mmap | None = None
+    ) -> None:
+        vectors = {vector: (text, no_routine) for vector, text in (handlers or {}).items()}
+        super().__init__(UnicornEngine(), Guest(code, no_routine, vectors), ram)
+
+    def word(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 2], "little")
+
+    def long(self, address: int) -> int:
+        return int.from_bytes(self.ram[address : address + 4], "little")
+
+    def set_long(self, address: int, value: int) -> None:
+        self.ram[address : address + 4] = value.to_bytes(4, "little")
+
+    def register(self, name: str) -> int:
+        return self.engine.registers()[name]
+
+    def set_registers(self, **values: int) -> None:
+        for name, value in values.items():
+            self.engine.set_register(name, value)
 
 
 def write_code(ram: mmap, address: int, code: str) -> None:

@@ -8,20 +8,25 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from engine_machine import CODE, IRQ, NMI, PLENTY, VECTOR, Guest, Machine
+from engine_machine import CODE, IRQ, MMIO, MSR, NMI, PLENTY, VECTOR, Guest, Machine
 
-from kvmtick.cpu.engine import Engine, ExitReason, Interruptibility
+from kvmtick.cpu.engine import MSRS, Engine, ExitReason, Interruptibility
 from kvmtick.cpu.scripted import (
     Cli,
+    Cpuid,
     Hlt,
     In,
+    MmioRead,
+    MmioWrite,
     MovSs,
     Out,
     Program,
+    Rdmsr,
     Rdtsc,
     ScriptedEngine,
     Spin,
     Sti,
+    Wrmsr,
 )
 from kvmtick.cpu.unicorn import UnicornEngine
 
@@ -422,6 +427,269 @@ def test_a_kick_in_a_handler_ends_behind_that_instruction(build: Build) -> None:
     assert len(machine.accesses) == 11
 
 
+FAR_SEGMENT = "b8ffff 8ed8"  # mov ax, 0xffff; mov ds, ax: offset 0x10 is MMIO
+
+
+def mmio_accesses() -> Program:
+    yield Spin(2)
+    for size_bytes, value in ((1, 0x78), (2, 0x5678), (4, 0x1234_5678)):
+        yield MmioWrite(MMIO + 0x20, value, size_bytes)
+    for size_bytes in (1, 2, 4):
+        value = yield MmioRead(MMIO + 0x30, size_bytes)
+        yield Out(0x80, value, size_bytes)
+    yield Hlt()
+
+
+MMIO_ACCESSES = Guest(
+    FAR_SEGMENT + "a23000"  # mov [0x30], al
+    "a33000"  # mov [0x30], ax
+    "66a33000"  # mov [0x30], eax
+    "a04000 e680"  # mov al, [0x40]; out 0x80, al
+    "a14000 e780"  # mov ax, [0x40]; out 0x80, ax
+    "66a14000 66e780"  # mov eax, [0x40]; out 0x80, eax
+    "f4",  # hlt
+    mmio_accesses,
+)
+
+
+def test_mmio_gives_address_size_value_and_time(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield from mmio_accesses()
+
+    # mov eax, 0x12345678 first; bx for the segment
+    code = "66b878563412 bbffff 8edb" + MMIO_ACCESSES.code.removeprefix(FAR_SEGMENT)
+    machine = build(Guest(code, routine))
+    machine.input = 0xFEDC_BA98_7654_3210
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [
+        ("mmio write", MMIO + 0x20, 1, 0x78, 3),
+        ("mmio write", MMIO + 0x20, 2, 0x5678, 4),
+        ("mmio write", MMIO + 0x20, 4, 0x1234_5678, 5),
+        ("mmio read", MMIO + 0x30, 1, 6),
+        ("out", 0x80, 1, 0x10, 7),
+        ("mmio read", MMIO + 0x30, 2, 8),
+        ("out", 0x80, 2, 0x3210, 9),
+        ("mmio read", MMIO + 0x30, 4, 10),
+        ("out", 0x80, 4, 0x7654_3210, 11),
+    ]
+    assert machine.engine.retired == 13
+
+
+def test_mmio_without_handlers_reads_all_ones_and_loses_writes(build: Build) -> None:
+    machine = build(MMIO_ACCESSES)
+    machine.attach_ports_only()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[:4] for access in machine.accesses] == [
+        ("out", 0x80, 1, 0xFF),
+        ("out", 0x80, 2, 0xFFFF),
+        ("out", 0x80, 4, 0xFFFF_FFFF),
+    ]
+
+
+def mmio_stores() -> Program:
+    yield Spin(2)
+    while True:
+        yield MmioWrite(MMIO, 0xFF, 1)
+        yield Spin(1)
+
+
+MMIO_STORES = Guest(FAR_SEGMENT + "a21000 ebfb", mmio_stores)  # again: mov [0x10], al; jmp again
+
+
+@pytest.mark.parametrize("release_gil", [False, True])
+def test_a_kick_in_an_mmio_write_ends_behind_the_store(build: Build, release_gil: bool) -> None:
+    machine = build(MMIO_STORES)
+    machine.engine.release_gil(release_gil)
+    machine.on_out = lambda gpa: machine.engine.kick()
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 3
+    assert machine.accesses == [("mmio write", MMIO, 1, 0xFF, 2)]
+    for _ in range(10):
+        assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+        assert machine.engine.retired == 2
+        assert machine.accesses.pop() == ("mmio write", MMIO, 1, 0xFF, 1)
+        assert len(machine.accesses) == 1
+
+
+def test_an_interrupt_asked_for_in_an_mmio_write_comes_behind_the_store(build: Build) -> None:
+    # A self-IPI: the write kicks, the next entry delivers.
+    def routine() -> Program:
+        yield Sti()
+        yield Spin(2)
+        yield MmioWrite(MMIO, 0xFF, 1)
+        yield Hlt()
+
+    # sti; ...; mov [0x10], al; hlt
+    machine = build(Guest("fb" + FAR_SEGMENT + "a21000 f4", routine, {VECTOR: EOI}))
+    machine.on_out = lambda gpa: machine.engine.kick() if gpa == MMIO else None
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.enter(IRQ) is ExitReason.HLT
+    assert machine.engine.retired == 3 + 1
+    assert machine.accesses == [("mmio write", MMIO, 1, 0xFF, 3), ("out", 0x20, 1, 0x20, 1)]
+
+
+def msr_accesses() -> Program:
+    yield Spin(3)
+    yield Wrmsr(MSR, 0x1234_5678_9ABC_DEF0)
+    value = yield Rdmsr(MSR)
+    yield Out(0x80, value & 0xFFFF_FFFF, 4)
+    yield Spin(1)
+    yield Out(0x80, value >> 32, 4)
+    yield Hlt()
+
+
+MSR_ACCESSES = Guest(
+    "66b930080000"  # mov ecx, 0x830
+    "66ba78563412"  # mov edx, 0x12345678
+    "66b8f0debc9a"  # mov eax, 0x9abcdef0
+    "0f30"  # wrmsr
+    "0f32"  # rdmsr
+    "66e780"  # out 0x80, eax
+    "6692"  # xchg eax, edx
+    "66e780"  # out 0x80, eax
+    "f4",  # hlt
+    msr_accesses,
+)
+
+
+@pytest.mark.parametrize("release_gil", [False, True])
+def test_msrs_give_index_value_and_time(build: Build, release_gil: bool) -> None:
+    machine = build(MSR_ACCESSES)
+    machine.engine.release_gil(release_gil)
+    machine.input = 0xFEDC_BA98_7654_3210
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [
+        ("wrmsr", MSR, 0x1234_5678_9ABC_DEF0, 3),
+        ("rdmsr", MSR, 4),
+        ("out", 0x80, 4, 0x7654_3210, 5),
+        ("out", 0x80, 4, 0xFEDC_BA98, 7),
+    ]
+    assert machine.engine.retired == 9
+
+
+@pytest.mark.parametrize("index", [0x0F, 0x1A, 0x1C, 0x6DF, 0x6E1, 0x7FF, 0x900, 0xC000_0080])
+def test_other_msrs_do_not_reach_the_handlers(build: Build, index: int) -> None:
+    assert index not in MSRS
+
+    def routine() -> Program:
+        yield Spin(1)
+        yield Rdmsr(index)
+        yield Hlt()
+
+    # mov ecx, index; rdmsr; hlt
+    machine = build(Guest(f"66b9{index.to_bytes(4, 'little').hex()} 0f32 f4", routine))
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == []
+    assert machine.engine.retired == 3
+
+
+@pytest.mark.parametrize("index", [min(MSRS), 0x1B, 0x6E0, 0x800, max(MSRS)])
+def test_the_msrs_that_reach_the_handlers(build: Build, index: int) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Rdmsr(index)
+        yield Hlt()
+
+    machine = build(Guest(f"66b9{index.to_bytes(4, 'little').hex()} 0f32 f4", routine))
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [("rdmsr", index, 1)]
+
+
+def test_a_kick_in_wrmsr_ends_behind_it(build: Build) -> None:
+    machine = build(MSR_ACCESSES)
+    machine.on_out = lambda index: machine.engine.kick() if index == MSR else None
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 4
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 1
+    assert machine.enter() is ExitReason.HLT
+    assert [access[0] for access in machine.accesses] == ["wrmsr", "rdmsr", "out", "out"]
+
+
+def refused() -> Program:
+    yield Out(0x99, 0x99)
+
+
+# The handler: mov al, 0x99; out 0x99, al; pop bx; inc bx; inc bx; push bx; iret: it steps over
+REFUSED = ("b099 e699 5b 4343 53 cf", refused)
+
+
+@pytest.mark.parametrize("handlers", [True, False], ids=["refused", "no handler attached"])
+def test_a_refused_msr_access_is_a_general_protection(build: Build, handlers: bool) -> None:
+    machine = build(Guest(MSR_ACCESSES.code, msr_accesses, {13: REFUSED}))
+    machine.refused_msrs = {MSR}
+    if not handlers:
+        machine.attach_ports_only()
+    assert machine.enter() is ExitReason.HLT
+    log = [access[:2] for access in machine.accesses]
+    wrmsr, rdmsr = ([("wrmsr", MSR)], [("rdmsr", MSR)]) if handlers else ([], [])
+    assert log == [*wrmsr, ("out", 0x99), *rdmsr, ("out", 0x99), ("out", 0x80), ("out", 0x80)]
+
+
+def test_a_general_protection_in_an_sti_shadow_ends_the_shadow(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Sti()
+        yield Wrmsr(MSR, 0)
+        yield Hlt()
+
+    # mov ecx, 0x830; sti; wrmsr; hlt
+    machine = build(Guest("66b930080000 fb 0f30 f4", routine, {13: REFUSED}))
+    machine.refused_msrs = {MSR}
+    machine.on_out = lambda index: machine.engine.kick() if index == MSR else None
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 3
+    assert not machine.interrupts_enabled
+    assert machine.engine.interruptibility == 0
+
+
+def test_a_refused_msr_access_that_nothing_handles_is_a_triple_fault(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(2)
+        yield Wrmsr(MSR, 0)
+        yield Hlt()
+
+    # lidt [0x1100] (zeros); mov ecx, 0x830; wrmsr; hlt
+    machine = build(Guest("0f011e0011 66b930080000 0f30 f4", routine))
+    machine.refused_msrs = {MSR}
+    assert machine.enter() is ExitReason.TRIPLE_FAULT
+    assert machine.engine.retired == 3
+
+
+def cpuid() -> Program:
+    yield Spin(2)
+    answer = yield Cpuid(0x40, 7)
+    for shift in (0, 32, 64, 96):
+        yield Out(0x80, answer >> shift & 0xFFFF_FFFF, 4)
+        yield Spin(1)
+    yield Hlt()
+
+
+CPUID = Guest(
+    "66b840000000 66b907000000"  # mov eax, 0x40; mov ecx, 7
+    "0fa2"  # cpuid
+    "66e780 6693 66e780 6691 66e780 6692 66e780"  # out 0x80, eax; xchg eax, ebx; out; ecx; edx
+    "90 f4",  # nop; hlt
+    cpuid,
+)
+
+
+def test_cpuid_answers_what_the_handler_says(build: Build) -> None:
+    machine = build(CPUID)
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses[0] == ("cpuid", 0x40, 7)
+    values = [access[3] for access in machine.accesses[1:]]
+    assert values == [0x41, 0xBBBB_BBBB, 7, 0xFFFF_FFFF]
+
+
+def test_cpuid_without_a_handler_reads_0(build: Build) -> None:
+    machine = build(CPUID)
+    machine.attach_ports_only()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[3] for access in machine.accesses] == [0, 0, 0, 0]
+
+
 def test_a_kick_is_used_up_by_its_exit(build: Build) -> None:
     machine = build(SPIN)
     machine.engine.kick()
@@ -522,6 +790,65 @@ def test_an_exception_in_a_read(build: Build) -> None:
     assert machine.accesses[-1] == ("out", 0x80, 1, 0xFF, 0)
 
 
+@pytest.mark.parametrize("release_gil", [False, True])
+@pytest.mark.parametrize(
+    ("guest", "retired"),
+    [
+        pytest.param(MMIO_STORES, 3, id="mmio write"),
+        pytest.param(MSR_ACCESSES, 4, id="wrmsr"),
+        pytest.param(CPUID, 3, id="cpuid"),
+    ],
+)
+def test_an_exception_of_any_handler_ends_enter(
+    build: Build, guest: Guest, retired: int, release_gil: bool
+) -> None:
+    machine = build(guest)
+    machine.engine.release_gil(release_gil)
+
+    def fail(place: int) -> None:
+        raise DeviceError(place)
+
+    machine.on_out = fail
+    with pytest.raises(DeviceError):
+        machine.enter()
+    assert machine.engine.retired == retired
+    assert len(machine.accesses) == 1
+    machine.on_out = lambda place: None
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+
+
+@pytest.mark.parametrize(
+    ("code", "operation", "value"),
+    [
+        # mov eax, [0x10] - rdmsr
+        pytest.param("66a11000", MmioRead(MMIO), 0xFFFF_FFFF, id="mmio read"),
+        pytest.param("0f32", Rdmsr(MSR), 0, id="rdmsr"),
+    ],
+)
+def test_what_a_read_gives_when_its_handler_raises(
+    build: Build, code: str, operation: MmioRead | Rdmsr, value: int
+) -> None:
+    def routine() -> Program:
+        yield Spin(3)
+        answer = yield operation
+        yield Out(0x80, answer, 4)
+        yield Hlt()
+
+    # ...; mov ecx, 0x830; the read; out 0x80, eax; hlt
+    machine = build(Guest(f"{FAR_SEGMENT} 66b930080000 {code} 66e780 f4", routine))
+
+    def fail(place: int) -> None:
+        raise DeviceError(place)
+
+    machine.on_out = fail
+    with pytest.raises(DeviceError):
+        machine.enter()
+    assert machine.engine.retired == 4
+    machine.on_out = lambda place: None
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses[-1] == ("out", 0x80, 4, value, 0)
+
+
 def test_a_handler_may_not_enter_its_engine(build: Build) -> None:
     machine = build(OUTS)
     machine.on_out = lambda port: void(machine.enter())
@@ -603,6 +930,22 @@ def test_registers(build: Build) -> None:
     assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
     with pytest.raises(ValueError, match="cr3"):
         machine.engine.set_register("cr3", 0)
+
+
+def test_reset_protected(build: Build) -> None:
+    machine = build(HALT)
+    machine.engine.reset_protected(CODE)
+    registers = machine.engine.registers()
+    assert registers["rip"] == CODE
+    assert registers["rflags"] == 2
+    assert registers["cr0"] & 0x8000_0001 == 1  # protected mode without paging
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 1
+    # The IDT is empty.
+    assert machine.enter(NMI) is ExitReason.TRIPLE_FAULT
+    machine.engine.reset(0, CODE)
+    assert machine.engine.registers()["cr0"] & 1 == 0
+    assert machine.enter() is ExitReason.HLT
 
 
 def test_misuse(build: Build) -> None:

@@ -91,7 +91,8 @@ def test_the_block_round_trips(name: str) -> None:
         tsc_khz=2_596_122,
         param_ms=12,
         flags=0x8000_0001,
-        reserved=(0, 0),
+        period_ns=guests.Parameters.read(guest.image, at=4).period_ns,
+        reserved=0,
         snapshot=(0,) * 8,
     )
 

@@ -1,10 +1,23 @@
-"""`KernelVm.run`: the calls of the model, on the kernel's chips."""
+"""`KernelVm.run`: the calls of the model, on the kernel's chips, with one vCPU and with more."""
+
+import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
 import kvmtick
 from kvmtick.abi import HostError
+from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED
+from kvmtick.guests import Guest
 from kvmtick.host.kvmdev import open_kvm
+from kvmtick.kvm.kernel import KernelVm
+
+LIMIT_S = 5.0
+AP_AT = 0x2000
+SPIN = b"\xeb\xfe"
+TRIPLE_FAULT = b"\x0f\x01\x1e\x00\x00\x66\xb8\x01\x00\x00\x00\x0f\x22\xc0\x0f\x0b"
+"""lidt [0] (an empty IDT); mov eax, 1; mov cr0, eax (protected mode); ud2"""
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +65,153 @@ def test_a_guest_that_hangs_is_stopped_at_the_limit() -> None:
     assert run.exit.reason == "limit"
     assert run.pit is None
     assert run.guest_ticks is None
+
+
+# --- several vCPUs ------------------------------------------------------------------------------
+
+
+def _out8(port: int, value: int) -> bytes:
+    return bytes((0xB0, value, 0xE6, port))
+
+
+def _apic_write(register: int, value: int) -> bytes:
+    """mov dword [0xfee00000 + register], value; in unreal mode"""
+    address = 0xFEE0_0000 + register
+    return b"\x67\x66\xc7\x05" + address.to_bytes(4, "little") + value.to_bytes(4, "little")
+
+
+INIT_SIPI = (
+    # only now does KVM look anew which vCPUs there are: the last created is not in its map
+    _apic_write(0xF0, 0x1FF)
+    + _apic_write(0x310, 1 << 24)
+    + _apic_write(0x300, 0x4500)
+    + _apic_write(0x300, 0x4600 | AP_AT >> 12)
+)
+
+
+@pytest.fixture
+def vms() -> Iterator[list[KernelVm]]:
+    made: list[KernelVm] = []
+    yield made
+    for vm in made:
+        vm.close()
+
+
+def _two(vms: list[KernelVm], bsp: bytes, ap: bytes, *, started: bool = False) -> KernelVm:
+    """vCPU 0 at `bsp`, vCPU 1 at `ap` after a SIPI to AP_AT, or at once if `started`."""
+    vm = KernelVm()
+    vms.append(vm)
+    vm.create_irqchip()
+    vm.create_vcpu(0)
+    vm.create_vcpu(1)
+    vm.load(Guest("two", bsp, 0x1000, (0, 0x1000), None))
+    vm.vcpus[0].set_real_mode(0, 0x1000, unreal=True)
+    vm.write_memory(AP_AT, ap)
+    if started:
+        vm.vcpus[1].set_mp_state(KVM_MP_STATE_RUNNABLE)
+        vm.vcpus[1].set_real_mode(0, AP_AT)
+    return vm
+
+
+def _threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+def test_the_boot_vcpu_starts_another_which_ends_the_run(vms: list[KernelVm]) -> None:
+    vm = _two(vms, INIT_SIPI + SPIN, _out8(0xE9, ord("b")) + _out8(0xF4, 7) + SPIN)
+    assert vm.vcpus[1].get_mp_state() == KVM_MP_STATE_UNINITIALIZED
+    ended = vm.run_until_exit(limit_s=LIMIT_S)
+    assert (ended.reason, ended.code, ended.vcpu_id) == ("done", 7, 1)
+    assert ended.console == b"b"
+    assert vm.vcpus[1].get_mp_state() == KVM_MP_STATE_RUNNABLE
+    assert not {name for name in _threads() if name.startswith("vcpu")}
+
+
+def test_the_boot_vcpu_ends_those_that_spin_and_those_that_wait(vms: list[KernelVm]) -> None:
+    for started in (False, True):
+        vm = _two(vms, _out8(0xF4, 3) + SPIN, SPIN, started=started)
+        ended = vm.run_until_exit(limit_s=LIMIT_S)
+        assert (ended.reason, ended.code, ended.vcpu_id) == ("done", 3, 0)
+        # nothing is left over for the next run
+        vm.load(Guest("again", _out8(0xF4, 4), 0x1000, (0, 0x1000), None))
+        assert vm.run_until_exit(limit_s=LIMIT_S).code == 4
+
+
+def test_one_limit_is_for_all(vms: list[KernelVm]) -> None:
+    vm = _two(vms, SPIN, SPIN, started=True)
+    begin = time.monotonic()
+    assert vm.run(limit_s=0.2).exit.reason == "limit"
+    assert time.monotonic() - begin >= 0.2
+
+
+def test_a_kick_of_any_vcpu_interrupts(vms: list[KernelVm]) -> None:
+    for index in (0, 1):
+        vm = _two(vms, SPIN, SPIN, started=True)
+        timer = threading.Timer(0.05, vm.vcpus[index].kick)
+        timer.start()
+        ended = vm.run_until_exit(limit_s=LIMIT_S)
+        timer.join()
+        assert (ended.reason, ended.vcpu_id) == ("interrupted", index)
+
+
+def test_a_triple_fault_of_another_vcpu_ends_the_run(vms: list[KernelVm]) -> None:
+    vm = _two(vms, SPIN, TRIPLE_FAULT, started=True)
+    ended = vm.run_until_exit(limit_s=LIMIT_S)
+    assert (ended.reason, ended.vcpu_id) == ("triple-fault", 1)
+
+
+def test_what_a_handler_raises_is_raised_by_run(vms: list[KernelVm]) -> None:
+    def handler(port: int, size_bytes: int, value: int | None) -> int | None:
+        raise LookupError(threading.current_thread().name)
+
+    vm = _two(vms, SPIN, _out8(0x80, 1) + SPIN, started=True)
+    with pytest.raises(LookupError, match="vcpu 1"):
+        vm.run_until_exit({0x80: handler}, limit_s=LIMIT_S)
+    assert vm.run_until_exit(limit_s=0.05).reason == "limit"
+
+
+def test_handlers_are_called_one_at_a_time(vms: list[KernelVm]) -> None:
+    inside, together, calls = 0, 0, [0, 0]
+
+    def handler(port: int, size_bytes: int, value: int | None) -> int | None:
+        nonlocal inside, together
+        inside += 1
+        together = max(together, inside)
+        threading.Event().wait(0.0002)  # gives another thread the chance to come in
+        calls[port & 1] += 1
+        inside -= 1
+        if min(calls) >= 20:
+            vm.vcpus[0].kick()
+        return None
+
+    # again: out 0x80 (or 0x81), al; jmp again
+    vm = _two(vms, b"\xe6\x80\xeb\xfc", b"\xe6\x81\xeb\xfc", started=True)
+    ended = vm.run_until_exit({0x80: handler, 0x81: handler}, limit_s=LIMIT_S)
+    assert ended.reason == "interrupted"
+    assert min(calls) >= 20
+    assert together == 1
+
+
+def test_a_sleeping_vcpu_holds_nobody_up(vms: list[KernelVm]) -> None:
+    # mov eax, 0xffffffff; out 0xd8, eax: an hour
+    sleep = b"\x66\xb8\xff\xff\xff\xff\x66\xe7\xd8" + SPIN
+    for bsp, ap in ((sleep, _out8(0xF4, 5)), (_out8(0xF4, 5), sleep)):
+        ended = _two(vms, bsp, ap, started=True).run_until_exit(limit_s=LIMIT_S)
+        assert (ended.reason, ended.code) == ("done", 5)
+        assert ended.elapsed_ns < 4_000_000_000
+
+
+def test_one_vcpu_needs_no_thread(vms: list[KernelVm]) -> None:
+    before, seen = _threads(), set()
+
+    def handler(port: int, size_bytes: int, value: int | None) -> int | None:
+        seen.update(_threads())
+        return None
+
+    vm = KernelVm()
+    vms.append(vm)
+    vm.create_irqchip()
+    vm.create_vcpu(0)
+    vm.load(Guest("one", _out8(0x80, 1) + _out8(0xF4, 0), 0x1000, (0, 0x1000), None))
+    assert vm.run_until_exit({0x80: handler}, limit_s=LIMIT_S).reason == "done"
+    assert seen == before

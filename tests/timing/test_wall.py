@@ -1,12 +1,13 @@
 """The kicker thread and the stopwatch. Nothing here sleeps: the tests wait for events."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, sleep_until_ns
+from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -125,12 +126,21 @@ def test_the_stopwatch_counts_up_from_zero() -> None:
     assert 0 <= first_s <= second_s < SOON_S
 
 
-def test_sleep_until_a_time_that_has_passed_returns_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sleeping_for_nothing_returns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    sleep_until_ns(0)
+    sleep_ns(0)
+    sleep_ns(-5)
     assert slept == []
-    sleep_until_ns(time.monotonic_ns() + 10**9)
-    assert slept == [pytest.approx(1, abs=0.5)]
+    sleep_ns(10**9)
+    assert slept == [1.0]
+
+
+def test_a_descriptor_that_can_be_read_ends_the_sleep() -> None:
+    signalled = os.eventfd(1)
+    try:
+        stopwatch = Stopwatch()
+        sleep_ns(3600 * 10**9, [signalled])
+        assert stopwatch.elapsed_s() < 60
+    finally:
+        os.close(signalled)

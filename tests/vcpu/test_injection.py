@@ -21,6 +21,8 @@ STI, MOV_SS, NMI = Interruptibility.STI, Interruptibility.MOV_SS, Interruptibili
 class Source:
     """External interrupts waiting, highest first."""
 
+    vcpu_id = 0
+
     def __init__(self, *vectors: int) -> None:
         self.vectors = list(vectors)
 
@@ -54,9 +56,10 @@ class Entry:
         return self.vmcs.entry_intr_info
 
     def traced(self) -> list[tuple[int, int, int]]:
-        assert all(record[1] == Event.KVM_INJ_VIRQ for record in self.records)
         return [
-            (field(r, "vector"), field(r, "soft"), field(r, "reinjected")) for r in self.records
+            (field(r, "vector"), field(r, "soft"), field(r, "reinjected"))
+            for r in self.records
+            if r[1] == Event.KVM_INJ_VIRQ
         ]
 
 

@@ -43,6 +43,18 @@ _WHY: dict[tuple[str, int], str] = {
     ("KVM_CREATE_VCPU", _EINVAL): "vcpu_id is out of range; stay below KVM_CAP_MAX_VCPU_ID",
     ("KVM_GET_LAPIC", _EINVAL): _NO_LAPIC,
     ("KVM_SET_LAPIC", _EINVAL): _NO_LAPIC,
+    ("KVM_SIGNAL_MSI", _EINVAL): "no irqchip, unknown flags, or an address no x2APIC id fits",
+    ("KVM_SIGNAL_MSI", _errno.EPERM): "there is no vCPU to take it; call create_vcpu() first",
+    ("KVM_IRQFD", _EINVAL): "no irqchip, unknown flags, or a descriptor that is no eventfd",
+    ("KVM_IRQFD", _errno.EBUSY): "this eventfd has a GSI already; use another eventfd",
+    ("KVM_IOEVENTFD", _EINVAL): "len must be 0, 1, 2, 4 or 8 bytes, fd an eventfd, flags known",
+    ("KVM_IOEVENTFD", _EEXIST): "this address, length and datamatch are taken",
+    ("KVM_IOEVENTFD", _ENOENT): "no such ioeventfd; give what assigned it",
+    ("KVM_SET_BOOT_CPU_ID", _errno.EBUSY): "a vCPU exists already; call it before create_vcpu()",
+    ("KVM_SET_BOOT_CPU_ID", _EINVAL): "no such vCPU id; stay below KVM_CAP_MAX_VCPU_ID",
+    ("KVM_INTERRUPT", _ENXIO): "the PICs are in the kernel; raise a line by irq_line()",
+    ("KVM_INTERRUPT", _EEXIST): "one interrupt waits already; run the vCPU first",
+    ("KVM_INTERRUPT", _EINVAL): "a vector is 0 to 255",
 }
 
 

@@ -9,11 +9,18 @@ from ctypes import sizeof
 
 from kvmtick.abi.structs import (
     KvmStruct,
+    kvm_cpuid2,
+    kvm_enable_cap,
+    kvm_interrupt,
+    kvm_ioeventfd,
     kvm_irq_level,
     kvm_irq_routing,
     kvm_irqchip,
+    kvm_irqfd,
     kvm_lapic_state,
     kvm_mp_state,
+    kvm_msi,
+    kvm_msrs,
     kvm_pit_config,
     kvm_pit_state,
     kvm_pit_state2,
@@ -33,33 +40,45 @@ __all__ = [
     "KVM_CREATE_PIT2",
     "KVM_CREATE_VCPU",
     "KVM_CREATE_VM",
+    "KVM_ENABLE_CAP",
     "KVM_GET_API_VERSION",
+    "KVM_GET_CPUID2",
     "KVM_GET_IRQCHIP",
     "KVM_GET_LAPIC",
     "KVM_GET_MP_STATE",
+    "KVM_GET_MSRS",
     "KVM_GET_PIT",
     "KVM_GET_PIT2",
     "KVM_GET_REGS",
     "KVM_GET_SREGS",
+    "KVM_GET_SUPPORTED_CPUID",
     "KVM_GET_TSC_KHZ",
     "KVM_GET_VCPU_EVENTS",
     "KVM_GET_VCPU_MMAP_SIZE",
+    "KVM_INTERRUPT",
+    "KVM_IOEVENTFD",
+    "KVM_IRQFD",
     "KVM_IRQ_LINE",
     "KVM_IRQ_LINE_STATUS",
     "KVM_NMI",
     "KVM_REINJECT_CONTROL",
     "KVM_RUN",
+    "KVM_SET_BOOT_CPU_ID",
+    "KVM_SET_CPUID2",
     "KVM_SET_GSI_ROUTING",
     "KVM_SET_IRQCHIP",
     "KVM_SET_LAPIC",
     "KVM_SET_MP_STATE",
+    "KVM_SET_MSRS",
     "KVM_SET_PIT",
     "KVM_SET_PIT2",
     "KVM_SET_REGS",
     "KVM_SET_SIGNAL_MASK",
     "KVM_SET_SREGS",
+    "KVM_SET_TSC_KHZ",
     "KVM_SET_USER_MEMORY_REGION",
     "KVM_SET_VCPU_EVENTS",
+    "KVM_SIGNAL_MSI",
     "io",
     "ioctl_name",
     "ior",
@@ -102,6 +121,7 @@ KVM_GET_API_VERSION = io(KVMIO, 0x00)
 KVM_CREATE_VM = io(KVMIO, 0x01)
 KVM_CHECK_EXTENSION = io(KVMIO, 0x03)
 KVM_GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
+KVM_GET_SUPPORTED_CPUID = iowr(KVMIO, 0x05, kvm_cpuid2)
 
 # on a VM
 KVM_CREATE_VCPU = io(KVMIO, 0x41)
@@ -116,9 +136,13 @@ KVM_SET_PIT = ior(KVMIO, 0x66, kvm_pit_state)
 KVM_IRQ_LINE_STATUS = iowr(KVMIO, 0x67, kvm_irq_level)
 KVM_SET_GSI_ROUTING = iow(KVMIO, 0x6A, kvm_irq_routing)
 KVM_REINJECT_CONTROL = io(KVMIO, 0x71)
+KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
+KVM_SET_BOOT_CPU_ID = io(KVMIO, 0x78)
+KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
 KVM_GET_PIT2 = ior(KVMIO, 0x9F, kvm_pit_state2)
 KVM_SET_PIT2 = iow(KVMIO, 0xA0, kvm_pit_state2)
+KVM_SIGNAL_MSI = iow(KVMIO, 0xA5, kvm_msi)
 
 # on a vCPU
 KVM_RUN = io(KVMIO, 0x80)
@@ -126,9 +150,14 @@ KVM_GET_REGS = ior(KVMIO, 0x81, kvm_regs)
 KVM_SET_REGS = iow(KVMIO, 0x82, kvm_regs)
 KVM_GET_SREGS = ior(KVMIO, 0x83, kvm_sregs)
 KVM_SET_SREGS = iow(KVMIO, 0x84, kvm_sregs)
+KVM_INTERRUPT = iow(KVMIO, 0x86, kvm_interrupt)
+KVM_GET_MSRS = iowr(KVMIO, 0x88, kvm_msrs)
+KVM_SET_MSRS = iow(KVMIO, 0x89, kvm_msrs)
 KVM_SET_SIGNAL_MASK = iow(KVMIO, 0x8B, kvm_signal_mask)
 KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
+KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
+KVM_GET_CPUID2 = iowr(KVMIO, 0x91, kvm_cpuid2)
 KVM_GET_MP_STATE = ior(KVMIO, 0x98, kvm_mp_state)
 KVM_SET_MP_STATE = iow(KVMIO, 0x99, kvm_mp_state)
 KVM_NMI = io(KVMIO, 0x9A)
@@ -136,6 +165,8 @@ KVM_GET_VCPU_EVENTS = ior(KVMIO, 0x9F, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = iow(KVMIO, 0xA0, kvm_vcpu_events)
 
 # on a VM or a vCPU
+KVM_SET_TSC_KHZ = io(KVMIO, 0xA2)
+KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)
 KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
 
 IOCTLS: dict[str, int] = {

@@ -4,7 +4,7 @@ Names, order and types are those of <linux/kvm.h> and <asm/kvm.h>; api.rst says 
 mean. Unions that are anonymous in C are called `u` here. `struct_fields`, `format_struct` and
 `struct_diff` walk, print and compare any of them.
 
-Not here: the structures of CPUID, MSRs, FPU, debug registers, nested state, irqfd and ioeventfd.
+Not here: the structures of FPU, debug registers and nested state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,6 +26,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 __all__ = [
     "KVM_APIC_REG_SIZE",
     "KVM_API_VERSION",
+    "KVM_CPUID_FLAG_SIGNIFCANT_INDEX",
     "KVM_EXIT_DEBUG",
     "KVM_EXIT_EXCEPTION",
     "KVM_EXIT_FAIL_ENTRY",
@@ -51,9 +52,15 @@ __all__ = [
     "KVM_INTERNAL_ERROR_SIMUL_EX",
     "KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON",
     "KVM_IOAPIC_NUM_PINS",
+    "KVM_IOEVENTFD_FLAG_DATAMATCH",
+    "KVM_IOEVENTFD_FLAG_DEASSIGN",
+    "KVM_IOEVENTFD_FLAG_PIO",
+    "KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY",
     "KVM_IRQCHIP_IOAPIC",
     "KVM_IRQCHIP_PIC_MASTER",
     "KVM_IRQCHIP_PIC_SLAVE",
+    "KVM_IRQFD_FLAG_DEASSIGN",
+    "KVM_IRQFD_FLAG_RESAMPLE",
     "KVM_IRQ_ROUTING_IRQCHIP",
     "KVM_IRQ_ROUTING_MSI",
     "KVM_MEM_LOG_DIRTY_PAGES",
@@ -75,16 +82,23 @@ __all__ = [
     "KVM_VCPUEVENT_VALID_SIPI_VECTOR",
     "KVM_VCPUEVENT_VALID_SMM",
     "KVM_VCPUEVENT_VALID_TRIPLE_FAULT",
+    "KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK",
+    "KVM_X2APIC_API_USE_32BIT_IDS",
     "KVM_X86_SHADOW_INT_MOV_SS",
     "KVM_X86_SHADOW_INT_STI",
     "FieldDiff",
     "KvmStruct",
     "KvmUnion",
     "format_struct",
+    "kvm_cpuid2",
+    "kvm_cpuid_entry2",
     "kvm_dtable",
+    "kvm_enable_cap",
+    "kvm_interrupt",
     "kvm_ioapic_redirtbl_entry",
     "kvm_ioapic_redirtbl_fields",
     "kvm_ioapic_state",
+    "kvm_ioeventfd",
     "kvm_irq_level",
     "kvm_irq_routing",
     "kvm_irq_routing_entry",
@@ -92,8 +106,12 @@ __all__ = [
     "kvm_irq_routing_msi",
     "kvm_irqchip",
     "kvm_irqchip_chip",
+    "kvm_irqfd",
     "kvm_lapic_state",
     "kvm_mp_state",
+    "kvm_msi",
+    "kvm_msr_entry",
+    "kvm_msrs",
     "kvm_pic_state",
     "kvm_pit_channel_state",
     "kvm_pit_config",
@@ -108,7 +126,9 @@ __all__ = [
     "kvm_sregs",
     "kvm_userspace_memory_region",
     "kvm_vcpu_events",
+    "make_cpuid2",
     "make_irq_routing",
+    "make_msrs",
     "struct_diff",
     "struct_fields",
 ]
@@ -136,6 +156,25 @@ KVM_PIT_FLAGS_SPEAKER_DATA_ON = 1 << 1
 KVM_IRQ_ROUTING_IRQCHIP = 1
 KVM_IRQ_ROUTING_MSI = 2
 KVM_MSI_VALID_DEVID = 1 << 0
+
+# kvm_irqfd.flags
+KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
+KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
+"""The line stays up until the guest acknowledges it; `resamplefd` is signalled then."""
+
+# kvm_ioeventfd.flags
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_PIO = 1 << 1
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY = 1 << 3
+
+# kvm_enable_cap.args[0] of KVM_CAP_X2APIC_API
+KVM_X2APIC_API_USE_32BIT_IDS = 1 << 0
+KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK = 1 << 1
+
+# kvm_cpuid_entry2.flags (the header's spelling)
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
+"""The entry answers only for its `index` in ECX."""
 
 # kvm_userspace_memory_region.flags
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
@@ -194,6 +233,7 @@ U8: TypeAlias = Annotated[int, c_uint8]
 U16: TypeAlias = Annotated[int, c_uint16]
 U32: TypeAlias = Annotated[int, c_uint32]
 U64: TypeAlias = Annotated[int, c_uint64]
+S32: TypeAlias = Annotated[int, c_int32]
 S64: TypeAlias = Annotated[int, c_int64]
 
 
@@ -434,6 +474,112 @@ def make_irq_routing(entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -
     for entry in table:
         data += bytes(entry)
     return data
+
+
+@_layout
+class kvm_msi(KvmStruct):
+    """KVM_SIGNAL_MSI: a message as a device writes it; `flags`: KVM_MSI_VALID_DEVID."""
+
+    address_lo: U32
+    address_hi: U32
+    data: U32
+    flags: U32
+    devid: U32
+    pad: Annotated[Array[c_uint8], c_uint8 * 12]
+
+
+@_layout
+class kvm_irqfd(KvmStruct):
+    """KVM_IRQFD: an eventfd whose signal pulses `gsi`; `flags`: KVM_IRQFD_FLAG_*."""
+
+    fd: U32
+    gsi: U32
+    flags: U32
+    resamplefd: U32
+    pad: Annotated[Array[c_uint8], c_uint8 * 16]
+
+
+@_layout
+class kvm_ioeventfd(KvmStruct):
+    """KVM_IOEVENTFD: an eventfd signalled by a guest's write; `flags`: KVM_IOEVENTFD_FLAG_*.
+
+    `len` is 1, 2, 4 or 8 bytes, 0 for any.
+    """
+
+    datamatch: U64
+    addr: U64
+    len: U32
+    fd: S32
+    flags: U32
+    pad: Annotated[Array[c_uint8], c_uint8 * 36]
+
+
+@_layout
+class kvm_enable_cap(KvmStruct):
+    """KVM_ENABLE_CAP; `cap`: KVM_CAP_*, `args` as api.rst says for it."""
+
+    cap: U32
+    flags: U32
+    args: Annotated[Array[c_uint64], c_uint64 * 4]
+    pad: Annotated[Array[c_uint8], c_uint8 * 64]
+
+
+@_layout
+class kvm_interrupt(KvmStruct):
+    """KVM_INTERRUPT: the vector of an external interrupt (no in-kernel PIC)."""
+
+    irq: U32
+
+
+@_layout
+class kvm_cpuid_entry2(KvmStruct):
+    """What CPUID answers for `function` in EAX (and `index` in ECX, if `flags` says so)."""
+
+    function: U32
+    index: U32
+    flags: U32
+    eax: U32
+    ebx: U32
+    ecx: U32
+    edx: U32
+    padding: Annotated[Array[c_uint32], c_uint32 * 3]
+
+
+@_layout
+class kvm_cpuid2(KvmStruct):
+    """Head of KVM_SET_CPUID2's argument; `nent` entries follow it (`make_cpuid2`)."""
+
+    nent: U32
+    padding: U32
+
+
+def make_cpuid2(entries: Iterable[kvm_cpuid_entry2]) -> bytearray:
+    """The bytes KVM_SET_CPUID2 takes: a kvm_cpuid2 and its entries."""
+    table = list(entries)
+    return bytearray(b"".join(map(bytes, (kvm_cpuid2(nent=len(table)), *table))))
+
+
+@_layout
+class kvm_msr_entry(KvmStruct):
+    """One model-specific register."""
+
+    index: U32
+    reserved: U32
+    data: U64
+
+
+@_layout
+class kvm_msrs(KvmStruct):
+    """Head of KVM_GET_MSRS' and KVM_SET_MSRS' argument; `nmsrs` entries follow (`make_msrs`)."""
+
+    nmsrs: U32
+    pad: U32
+
+
+def make_msrs(entries: Iterable[kvm_msr_entry]) -> bytearray:
+    """The bytes KVM_GET_MSRS and KVM_SET_MSRS take: a kvm_msrs and its entries."""
+    table = list(entries)
+    return bytearray(b"".join(map(bytes, (kvm_msrs(nmsrs=len(table)), *table))))
 
 
 @_layout

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmtick import guests
-from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
 from kvmtick.cli.options import Parser
 from kvmtick.guests import Guest
@@ -30,6 +29,8 @@ MAX_TICKS = 0xFFFF_FFFF
 MAX_HOLD_MS = 3_600_000
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
+TIMER_GUEST = "tick-lapic"
+NO_ACK_GUEST = "nmi-watchdog"
 
 EPILOG = """\
 delays (for --fault):
@@ -70,10 +71,20 @@ def parser() -> Parser:
         "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
     )
     add = p.add_argument_group("what to run").add_argument
-    add("--hz", metavar="HZ", help="tick rate of a built-in guest, 18.2 to 1193181 (1000)")
+    add("--hz", metavar="HZ", help="tick rate of a built-in guest (1000)")
     add("--ticks", metavar="N", help="how many ticks to wait for (1000)")
     add("--for", metavar="DURATION", help="how long, on the machine's clock: 250ms, 10s")
     add("--hold", metavar="DURATION", help="how long tick-if0 and tick-mask hold ticks back (50ms)")
+    add(
+        "--timer",
+        choices=("periodic", "oneshot", "tsc-deadline"),
+        help="how tick-lapic uses its timer (periodic)",
+    )
+    add(
+        "--no-ack",
+        action="store_true",
+        help="nmi-watchdog leaves its ticks unacknowledged: with reinject on one NMI comes",
+    )
     add("--load-at", metavar="ADDRESS", help="where a file goes (0x8000, boot sectors 0x7c00)")
     add("--entry", metavar="ADDRESS", help="where a file starts (where it was loaded)")
     add("--counter", metavar="ADDRESS", help="where a file keeps its own 32-bit tick count")
@@ -88,8 +99,9 @@ def parser() -> Parser:
     add(
         "--reinject",
         action=BooleanOptionalAction,
-        default=True,
-        help="replay ticks the guest could not take, as KVM does unless told otherwise (on)",
+        default=None,
+        help="replay ticks the guest could not take, as KVM does unless told otherwise (on, but"
+        " off for tick-msi)",
     )
     add(
         "--fault",
@@ -154,10 +166,7 @@ def _build(
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
     stack.enter_context(_trace(options, vm))
-    vm.create_irqchip()
-    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
-    vm.reinject_control(options.reinject)
-    vm.create_vcpu(0)
+    vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
     return vm, guest, teller
 
@@ -172,10 +181,15 @@ def _guest(options: argparse.Namespace) -> Guest:
     entry = _address("--entry", options.entry)
     path = Path(name)
     if name not in guests.names() and (path.exists() or "/" in name or path.suffix):
-        for option, value in (("--hz", options.hz), ("--hold", options.hold)):
+        for option, value in (
+            ("--hz", options.hz),
+            ("--hold", options.hold),
+            ("--timer", options.timer),
+            ("--no-ack", options.no_ack or None),
+        ):
             if value is not None:
                 raise UsageError(
-                    f"{option} {value}: {name!r} is a file and sets its own pace; leave it out"
+                    f"{option} {value}: {name!r} is a file and goes its own way; leave it out"
                 )
         try:
             return load_file(path, load_at, entry)
@@ -194,12 +208,29 @@ def _guest(options: argparse.Namespace) -> Guest:
         raise UsageError(
             f"--hold {options.hold}: {name!r} holds nothing; use {' or '.join(HOLDERS)}"
         )
-    try:
-        return guests.load(
-            name, ticks=_ticks(options) or 0, hz=_hz(options.hz), param_ms=_hold_ms(options.hold)
+    if options.timer is not None and name in guests.names() and name != TIMER_GUEST:
+        raise UsageError(
+            f"--timer {options.timer}: {name!r} has no choice of timer; use {TIMER_GUEST}"
         )
-    except ValueError as error:
+    if options.no_ack and name in guests.names() and name != NO_ACK_GUEST:
+        raise UsageError(f"--no-ack: {name!r} always acknowledges its ticks; use {NO_ACK_GUEST}")
+    try:
+        guest = guests.load(
+            name,
+            ticks=_ticks(options) or 0,
+            hz=_hz(options.hz),
+            param_ms=_hold_ms(options.hold),
+            timer=options.timer,
+            ack=not options.no_ack,
+        )
+    except guests.UnknownGuestError as error:
         raise UsageError(f"{error}; or give a file") from None
+    except ValueError as error:
+        _, _, reason = str(error).partition(": ")
+        raise UsageError(f"--hz {options.hz}: {reason}") from None
+    if options.reinject and guest.needs.reinject is False:
+        raise UsageError(f"--reinject: nothing acknowledges the ticks of {name!r}; leave it out")
+    return guest
 
 
 def _ticks(options: argparse.Namespace) -> int | None:
@@ -213,13 +244,14 @@ def _ticks(options: argparse.Namespace) -> int | None:
 
 
 def _hz(text: str | None) -> float | None:
+    """A rate as a number; which ones a timer can tick at is the guest's business."""
     if text is None:
         return None
     try:
-        return float(text) if guests.divisor_for(float(text)) else None
+        return float(text)
     except ValueError:
         raise UsageError(
-            f"--hz {text}: the PIT cannot tick at that rate, give 18.2 to 1193181"
+            f"--hz {text!r} is no rate: give ticks a second, such as 1000"
         ) from None
 
 

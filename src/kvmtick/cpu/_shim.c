@@ -15,6 +15,11 @@
  *
  * Instruction boundaries are seen by a CODE hook, which runs before every instruction
  * (`on_instruction`). Everything the contract promises about boundaries happens there.
+ *
+ * RDMSR and WRMSR have no hook, but translated code calls `helper_rdmsr_x86_64` and
+ * `helper_wrmsr_x86_64` through the dynamic linker. This module exports two functions of those
+ * names and puts itself into the global scope before it loads the library, so that they are found
+ * first; `prove_layout` sees to it that they were. The library's own stay reachable by `dlsym`.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -44,6 +49,7 @@
 #define UC_HOOK_INSN_INVALID (1 << 14)
 #define UC_ERR_FETCH_UNMAPPED 8
 #define UC_ERR_FETCH_PROT 14
+#define UC_INS_CPUID 113
 #define UC_INS_IN 218
 #define UC_INS_OUT 500
 #define UC_INS_RDTSC 608
@@ -108,7 +114,7 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
 
 enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
 enum { ES, CS, SS, DS, FS, GS };
-enum { RAX, RCX, RDX };
+enum { RAX, RCX, RDX, RBX };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
@@ -131,9 +137,15 @@ enum { RAX, RCX, RDX };
 #define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
 #define EFER_LONG_MODE 0x500u   /* LME, LMA */
 #define CR0_RESET 0x60000010u
+#define CR0_PE 1u
 #define DOUBLE_FAULT 8
+#define GENERAL_PROTECTION 13
 #define CODE_SEGMENT_FLAGS 0x009b00u /* present, system, code, readable, accessed */
 #define DATA_SEGMENT_FLAGS 0x009300u
+#define FLAT_CODE_FLAGS 0xc09b00u /* the same with 4 KiB granularity, 32 bits */
+#define FLAT_DATA_FLAGS 0xc09300u
+#define FLAT_CODE_SELECTOR 0x08
+#define FLAT_DATA_SELECTOR 0x10
 #define LDT_FLAGS 0x008200u
 #define BUSY_TSS_FLAGS 0x008b00u
 
@@ -153,6 +165,13 @@ enum {
 
 enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2, SHADOW_NMI = 8 };
 enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_INT3_INTO };
+
+/* The MSRs that handlers answer. */
+#define MSR_TSC 0x10u
+#define MSR_APIC_BASE 0x1bu
+#define MSR_TSC_DEADLINE 0x6e0u
+#define MSR_X2APIC_FIRST 0x800u
+#define MSR_X2APIC_LAST 0x8ffu
 
 #define INTR_INFO_VALID (1u << 31)
 #define INTR_INFO_VECTOR(info) ((info) & 0xff)
@@ -192,6 +211,9 @@ typedef struct {
     void (*update_cr0)(void *env, uint32_t value);
     void (*update_cr3)(void *env, uint64_t value);
     void (*update_cr4)(void *env, uint32_t value);
+    void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    void (*rdmsr)(void *env);
+    void (*wrmsr)(void *env);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
 
@@ -223,6 +245,9 @@ static const struct {
     {"cpu_x86_update_cr0_x86_64", offsetof(Library, update_cr0)},
     {"cpu_x86_update_cr3_x86_64", offsetof(Library, update_cr3)},
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
+    {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
+    {"helper_rdmsr_x86_64", offsetof(Library, rdmsr)},
+    {"helper_wrmsr_x86_64", offsetof(Library, wrmsr)},
 };
 
 /* ---- the engine ---------------------------------------------------------------------------- */
@@ -233,12 +258,18 @@ typedef struct {
     Py_buffer view;
 } RamRange;
 
-typedef struct {
+typedef struct Engine Engine;
+
+typedef struct { /* physical memory that is no RAM */
+    Engine *engine;
     uint64_t gpa;
     uint64_t size_bytes;
 } Gap;
 
-typedef struct {
+/* In the order of `attach`; the first two are always there. */
+enum { ON_OUT, ON_IN, ON_MMIO_WRITE, ON_MMIO_READ, ON_WRMSR, ON_RDMSR, ON_CPUID, HANDLERS };
+
+struct Engine {
     PyObject_HEAD
     void *uc; /* NULL when closed */
     char *cpu;
@@ -266,12 +297,11 @@ typedef struct {
     bool releases_gil;
     PyThreadState *released; /* while the guest runs without the GIL */
     PyObject *exception[3];
-    PyObject *on_out;
-    PyObject *on_in;
+    PyObject *handlers[HANDLERS];
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
-    Gap gaps[RAM_RANGES_MAX + 1]; /* what answers all ones, up to 4 GiB */
+    Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
     int gap_count;
     bool gaps_stale;
 
@@ -281,7 +311,7 @@ typedef struct {
     unsigned long long retired;
     unsigned int idt_vectoring_info;
     PyObject *error;
-} Engine;
+};
 
 /* The engine inside `enter` on this thread: QEMU's class functions carry no user data. */
 static __thread Engine *entered;
@@ -496,8 +526,10 @@ static void on_exception(void *uc, uint32_t vector, void *engine)
     Engine *self = engine;
     if (I32(self->env, ENV_EXCEPTION_IS_INT)) {
         /* Unicorn has moved eip behind the instruction; a fault now must find it on it. */
-        U64(self->env, ENV_EIP) = self->last_address - U64(SEGMENT(self->env, CS), SEG_BASE);
+        uint64_t eip = self->last_address - U64(SEGMENT(self->env, CS), SEG_BASE);
+        U64(self->env, ENV_EIP) = U32(self->env, ENV_HFLAGS) & HF_CS64 ? eip : (uint32_t)eip;
     }
+    U32(self->env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ; /* a faulting instruction leaves its shadow */
     lib.do_interrupt(self->cpu);
 }
 
@@ -557,17 +589,44 @@ static PyObject *call_handler(PyObject *handler, const unsigned long long *value
     return result;
 }
 
+/* Calls a handler that answers nothing; the GIL is held. */
+static void tell(Engine *self, int which, const unsigned long long *values, size_t count)
+{
+    PyObject *result = call_handler(self->handlers[which], values, count);
+    if (result == NULL) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+}
+
+/* Calls a handler that answers a number; all ones when it raises. The GIL is held. */
+static uint64_t ask(Engine *self, int which, const unsigned long long *values, size_t count)
+{
+    PyObject *result = call_handler(self->handlers[which], values, count);
+    uint64_t value = UINT64_MAX;
+    if (result != NULL) {
+        value = PyLong_AsUnsignedLongLongMask(result);
+        Py_DECREF(result);
+    }
+    if (value == UINT64_MAX && PyErr_Occurred()) {
+        keep_exception(self);
+    }
+    return value;
+}
+
+/* Instructions retired before the running one; none runs while the entry's event is delivered. */
+static uint64_t retired_before(const Engine *self)
+{
+    return self->started > 0 ? self->started - 1 : 0;
+}
+
 static void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine)
 {
     (void)uc;
     Engine *self = engine;
     unsigned long long values[] = {port, (unsigned)size_bytes, value, self->started - 1};
     take_gil(self);
-    PyObject *result = call_handler(self->on_out, values, COUNT(values));
-    if (result == NULL) {
-        keep_exception(self);
-    }
-    Py_XDECREF(result);
+    tell(self, ON_OUT, values, COUNT(values));
     give_gil(self);
 }
 
@@ -576,18 +635,178 @@ static uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine
     (void)uc;
     Engine *self = engine;
     unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
-    uint32_t value = UINT32_MAX;
     take_gil(self);
-    PyObject *result = call_handler(self->on_in, values, COUNT(values));
-    if (result != NULL) {
-        value = (uint32_t)PyLong_AsUnsignedLongMask(result);
-        Py_DECREF(result);
+    uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
+    give_gil(self);
+    return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
+}
+
+/* The first part of an access that raised is the last one: `failed` ends the execution. */
+static bool nobody_answers(const Engine *self, int which)
+{
+    return self->handlers[which] == NULL || self->failed;
+}
+
+static void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
+                          void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    Engine *self = gap->engine;
+    unsigned long long values[] = {gap->gpa + offset, size_bytes, value, retired_before(self)};
+    if (nobody_answers(self, ON_MMIO_WRITE)) {
+        return;
     }
-    if (result == NULL || (value == UINT32_MAX && PyErr_Occurred())) {
+    take_gil(self);
+    tell(self, ON_MMIO_WRITE, values, COUNT(values));
+    give_gil(self);
+}
+
+/* The library cuts the answer to the size of the access. */
+static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    Engine *self = gap->engine;
+    unsigned long long values[] = {gap->gpa + offset, size_bytes, retired_before(self)};
+    if (nobody_answers(self, ON_MMIO_READ)) {
+        return UINT64_MAX;
+    }
+    take_gil(self);
+    uint64_t value = ask(self, ON_MMIO_READ, values, COUNT(values));
+    give_gil(self);
+    return value;
+}
+
+/* ---- model-specific registers --------------------------------------------------------------- */
+
+static bool handlers_answer_msr(uint32_t index)
+{
+    return index == MSR_TSC || index == MSR_APIC_BASE || index == MSR_TSC_DEADLINE ||
+           (index >= MSR_X2APIC_FIRST && index <= MSR_X2APIC_LAST);
+}
+
+/* False: #GP. After an exception the instruction counts as done and the execution ends. */
+static bool write_msr(Engine *self, uint32_t index, uint64_t value)
+{
+    unsigned long long values[] = {index, value, self->started - 1};
+    if (self->handlers[ON_WRMSR] == NULL) {
+        return false;
+    }
+    take_gil(self);
+    PyObject *result = call_handler(self->handlers[ON_WRMSR], values, COUNT(values));
+    int taken = result != NULL ? PyObject_IsTrue(result) : -1;
+    Py_XDECREF(result);
+    if (taken < 0) {
         keep_exception(self);
     }
     give_gil(self);
-    return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
+    return taken != 0;
+}
+
+static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
+{
+    unsigned long long values[] = {index, self->started - 1};
+    if (self->handlers[ON_RDMSR] == NULL) {
+        return false;
+    }
+    take_gil(self);
+    PyObject *result = call_handler(self->handlers[ON_RDMSR], values, COUNT(values));
+    bool answered = result != Py_None;
+    if (result != NULL && answered) {
+        *value = PyLong_AsUnsignedLongLongMask(result);
+    }
+    if (PyErr_Occurred()) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+    give_gil(self);
+    return answered;
+}
+
+static __thread unsigned intercepted; /* by the two functions below, for prove_layout */
+
+static void (*refused_rdmsr)(void *env); /* of a library that `load` refused */
+static void (*refused_wrmsr)(void *env);
+
+static bool is_for_handlers(const void *env)
+{
+    intercepted++;
+    return entered != NULL && entered->env == env &&
+           handlers_answer_msr((uint32_t)REGISTER(env, RCX));
+}
+
+/* The two stand in for the library's, in every engine of the process: ours and others'. Translated
+ * code calls them, so their return address says which instruction runs. */
+#define EXPORTED __attribute__((visibility("default"), noinline))
+EXPORTED void helper_rdmsr_x86_64(void *env);
+EXPORTED void helper_wrmsr_x86_64(void *env);
+
+EXPORTED void helper_rdmsr_x86_64(void *env)
+{
+    uint64_t value = 0;
+    if (!is_for_handlers(env)) {
+        (lib.handle != NULL ? lib.rdmsr : refused_rdmsr)(env);
+        return;
+    }
+    if (!read_msr(entered, (uint32_t)REGISTER(env, RCX), &value)) {
+        lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
+    }
+    REGISTER(env, RAX) = (uint32_t)value;
+    REGISTER(env, RDX) = (uint32_t)(value >> 32);
+}
+
+EXPORTED void helper_wrmsr_x86_64(void *env)
+{
+    uint64_t value = REGISTER(env, RDX) << 32 | (uint32_t)REGISTER(env, RAX);
+    if (!is_for_handlers(env)) {
+        (lib.handle != NULL ? lib.wrmsr : refused_wrmsr)(env);
+        return;
+    }
+    if (!write_msr(entered, (uint32_t)REGISTER(env, RCX), value)) {
+        lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
+    }
+}
+
+/* ---- CPUID ------------------------------------------------------------------------------------ */
+
+static bool unpack_cpuid(PyObject *result, unsigned long *answer)
+{
+    if (result == NULL || PyTuple_Check(result)) {
+        return result != NULL && PyArg_ParseTuple(result, "kkkk:on_cpuid", &answer[0], &answer[1],
+                                                  &answer[2], &answer[3]);
+    }
+    PyErr_SetString(PyExc_TypeError, "on_cpuid must return a tuple: EAX, EBX, ECX, EDX");
+    return false;
+}
+
+static void ask_cpuid(Engine *self, unsigned long *answer)
+{
+    unsigned long long values[] = {(uint32_t)REGISTER(self->env, RAX),
+                                   (uint32_t)REGISTER(self->env, RCX)};
+    take_gil(self);
+    PyObject *result = call_handler(self->handlers[ON_CPUID], values, COUNT(values));
+    if (!unpack_cpuid(result, answer)) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+    give_gil(self);
+}
+
+/* CPUID hook; true: we have done the instruction. */
+static int on_cpuid(void *uc, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long answer[4] = {0, 0, 0, 0};
+    if (self->handlers[ON_CPUID] != NULL) {
+        ask_cpuid(self, answer);
+    }
+    REGISTER(self->env, RAX) = (uint32_t)answer[0];
+    REGISTER(self->env, RBX) = (uint32_t)answer[1];
+    REGISTER(self->env, RCX) = (uint32_t)answer[2];
+    REGISTER(self->env, RDX) = (uint32_t)answer[3];
+    return 1;
 }
 
 /* ---- time stamp counter -------------------------------------------------------------------- */
@@ -616,23 +835,11 @@ static int on_rdtsc(void *uc, void *engine)
 static int on_rdtscp(void *uc, void *engine)
 {
     Engine *self = engine;
-    REGISTER(self->env, RCX) = 0; /* IA32_TSC_AUX: nobody sets it in real mode */
+    REGISTER(self->env, RCX) = 0; /* IA32_TSC_AUX */
     return on_rdtsc(uc, engine);
 }
 
 /* ---- memory --------------------------------------------------------------------------------- */
-
-static uint64_t read_nothing(void *uc, uint64_t offset, unsigned size_bytes, void *user)
-{
-    (void)uc, (void)offset, (void)size_bytes, (void)user;
-    return UINT64_MAX;
-}
-
-static void write_nothing(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
-                          void *user)
-{
-    (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
-}
 
 static int unmap_gaps(Engine *self)
 {
@@ -652,14 +859,16 @@ static int map_gap(Engine *self, uint64_t start, uint64_t end)
     if (start >= end) {
         return 0;
     }
-    int error = lib.mmio_map(self->uc, start, end - start, read_nothing, NULL, write_nothing, NULL);
+    Gap *gap = &self->gaps[self->gap_count];
+    *gap = (Gap){self, start, end - start};
+    int error = lib.mmio_map(self->uc, start, end - start, on_mmio_read, gap, on_mmio_write, gap);
     if (!error) {
-        self->gaps[self->gap_count++] = (Gap){start, end - start};
+        self->gap_count++;
     }
     return error;
 }
 
-/* Answers for every physical address below 4 GiB that is not RAM (`ram` is sorted). */
+/* The handlers answer for every physical address below 4 GiB that is not RAM (`ram` is sorted). */
 static int map_gaps(Engine *self)
 {
     uint64_t start = 0;
@@ -712,6 +921,7 @@ static int add_hooks(Engine *self)
         (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
         (error = add_instruction_hook(self, UC_INS_IN, on_port_in)) ||
         (error = add_instruction_hook(self, UC_INS_OUT, on_port_out)) ||
+        (error = add_instruction_hook(self, UC_INS_CPUID, on_cpuid)) ||
         (error = add_instruction_hook(self, UC_INS_RDTSC, on_rdtsc))) {
         return error;
     }
@@ -747,17 +957,15 @@ static void enter_real_mode(char *env)
     }
 }
 
-static int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
+static int start_at(Engine *self, uint32_t eip)
 {
     uint64_t flags = 2;
     char *env = self->env;
-    enter_real_mode(env);
-    set_segment(SEGMENT(env, CS), cs, (uint64_t)cs << 4, CODE_SEGMENT_FLAGS);
     for (int i = 0; i < 16; i++) {
         REGISTER(env, i) = 0;
     }
     REGISTER(env, RDX) = SANDYBRIDGE_SIGNATURE;
-    U64(env, ENV_EIP) = ip;
+    U64(env, ENV_EIP) = eip;
     U32(env, ENV_HFLAGS2) &= ~HF2_NMI;
     I32(env, ENV_OLD_EXCEPTION) = -1;
     self->last_address = NO_ADDRESS;
@@ -765,8 +973,38 @@ static int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
     return error ? error : lib.ctl(self->uc, UC_CTL_FLUSH_TLB);
 }
 
+static int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
+{
+    enter_real_mode(self->env);
+    set_segment(SEGMENT(self->env, CS), cs, (uint64_t)cs << 4, CODE_SEGMENT_FLAGS);
+    return start_at(self, ip);
+}
+
+static void set_flat_segment(char *segment, uint32_t selector, uint32_t flags)
+{
+    set_segment(segment, selector, 0, flags);
+    U32(segment, SEG_LIMIT) = UINT32_MAX;
+}
+
+static int reset_cpu_protected(Engine *self, uint32_t eip)
+{
+    char *env = self->env;
+    enter_real_mode(env);
+    lib.update_cr0(env, CR0_RESET | CR0_PE);
+    U32(env, ENV_HFLAGS) &= ~HF_ADDSEG; /* all bases are 0 */
+    U32(env, ENV_HFLAGS) |= HF_CS32 | HF_SS32;
+    U32(env + ENV_GDT, SEG_LIMIT) = 0;
+    U32(env + ENV_IDT, SEG_LIMIT) = 0;
+    for (int i = ES; i <= GS; i++) {
+        set_flat_segment(SEGMENT(env, i), FLAT_DATA_SELECTOR, FLAT_DATA_FLAGS);
+    }
+    set_flat_segment(SEGMENT(env, CS), FLAT_CODE_SELECTOR, FLAT_CODE_FLAGS);
+    return start_at(self, eip);
+}
+
 /* ---- proving the layout ---------------------------------------------------------------------- */
 
+static const char MSRS_PASS_BY[] = "RDMSR and WRMSR";
 static __thread int probe_request; /* what the probe's interrupt function was called with */
 
 static bool probe_take_interrupt(void *cpu, int request)
@@ -857,14 +1095,16 @@ static const char *wrong_register_field(void *uc, char *env)
     return NULL;
 }
 
-/* Runs `int 0x21; div bx; hlt` with a pending interrupt and looks at what it left. */
+/* Runs `int 0x21; div bx; rdmsr; wrmsr; hlt` with a pending interrupt and looks at what it left.
+ * The MSR is number 0, which the library's own functions leave alone. */
 static const char *wrong_execution_field(void *uc, char *cpu, char *env)
 {
-    static const uint8_t code[] = {0xcd, 0x21, 0xf7, 0xf3, 0xf4};
+    static const uint8_t code[] = {0xcd, 0x21, 0xf7, 0xf3, 0x0f, 0x32, 0x0f, 0x30, 0xf4};
     Probe probe = {cpu, env, 0};
     size_t hook;
     uint64_t flags = 2;
     probe_request = 0;
+    intercepted = 0;
     enter_real_mode(env);
     if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
         lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
@@ -877,7 +1117,8 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1005) return "halted";
+    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1009) return "halted";
+    if (intercepted != 2) return MSRS_PASS_BY;
     return NULL;
 }
 
@@ -920,7 +1161,11 @@ static bool prove_layout(const char *path)
     if (uc != NULL) {
         lib.close(uc);
     }
-    if (wrong != NULL) {
+    if (wrong == MSRS_PASS_BY) {
+        PyErr_Format(PyExc_ImportError,
+                     "%s: was loaded before kvmtick could put itself in front of it; open the "
+                     "first kvmtick engine before anything imports unicorn", path);
+    } else if (wrong != NULL) {
         PyErr_Format(PyExc_ImportError,
                      "%s: is Unicorn 2.1.4 but not the build expected (checked: %s); %s", path,
                      wrong, REMEDY);
@@ -951,8 +1196,38 @@ static bool resolve(const char *path)
     return true;
 }
 
+/* Makes the two exported functions of this module win over the library's. */
+static bool join_global_scope(void)
+{
+    static void *self;
+    Dl_info here;
+    if (self == NULL && dladdr(&lib, &here)) {
+        self = dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_GLOBAL);
+    }
+    if (self == NULL) {
+        PyErr_SetString(PyExc_ImportError, "kvmtick.cpu._shim cannot join the global scope");
+    }
+    return self != NULL;
+}
+
+/* A refused library that calls this module's functions stays loaded, for them to pass on to. */
+static void refuse(void *handle)
+{
+    void *rdmsr = dlsym(handle, "helper_rdmsr_x86_64");
+    void *wrmsr = dlsym(handle, "helper_wrmsr_x86_64");
+    if (rdmsr == NULL || wrmsr == NULL || rdmsr == (void *)helper_rdmsr_x86_64) {
+        dlclose(handle);
+        return;
+    }
+    refused_rdmsr = (void (*)(void *))rdmsr;
+    refused_wrmsr = (void (*)(void *))wrmsr;
+}
+
 static bool load_library(const char *path)
 {
+    if (!join_global_scope()) {
+        return false;
+    }
     /* Local: the library exports glib look-alikes that must not answer for anybody else. */
     void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
     if (handle == NULL) {
@@ -964,7 +1239,7 @@ static bool load_library(const char *path)
     lib.handle = handle;
     if (!resolve(path) || !prove_layout(path)) {
         lib = before;
-        dlclose(handle);
+        refuse(handle);
         return false;
     }
     if (before.handle != NULL && before.handle != handle) {
@@ -1080,8 +1355,9 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 static int engine_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Engine *self = (Engine *)object;
-    Py_VISIT(self->on_out);
-    Py_VISIT(self->on_in);
+    for (int i = 0; i < HANDLERS; i++) {
+        Py_VISIT(self->handlers[i]);
+    }
     for (int i = 0; i < 3; i++) {
         Py_VISIT(self->exception[i]);
     }
@@ -1091,8 +1367,9 @@ static int engine_traverse(PyObject *object, visitproc visit, void *arg)
 static int engine_clear(PyObject *object)
 {
     Engine *self = (Engine *)object;
-    Py_CLEAR(self->on_out);
-    Py_CLEAR(self->on_in);
+    for (int i = 0; i < HANDLERS; i++) {
+        Py_CLEAR(self->handlers[i]);
+    }
     for (int i = 0; i < 3; i++) {
         Py_CLEAR(self->exception[i]);
     }
@@ -1124,21 +1401,36 @@ static PyObject *engine_close(PyObject *object, PyObject *unused)
 
 /* ---- Engine: set-up --------------------------------------------------------------------------------- */
 
+static bool check_handlers(PyObject *const *handlers)
+{
+    for (int i = 0; i < HANDLERS; i++) {
+        bool absent = handlers[i] == NULL || (i > ON_IN && handlers[i] == Py_None);
+        if (!absent && !PyCallable_Check(handlers[i])) {
+            PyErr_SetString(PyExc_TypeError, "attach() needs callables: on_out, on_in, and for "
+                                             "the others callables or None");
+            return false;
+        }
+    }
+    return true;
+}
+
 static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"on_out", "on_in", NULL};
+    static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read",
+                            "on_wrmsr", "on_rdmsr", "on_cpuid",      NULL};
     Engine *self = (Engine *)object;
-    PyObject *on_out, *on_in;
+    PyObject *given[HANDLERS] = {NULL};
     if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO:attach", names, &on_out, &on_in)) {
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOO:attach", names, &given[ON_OUT],
+                                     &given[ON_IN], &given[ON_MMIO_WRITE], &given[ON_MMIO_READ],
+                                     &given[ON_WRMSR], &given[ON_RDMSR], &given[ON_CPUID]) ||
+        !check_handlers(given)) {
         return NULL;
     }
-    if (!PyCallable_Check(on_out) || !PyCallable_Check(on_in)) {
-        PyErr_SetString(PyExc_TypeError, "attach() needs two callables");
-        return NULL;
+    for (int i = 0; i < HANDLERS; i++) {
+        PyObject *handler = given[i] == Py_None ? NULL : given[i];
+        Py_XSETREF(self->handlers[i], Py_XNewRef(handler));
     }
-    Py_XSETREF(self->on_out, Py_NewRef(on_out));
-    Py_XSETREF(self->on_in, Py_NewRef(on_in));
     Py_RETURN_NONE;
 }
 
@@ -1222,16 +1514,8 @@ static PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *
     Py_RETURN_NONE;
 }
 
-static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs)
+static PyObject *after_reset(Engine *self, int error)
 {
-    static char *names[] = {"cs", "ip", NULL};
-    Engine *self = (Engine *)object;
-    unsigned short cs, ip;
-    if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "HH:reset", names, &cs, &ip)) {
-        return NULL;
-    }
-    int error = reset_cpu(self, cs, ip);
     if (error) {
         raise_unicorn("reset", error);
         return NULL;
@@ -1241,6 +1525,30 @@ static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs
     self->retired = 0;
     self->idt_vectoring_info = 0;
     Py_RETURN_NONE;
+}
+
+static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"cs", "ip", NULL};
+    Engine *self = (Engine *)object;
+    unsigned short cs, ip;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "HH:reset", names, &cs, &ip)) {
+        return NULL;
+    }
+    return after_reset(self, reset_cpu(self, cs, ip));
+}
+
+static PyObject *engine_reset_protected(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"eip", NULL};
+    Engine *self = (Engine *)object;
+    unsigned eip;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "I:reset_protected", names, &eip)) {
+        return NULL;
+    }
+    return after_reset(self, reset_cpu_protected(self, eip));
 }
 
 static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -1361,7 +1669,7 @@ static PyObject *engine_kick(PyObject *object, PyObject *unused)
 static const char *entry_mistake(const Engine *self, uint32_t info, uint64_t budget)
 {
     uint32_t type = INTR_INFO_TYPE(info);
-    if (self->on_out == NULL) {
+    if (self->handlers[ON_OUT] == NULL) {
         return "attach() must precede the first enter()";
     }
     if (budget == 0) {
@@ -1547,10 +1855,11 @@ static PyObject *engine_enter(PyObject *object, PyObject *const *args, Py_ssize_
 #define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef engine_methods[] = {
-    {"attach", WITH_KEYWORDS(engine_attach), "Set who answers port accesses."},
+    {"attach", WITH_KEYWORDS(engine_attach), "Set who answers the guest's accesses."},
     {"map_ram", WITH_KEYWORDS(engine_map_ram), "Put RAM at a guest-physical address."},
     {"ram_written", WITH_KEYWORDS(engine_ram_written), "The host wrote guest RAM."},
     {"reset", WITH_KEYWORDS(engine_reset), "Real mode at cs:ip, as after RESET."},
+    {"reset_protected", WITH_KEYWORDS(engine_reset_protected), "32-bit protected mode at eip."},
     {"enter", (PyCFunction)(void (*)(void))engine_enter, METH_FASTCALL | METH_KEYWORDS,
      "Run the guest until the next VM exit."},
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},

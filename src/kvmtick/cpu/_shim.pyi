@@ -2,12 +2,13 @@
 
 from mmap import mmap
 
-from kvmtick.cpu.engine import PortIn, PortOut
+from kvmtick.cpu.engine import Cpuid, MmioRead, MmioWrite, MsrRead, MsrWrite, PortIn, PortOut
 
 def load(path: str, /) -> None:
     """Load libunicorn from `path` and prove that it is the build the shim knows.
 
-    Raises ImportError when it is missing or another version, or when another copy is in use.
+    Raises ImportError when it is missing or another version, when another copy is in use, or when
+    something else loaded it first: the shim must be in front of it in the process.
     """
 
 class Engine:
@@ -20,10 +21,20 @@ class Engine:
     error: str
 
     def __init__(self) -> None: ...
-    def attach(self, on_out: PortOut, on_in: PortIn) -> None: ...
+    def attach(
+        self,
+        on_out: PortOut,
+        on_in: PortIn,
+        on_mmio_write: MmioWrite | None = None,
+        on_mmio_read: MmioRead | None = None,
+        on_wrmsr: MsrWrite | None = None,
+        on_rdmsr: MsrRead | None = None,
+        on_cpuid: Cpuid | None = None,
+    ) -> None: ...
     def map_ram(self, gpa: int, ram: mmap) -> None: ...
     def ram_written(self, gpa: int, size_bytes: int) -> None: ...
     def reset(self, cs: int, ip: int) -> None: ...
+    def reset_protected(self, eip: int) -> None: ...
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
     ) -> int: ...

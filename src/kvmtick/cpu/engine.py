@@ -14,9 +14,11 @@ to the next VM exit:
   `sti; hlt` ends with HLT even when a window was asked for: look again before sleeping);
 * a kick is used up by the exit it causes; one that comes too late for an exit ends the next entry,
   after that entry's event is delivered, with nothing retired;
-* a port access does not leave `enter`: the engine calls the handlers given to `attach`, with the
-  number of instructions retired since the entry, the access itself not counted. To leave after it
-  the handler kicks;
+* accesses to ports, to physical memory that is no RAM and to the MSRs in `MSRS` do not leave
+  `enter`: the engine calls the handlers given to `attach`, with the number of instructions retired
+  since the entry, the access itself not counted. To leave after it the handler kicks; the access is
+  done once, and the kick ends the execution at the boundary behind the instruction;
+* CPUID answers what the handler says;
 * every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date.
 
 Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
@@ -35,16 +37,26 @@ from typing import Protocol
 __all__ = [
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
+    "MSRS",
+    "Cpuid",
     "Engine",
     "EventType",
     "ExitReason",
     "Interruptibility",
+    "MmioRead",
+    "MmioWrite",
+    "MsrRead",
+    "MsrWrite",
     "PortIn",
     "PortOut",
 ]
 
 INTR_INFO_DELIVER_CODE = 1 << 11
 INTR_INFO_VALID = 1 << 31
+
+MSRS = frozenset({0x10, 0x1B, 0x6E0, *range(0x800, 0x900)})
+"""The MSRs that handlers answer: IA32_TIME_STAMP_COUNTER, IA32_APIC_BASE, IA32_TSC_DEADLINE and the
+x2APIC's. All others are the CPU's own."""
 
 
 class EventType(IntEnum):
@@ -85,6 +97,21 @@ PortOut = Callable[[int, int, int, int], None]
 PortIn = Callable[[int, int, int], int]
 """`(port, size_bytes, retired)`: the guest reads `port`; returns the value."""
 
+MmioWrite = Callable[[int, int, int, int], None]
+"""`(gpa, size_bytes, value, retired)`: the guest wrote `value` where no RAM is."""
+
+MmioRead = Callable[[int, int, int], int]
+"""`(gpa, size_bytes, retired)`: the guest reads where no RAM is; returns the value."""
+
+MsrWrite = Callable[[int, int, int], bool]
+"""`(index, value, retired)`: WRMSR of 64 bits; False: the guest gets #GP(0)."""
+
+MsrRead = Callable[[int, int], int | None]
+"""`(index, retired)`: RDMSR; returns the 64 bits, None: the guest gets #GP(0)."""
+
+Cpuid = Callable[[int, int], tuple[int, int, int, int]]
+"""`(function, index)` are EAX and ECX; returns EAX, EBX, ECX, EDX."""
+
 
 class Engine(Protocol):
     """Executes guest instructions for one vCPU."""
@@ -96,14 +123,26 @@ class Engine(Protocol):
     idt_vectoring_info: int
     error: str
 
-    def attach(self, on_out: PortOut, on_in: PortIn) -> None:
-        """Set who answers port accesses. Must precede the first `enter`."""
+    def attach(
+        self,
+        on_out: PortOut,
+        on_in: PortIn,
+        on_mmio_write: MmioWrite | None = None,
+        on_mmio_read: MmioRead | None = None,
+        on_wrmsr: MsrWrite | None = None,
+        on_rdmsr: MsrRead | None = None,
+        on_cpuid: Cpuid | None = None,
+    ) -> None:
+        """Set who answers the guest's accesses. Must precede the first `enter`.
+
+        Without a handler memory that is no RAM reads all ones and swallows writes, the MSRs of
+        `MSRS` give #GP(0), and CPUID reads 0.
+        """
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
         """Put `ram` (anonymous, a multiple of 4096 bytes) at guest-physical address `gpa`.
 
-        The guest and the host see the same bytes; reads of physical addresses nobody mapped give
-        all ones, writes there are lost.
+        The guest and the host see the same bytes; what is not mapped is the MMIO handlers'.
         """
 
     def ram_written(self, gpa: int, size_bytes: int) -> None:
@@ -111,6 +150,11 @@ class Engine(Protocol):
 
     def reset(self, cs: int, ip: int) -> None:
         """Registers as after RESET (SDM table 10-1), but starting at `cs`:`ip` in real mode."""
+
+    def reset_protected(self, eip: int) -> None:
+        """As `reset`, but in 32-bit protected mode without paging, at `eip`: CS and the data
+        segments are flat (base 0, limit 4 GiB), GDTR and IDTR are empty, IF is clear.
+        """
 
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int

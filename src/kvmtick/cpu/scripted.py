@@ -16,18 +16,25 @@ delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
 
     engine = ScriptedEngine(main, {0x20: tick})
 
+A refused MSR access is #GP: it starts the handler of vector 13, and counts as an instruction. When
+the handler ends, the routine goes on behind the access.
+
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
-guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`), code in RAM, stack,
-error codes, exceptions and software interrupts of the guest itself, SYSCALL, string I/O. An IRET
-restores the whole RFLAGS that delivery pushed; a routine cannot change what was pushed.
+guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
+`MmioRead` always go to the handlers), code in RAM, stack, error codes, exceptions other than that
+#GP, software interrupts of the guest itself, SYSCALL, string I/O; MSRs that handlers do not answer
+read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; a routine cannot
+change what was pushed. After `reset_protected` only the registers differ.
 """
 
 from collections.abc import Callable, Generator, Mapping
 from mmap import mmap
 from typing import TypeAlias
 
+from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
     INTR_INFO_VALID,
+    MSRS,
     EventType,
     ExitReason,
     Interruptibility,
@@ -38,22 +45,32 @@ from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
     "Cli",
+    "Cpuid",
     "Hlt",
     "In",
+    "MmioRead",
+    "MmioWrite",
     "MovSs",
     "Operation",
     "Out",
     "Program",
+    "Rdmsr",
     "Rdtsc",
     "Routine",
     "ScriptedEngine",
     "Spin",
     "Sti",
+    "Wrmsr",
 ]
 
 FLAGS_FIXED = 1 << 1
 FLAGS_IF = 1 << 9
 NMI_VECTOR = 2
+GP_VECTOR = 13
+CR0_RESET = 0x6000_0010
+CR0_PE = 1
+FLAT_CODE = 0x08
+FLAT_DATA = 0x10
 
 REGISTERS = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
@@ -92,6 +109,56 @@ class In:
     def __init__(self, port: int, size_bytes: int = 1) -> None:
         self.port = port
         self.size_bytes = size_bytes
+
+
+class MmioWrite:
+    """MOV to memory that is no RAM: writes `value` at guest-physical `gpa`."""
+
+    __slots__ = ("gpa", "size_bytes", "value")
+
+    def __init__(self, gpa: int, value: int, size_bytes: int = 4) -> None:
+        self.gpa = gpa
+        self.value = value
+        self.size_bytes = size_bytes
+
+
+class MmioRead:
+    """MOV from memory that is no RAM: the `yield` returns what is at guest-physical `gpa`."""
+
+    __slots__ = ("gpa", "size_bytes")
+
+    def __init__(self, gpa: int, size_bytes: int = 4) -> None:
+        self.gpa = gpa
+        self.size_bytes = size_bytes
+
+
+class Wrmsr:
+    """WRMSR: writes the 64 bits `value`."""
+
+    __slots__ = ("index", "value")
+
+    def __init__(self, index: int, value: int) -> None:
+        self.index = index
+        self.value = value
+
+
+class Rdmsr:
+    """RDMSR: the `yield` returns the 64 bits, 0 after #GP."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Cpuid:
+    """CPUID: the `yield` returns EAX | EBX << 32 | ECX << 64 | EDX << 96."""
+
+    __slots__ = ("function", "index")
+
+    def __init__(self, function: int, index: int = 0) -> None:
+        self.function = function
+        self.index = index
 
 
 class Spin:
@@ -133,7 +200,9 @@ class Rdtsc:
     __slots__ = ()
 
 
-Operation: TypeAlias = Out | In | Spin | Hlt | Cli | Sti | MovSs | Rdtsc
+Operation: TypeAlias = (
+    Out | In | MmioWrite | MmioRead | Wrmsr | Rdmsr | Cpuid | Spin | Hlt | Cli | Sti | MovSs | Rdtsc
+)
 Program: TypeAlias = Generator[Operation, int, None]
 """A running routine. A `yield` returns 0 for operations that read nothing."""
 Routine: TypeAlias = Callable[[], Program]
@@ -169,6 +238,11 @@ class ScriptedEngine:
         self._handlers = dict(handlers or {})
         self._on_out: PortOut | None = None
         self._on_in: PortIn | None = None
+        self._on_mmio_write: contract.MmioWrite | None = None
+        self._on_mmio_read: contract.MmioRead | None = None
+        self._on_wrmsr: contract.MsrWrite | None = None
+        self._on_rdmsr: contract.MsrRead | None = None
+        self._on_cpuid: contract.Cpuid | None = None
         self._ram: list[tuple[int, mmap]] = []
         self._registers = dict.fromkeys(REGISTERS, 0)
         self._kicked = False
@@ -179,9 +253,23 @@ class ScriptedEngine:
         self._host_tsc_offset_ns: int | None = None
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
 
-    def attach(self, on_out: PortOut, on_in: PortIn) -> None:
+    def attach(
+        self,
+        on_out: PortOut,
+        on_in: PortIn,
+        on_mmio_write: contract.MmioWrite | None = None,
+        on_mmio_read: contract.MmioRead | None = None,
+        on_wrmsr: contract.MsrWrite | None = None,
+        on_rdmsr: contract.MsrRead | None = None,
+        on_cpuid: contract.Cpuid | None = None,
+    ) -> None:
         self._on_out = on_out
         self._on_in = on_in
+        self._on_mmio_write = on_mmio_write
+        self._on_mmio_read = on_mmio_read
+        self._on_wrmsr = on_wrmsr
+        self._on_rdmsr = on_rdmsr
+        self._on_cpuid = on_cpuid
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
         self._ram.append((gpa, ram))
@@ -209,6 +297,12 @@ class ScriptedEngine:
         self.interruptibility = 0
         self.retired = 0
         self.idt_vectoring_info = 0
+
+    def reset_protected(self, eip: int) -> None:
+        self.reset(FLAT_CODE, eip)
+        for name in ("es", "ss", "ds", "fs", "gs"):
+            self._registers[name] = FLAT_DATA
+        self._registers["cr0"] = CR0_RESET | CR0_PE
 
     def kick(self) -> None:
         self._kicked = True
@@ -270,12 +364,15 @@ class ScriptedEngine:
         handler = self._handlers.get(vector)
         if handler is None:
             return EXIT_TRIPLE_FAULT
-        self._frames.append(_Frame(handler(), self.rflags))
-        self.rflags &= ~FLAGS_IF
-        self.interruptibility &= SHADOW_NMI
+        self._start_handler(handler)
         if kind == EventType.NMI:
             self.interruptibility |= SHADOW_NMI
         return None
+
+    def _start_handler(self, handler: Routine) -> None:
+        self._frames.append(_Frame(handler(), self.rflags))
+        self.rflags &= ~FLAGS_IF
+        self.interruptibility &= SHADOW_NMI
 
     def _run(self, irq_window: bool, nmi_window: bool, budget: int) -> int:
         windows = irq_window or nmi_window
@@ -295,8 +392,10 @@ class ScriptedEngine:
             frame = self._frames[-1]
             if frame.spin_left:
                 self._spin(frame, left)
-            elif self._step(frame):
-                return EXIT_HLT
+            else:
+                reason = self._step(frame)
+                if reason:
+                    return reason
 
     def _spin(self, frame: _Frame, left: int) -> None:
         """As much of a spin as changes nothing that a boundary looks at."""
@@ -305,8 +404,11 @@ class ScriptedEngine:
         self.retired += count
         self.interruptibility &= SHADOW_NMI
 
-    def _step(self, frame: _Frame) -> bool:
-        """Execute one instruction; true when it was HLT. A Spin only begins, and counts nothing."""
+    def _step(self, frame: _Frame) -> int:
+        """Execute one instruction; an exit reason when it has one, else 0.
+
+        A Spin only begins, and counts nothing.
+        """
         try:
             operation: Operation = (
                 next(frame.program) if frame.answer is None else frame.program.send(frame.answer)
@@ -318,7 +420,7 @@ class ScriptedEngine:
         if kind is Spin:
             assert isinstance(operation, Spin)
             frame.spin_left = operation.instructions
-            return False
+            return 0
         shadow = self.interruptibility & ~SHADOW_NMI
         self.interruptibility &= SHADOW_NMI
         try:
@@ -326,17 +428,24 @@ class ScriptedEngine:
         finally:
             self.retired += 1
 
-    def _execute(self, frame: _Frame, operation: Operation, shadow: int) -> bool:
+    def _execute(self, frame: _Frame, operation: Operation, shadow: int) -> int:
         if isinstance(operation, Out):
             assert self._on_out is not None
             self._on_out(operation.port, operation.size_bytes, operation.value, self.retired)
         elif isinstance(operation, Hlt):
-            return True
+            return EXIT_HLT
         elif isinstance(operation, In):
             assert self._on_in is not None
             ones = (1 << (8 * operation.size_bytes)) - 1
             frame.answer = ones  # what is read when the handler raises
             frame.answer = self._on_in(operation.port, operation.size_bytes, self.retired) & ones
+        elif isinstance(operation, MmioWrite):
+            if self._on_mmio_write is not None:
+                self._on_mmio_write(
+                    operation.gpa, operation.size_bytes, operation.value, self.retired
+                )
+        elif isinstance(operation, MmioRead):
+            self._read_mmio(frame, operation)
         elif isinstance(operation, Sti):
             if not self.rflags & FLAGS_IF and not shadow:
                 self.interruptibility |= SHADOW_STI
@@ -348,22 +457,63 @@ class ScriptedEngine:
                 self.interruptibility |= SHADOW_MOV_SS
         elif isinstance(operation, Rdtsc):
             frame.answer = self._read_tsc()
+        elif isinstance(operation, Wrmsr):
+            return self._wrmsr(operation)
+        elif isinstance(operation, Rdmsr):
+            return self._rdmsr(frame, operation)
+        elif isinstance(operation, Cpuid):
+            if self._on_cpuid is not None:
+                eax, ebx, ecx, edx = self._on_cpuid(operation.function, operation.index)
+                frame.answer = eax | ebx << 32 | ecx << 64 | edx << 96
         else:
             raise TypeError(f"a guest yielded {operation!r}, which is no operation")
-        return False
+        return 0
+
+    def _read_mmio(self, frame: _Frame, operation: MmioRead) -> None:
+        ones = (1 << (8 * operation.size_bytes)) - 1
+        frame.answer = ones
+        if self._on_mmio_read is not None:
+            value = self._on_mmio_read(operation.gpa, operation.size_bytes, self.retired)
+            frame.answer = value & ones
+
+    def _wrmsr(self, operation: Wrmsr) -> int:
+        if operation.index not in MSRS:
+            return 0
+        on_wrmsr = self._on_wrmsr
+        if on_wrmsr is not None and on_wrmsr(operation.index, operation.value, self.retired):
+            return 0
+        return self._general_protection()
+
+    def _rdmsr(self, frame: _Frame, operation: Rdmsr) -> int:
+        if operation.index not in MSRS:
+            return 0
+        on_rdmsr = self._on_rdmsr
+        value = None if on_rdmsr is None else on_rdmsr(operation.index, self.retired)
+        if value is None:
+            return self._general_protection()
+        frame.answer = value
+        return 0
+
+    def _general_protection(self) -> int:
+        """#GP of the running instruction; an exit reason when nothing handles it, else 0."""
+        handler = self._handlers.get(GP_VECTOR)
+        if handler is None:
+            return EXIT_TRIPLE_FAULT
+        self._start_handler(handler)
+        return 0
 
     def _read_tsc(self) -> int:
         if self._host_tsc_offset_ns is None:
             return (self._tsc + self.retired) & 0xFFFF_FFFF_FFFF_FFFF
         return MonotonicClock().now_ns - self._host_tsc_offset_ns
 
-    def _return(self, frame: _Frame) -> bool:
-        """A routine ended: IRET in a handler, HLT in the program; true for HLT."""
+    def _return(self, frame: _Frame) -> int:
+        """A routine ended: IRET in a handler (0), HLT in the program (its exit reason)."""
         self.retired += 1
         self.interruptibility &= SHADOW_NMI
         if len(self._frames) == 1:
-            return True
+            return EXIT_HLT
         self._frames.pop()
         self.rflags = frame.interrupted_rflags
         self.interruptibility = 0
-        return False
+        return 0

@@ -1,10 +1,22 @@
 """The `unicorn` engine: guest code on Unicorn 2.1.4 through a native shim.
 
-Implements, in real mode: delivery of external interrupts, NMIs and exceptions through the IVT
-(Intel SDM vol. 3A, 6.12; vol. 3B, 21.1.4), the shadows of STI and MOV SS (vol. 3A, 6.8.3), NMI
-blocking until IRET (6.7.1), double and triple faults (6.15, interrupt 8), HLT, IN, OUT, INS and
-OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), VM-entry event injection, interrupt-
-window and NMI-window exiting (vol. 3C, 27.6 and 26.2). The CPU calls itself a Sandy Bridge.
+Implements, in real mode (unreal mode included) and in 32-bit protected mode without paging:
+delivery of external interrupts, NMIs and exceptions through the IVT (Intel SDM vol. 3A, 6.12;
+vol. 3B, 21.1.4) or the IDT with error codes (vol. 3A, 6.10 to 6.13), the shadows of STI and MOV SS
+(vol. 3A, 6.8.3), NMI blocking until IRET (6.7.1), double and triple faults (6.15, interrupt 8),
+HLT, IN, OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), VM-entry event
+injection, interrupt-window and NMI-window exiting (vol. 3C, 27.6 and 26.2). Accesses to memory that
+is no RAM, CPUID (vol. 2A) and the MSRs in `engine.MSRS` (RDMSR and WRMSR, vol. 2B and 2C) are
+answered by the handlers; a refused MSR access is #GP(0). The CPU calls itself a Sandy Bridge in EDX
+after a reset.
+
+The shim puts itself in front of two of the library's functions for RDMSR and WRMSR. That works only
+in a process where nothing has loaded the library before the first engine is opened; importing the
+`unicorn` package later does no harm.
+
+Memory accesses reach the handlers as the library splits them: accesses of 8 and 16 bytes as dwords,
+from the lowest address up; an unaligned write as bytes; an unaligned read as the two aligned reads
+around it. A locked access to memory that is no RAM is a read and a write.
 
 An instruction that faults counts in `retired` like one that completed: the time goes into the
 delivery, and a guest that does nothing but fault still uses up its budget. REP string instructions
@@ -12,18 +24,21 @@ count their rounds, and one when there is none.
 
 Not modelled:
 
-* protected and long mode: code there runs, but the IDT, faults on instruction fetch, CR8, the APIC
-  base and SYSCALL are not looked after;
+* paging, virtual-8086 mode and long mode: code there runs, but shadows and REP rounds may be told
+  wrong, and faults on instruction fetch, CR8 and SYSCALL are not looked after;
+* task gates and other privilege levels than 0 are left to Unicorn, untested;
 * STI with IF already set casts a shadow here and none on the processor;
 * an injected software interrupt or exception pushes RIP as it stands (the contract has no
-  instruction length) and no error code (real mode pushes none);
+  instruction length); an injected exception that has an error code pushes 0;
 * segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
 * RF is not pushed on faults;
-* the FPU, SSE and debug registers keep their values over `reset`;
-* RDRAND and RDSEED are absent (#UD, and CPUID says so): runs repeat;
-* model-specific registers do not work; IA32_TSC_AUX reads 0 in RDTSCP;
-* a port handler that rewrites the code right behind its OUT: the translated block still runs on;
+* the FPU, SSE, debug and the CPU's own model-specific registers keep their values over `reset`;
+* RDRAND and RDSEED are absent (#UD, whatever the CPUID handler says): runs repeat;
+* MSRs outside `engine.MSRS` are Unicorn's: unknown ones read 0 and swallow writes, without #GP;
+  IA32_TSC_AUX reads 0 in RDTSCP;
+* a handler that rewrites the code right behind the access it answers: the translated block still
+  runs on;
 * two engines over the same RAM do not see each other's modified code (`ram_written` mends it);
 * physical addresses from 4 GiB on that nobody mapped: INTERNAL_ERROR.
 """
@@ -58,7 +73,8 @@ def find_library() -> str:
 class UnicornEngine(_shim.Engine):
     """One x86 CPU that executes machine code; see `kvmtick.cpu.engine.Engine`.
 
-    Opening takes some 10 ms. Raises ImportError when Unicorn 2.1.4 is missing.
+    Opening takes some 10 ms. Raises ImportError when Unicorn 2.1.4 is missing or was loaded by
+    something else first.
     """
 
     name = "unicorn"

@@ -14,13 +14,19 @@ offset field      meaning
 0x14   counter    ticks taken so far, counted by the guest's handler
 0x18   tsc_khz    TSC rate in kHz, for the guest's RDTSC delays; the virtual TSC has 1000000
 0x1c   param_ms   a duration in milliseconds; each guest says what for
-0x20   flags      0; no guest uses a flag yet
-0x24   reserved   2 words
+0x20   flags      each guest says what for: ``timer`` and ``ack`` of `load` set them
+0x24   period_ns  period of the local APIC's timer in ns; 0 in guests that do not use it
+0x28   reserved   1 word
 0x2c   snapshot   8 words: values of ``counter`` at moments a guest names
 ====== ========== ================================================================================
 
-A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code (0xff: an
-exception or an interrupt it does not expect). What it prints goes to port 0xe9.
+A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code (1: no x2APIC in
+CPUID, or a PIT register that is wrong, 2: no TSC deadline in CPUID, 3: vCPU 1 did not start, 4: LVTT
+does not keep a timer mode, 0xff: an exception or an interrupt it does not expect). What it prints
+goes to port 0xe9.
+
+What a guest needs beyond a PIT, an irqchip and vCPU 0 stands in `Guest.needs`; `gsi_routing` makes
+the routing table of it. Guests of the APICs switch to unreal mode (4 GiB limits) by themselves.
 
 The sources are the ``.asm`` and ``.inc`` files beside this module; ``python -m
 kvmtick.guests.build`` assembles them into the ``.bin`` files.
@@ -29,25 +35,33 @@ kvmtick.guests.build`` assembles them into the ``.bin`` files.
 import difflib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+
+from kvmtick.guests.needs import DEFAULT_NEEDS, MSI_ADDRESS, Needs, gsi_routing
 
 __all__ = [
     "DEFAULT_DIVISOR",
+    "DEFAULT_NEEDS",
     "ENTRY",
     "LOAD_AT",
     "MAGIC",
+    "MSI_ADDRESS",
     "PARAMETERS",
     "PIT_HZ",
     "Guest",
+    "Needs",
     "ParameterOffsets",
     "Parameters",
+    "TimerMode",
     "UnknownGuestError",
     "divisor_for",
+    "gsi_routing",
     "load",
     "names",
+    "period_ns_for",
 ]
 
 LOAD_AT: Final = 0x8000
@@ -66,8 +80,14 @@ DEFAULT_DIVISOR: Final = 1193
 """PIT count if none is asked for: 999848 ns, 1 kHz."""
 
 _BLOCK: Final = struct.Struct("<8s6I2I8I")
+
+TimerMode = Literal["periodic", "oneshot", "tsc-deadline"]
+"""How tick-lapic lets the local APIC's timer run."""
+
 _MAX_DIVISOR: Final = 65536
 _MIN_HZ: Final = 18.2
+_MIN_LAPIC_HZ, _MAX_LAPIC_HZ = 0.25, 1_000_000
+_NS_PER_S: Final = 1_000_000_000
 _U32: Final = 0xFFFF_FFFF
 _MAX_PARAM_MS: Final = 3_600_000
 _MAX_TSC_KHZ: Final = 10_000_000
@@ -78,9 +98,29 @@ _DESCRIPTIONS: Final = {
     "tick-mask": "3 ticks, then IRQ 0 masked in the PIC for param_ms, then on to the count",
     "tick-noeoi": "a handler without EOI: one tick, then HLT for ever",
     "tick-oneshot": "PIT mode 0: the handler loads the count of the next tick",
+    "tick-ioapic": "the PIT's tick through IOAPIC pin 2, the PICs closed, EOI to the local APIC",
+    "tick-msi": "the PIT's tick as an MSI; reinjection off, for nothing acknowledges it",
+    "tick-lapic": "the local APIC's own timer: periodic, one-shot or TSC deadline",
+    "tick-x2apic": "the local APIC's timer, periodic, in x2APIC mode: all registers are MSRs",
+    "nmi-watchdog": "the PIT through LVT0 as an NMI, IF=0 all the time; the handler polls the PIC",
+    "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)
+
+_NEEDS: Final = {
+    "tick-ioapic": Needs(gsi0="ioapic-pin-2"),
+    "tick-msi": Needs(gsi0="msi", msi_vector=0x43, reinject=False),
+    "tick-lapic": Needs(tick_source="lapic", cpuid=()),
+    "tick-x2apic": Needs(tick_source="lapic", cpuid=("x2apic",)),
+    "ipi-tick": Needs(vcpus=2),
+}
+"""Of the guests that need more than the default."""
+
+_TIMER_FLAGS: Final[dict[str, int]] = {"periodic": 0, "oneshot": 1, "tsc-deadline": 2}
+_TIMER_GUEST: Final = "tick-lapic"
+_NO_ACK_FLAG: Final = 0x10
+_NO_ACK_GUEST: Final = "nmi-watchdog"
 
 
 class UnknownGuestError(ValueError):
@@ -104,13 +144,24 @@ class ParameterOffsets:
     tsc_khz: int
     param_ms: int
     flags: int
+    period_ns: int
     reserved: int
     snapshot: int
     end: int
 
 
 PARAMETERS: Final = ParameterOffsets(
-    *(LOAD_AT + offset for offset in (0x04, 0x0C, 0x10, 0x14, 0x18, 0x1C, 0x20, 0x24, 0x2C, 0x4C))
+    magic=LOAD_AT + 0x04,
+    count=LOAD_AT + 0x0C,
+    divisor=LOAD_AT + 0x10,
+    counter=LOAD_AT + 0x14,
+    tsc_khz=LOAD_AT + 0x18,
+    param_ms=LOAD_AT + 0x1C,
+    flags=LOAD_AT + 0x20,
+    period_ns=LOAD_AT + 0x24,
+    reserved=LOAD_AT + 0x28,
+    snapshot=LOAD_AT + 0x2C,
+    end=LOAD_AT + 0x4C,
 )
 """The block of every built-in guest."""
 
@@ -125,7 +176,8 @@ class Parameters:
     tsc_khz: int
     param_ms: int
     flags: int
-    reserved: tuple[int, int]
+    period_ns: int
+    reserved: int
     snapshot: tuple[int, ...]
 
     @classmethod
@@ -153,7 +205,8 @@ class Parameters:
             tsc_khz=tsc_khz,
             param_ms=param_ms,
             flags=flags,
-            reserved=(words[0], words[1]),
+            period_ns=words[0],
+            reserved=words[1],
             snapshot=tuple(words[2:]),
         )
 
@@ -171,6 +224,8 @@ class Guest:
     """Real-mode (cs, ip) of the first instruction."""
     parameters: ParameterOffsets | None
     """Where to read the guest's own tick count; None for a foreign image."""
+    needs: Needs = DEFAULT_NEEDS
+    """What the VMM must set up before it starts."""
 
 
 def names() -> dict[str, str]:
@@ -188,6 +243,16 @@ def divisor_for(hz: float) -> int:
     return min(max(round(PIT_HZ / hz), 1), _MAX_DIVISOR)
 
 
+def period_ns_for(hz: float) -> int:
+    """The period in ns of `hz` ticks a second of a local APIC's timer, 0.25 to 1000000."""
+    if isinstance(hz, bool) or not math.isfinite(hz) or not _MIN_LAPIC_HZ <= hz <= _MAX_LAPIC_HZ:
+        raise ValueError(
+            f"hz={hz}: the local APIC's timer does not tick at that rate,"
+            f" give {_MIN_LAPIC_HZ} to {_MAX_LAPIC_HZ}"
+        )
+    return round(_NS_PER_S / hz)
+
+
 def load(
     name: str,
     *,
@@ -197,38 +262,81 @@ def load(
     param_ms: int | None = None,
     tsc_khz: int = 1_000_000,
     flags: int = 0,
+    timer: TimerMode | None = None,
+    ack: bool = True,
 ) -> Guest:
     """A built-in guest with its parameter block filled in.
 
-    `ticks`: how many it waits for, 0 = for ever. Its tick rate is `hz` a second or the PIT count
-    `divisor` (1..65536), default 1 kHz. `param_ms` (ms, up to an hour) is what the guest's
-    description says, default 50. `tsc_khz` must be the rate of the TSC the guest will read.
+    `ticks`: how many it waits for, 0 = for ever. Its tick rate is `hz` a second or, if it uses the
+    PIT, the PIT count `divisor` (1..65536); default 1 kHz. `param_ms` (ms, up to an hour) is what
+    the guest's description says, default 50. `tsc_khz` must be the rate of the TSC the guest will
+    read. `timer` is how tick-lapic uses its timer, default "periodic"; `ack=False` lets
+    nmi-watchdog leave its ticks unacknowledged. Both are set in `flags` besides those given.
 
-    Raises UnknownGuestError for a name that is not there, ValueError for a value out of range.
+    Raises UnknownGuestError for a name that is not there, ValueError for a value out of range or
+    an option the guest does not have.
     """
     if name not in _DESCRIPTIONS and name not in _UNLISTED:
         raise UnknownGuestError(name)
-    if divisor is None:
-        divisor = DEFAULT_DIVISOR if hz is None else divisor_for(hz)
-    elif hz is not None:
-        raise ValueError(f"hz={hz} and divisor={divisor}: give one of them, they mean the same")
+    flags = _checked("flags", flags, 0, _U32) | _option_flags(name, timer, ack)
+    needs = _NEEDS.get(name, DEFAULT_NEEDS)
+    if name == _TIMER_GUEST and flags & _TIMER_FLAGS["tsc-deadline"]:
+        needs = replace(needs, cpuid=("tsc_deadline",))
     image = bytearray(Path(__file__).with_name(f"{name}.bin").read_bytes())
     at = PARAMETERS.magic - LOAD_AT
     block = Parameters.read(image, at)
+    if needs.tick_source == "lapic":
+        if divisor is not None:
+            raise ValueError(f"divisor={divisor}: {name!r} does not tick by the PIT; give hz")
+        divisor = block.divisor
+        period_ns = block.period_ns if hz is None else period_ns_for(hz)
+    else:
+        divisor = _divisor(hz, divisor)
+        period_ns = block.period_ns
     _BLOCK.pack_into(
         image,
         at,
         MAGIC,
         _checked("ticks", ticks, 0, _U32),
-        _checked("divisor", divisor, 1, _MAX_DIVISOR),
+        divisor,
         0,
         _checked("tsc_khz", tsc_khz, 1, _MAX_TSC_KHZ),
         block.param_ms if param_ms is None else _checked("param_ms", param_ms, 0, _MAX_PARAM_MS),
-        _checked("flags", flags, 0, _U32),
-        *block.reserved,
+        flags,
+        period_ns,
+        block.reserved,
         *block.snapshot,
     )
-    return Guest(name, bytes(image), LOAD_AT, ENTRY, PARAMETERS)
+    return Guest(name, bytes(image), LOAD_AT, ENTRY, PARAMETERS, needs)
+
+
+def _divisor(hz: float | None, divisor: int | None) -> int:
+    """The PIT count that `load` was asked for."""
+    if divisor is None:
+        return DEFAULT_DIVISOR if hz is None else divisor_for(hz)
+    if hz is not None:
+        raise ValueError(f"hz={hz} and divisor={divisor}: give one of them, they mean the same")
+    return _checked("divisor", divisor, 1, _MAX_DIVISOR)
+
+
+def _option_flags(name: str, timer: str | None, ack: bool) -> int:
+    """The parameter block's flags for the options only one guest has."""
+    flags = 0
+    if timer is not None:
+        if name != _TIMER_GUEST:
+            raise ValueError(
+                f"timer={timer!r}: {name!r} has no choice of timer; use {_TIMER_GUEST}"
+            )
+        if timer not in _TIMER_FLAGS:
+            raise ValueError(f"timer={timer!r}: there are {', '.join(_TIMER_FLAGS)}")
+        flags |= _TIMER_FLAGS[timer]
+    if not ack:
+        if name != _NO_ACK_GUEST:
+            raise ValueError(
+                f"ack={ack}: {name!r} has no way to leave that out; use {_NO_ACK_GUEST}"
+            )
+        flags |= _NO_ACK_FLAG
+    return flags
 
 
 def _checked(name: str, value: int, low: int, high: int) -> int:

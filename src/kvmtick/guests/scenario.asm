@@ -1,6 +1,6 @@
 ; scenario - a small interpreter: the guest does what a script tells it to. For tests.
 ;
-; The loader puts the script at image offset 0x800. It initialises the PICs and the IVT; the PIT
+; The loader puts the script at image offset 0x1000. It initialises the PICs and the IVT; the PIT
 ; and all else is up to the script. One operation is 8 bytes: u16 code, u16 arg16, u32 arg32.
 ;
 ;   code  name        arg16  arg32
@@ -17,22 +17,57 @@
 ;   10    EOI_ON      -      -
 ;   11    WAIT_TICKS  -      n        STI, HLT until `counter` has gone up by n
 ;   12    SNAP        -      i        results[i] = counter
+;   13    UNREAL      -      -        32-bit addresses from now on; vectors 0x30..0xef are counted
+;   14    ADDR        -      address  of the MMIO and MSR operations that follow
+;   15    MMIO_W32    -      value    write 4 bytes at the address; needs UNREAL
+;   16    MMIO_R32    i      -        results[i] = 4 bytes read there
+;   17    MMIO_W16    -      value    the same with 2 bytes
+;   18    MMIO_R16    i      -
+;   19    MMIO_W8     -      value    and with one
+;   20    MMIO_R8     i      -
+;   21    MSR_HI      -      value    high half for the next WRMSR only, otherwise 0
+;   22    WRMSR       -      value    low half; the address is the MSR's index
+;   23    RDMSR       i      -        results[i], results[i + 1] = low, high half
+;   24    CPUID       i      leaf     results[i..i + 3] = EAX, EBX, ECX, EDX; sub-leaf 0
+;   25    APIC_EOI_ON -      how      handlers of 0x30..0xef write EOI: 0 by MMIO (as after UNREAL),
+;                                     1 by x2APIC MSR
+;   26    APIC_EOI_OFF -     -        they write none
+;   27    TSC_READ    i      -        results[i], results[i + 1] = low, high half of the TSC
+;   28    WAIT_VECTOR vector n        STI, HLT until apic_vectors[vector] has gone up by n
+;   29    SNAP_VECTOR vector i        results[i] = apic_vectors[vector]
+;   30    WAIT_NMIS   -      n        HLT with IF as it is until `nmis` has gone up by n
 ;
-; IDLE_MS and WAIT_TICKS leave IF=1. They wake only by an interrupt: without one they sleep for
-; ever. A code that does not exist ends the run with ERROR_OPERATION.
+; IDLE_MS, WAIT_TICKS and WAIT_VECTOR leave IF=1. They wake only by an interrupt: without one they
+; sleep for ever. A code that does not exist ends the run with ERROR_OPERATION.
+; A WRMSR or RDMSR that the CPU refuses with #GP counts in `faults`; RDMSR then gives all ones.
 ; A slave PIC that the script has not initialised has vector base 0; give it 0x28.
 
 %include "common.inc"
 
 ERROR_OPERATION equ 0xfe
+VECTOR_GP       equ 13
+APIC_VECTOR     equ 0x30                ; the first one that is counted in apic_vectors
+APIC_VECTORS    equ 0xf0 - APIC_VECTOR
+RESULTS         equ 128
+EOI_BY_MMIO     equ 1
+EOI_BY_MSR      equ 2
 
 ; Where the host looks (image offsets).
         times 0x100 - ($ - $$) int3
-results:        times 32 dd 0           ; 0x100  filled by IN8 and SNAP; index taken modulo 32
-vectors:        times 16 dd 0           ; 0x180  interrupts taken at 0x20..0x2f
-nmis:           dd 0                    ; 0x1c0  NMIs taken
-                                        ; 0x1c4  end
+results:        times RESULTS dd 0      ; 0x100  filled by operations; index taken modulo 128
+vectors:        times 16 dd 0           ; 0x300  interrupts taken at 0x20..0x2f
+nmis:           dd 0                    ; 0x340  NMIs taken
+faults:         dd 0                    ; 0x344  WRMSR and RDMSR refused with #GP
+        times 0x400 - ($ - $$) db 0
+apic_vectors:   times 256 dd 0          ; 0x400  interrupts taken at 0x30..0xef
+                                        ; 0x800  end
+
 eoi_on:         db 1
+eoi_how:        db 0                    ; how the handlers of 0x30..0xef write EOI; 0: not
+address:        dd 0
+msr_high:       dd 0
+
+%include "apic.inc"
 
 ; The script. SI = the next operation; handlers leave all registers alone.
 
@@ -53,7 +88,10 @@ next:   mov     bx, [si]
 
 operations:
         dw      op_end, op_nop, op_cli, op_sti, op_spin_ms, op_idle_ms, op_out8, op_in8
-        dw      op_out32, op_eoi_off, op_eoi_on, op_wait_ticks, op_snap
+        dw      op_out32, op_eoi_off, op_eoi_on, op_wait_ticks, op_snap, op_unreal, op_addr
+        dw      op_mmio_w32, op_mmio_r32, op_mmio_w16, op_mmio_r16, op_mmio_w8, op_mmio_r8
+        dw      op_msr_hi, op_wrmsr, op_rdmsr, op_cpuid, op_apic_eoi_on, op_apic_eoi_off
+        dw      op_tsc_read, op_wait_vector, op_snap_vector, op_wait_nmis
 OPERATIONS      equ ($ - operations) / 2
 
 no_such_operation:
@@ -118,10 +156,148 @@ op_wait_ticks:
 op_snap:
         mov     ebx, eax
         mov     eax, [counter]
-store:  and     bx, 31                  ; results[EBX] = EAX
+store:  and     bx, RESULTS - 1         ; results[EBX] = EAX
         shl     bx, 2
         mov     [results + bx], eax
         jmp     next
+
+op_unreal:
+        pushf
+        cli
+        call    unreal
+        call    set_apic_vectors
+        popf
+        mov     byte [eoi_how], EOI_BY_MMIO
+        jmp     next
+
+op_addr:
+        mov     [address], eax
+        jmp     next
+
+op_mmio_w32:
+        mov     ebx, [address]
+        mov     [ebx], eax
+        jmp     next
+
+op_mmio_r32:
+        mov     ebx, [address]
+        mov     eax, [ebx]
+store_dx:
+        mov     bx, dx                  ; results[DX] = EAX
+        jmp     store
+
+op_mmio_w16:
+        mov     ebx, [address]
+        mov     [ebx], ax
+        jmp     next
+
+op_mmio_r16:
+        mov     ebx, [address]
+        xor     eax, eax
+        mov     ax, [ebx]
+        jmp     store_dx
+
+op_mmio_w8:
+        mov     ebx, [address]
+        mov     [ebx], al
+        jmp     next
+
+op_mmio_r8:
+        mov     ebx, [address]
+        xor     eax, eax
+        mov     al, [ebx]
+        jmp     store_dx
+
+op_msr_hi:
+        mov     [msr_high], eax
+        jmp     next
+
+op_wrmsr:
+        SET_VECTOR VECTOR_GP, gp
+        xor     edx, edx
+        xchg    edx, [msr_high]
+        mov     ecx, [address]
+wrmsr_here:
+        wrmsr
+        jmp     next
+
+op_rdmsr:
+        SET_VECTOR VECTOR_GP, gp
+        mov     bx, dx
+        or      eax, -1                 ; what it gives if refused
+        mov     edx, eax
+        mov     ecx, [address]
+rdmsr_here:
+        rdmsr
+store_pair:                             ; results[BX], results[BX + 1] = EAX, EDX
+        call    put
+        mov     eax, edx
+        call    put
+        jmp     next
+
+op_cpuid:
+        push    dx
+        xor     ecx, ecx
+        cpuid
+        mov     edi, ebx
+        pop     bx
+        call    put
+        mov     eax, edi
+        call    put
+        mov     eax, ecx
+        jmp     store_pair
+
+put:    push    bx                      ; results[BX] = EAX, BX + 1
+        and     bx, RESULTS - 1
+        shl     bx, 2
+        mov     [results + bx], eax
+        pop     bx
+        inc     bx
+        ret
+
+op_apic_eoi_on:
+        inc     ax                      ; EOI_BY_MMIO or EOI_BY_MSR
+        mov     [eoi_how], al
+        jmp     next
+
+op_apic_eoi_off:
+        mov     byte [eoi_how], 0
+        jmp     next
+
+op_tsc_read:
+        mov     bx, dx
+        rdtsc
+        jmp     store_pair
+
+op_wait_vector:
+        mov     di, dx
+        shl     di, 2
+        mov     ebx, [apic_vectors + di]
+        add     ebx, eax                ; the value to wait for
+.sleep: cli
+        mov     eax, [apic_vectors + di]
+        sub     eax, ebx
+        jns     op_sti
+        sti
+        hlt
+        jmp     .sleep
+
+op_snap_vector:
+        mov     di, dx
+        shl     di, 2
+        mov     ebx, eax
+        mov     eax, [apic_vectors + di]
+        jmp     store
+
+; An NMI that comes between the look and HLT is slept over: take some that repeats.
+op_wait_nmis:
+        mov     ebx, [nmis]
+        add     ebx, eax
+.sleep: mov     eax, [nmis]
+        sub     eax, ebx
+        jns     next
+        hlt
+        jmp     .sleep
 
 ; Interrupts.
 
@@ -185,6 +361,65 @@ irq:    push    bx
         jz      .master                 ; the master did deliver its pin 2
         jmp     .slave
 
+; Vectors 0x30..0xef: one CALL each, 4 bytes long. Its return address is 4 * (vector - 0x30) from
+; that of the first: the offset in the table.
+apic_stubs:
+%rep APIC_VECTORS
+        call    near apic_irq
+        int3
+%endrep
+
+APIC_RETURN     equ apic_stubs + 3      ; what the first stub's CALL pushes
+
+apic_irq:
+        push    bp
+        mov     bp, sp
+        push    bx
+        mov     bx, [bp + 2]
+        inc     dword [apic_vectors + 4 * APIC_VECTOR - APIC_RETURN + bx]
+        cmp     byte [eoi_how], EOI_BY_MMIO
+        jb      .back
+        ja      .msr
+        LAPIC_WRITE LAPIC_EOI, 0
+.back:  pop     bx
+        pop     bp
+        add     sp, 2                   ; the stub's return address
+        iret
+.msr:   push    eax
+        push    ecx
+        push    edx
+        xor     eax, eax
+        xor     edx, edx
+        mov     ecx, X2APIC_MSR + LAPIC_EOI / 16
+        wrmsr
+        pop     edx
+        pop     ecx
+        pop     eax
+        jmp     .back
+
+; Vector 13. Only a refused MSR access is stepped over: both instructions have 2 bytes.
+gp:     push    bp
+        mov     bp, sp
+        cmp     word [bp + 2], wrmsr_here
+        je      .step
+        cmp     word [bp + 2], rdmsr_here
+        jne     unexpected
+.step:  add     word [bp + 2], 2
+        inc     dword [faults]
+        pop     bp
+        iret
+
+; IVT entries 0x30..0xef and the spurious one. Clobbers EAX, CX, DI.
+set_apic_vectors:
+        SET_VECTOR VECTOR_SPURIOUS, spurious
+        mov     di, APIC_VECTOR * 4
+        mov     eax, apic_stubs
+        mov     cx, APIC_VECTORS
+.next:  stosd
+        add     eax, 4
+        loop    .next
+        ret
+
 ; IVT entries 0x20..0x2f. Clobbers EAX, CX, DI.
 set_irq_vectors:
         SET_VECTOR VECTOR_IRQ0, irq0
@@ -196,6 +431,6 @@ set_irq_vectors:
         loop    .next
         ret
 
-        times 0x800 - ($ - $$) int3
+        times 0x1000 - ($ - $$) int3
 script: dw      0, 0                    ; END, code 0: stands for "no script"
         dd      0

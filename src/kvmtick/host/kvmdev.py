@@ -9,8 +9,7 @@ is blocked in the running thread and unblocked inside KVM_RUN only, so it ends K
 stays pending when it comes early, and no handler ever runs. A POSIX timer sends it to the thread
 at the deadline, `kick` sends it from any thread; no helper thread, no polling.
 
-Not here: coalesced MMIO, the dirty log and ring, KVM_INTERRUPT and the rest of the userspace
-irqchip, CPUID.
+Not here: coalesced MMIO, the dirty log and ring.
 """
 
 import ctypes
@@ -29,7 +28,15 @@ from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
 
 from kvmtick.abi import HostError, KvmError, ioctls, structs
 from kvmtick.abi.closing import Closing
-from kvmtick.abi.structs import KvmStruct, kvm_regs, kvm_run, kvm_segment, kvm_sregs
+from kvmtick.abi.structs import (
+    KvmStruct,
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_regs,
+    kvm_run,
+    kvm_segment,
+    kvm_sregs,
+)
 
 __all__ = [
     "DEFAULT_LIMIT_S",
@@ -40,6 +47,7 @@ __all__ = [
     "ExitInternalError",
     "ExitIntr",
     "ExitIo",
+    "ExitIoapicEoi",
     "ExitIrqWindowOpen",
     "ExitMmio",
     "ExitOther",
@@ -61,6 +69,11 @@ DEFAULT_LIMIT_S: Final = 10.0
 
 KICK_SIGNAL: Final = signal.SIGRTMIN + 6
 """Ends KVM_RUN; any real-time signal nobody else uses would do."""
+
+MAX_CPUID_ENTRIES: Final = 256
+"""KVM_MAX_CPUID_ENTRIES: a kernel takes and gives no more."""
+
+_CPUID_HEAD, _CPUID_ENTRY = ctypes.sizeof(kvm_cpuid2), ctypes.sizeof(kvm_cpuid_entry2)
 
 _S = TypeVar("_S", bound=KvmStruct)
 
@@ -113,6 +126,13 @@ class ExitIrqWindowOpen:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitIoapicEoi:
+    """KVM_EXIT_IOAPIC_EOI: the guest ended `vector`, which is level-triggered (split irqchip)."""
+
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExitInternalError:
     """KVM_EXIT_INTERNAL_ERROR: KVM could not go on; `suberror`: KVM_INTERNAL_ERROR_*."""
 
@@ -157,6 +177,7 @@ Exit: TypeAlias = (
     | ExitHlt
     | ExitShutdown
     | ExitIrqWindowOpen
+    | ExitIoapicEoi
     | ExitInternalError
     | ExitFailEntry
     | ExitIntr
@@ -202,6 +223,17 @@ class KvmFile(Closing):
         self.ioctl(request, out)
         return out
 
+    def cpuid(self, request: int) -> list[kvm_cpuid_entry2]:
+        """An ioctl that fills in a kvm_cpuid2."""
+        data = bytearray(_CPUID_HEAD + MAX_CPUID_ENTRIES * _CPUID_ENTRY)
+        data[:4] = MAX_CPUID_ENTRIES.to_bytes(4, "little")
+        self.ioctl(request, data)
+        count = int.from_bytes(data[:4], "little")
+        return [
+            kvm_cpuid_entry2.from_buffer_copy(data, _CPUID_HEAD + index * _CPUID_ENTRY)
+            for index in range(count)
+        ]
+
     def close(self) -> None:
         """Give the descriptor back."""
         fd, self._fd = self._fd, -1
@@ -227,6 +259,10 @@ class KvmDevice(KvmFile):
     def vcpu_mmap_size(self) -> int:
         """KVM_GET_VCPU_MMAP_SIZE: bytes of the area shared with a vCPU."""
         return self.ioctl(ioctls.KVM_GET_VCPU_MMAP_SIZE)
+
+    def supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID: what a guest may be shown of this CPU."""
+        return self.cpuid(ioctls.KVM_GET_SUPPORTED_CPUID)
 
     def create_vm(self, type_: int = 0) -> "VmFile":
         """KVM_CREATE_VM. EINVAL: `type_` is not a machine type of this host."""
@@ -377,6 +413,7 @@ class VcpuFile(KvmFile):
         self._lock = threading.Lock()
         self._runner = 0
         self._kicked = False
+        self._ended = False
         self._deadline_s = 0.0
         self._timer = _ThreadTimer()
         try:
@@ -411,8 +448,15 @@ class VcpuFile(KvmFile):
             yield
         finally:
             self._timer.disarm()
+            if threading.current_thread() is not threading.main_thread():
+                # a later thread may get this one's id, but the timer would be for the dead one
+                self._timer.close()
             with self._lock:
                 self._runner = 0
+                if self._ended:
+                    self._ended = False
+                    if self._kvm_run is not None:
+                        self._kvm_run.immediate_exit = int(self._kicked)
             # under the block: what arrived late must not reach the thread unblocked
             _drain()
             if KICK_SIGNAL not in before:
@@ -452,6 +496,18 @@ class VcpuFile(KvmFile):
             if self._kvm_run is not None:
                 self._kvm_run.immediate_exit = 1
             if self._runner:
+                signal.pthread_kill(self._runner, KICK_SIGNAL)
+
+    def end(self) -> None:
+        """As `kick`, but for the `bounded` under way alone: every `enter` in it ends from now on.
+
+        Does nothing when there is none.
+        """
+        with self._lock:
+            if self._runner:
+                self._ended = True
+                if self._kvm_run is not None:
+                    self._kvm_run.immediate_exit = 1
                 signal.pthread_kill(self._runner, KICK_SIGNAL)
 
     def answer(self, data: bytes) -> None:
@@ -504,7 +560,9 @@ class VcpuFile(KvmFile):
         with self._lock:
             if self._kicked:
                 self._kicked = False
-                self.area.immediate_exit = 0
+                self.area.immediate_exit = int(self._ended)
+                return ExitIntr("kick")
+            if self._ended:
                 return ExitIntr("kick")
         return ExitIntr("time") if time.monotonic() >= self._deadline_s else None
 
@@ -525,6 +583,8 @@ class VcpuFile(KvmFile):
             return ExitMmio(
                 mmio.phys_addr, mmio.len, write, bytes(mmio.data[: mmio.len]) if write else b""
             )
+        if reason == structs.KVM_EXIT_IOAPIC_EOI:
+            return ExitIoapicEoi(run.u.eoi.vector)
         if reason == structs.KVM_EXIT_INTERNAL_ERROR:
             internal = run.u.internal
             return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))

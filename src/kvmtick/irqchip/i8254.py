@@ -16,8 +16,10 @@ Where KVM differs from the silicon, KVM's way is kept:
   an earlier mode's timer left it;
 * a periodic interval below 200 us is raised to 200 us, except for the first expiry.
 
-Not modelled: the lock (a machine runs in one thread), the log line that tells of the clamp, the NMI
-watchdog that follows the pulse (it is the local APICs' LVT0 that it delivers).
+After the pulse the worker is the NMI watchdog: while any vCPU's LVT0 is in NMI mode, it delivers the
+LVT0 of every vCPU.
+
+Not modelled: the lock (a machine runs in one thread), the log line that tells of the clamp.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state,
     kvm_pit_state2,
 )
+from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
@@ -153,6 +156,7 @@ class PitBoard(Protocol):
     notifiers: Notifiers
     bus: IoBus
     source_ids: IrqSourceIds
+    delivery: IrqDelivery
     pid: int
 
     def new_address(self) -> int:
@@ -195,6 +199,7 @@ class Pit:
     __slots__ = (
         "_board",
         "_clock",
+        "_delivery",
         "_recorder",
         "_routing",
         "channels",
@@ -217,6 +222,7 @@ class Pit:
         self._clock = board.clock
         self._recorder = board.recorder
         self._routing = board.routing
+        self._delivery = board.delivery
         self.irq_source_id = irq_source_id
         self.worker = worker
         self.work = KthreadWork(self.do_work, Function.PIT_DO_WORK, board.new_address())
@@ -245,12 +251,17 @@ class Pit:
         return RESTART
 
     def do_work(self) -> None:
-        """`pit_do_work`: pulse GSI 0, unless the last pulse still waits for its acknowledgement."""
+        """`pit_do_work`: pulse GSI 0, unless the last pulse still waits for its acknowledgement;
+        then the NMI watchdog.
+        """
         if self.reinject:
             if not self.irq_ack:
                 return
             self.irq_ack = False
         self._routing.pulse(self.irq_source_id, PIT_GSI)
+        # The line is pulsed first: a PIC that is polled by the NMI's handler shows the request.
+        if self._delivery.vapics_in_nmi_mode:
+            self._delivery.deliver_nmi_watchdog()
 
     def ack_irq(self) -> None:
         """`kvm_pit_ack_irq`: the guest acknowledged GSI 0; the next counted expiry may follow."""

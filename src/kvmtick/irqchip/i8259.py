@@ -202,7 +202,7 @@ class Pic:
         for port in (PORT_MASTER, PORT_SLAVE, PORT_ELCR):
             bus.register(port, 2, self)
 
-    def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
+    def set_irq(self, pin: int, irq_source_id: int, level: int, line_status: bool = False) -> int:
         """`kvm_pic_set_irq`: drive pin 0-15; the result is `PicState.set_line`'s."""
         # `__kvm_irq_line_state`: the line is the OR over all sources.
         states = self.irq_states

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, overload
 
 if TYPE_CHECKING:
+    from kvmtick.abi.structs import kvm_cpuid_entry2
     from kvmtick.kvm.kernel import KernelVm
     from kvmtick.kvm.model import ModelVm
 
@@ -31,6 +32,13 @@ class KernelKvm:
     """Makes VMs of /dev/kvm."""
 
     backend = "kernel"
+
+    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID. HostError where /dev/kvm is absent or forbidden."""
+        from kvmtick.host.kvmdev import open_kvm
+
+        with open_kvm() as device:
+            return device.supported_cpuid()
 
     def create_vm(self) -> KernelVm:
         """KVM_CREATE_VM. HostError where /dev/kvm is absent or forbidden."""

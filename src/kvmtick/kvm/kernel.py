@@ -2,12 +2,13 @@
 
 Each method is one ioctl of Documentation/virt/kvm/api.rst and raises `KvmError` with the kernel's
 errno. `KernelVm.run_until_exit` is the user-space side of a small PC: exit port, console, sleep.
+It runs every vCPU in a thread of its own, vCPU 0 in the caller's.
 
-Not here: irqfd, ioeventfd, MSIs (KVM_SIGNAL_MSI), the split and the userspace irqchip, more than
-one running vCPU.
+Not here: the chips user space has to bring with a split or a userspace irqchip.
 """
 
 import errno
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,18 @@ from kvmtick import guests
 from kvmtick.abi import KvmError, ioctls
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.structs import (
+    kvm_cpuid_entry2,
+    kvm_enable_cap,
+    kvm_interrupt,
+    kvm_ioeventfd,
     kvm_irq_level,
     kvm_irq_routing_entry,
     kvm_irqchip,
+    kvm_irqfd,
     kvm_lapic_state,
     kvm_mp_state,
+    kvm_msi,
+    kvm_msr_entry,
     kvm_pit_config,
     kvm_pit_state,
     kvm_pit_state2,
@@ -29,7 +37,9 @@ from kvmtick.abi.structs import (
     kvm_reinject_control,
     kvm_sregs,
     kvm_vcpu_events,
+    make_cpuid2,
     make_irq_routing,
+    make_msrs,
 )
 from kvmtick.host.kvmdev import (
     DEFAULT_LIMIT_S,
@@ -38,6 +48,7 @@ from kvmtick.host.kvmdev import (
     ExitHlt,
     ExitIntr,
     ExitIo,
+    ExitIoapicEoi,
     ExitMmio,
     ExitShutdown,
     GuestMemory,
@@ -104,7 +115,8 @@ class GuestExit:
 
     `reason`: `done` (the guest wrote `code` to the exit port), `limit` (wall time), `interrupted`
     (a kick), `triple-fault`, `deadlock` (HLT that nothing can end), `guest-error` (`detail` holds
-    the exit). `console` is what it wrote to the console ports, `exits` how often it left KVM_RUN.
+    the exit). `console` is what it wrote to the console ports, `exits` how often its vCPUs left
+    KVM_RUN. `vcpu_id` is who ended it.
     """
 
     reason: Literal["done", "limit", "interrupted", "triple-fault", "deadlock", "guest-error"]
@@ -113,6 +125,7 @@ class GuestExit:
     exits: int
     elapsed_ns: int
     detail: Exit
+    vcpu_id: int = 0
 
 
 class KernelVcpu:
@@ -189,6 +202,37 @@ class KernelVcpu:
         """KVM_GET_TSC_KHZ: what the guest's TSC counts a millisecond."""
         return self.file.ioctl(ioctls.KVM_GET_TSC_KHZ)
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ; 0: the host's. EINVAL: a rate this host cannot give."""
+        self.file.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
+
+    def set_cpuid2(self, entries: Iterable[kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2: what CPUID answers. E2BIG: too many. EINVAL: changed after a run."""
+        self.file.ioctl(ioctls.KVM_SET_CPUID2, make_cpuid2(entries))
+
+    def get_cpuid2(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_CPUID2: what KVM_SET_CPUID2 set, as the kernel keeps it."""
+        return self.file.cpuid(ioctls.KVM_GET_CPUID2)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS: values by index, up to the first MSR there is none of."""
+        data = make_msrs(kvm_msr_entry(index=index) for index in indices)
+        read = self.file.ioctl(ioctls.KVM_GET_MSRS, data)
+        entries = (kvm_msr_entry.from_buffer_copy(data, 8 + 16 * at) for at in range(read))
+        return {entry.index: entry.data for entry in entries}
+
+    def set_msrs(self, values: Mapping[int, int]) -> int:
+        """KVM_SET_MSRS, in order, up to the first that is refused; returns how many were set."""
+        entries = (kvm_msr_entry(index=index, data=value) for index, value in values.items())
+        return self.file.ioctl(ioctls.KVM_SET_MSRS, make_msrs(entries))
+
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT: queue an external interrupt of vector `irq`.
+
+        EINVAL: above 255. ENXIO: the PICs are in the kernel. EEXIST: one waits (split irqchip).
+        """
+        self.file.ioctl(ioctls.KVM_INTERRUPT, kvm_interrupt(irq=irq & 0xFFFF_FFFF))
+
     def close(self) -> None:
         """Give the vCPU back; harmless when repeated, the VM may be closed already."""
         self.file.close()
@@ -197,7 +241,8 @@ class KernelVcpu:
 class UserPorts:
     """The ports user space answers: exit 0xf4, console 0xe9 and 0x3f8, sleep 0xd8.
 
-    `handlers` come first; a port nobody knows reads all ones and swallows writes.
+    `handlers` come first; a port nobody knows reads all ones and swallows writes. One access at a
+    time, from whichever thread: only a sleeping vCPU holds nobody up.
     """
 
     def __init__(self, handlers: Mapping[int, PortHandler], sleep: Callable[[float], None]) -> None:
@@ -206,26 +251,31 @@ class UserPorts:
         self.exit_value: int | None = None
         self._sleep = sleep
         self._lcr = 0
+        self._lock = threading.RLock()
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value`."""
-        if handler := self.handlers.get(port):
-            handler(port, size_bytes, value)
-        elif port == PORT_EXIT:
-            self.exit_value = value
-        elif port == PORT_CONSOLE or (port == PORT_SERIAL and not self._lcr & _UART_LCR_DLAB):
-            self.console.append(value & 0xFF)
-        elif port == PORT_SLEEP:
+        if port == PORT_SLEEP and port not in self.handlers:
             self._sleep(value / 1e6)
-        elif port == _UART_LCR:
-            # with DLAB set, 0x3f8 is the divisor and no text
-            self._lcr = value & 0xFF
+            return
+        with self._lock:
+            if handler := self.handlers.get(port):
+                handler(port, size_bytes, value)
+            elif port == PORT_EXIT:
+                if self.exit_value is None:
+                    self.exit_value = value
+            elif port == PORT_CONSOLE or (port == PORT_SERIAL and not self._lcr & _UART_LCR_DLAB):
+                self.console.append(value & 0xFF)
+            elif port == _UART_LCR:
+                # with DLAB set, 0x3f8 is the divisor and no text
+                self._lcr = value & 0xFF
 
     def read(self, port: int, size_bytes: int) -> int:
         """What the guest reads."""
         ones = (1 << 8 * size_bytes) - 1
         if handler := self.handlers.get(port):
-            value = handler(port, size_bytes, None)
+            with self._lock:
+                value = handler(port, size_bytes, None)
             return ones if value is None else value & ones
         return _UART_LSR_IDLE if port == _UART_LSR else ones
 
@@ -340,6 +390,47 @@ class KernelVm(Closing):
         """KVM_SET_GSI_ROUTING: replace the whole table. EINVAL: no irqchip, or a bad entry."""
         self.file.ioctl(ioctls.KVM_SET_GSI_ROUTING, make_irq_routing(entries, flags))
 
+    def signal_msi(self, address: int, data: int, flags: int = 0) -> int:
+        """KVM_SIGNAL_MSI: a message as a device writes it; >0 delivered, 0 nobody took it.
+
+        EINVAL: no irqchip, or `flags` but KVM_MSI_VALID_DEVID. EPERM: no vCPU.
+        """
+        msi = kvm_msi(address_lo=address, address_hi=address >> 32, data=data, flags=flags)
+        return self.file.ioctl(ioctls.KVM_SIGNAL_MSI, msi)
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = -1) -> None:
+        """KVM_IRQFD: let an eventfd pulse `gsi`; `flags`: KVM_IRQFD_FLAG_*.
+
+        EINVAL: no irqchip, bad flags, no eventfd. EBUSY: it has a GSI. EBADF: no descriptor.
+        """
+        irqfd = kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resamplefd)
+        self.file.ioctl(ioctls.KVM_IRQFD, irqfd)
+
+    def ioeventfd(
+        self, addr: int, len_bytes: int, fd: int, flags: int = 0, datamatch: int = 0
+    ) -> None:
+        """KVM_IOEVENTFD: let a guest's write signal an eventfd; `flags`: KVM_IOEVENTFD_FLAG_*.
+
+        EINVAL: bad length or flags, no eventfd. EEXIST: taken. ENOENT: nothing to deassign.
+        """
+        event = kvm_ioeventfd(addr=addr, len=len_bytes, fd=fd, flags=flags, datamatch=datamatch)
+        self.file.ioctl(ioctls.KVM_IOEVENTFD, event)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP of the VM; `cap`: KVM_CAP_*. EINVAL: not to be enabled, or bad `args`."""
+        enable = kvm_enable_cap(cap=cap, flags=flags)
+        for index, arg in enumerate(args):
+            enable.args[index] = arg
+        self.file.ioctl(ioctls.KVM_ENABLE_CAP, enable)
+
+    def set_boot_cpu_id(self, vcpu_id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: which vCPU starts by itself. EBUSY: a vCPU exists. EINVAL: id."""
+        self.file.ioctl(ioctls.KVM_SET_BOOT_CPU_ID, vcpu_id)
+
+    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID: what `KernelVcpu.set_cpuid2` may be given."""
+        return self.device.supported_cpuid()
+
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: what the TSC of a new vCPU counts a millisecond."""
         return self.file.ioctl(ioctls.KVM_GET_TSC_KHZ)
@@ -395,40 +486,17 @@ class KernelVm(Closing):
         handlers: Mapping[int, PortHandler] | None = None,
         limit_s: float = DEFAULT_LIMIT_S,
     ) -> GuestExit:
-        """Run vCPU 0 until it writes the exit port, or `limit_s` wall seconds are over.
+        """Run all vCPUs until one writes the exit port, or `limit_s` wall seconds are over.
 
-        `handlers` answer ports of their own (or ours instead). MMIO nobody claims reads all ones.
-        Raises `KvmError` ENOENT without vCPU 0, and what KVM_RUN raises.
+        vCPU 0 runs in the calling thread, each other one in a thread of its own; the first that
+        ends ends all. `handlers` answer ports of their own (or ours instead), one access at a
+        time, in the thread of whichever vCPU made it; what one raises is raised here. MMIO nobody
+        claims reads all ones. Raises `KvmError` ENOENT without vCPU 0, and what KVM_RUN raises.
         """
-        vcpu = next((each for each in self.vcpus if each.vcpu_id == 0), None)
-        if vcpu is None:
+        first = next((each for each in self.vcpus if each.vcpu_id == 0), None)
+        if first is None:
             raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
-        begin_ns = time.monotonic_ns()
-        exits = 0
-        with vcpu.file.bounded(limit_s):
-            ports = UserPorts(
-                handlers or {}, lambda seconds: time.sleep(min(seconds, vcpu.file.remaining_s()))
-            )
-            while True:
-                exit_ = vcpu.file.enter()
-                exits += 1
-                if isinstance(exit_, ExitIo):
-                    _port_access(vcpu, ports, exit_)
-                    if ports.exit_value is None:
-                        continue
-                elif isinstance(exit_, ExitMmio):
-                    if not exit_.is_write:
-                        vcpu.answer(b"\xff" * exit_.len)
-                    continue
-                break
-        return GuestExit(
-            reason=_reason(exit_),
-            code=ports.exit_value or 0,
-            console=bytes(ports.console),
-            exits=exits,
-            elapsed_ns=time.monotonic_ns() - begin_ns,
-            detail=exit_,
-        )
+        return _Session(self.vcpus, handlers or {}, limit_s).run(first)
 
     def close(self) -> None:
         """Give everything back; harmless when repeated."""
@@ -437,6 +505,100 @@ class KernelVm(Closing):
         for name in ("file", "device", "memory"):
             if (part := getattr(self, name, None)) is not None:
                 part.close()
+
+
+class _Session:
+    """One `run_until_exit`: the threads, and how the first of them ended."""
+
+    def __init__(
+        self, vcpus: Iterable[KernelVcpu], handlers: Mapping[int, PortHandler], limit_s: float
+    ) -> None:
+        self._vcpus = list(vcpus)
+        self._ports = UserPorts(handlers, self._sleep)
+        self._begin_ns = time.monotonic_ns()
+        self._deadline_s = time.monotonic() + limit_s
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._end: tuple[KernelVcpu, Exit | BaseException] | None = None
+        self._exits = 0
+
+    def run(self, first: KernelVcpu) -> GuestExit:
+        """`first` here, the others in threads; returns when all are out of the guest."""
+        threads = [
+            threading.Thread(
+                target=self._run_vcpu, args=(vcpu,), name=f"vcpu {vcpu.vcpu_id}", daemon=True
+            )
+            for vcpu in self._vcpus
+            if vcpu is not first
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            self._run_vcpu(first)
+        finally:
+            # also where this thread was interrupted: nobody may stay in a VM that is given back
+            self._stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        assert self._end is not None
+        vcpu, how = self._end
+        if isinstance(how, BaseException):
+            raise how
+        return GuestExit(
+            reason=_reason(how),
+            code=self._ports.exit_value or 0,
+            console=bytes(self._ports.console),
+            exits=self._exits,
+            elapsed_ns=time.monotonic_ns() - self._begin_ns,
+            detail=how,
+            vcpu_id=vcpu.vcpu_id,
+        )
+
+    def _run_vcpu(self, vcpu: KernelVcpu) -> None:
+        exits = 0
+        how: Exit | BaseException
+        try:
+            with vcpu.file.bounded(max(0.0, self._deadline_s - time.monotonic())):
+                # `_stop` finds either this thread in `bounded` or `_over` set here
+                while not self._over.is_set():
+                    how = vcpu.file.enter()
+                    exits += 1
+                    if not self._go_on(vcpu, how):
+                        break
+                else:
+                    return
+        except BaseException as error:
+            how = error
+        finally:
+            with self._lock:
+                self._exits += exits
+        with self._lock:
+            if self._end is None:
+                self._end = vcpu, how
+        self._stop()
+
+    def _go_on(self, vcpu: KernelVcpu, exit_: Exit) -> bool:
+        """Serve an exit; False: it ends the run."""
+        if isinstance(exit_, ExitIo):
+            _port_access(vcpu, self._ports, exit_)
+            ours = exit_.port == PORT_EXIT and PORT_EXIT not in self._ports.handlers
+            return not (ours and exit_.is_write)
+        if isinstance(exit_, ExitMmio):
+            if not exit_.is_write:
+                vcpu.answer(b"\xff" * exit_.len)
+            return True
+        return isinstance(exit_, ExitIoapicEoi)
+
+    def _stop(self) -> None:
+        if self._over.is_set():
+            return
+        self._over.set()
+        for vcpu in self._vcpus:
+            vcpu.file.end()
+
+    def _sleep(self, seconds: float) -> None:
+        self._over.wait(max(0.0, min(seconds, self._deadline_s - time.monotonic())))
 
 
 def _port_access(vcpu: KernelVcpu, ports: UserPorts, exit_: ExitIo) -> None:

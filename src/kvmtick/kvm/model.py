@@ -1,16 +1,18 @@
-"""The model behind KVM's calls: `ModelVm` and `ModelVcpu`.
+"""The model behind KVM's calls: `ModelVm`, and `ModelVcpu` for its vCPUs.
 
 Each method is one ioctl of Documentation/virt/kvm/api.rst, with the kernel's errno in `KvmError`
-and its order of checks. `run` runs the guest to its end and follows its ticks.
+and its order of checks. `run` runs all vCPUs to the guest's end and follows its ticks.
 
-Not modelled: more than one vCPU, the local APIC's and the IOAPIC's registers, KVM_SET_GSI_ROUTING.
+Not modelled: a user space that brings its own local APIC; of KVM_ENABLE_CAP all but
+KVM_CAP_SPLIT_IRQCHIP and KVM_CAP_X2APIC_API.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
@@ -19,26 +21,30 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_NR_IRQCHIPS,
     KVM_PIT_SPEAKER_DUMMY,
-    kvm_ioapic_state,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_cpuid_entry2,
+    kvm_irq_routing_entry,
     kvm_irqchip,
+    kvm_msi,
     kvm_pic_state,
     kvm_pit_state,
     kvm_pit_state2,
-    kvm_regs,
 )
 from kvmtick.cpu.engine import Engine
-from kvmtick.guests import Guest, Parameters
+from kvmtick.guests import Guest, Needs, Parameters, gsi_routing
 from kvmtick.irqchip.i8254 import Pit, nominal_period_ns
 from kvmtick.irqchip.i8259 import Pic, PicState
-from kvmtick.irqchip.ioapic import REDIRECTION_RESET
+from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
+from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
 from kvmtick.machine.machine import Exit, Machine
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.wall import Stopwatch
-from kvmtick.vcpu.vcpu import Vcpu
+from kvmtick.vcpu.cpuid import supported
 
 __all__ = ["DEFAULT_LIMIT_S", "NOMINAL_TIMES", "ModelVcpu", "ModelVm"]
 
@@ -47,29 +53,9 @@ NOMINAL_TIMES = 10
 """A guest that never gets its ticks is stopped after so many times the time they should take."""
 
 MAX_VCPU_ID = 4096
-IOAPIC_DEFAULT_BASE_ADDRESS = 0xFEC0_0000
-
-
-class ModelVcpu:
-    """vCPU 0 of a model VM."""
-
-    def __init__(self, vcpu: Vcpu) -> None:
-        self.vcpu = vcpu
-        self.vcpu_id = vcpu.vcpu_id
-
-    def nmi(self) -> None:
-        """KVM_NMI: make an NMI pending; two at most wait."""
-        self.vcpu.queue_nmi()
-
-    def get_regs(self) -> kvm_regs:
-        """KVM_GET_REGS."""
-        registers = self.vcpu.engine.registers()
-        names = (name for name, *_ in kvm_regs._fields_)
-        return kvm_regs(**{name: registers[name] for name in names if name in registers})
-
-    def get_mp_state(self) -> int:
-        """KVM_GET_MP_STATE: a KVM_MP_STATE_* value."""
-        return int(self.vcpu.mp_state)
+MAX_RESERVED_IOAPIC_PINS = 4096
+IOAPIC_PINS = 24
+X2APIC_API_VALID = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 
 
 class ModelVm(Closing):
@@ -96,7 +82,7 @@ class ModelVm(Closing):
     def create_irqchip(self) -> None:
         """KVM_CREATE_IRQCHIP. EEXIST: it has one. EINVAL: a vCPU exists."""
         board = self.machine.board
-        if board.pic is not None:
+        if board.irqchip_in_kernel:
             raise KvmError(errno.EEXIST, "KVM_CREATE_IRQCHIP")
         if board.vcpus:
             raise KvmError(errno.EINVAL, "KVM_CREATE_IRQCHIP")
@@ -104,60 +90,102 @@ class ModelVm(Closing):
 
     def get_irqchip(self, chip_id: int) -> kvm_irqchip:
         """KVM_GET_IRQCHIP; `chip_id`: KVM_IRQCHIP_*. ENXIO: no irqchip. EINVAL: no such chip."""
-        pic = self._pic("KVM_GET_IRQCHIP")
+        pic, ioapic = self._chips("KVM_GET_IRQCHIP")
         if not 0 <= chip_id < KVM_NR_IRQCHIPS:
             raise KvmError(errno.EINVAL, "KVM_GET_IRQCHIP")
         chip = kvm_irqchip(chip_id=chip_id)
         if chip_id == KVM_IRQCHIP_IOAPIC:
-            chip.chip.ioapic = self._ioapic_state()
+            chip.chip.ioapic = ioapic.save()
         else:
             state = _pic_of(pic, chip_id).save()
             chip.chip.pic = kvm_pic_state.from_buffer_copy(state)
         return chip
 
     def set_irqchip(self, chip: kvm_irqchip) -> None:
-        """KVM_SET_IRQCHIP. ENXIO: no irqchip. EINVAL: no such chip.
-
-        EOPNOTSUPP, here only: the IOAPIC's state is fixed (docs/fidelity.md).
-        """
-        pic = self._pic("KVM_SET_IRQCHIP")
+        """KVM_SET_IRQCHIP. ENXIO: no irqchip. EINVAL: no such chip."""
+        pic, ioapic = self._chips("KVM_SET_IRQCHIP")
         if chip.chip_id in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE):
             _pic_of(pic, chip.chip_id).restore(bytes(chip.chip.pic))
             pic.update_irq()
         elif chip.chip_id == KVM_IRQCHIP_IOAPIC:
-            raise KvmError(
-                errno.EOPNOTSUPP,
-                "KVM_SET_IRQCHIP",
-                "the model's IOAPIC stays in its reset state; set chips 0 and 1 only",
-            )
+            ioapic.restore(chip.chip.ioapic)
         else:
             raise KvmError(errno.EINVAL, "KVM_SET_IRQCHIP")
 
+    def _chips(self, call: str) -> tuple[Pic, Ioapic]:
+        """The PICs and the IOAPIC, with the irqfds that were signalled served."""
+        board = self.machine.board
+        if board.pic is None or board.ioapic is None:
+            raise KvmError(errno.ENXIO, call)
+        board.irqfds.poll()
+        return board.pic, board.ioapic
+
     def irq_line(self, gsi: int, level: int) -> None:
         """KVM_IRQ_LINE: set a GSI's level for source 0. ENXIO: no irqchip."""
-        self._irq_line("KVM_IRQ_LINE", gsi, level)
+        self._irq_line("KVM_IRQ_LINE", gsi, level, line_status=False)
 
     def irq_line_status(self, gsi: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: as `irq_line`; >0 delivered, 0 coalesced, <0 ignored or masked."""
-        return self._irq_line("KVM_IRQ_LINE_STATUS", gsi, level)
+        return self._irq_line("KVM_IRQ_LINE_STATUS", gsi, level, line_status=True)
 
-    def _irq_line(self, call: str, gsi: int, level: int) -> int:
-        self._pic(call)
-        return self.machine.board.routing.set_irq(USERSPACE_IRQ_SOURCE_ID, gsi, level)
-
-    def _pic(self, call: str) -> Pic:
-        pic = self.machine.board.pic
-        if pic is None:
+    def _irq_line(self, call: str, gsi: int, level: int, line_status: bool) -> int:
+        board = self.machine.board
+        if not board.irqchip_in_kernel:
             raise KvmError(errno.ENXIO, call)
-        return pic
+        board.irqfds.poll()
+        return board.routing.set_irq(USERSPACE_IRQ_SOURCE_ID, gsi, int(level != 0), line_status)
 
-    def _ioapic_state(self) -> kvm_ioapic_state:
-        ioapic = self.machine.board.ioapic
-        assert ioapic is not None
-        state = kvm_ioapic_state(base_address=IOAPIC_DEFAULT_BASE_ADDRESS, irr=ioapic.irr)
-        for entry in state.redirtbl:
-            entry.bits = REDIRECTION_RESET
-        return state
+    def set_gsi_routing(self, entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table. EINVAL: no irqchip, or a bad entry."""
+        self.machine.board.routing.set_table(list(entries), flags)
+
+    def signal_msi(self, address: int, data: int, flags: int = 0) -> int:
+        """KVM_SIGNAL_MSI: a message as a device writes it; >0 delivered, 0 nobody took it.
+
+        EINVAL: no irqchip, or `flags` but KVM_MSI_VALID_DEVID. EPERM: no vCPU.
+        """
+        msi = kvm_msi(address_lo=address, address_hi=address >> 32, data=data, flags=flags)
+        return self.machine.board.routing.signal_msi(msi)
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = -1) -> None:
+        """KVM_IRQFD: let an eventfd pulse `gsi`; `flags`: KVM_IRQFD_FLAG_*.
+
+        The machine looks at it whenever it is out of the guest. EINVAL: no irqchip, bad flags, no
+        eventfd. EBUSY: it has a GSI. EBADF: no descriptor.
+        """
+        self.machine.board.irqfds.set(fd, gsi & 0xFFFF_FFFF, flags, resamplefd)
+
+    def ioeventfd(
+        self, addr: int, len_bytes: int, fd: int, flags: int = 0, datamatch: int = 0
+    ) -> None:
+        """KVM_IOEVENTFD: let a guest's write signal an eventfd; `flags`: KVM_IOEVENTFD_FLAG_*.
+
+        EINVAL: bad length or flags, no eventfd. EEXIST: taken. ENOENT: nothing to deassign.
+        """
+        self.machine.board.ioeventfds.set(addr, len_bytes, fd, flags, datamatch)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP: KVM_CAP_SPLIT_IRQCHIP (pins), KVM_CAP_X2APIC_API (flags).
+
+        EINVAL: another capability, bad `args` or `flags`, or a vCPU exists. EEXIST: an irqchip.
+        """
+        board = self.machine.board
+        arg = args[0] if args else 0
+        if flags:
+            raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
+        if cap == KVM_CAP_X2APIC_API and not arg & ~X2APIC_API_VALID:
+            if arg & KVM_X2APIC_API_USE_32BIT_IDS:
+                board.delivery.x2apic_format = True
+            if arg & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK:
+                board.delivery.x2apic_broadcast_quirk_disabled = True
+        elif cap == KVM_CAP_SPLIT_IRQCHIP and arg <= MAX_RESERVED_IOAPIC_PINS:
+            if board.irqchip_in_kernel:
+                raise KvmError(errno.EEXIST, "KVM_ENABLE_CAP")
+            if board.vcpus:
+                raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
+            board.split_irqchip(arg)
+        else:
+            raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
 
     # The PIT.
 
@@ -205,19 +233,44 @@ class ModelVm(Closing):
 
     # vCPU, memory, life.
 
+    def set_boot_cpu_id(self, vcpu_id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: which vCPU starts by itself. EBUSY: a vCPU exists. EINVAL: id."""
+        board = self.machine.board
+        if not 0 <= vcpu_id < MAX_VCPU_ID:
+            raise KvmError(errno.EINVAL, "KVM_SET_BOOT_CPU_ID")
+        if board.vcpus:
+            raise KvmError(errno.EBUSY, "KVM_SET_BOOT_CPU_ID")
+        board.bsp_vcpu_id = vcpu_id
+
     def create_vcpu(self, vcpu_id: int = 0) -> ModelVcpu:
-        """KVM_CREATE_VCPU. EINVAL: the id is out of range (the model has one vCPU, number 0).
-        EEXIST: the id is taken.
-        """
+        """KVM_CREATE_VCPU. EINVAL: the id is out of range. EEXIST: the id is taken."""
         if not 0 <= vcpu_id < MAX_VCPU_ID:
             raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
-        if vcpu_id:
-            raise KvmError(
-                errno.EINVAL, "KVM_CREATE_VCPU", f"id {vcpu_id}: the model has one vCPU, give 0"
-            )
-        if self.machine.vcpu is not None:
+        if any(vcpu.vcpu_id == vcpu_id for vcpu in self.machine.board.vcpus):
             raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU")
-        return ModelVcpu(self.machine.create_vcpu(self._engine()))
+        return ModelVcpu(self.machine.create_vcpu(self._engine(), vcpu_id))
+
+    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID: what `ModelVcpu.set_cpuid2` may be given."""
+        return cpuid_entries()
+
+    def prepare(self, needs: Needs, reinject: bool = True) -> list[ModelVcpu]:
+        """Set up what a guest needs of its VMM: irqchip, PIT, routing, vCPUs and their CPUID.
+
+        `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice.
+        """
+        self.create_irqchip()
+        self.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        self.reinject_control(reinject if needs.reinject is None else needs.reinject)
+        table = gsi_routing(needs)
+        if table is not None:
+            self.set_gsi_routing(table)
+        vcpus = []
+        for vcpu_id in range(needs.vcpus):
+            vcpu = self.create_vcpu(vcpu_id)
+            vcpu.set_cpuid2(cpuid_entries(supported(vcpu_id)))
+            vcpus.append(vcpu)
+        return vcpus
 
     def load(self, guest: Guest) -> None:
         """Put an image into RAM, vCPU 0 will start at its entry. ValueError if it does not fit."""
@@ -246,6 +299,7 @@ class ModelVm(Closing):
         until: Callable[[], bool] | None = None,
         counter: int | None = None,
         handlers: Mapping[int, PortHandler] | None = None,
+        on_ioapic_eoi: Callable[[int], None] | None = None,
     ) -> Run:
         """Run the guest and follow its ticks.
 
@@ -254,8 +308,9 @@ class ModelVm(Closing):
         guest ends when `ticks` ticks have reached it. A guest that does not get its ticks ends
         (reason `time`) after ten times the time they should take. `counter`: where a foreign guest
         keeps a 32-bit tick count, guest-physical. `handlers` answer ports of their own (or ours
-        instead) during this run, as in `KernelVm.run_until_exit`, and may call the VM. May be
-        called again to go on.
+        instead) during this run, as in `KernelVm.run_until_exit`, and may call the VM.
+        `on_ioapic_eoi` is told the vectors of KVM_EXIT_IOAPIC_EOI (split irqchip). May be called
+        again to go on.
         """
         stopwatch = Stopwatch()
         guest = self.machine.loaded[-1] if self.machine.loaded else None
@@ -266,6 +321,7 @@ class ModelVm(Closing):
         elif ticks is not None:
             goal = _TickGoal(self, ticks)
         self.machine.ports.handlers = handlers or {}
+        self.machine.ports.on_ioapic_eoi = on_ioapic_eoi
         exit_ = self.machine.run(
             min(lengths_ns, default=None), limit_s, _either(goal.is_over if goal else None, until)
         )
@@ -291,8 +347,14 @@ class ModelVm(Closing):
         block = self.parameters()
         if block is None or not block.count:
             return []
-        whole_ns = NOMINAL_TIMES * block.count * nominal_period_ns(block.divisor)
+        whole_ns = NOMINAL_TIMES * block.count * self._nominal_period_ns(block)
         return [max(0, whole_ns - self.machine.elapsed_ns)]
+
+    def _nominal_period_ns(self, block: Parameters) -> int:
+        """The tick that a built-in guest's parameter block asks for."""
+        if self.machine.loaded[-1].needs.tick_source == "lapic":
+            return block.period_ns
+        return nominal_period_ns(block.divisor)
 
     def _result(self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None) -> Run:
         machine, pit, block = self.machine, self.machine.board.pit, self.parameters()
@@ -309,7 +371,7 @@ class ModelVm(Closing):
             seed=machine.host.seed,
             elapsed_ns=machine.elapsed_ns,
             wall_s=wall_s,
-            instructions=vcpu.instructions,
+            instructions=machine.instructions,
             exit=exit_,
             pit=PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject) if pit else None,
             guest_ticks=guest_ticks,

@@ -1,17 +1,21 @@
 """The PC's wiring: which chip hangs on which line, who shares the clock, the bus and the recorder.
 
 The calls that build it are KVM's: `create_irqchip` makes the PICs, the IOAPIC and the default
-routing (kvm_create_irqchip), `create_pit` the PIT (kvm_create_pit).
+routing (kvm_create_irqchip), `split_irqchip` leaves these to user space and keeps the local APICs
+in the kernel (KVM_CAP_SPLIT_IRQCHIP), `create_pit` makes the PIT (kvm_create_pit).
 """
 
 import errno
 from collections.abc import Callable
 
 from kvmtick.abi.errors import KvmError
+from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8254 import Pit, create_pit
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.irqfd import IoEventFds, IrqFds
+from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
@@ -21,7 +25,8 @@ from kvmtick.timing.kthread import KthreadWorker
 from kvmtick.timing.queue import EventQueue
 from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import Recorder
-from kvmtick.vcpu.vcpu import UserPorts, Vcpu
+from kvmtick.vcpu.exits import UserSpace
+from kvmtick.vcpu.vcpu import Vcpu
 
 __all__ = ["VMM_PID", "Board"]
 
@@ -41,7 +46,7 @@ class Board:
         clock: Clock,
         host: HostModel,
         recorder: Recorder,
-        ports: UserPorts,
+        ports: UserSpace,
     ) -> None:
         self.clock = clock
         self.host = host
@@ -49,14 +54,18 @@ class Board:
         self.queue = EventQueue()
         self.bus = IoBus()
         self.ports = ports
+        self.delivery = IrqDelivery()
         self.routing = IrqRouting(recorder)
         self.notifiers = Notifiers(self.routing, recorder)
+        self.irqfds = IrqFds(self.routing, self.notifiers)
+        self.ioeventfds = IoEventFds()
         self.source_ids = IrqSourceIds()
         self.vcpus: list[Vcpu] = []
         self.pic: Pic | None = None
         self.ioapic: Ioapic | None = None
         self.pit: Pit | None = None
         self.apicv_inhibits = 0
+        self.bsp_vcpu_id = 0
         self._objects = 0
         self._last_tid = VMM_PID
 
@@ -64,8 +73,21 @@ class Board:
         """KVM_CREATE_IRQCHIP; the caller checks that there is none yet."""
         self.pic = Pic(self.recorder, self.notifiers, self._accepts_extint, self._raise_intr)
         self.pic.register(self.bus)
-        self.ioapic = Ioapic(self.recorder)
-        self.routing.set_default(self.pic, self.ioapic)
+        self.ioapic = Ioapic(self.recorder, self.notifiers, self.delivery, self.clock, self.queue)
+        self.delivery.eoi_target = self.ioapic
+        self.routing.set_chips(self.pic, self.ioapic, self.delivery)
+
+    def split_irqchip(self, reserved_pins: int) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP; the caller checks that there is no irqchip yet. GSIs below
+        `reserved_pins` are those of user space's IOAPIC.
+        """
+        self.delivery.split = True
+        self.routing.set_split(self.delivery, reserved_pins)
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        """Local APICs are ours: with or without the PICs and the IOAPIC."""
+        return self.pic is not None or self.delivery.split
 
     def create_pit(self, flags: int) -> None:
         """KVM_CREATE_PIT2; whatever step fails, nothing stays registered and it is ENOMEM."""
@@ -79,6 +101,8 @@ class Board:
         if self.pit is not None:
             self.pit.free()
             self.pit = None
+        self.irqfds.close()
+        self.ioeventfds.close()
 
     # What chips and vCPUs ask of the board (PitBoard, VcpuBoard).
 
@@ -127,6 +151,30 @@ class Board:
         """`__kvm_migrate_pit_timer`."""
         if self.pit is not None:
             self.pit.migrate_timer()
+
+    def handled_vectors(self, lapic: Lapic) -> int:
+        """`vcpu_scan_ioapic`: the vectors whose EOI the IOAPIC, ours or user space's, wants."""
+        if self.ioapic is not None:
+            return self.ioapic.handled_vectors(lapic)
+        return self.routing.scan_routes(lapic)
+
+    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
+        """`kvm_io_bus_read(KVM_MMIO_BUS)`; None: no device there."""
+        return None if self.ioapic is None else self.ioapic.mmio_read(gpa, size_bytes)
+
+    def mmio_write(self, gpa: int, size_bytes: int, value: int) -> bool:
+        """`kvm_io_bus_write(KVM_MMIO_BUS)`; False: no device there."""
+        if self.ioapic is not None and self.ioapic.mmio_write(gpa, size_bytes, value):
+            return True
+        return self.ioeventfds.signal(False, gpa, size_bytes, value)
+
+    def signal_ioeventfd(self, is_pio: bool, address: int, size_bytes: int, value: int) -> bool:
+        """Whether an ioeventfd took the write."""
+        return self.ioeventfds.signal(is_pio, address, size_bytes, value)
+
+    def nmi_may_come(self) -> bool:
+        """Something could send an NMI, an INIT or a SIPI to a vCPU that takes no interrupts."""
+        return self.delivery.vapics_in_nmi_mode > 0
 
     def _accepts_extint(self) -> bool:
         return any(vcpu.accepts_extint() for vcpu in self.vcpus)

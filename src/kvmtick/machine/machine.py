@@ -1,9 +1,13 @@
-"""The machine: one vCPU, RAM, the board, and the loop that runs them in one thread.
+"""The machine: vCPUs, RAM, the board, and the loop that runs them in one thread.
 
 The loop is: fire what is due, look after a halted or descheduled vCPU, enter the guest up to the
 next deadline. In virtual time the clock moves by the instructions the guest retired and jumps over
 the time it sleeps; in real time the guest is kicked at the deadline by a thread, and a halted one
 sleeps.
+
+Several vCPUs share the machine's one host CPU: each runs for a quantum, round robin, and gives up
+the rest of it when it halts. So at any moment only one of them runs, an event that one causes finds
+the others where they stopped, and a run repeats exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from kvmtick.machine.ports import PortMap
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import Kicker, Stopwatch, sleep_until_ns
+from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
 from kvmtick.trace.ftrace import format_line
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
@@ -37,9 +41,10 @@ SLICE_REAL_NS = 100_000_000
 BLOCK_PASSES = 16
 """How many deadlines may pass over a halted vCPU before the loop looks up."""
 UNLIMITED_INSTRUCTIONS = 1 << 40
+QUANTUM_NS = 100_000
+"""How long a vCPU runs while another one waits for the host CPU."""
 
 _EXIT_HLT = int(ExitReason.HLT)
-_HALTED = int(MpState.HALTED)
 _RUNNABLE = int(MpState.RUNNABLE)
 
 
@@ -58,7 +63,7 @@ class Exit:
 
 
 class Machine:
-    """One PC with one vCPU."""
+    """One PC."""
 
     def __init__(self, clock: str = "virtual", seed: int = 0, detail: bool = False) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need."""
@@ -73,36 +78,45 @@ class Machine:
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
         self.ram: mmap = mmap(-1, RAM_BYTES)
-        self.vcpu: Vcpu | None = None
         self.loaded: list[Guest] = []
         self._exit: Exit | None = None
-        self._off_until_ns = 0
-        self._halted_ns = -1
+        self._current = 0
+        self._quantum_end_ns = NEVER_NS
         self._slice_over = False
         self._kicker: Kicker | None = None
 
     # Putting it together.
 
-    def create_vcpu(self, engine: Engine) -> Vcpu:
-        """Wire up vCPU 0 over `engine`."""
-        task = self.recorder.add_task(f"CPU 0/KVM-{self.board.new_tid()}")
+    @property
+    def vcpu(self) -> Vcpu | None:
+        """The first vCPU, the one that boots; None before it is created."""
+        vcpus = self.board.vcpus
+        return vcpus[0] if vcpus else None
+
+    def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
+        """Wire up a vCPU over `engine`; the caller checks that the id is free."""
+        task = self.recorder.add_task(f"CPU {vcpu_id}/KVM-{self.board.new_tid()}")
         engine.map_ram(0, self.ram)
-        vcpu = Vcpu(self.board, 0, engine, task)
+        vcpu = Vcpu(self.board, vcpu_id, engine, task, vcpu_id == self.board.bsp_vcpu_id)
         self.board.vcpus.append(vcpu)
-        self.vcpu = vcpu
         if not self.virtual:
             engine.release_gil(True)
-            self._kicker = Kicker(engine.kick)
+            if self._kicker is None:
+                self._kicker = Kicker(self._kick_running)
         if self.loaded:
-            engine.reset(*self.loaded[-1].entry)
+            self._place(vcpu)
         return vcpu
 
     def load(self, guest: Guest) -> None:
-        """Copy an image into RAM and let the vCPU start at its entry."""
+        """Copy an image into RAM and let the vCPU that boots start at its entry."""
         self.write_memory(guest.load_at, guest.image)
         self.loaded.append(guest)
-        if self.vcpu is not None:
-            self.vcpu.engine.reset(*guest.entry)
+        for vcpu in self.board.vcpus:
+            self._place(vcpu)
+
+    def _place(self, vcpu: Vcpu) -> None:
+        if vcpu.is_bsp:
+            vcpu.engine.reset(*self.loaded[-1].entry)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest RAM; ValueError if it does not fit."""
@@ -111,8 +125,8 @@ class Machine:
                 f"{len(data)} bytes at {gpa:#x} do not fit: RAM ends at {len(self.ram):#x}"
             )
         self.ram[gpa : gpa + len(data)] = data
-        if self.vcpu is not None:
-            self.vcpu.engine.ram_written(gpa, len(data))
+        for vcpu in self.board.vcpus:
+            vcpu.engine.ram_written(gpa, len(data))
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         """Read guest RAM; ValueError if the range is not all RAM."""
@@ -136,10 +150,18 @@ class Machine:
         """The machine's time since it was first run."""
         return max(0, self.clock.now_ns - self.started_ns)
 
-    def take_vcpu_off(self, duration_ns: int) -> None:
-        """The host runs something else on the vCPU's CPU for that long, from now on."""
-        self._off_until_ns = max(self._off_until_ns, self.clock.now_ns + duration_ns)
-        self.board.queue.add(self._off_until_ns, _nothing)
+    @property
+    def instructions(self) -> int:
+        """What all vCPUs have retired."""
+        return sum(vcpu.instructions for vcpu in self.board.vcpus)
+
+    def take_vcpu_off(self, duration_ns: int, vcpu: Vcpu | None = None) -> None:
+        """The host keeps a vCPU (the first) from running for that long, from now on."""
+        vcpu = vcpu or self.vcpu
+        if vcpu is None:
+            raise ValueError("the machine has no vCPU: create one first")
+        vcpu.off_until_ns = max(vcpu.off_until_ns, self.clock.now_ns + duration_ns)
+        self.board.queue.add(vcpu.off_until_ns, _nothing)
 
     def run(
         self,
@@ -153,16 +175,15 @@ class Machine:
 
         May be called again to go on, unless the guest itself ended.
         """
-        vcpu = self.vcpu
-        if vcpu is None:
+        if not self.board.vcpus:
             raise ValueError("the machine has no vCPU: create one before running")
         stopwatch = Stopwatch()
         self.clock.refresh()
         if self.started_ns == NEVER_NS:
-            self._power_on(vcpu)
+            self._power_on()
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
-            return self._loop(vcpu, end_ns, limit_s, until, stopwatch)
+            return self._loop(end_ns, limit_s, until, stopwatch)
         except KeyboardInterrupt:
             return Exit("interrupted")
         finally:
@@ -170,21 +191,22 @@ class Machine:
                 self._kicker.disarm()
             self.recorder.flush()
 
-    def _power_on(self, vcpu: Vcpu) -> None:
+    def _power_on(self) -> None:
         """The machine's time starts now; what was set up before took none of it."""
         self.started_ns = self.clock.now_ns
-        if not self.virtual:
-            vcpu.engine.use_host_tsc(self.started_ns)
+        for vcpu in self.board.vcpus:
+            vcpu.start_tsc_at(self.started_ns)
 
     def _loop(
         self,
-        vcpu: Vcpu,
         end_ns: int,
         limit_s: float | None,
         until: Callable[[], bool] | None,
         stopwatch: Stopwatch,
     ) -> Exit:
-        clock, queue = self.clock, self.board.queue
+        clock, queue, irqfds = self.clock, self.board.queue, self.board.irqfds
+        vcpu = self.board.vcpus[0]
+        alone = len(self.board.vcpus) == 1
         block_passes = BLOCK_PASSES if until is None else 1
         passes = 0
         while self._exit is None:
@@ -192,21 +214,26 @@ class Machine:
                 clock.refresh()
             if queue.next_ns <= clock.now_ns:
                 queue.run_due(clock)
+            if irqfds:
+                irqfds.poll()
             if clock.now_ns >= end_ns:
                 return Exit("time")
             passes += 1
             if (self._slice_over or passes & 15 == 0) and self._look_up(limit_s, stopwatch):
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
-            if vcpu.kicked:
-                self._meet_busy_host(vcpu)
-            if clock.now_ns < self._off_until_ns:
-                self._sleep(end_ns)
-            elif vcpu.mp_state != _HALTED or self._wake(vcpu):
-                self._enter(vcpu, end_ns)
-            elif self._is_deadlocked(vcpu, end_ns):
-                return Exit("deadlock", detail=_deadlock_detail(vcpu))
-            elif self._block(vcpu, end_ns, block_passes):
-                self._enter(vcpu, end_ns)
+            if not alone:
+                self._take_turns(end_ns)
+            else:
+                if vcpu.kicked:
+                    self._meet_busy_host(vcpu)
+                if clock.now_ns < vcpu.off_until_ns:
+                    self._sleep(end_ns)
+                elif vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
+                    self._enter(vcpu, end_ns)
+                elif self._is_deadlocked(end_ns):
+                    self._exit = Exit("deadlock", detail=self._deadlock_detail())
+                elif self._block(vcpu, end_ns, block_passes):
+                    self._enter(vcpu, end_ns)
             if until is not None and self._exit is None and until():
                 return Exit("until")
         return self._exit
@@ -218,12 +245,52 @@ class Machine:
             self.recorder.flush()
         return limit_s is not None and stopwatch.elapsed_s() > limit_s
 
+    # Several vCPUs on one host CPU.
+
+    def _take_turns(self, end_ns: int) -> None:
+        """Let the vCPU whose turn it is run, or let time pass if none can."""
+        vcpu = self._schedule()
+        if vcpu is not None:
+            if vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
+                self._enter(vcpu, end_ns)
+        elif self._is_deadlocked(end_ns):
+            self._exit = Exit("deadlock", detail=self._deadlock_detail())
+        else:
+            self._sleep(end_ns)
+
+    def _schedule(self) -> Vcpu | None:
+        """Round robin: the current vCPU until its quantum is over or it halts, then the next."""
+        vcpus, now_ns = self.board.vcpus, self.clock.now_ns
+        for vcpu in vcpus:
+            if vcpu.kicked:
+                self._meet_busy_host(vcpu)
+        if now_ns < self._quantum_end_ns and self._is_ready(vcpus[self._current]):
+            return vcpus[self._current]
+        for step in range(1, len(vcpus) + 1):
+            index = (self._current + step) % len(vcpus)
+            if self._is_ready(vcpus[index]):
+                self._current = index
+                self._quantum_end_ns = now_ns + QUANTUM_NS
+                return vcpus[index]
+        return None
+
+    def _is_ready(self, vcpu: Vcpu) -> bool:
+        if self.clock.now_ns < vcpu.off_until_ns:
+            return False
+        return vcpu.mp_state == _RUNNABLE or vcpu.has_events()
+
+    # One vCPU.
+
     def _enter(self, vcpu: Vcpu, end_ns: int) -> None:
         if vcpu.requests:
             vcpu.serve_requests()
+            if vcpu.mp_state != _RUNNABLE:
+                return
         now_ns = self.clock.now_ns
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
+        if self._quantum_end_ns < deadline_ns:
+            deadline_ns = self._quantum_end_ns
         if deadline_ns <= now_ns:
             # Serving the requests made something due now: deliver the event, then look after it.
             vcpu.engine.kick()
@@ -235,8 +302,8 @@ class Machine:
             self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
             reason = vcpu.enter(UNLIMITED_INSTRUCTIONS)
         if reason == _EXIT_HLT:
-            self._halted_ns = self.clock.now_ns
-        elif reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
+            return
+        if reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
             self._slice_over = True
         elif reason == ExitReason.TRIPLE_FAULT:
             self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
@@ -246,28 +313,38 @@ class Machine:
     def _meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
         vcpu.kicked = False
-        if not self.host.on_time and self.clock.now_ns >= self._off_until_ns:
+        if not self.host.on_time and self.clock.now_ns >= vcpu.off_until_ns:
             delay_ns = self.host.delay_ns("vcpu_off")
             if delay_ns:
-                self.take_vcpu_off(delay_ns)
+                self.take_vcpu_off(delay_ns, vcpu)
 
     def _wake(self, vcpu: Vcpu) -> bool:
         """`kvm_vcpu_check_block`: awake if there is something to run for."""
         if not vcpu.has_events():
             return False
+        vcpu.accept_events()
+        if vcpu.awaits_sipi:
+            return False
         vcpu.mp_state = _RUNNABLE
         self.recorder.task = vcpu.task
         if self.recorder.detail:
-            slept_ns = self.clock.now_ns - self._halted_ns
+            slept_ns = self.clock.now_ns - vcpu.slept_from_ns
             self.recorder.kvm_vcpu_wakeup(slept_ns, slept_ns > 0, True)
         return True
 
-    def _is_deadlocked(self, vcpu: Vcpu, end_ns: int) -> bool:
-        """Halted, and nothing can ever wake it: IF is clear and there is no NMI source, or no
-        timer is running and nobody set an end."""
-        if not vcpu.vmcs.guest_rflags & RFLAGS_IF:
+    def _is_deadlocked(self, end_ns: int) -> bool:
+        """No vCPU runs, and nothing can ever wake one: they take no interrupt and there is no NMI
+        source, or no timer is running and nobody set an end."""
+        if self.board.irqfds:
+            return False
+        if self.board.queue.next_ns == NEVER_NS == end_ns:
             return True
-        return self.board.queue.next_ns == NEVER_NS == end_ns
+        return all(map(_is_deaf, self.board.vcpus)) and not self.board.nmi_may_come()
+
+    def _deadlock_detail(self) -> str:
+        if not all(map(_is_deaf, self.board.vcpus)):
+            return "halted with interrupts on, but no timer runs: nothing can wake it"
+        return "halted with interrupts off (cli; hlt) and no NMI source: nothing can wake it"
 
     def _block(self, vcpu: Vcpu, end_ns: int, passes: int) -> bool:
         """`kvm_vcpu_block`: sleep from deadline to deadline until somebody kicks the vCPU, at most
@@ -288,31 +365,38 @@ class Machine:
         next_ns = self.board.queue.next_ns
         until_ns = next_ns if next_ns < end_ns else end_ns
         self.recorder.task = IDLE_TASK
-        if self.virtual:
+        if self.virtual and until_ns < NEVER_NS:
             self.clock.now_ns = until_ns
-        else:
-            sleep_until_ns(min(until_ns, self.clock.now_ns + SLICE_REAL_NS))
-            self.clock.refresh()
+            return
+        # In real time, or in virtual time when only an irqfd can end the wait.
+        wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
+        sleep_ns(wait_ns, self.board.irqfds.fileno_list())
+        self.clock.refresh()
+
+    def _kick_running(self) -> None:
+        for vcpu in self.board.vcpus:
+            if vcpu.in_guest:
+                vcpu.engine.kick()
 
     def _guest_exit(self, value: int) -> None:
         """The guest wrote the debug exit port."""
         detail = f"the guest wrote {value:#x} to the debug exit port"
         self._exit = Exit("guest-error" if value else "done", value, detail if value else "")
-        assert self.vcpu is not None
-        self.vcpu.engine.kick()
+        self._kick_running()
 
     def _guest_sleep(self, microseconds: int) -> None:
-        """The guest asked user space to keep the vCPU out of the guest for a while."""
-        self.take_vcpu_off(microseconds * 1000)
-        assert self.vcpu is not None
-        self.vcpu.engine.kick()
+        """The guest asked user space to keep its vCPU out of the guest for a while."""
+        for vcpu in self.board.vcpus:
+            if vcpu.in_guest:
+                self.take_vcpu_off(microseconds * 1000, vcpu)
+        self._kick_running()
 
     # For people.
 
     def snapshot(self) -> dict[str, str]:
         """The state a tick passes through, by name: what a story compares from event to event."""
         state: dict[str, str] = {}
-        pit, pic, vcpu = self.board.pit, self.board.pic, self.vcpu
+        pit, pic, ioapic = self.board.pit, self.board.pic, self.board.ioapic
         if pit is not None:
             state["pending"] = str(pit.pending)
             state["irq_ack"] = str(int(pit.irq_ack))
@@ -323,20 +407,22 @@ class Machine:
             state["PIC ISR"] = f"{pic.master.isr:08b}"
             state["PIC IMR"] = f"{pic.master.imr:08b}"
             state["INTR"] = str(int(pic.output))
-        if vcpu is not None:
-            state["vCPU"] = vcpu.mp_state_name()
-            state["KVM_REQ_EVENT"] = str(vcpu.requests & 1)
-            state["VM-entry intr info"] = f"{vcpu.vmcs.entry_intr_info:#010x}"
-            state["interrupt window"] = "asked for" if vcpu.vmcs.intr_window_exiting else "no"
+        if ioapic is not None:
+            state["IOAPIC IRR"] = f"{ioapic.irr:#08x}"
+        for vcpu in self.board.vcpus:
+            prefix = f"vCPU {vcpu.vcpu_id} " if len(self.board.vcpus) > 1 else ""
+            state.update(_vcpu_snapshot(vcpu, prefix))
         return state
 
     def crash_report(self) -> str:
         """Registers and the last events, for a guest that failed."""
-        assert self.vcpu is not None
-        registers = self.vcpu.engine.registers()
-        cells = [f"{name:>6} {value:08x}" for name, value in registers.items()]
-        lines = ["registers:"]
-        lines += ["  " + "  ".join(cells[row : row + 6]) for row in range(0, len(cells), 6)]
+        lines = []
+        for vcpu in self.board.vcpus:
+            registers = vcpu.engine.registers()
+            cells = [f"{name:>6} {value:08x}" for name, value in registers.items()]
+            several = f" of vCPU {vcpu.vcpu_id}" if len(self.board.vcpus) > 1 else ""
+            lines.append(f"registers{several}:")
+            lines += ["  " + "  ".join(cells[row : row + 6]) for row in range(0, len(cells), 6)]
         lines.append("last events:")
         tail = self.recorder.tail()
         lines += [f"  {format_line(record, self.recorder.tasks)}" for record in tail]
@@ -349,7 +435,26 @@ def _nothing() -> None:
     """A deadline that only ends a slice."""
 
 
-def _deadlock_detail(vcpu: Vcpu) -> str:
-    if vcpu.vmcs.guest_rflags & RFLAGS_IF:
-        return "halted with interrupts on, but no timer runs: nothing can wake it"
-    return "halted with interrupts off (cli; hlt) and no NMI source: nothing can wake it"
+def _is_deaf(vcpu: Vcpu) -> bool:
+    """It does not run, and no interrupt changes that."""
+    return vcpu.awaits_sipi or not vcpu.vmcs.guest_rflags & RFLAGS_IF
+
+
+def _vcpu_snapshot(vcpu: Vcpu, prefix: str) -> dict[str, str]:
+    state = {
+        f"{prefix}state" if prefix else "vCPU": vcpu.mp_state_name(),
+        f"{prefix}KVM_REQ_EVENT": str(vcpu.requests & 1),
+        f"{prefix}VM-entry intr info": f"{vcpu.vmcs.entry_intr_info:#010x}",
+        f"{prefix}interrupt window": "asked for" if vcpu.vmcs.intr_window_exiting else "no",
+        f"{prefix}NMI pending": str(vcpu.pending.nmi_pending),
+    }
+    if vcpu.lapic is not None:
+        state[f"{prefix}LAPIC IRR"] = _vectors(vcpu.lapic.irr)
+        state[f"{prefix}LAPIC ISR"] = _vectors(vcpu.lapic.isr)
+        state[f"{prefix}LAPIC timer pending"] = str(vcpu.lapic.pending_timer)
+    return state
+
+
+def _vectors(bits: int) -> str:
+    """The vectors whose bits are set, or `none`."""
+    return " ".join(f"{vector:#x}" for vector in range(256) if bits >> vector & 1) or "none"

@@ -1,11 +1,11 @@
-"""The ports user space answers: debug exit, debug console, serial line.
+"""What user space answers: debug exit, debug console, serial line, and memory nobody has.
 
 * 0xf4, debug exit (QEMU's isa-debug-exit): the guest ends the run, 0 is success;
 * 0xd8, host sleep: the vCPU stays in user space for the number of microseconds written;
 * 0xe9, debug console (Bochs, QEMU's isa-debugcon): reads 0xe9, writes a byte of text;
 * 0x3f8-0x3ff, a 16550A UART (National Semiconductor PC16550D datasheet) that sends at once: the
   transmitter is always empty, nothing is ever received;
-* everything else reads all ones, as an undriven ISA bus does.
+* everything else, ports and memory alike, reads all ones, as an undriven bus does.
 
 `handlers` come before all of these: a program that runs the VM answers ports of its own with them.
 
@@ -48,6 +48,7 @@ class PortMap:
         self._on_exit = on_exit
         self._on_sleep = on_sleep
         self.handlers: Mapping[int, PortHandler] = {}
+        self.on_ioapic_eoi: Callable[[int], None] | None = None
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
@@ -78,6 +79,18 @@ class PortMap:
             self._print(self.console, value & 0xFF)
         elif port & ~7 == PORT_SERIAL:
             self._write_uart(port & 7, value & 0xFF)
+
+    def mmio_read(self, gpa: int, size_bytes: int) -> int:
+        """Memory that is no RAM and no device reads all ones."""
+        return (1 << 8 * size_bytes) - 1
+
+    def mmio_write(self, gpa: int, size_bytes: int, value: int) -> None:
+        """A write to nothing is lost."""
+
+    def ioapic_eoi(self, vector: int) -> None:
+        """KVM_EXIT_IOAPIC_EOI: tell the IOAPIC in user space, if there is one."""
+        if self.on_ioapic_eoi is not None:
+            self.on_ioapic_eoi(vector)
 
     def _read_uart(self, register: int) -> int:
         if register == UART_LINE_STATUS:

@@ -7,7 +7,7 @@ after the pulse takes nothing from the guest.
 
 from enum import StrEnum
 
-__all__ = ["Verdict", "Where"]
+__all__ = ["Path", "Verdict", "Where"]
 
 
 class Verdict(StrEnum):
@@ -30,3 +30,14 @@ class Where(StrEnum):
     PIC = "pic"
     IOAPIC = "ioapic"
     LAPIC = "lapic"
+
+
+class Path(StrEnum):
+    """By which way a tick reached a vCPU."""
+
+    PIC = "pic"
+    IOAPIC = "ioapic"
+    LAPIC = "lapic"
+    """The local APIC's own: its timer, or a fixed-mode LVT0 that the NMI watchdog delivers."""
+    MSI = "msi"
+    NMI = "nmi"

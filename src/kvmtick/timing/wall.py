@@ -1,10 +1,11 @@
 """Wall time of this host: a stopwatch, waiting, and the kick that ends a real-time slice."""
 
+import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["Kicker", "Stopwatch", "sleep_until_ns"]
+__all__ = ["Kicker", "Stopwatch", "sleep_ns"]
 
 
 class Stopwatch:
@@ -18,11 +19,14 @@ class Stopwatch:
         return (time.monotonic_ns() - self._started_ns) / 1e9
 
 
-def sleep_until_ns(due_ns: int) -> None:
-    """Sleep until CLOCK_MONOTONIC reaches `due_ns`; returns at once if it has."""
-    wait_ns = due_ns - time.monotonic_ns()
-    if wait_ns > 0:
-        time.sleep(wait_ns / 1e9)
+def sleep_ns(duration_ns: int, wake_on: Sequence[int] = ()) -> None:
+    """Sleep for that long, or until one of the descriptors `wake_on` can be read."""
+    if duration_ns <= 0:
+        return
+    if wake_on:
+        select.select(wake_on, (), (), duration_ns / 1e9)
+    else:
+        time.sleep(duration_ns / 1e9)
 
 
 class Kicker:

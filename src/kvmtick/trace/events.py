@@ -34,6 +34,7 @@ class Function(IntEnum):
 
     PIT_TIMER_FN = 0
     PIT_DO_WORK = 1
+    APIC_TIMER_FN = 2
 
 
 class Irqchip(IntEnum):
@@ -70,6 +71,15 @@ class Event(IntEnum):
     KVM_EXIT = 14
     KVM_APICV_INHIBIT_CHANGED = 15
     PIT_RESET_REINJECT = 16
+    KVM_APIC_ACCEPT_IRQ = 17
+    KVM_EOI = 18
+    KVM_MSI_SET_IRQ = 19
+    KVM_APIC_IPI = 20
+    KVM_APIC = 21
+    KVM_MMIO = 22
+    KVM_MSR = 23
+    KVM_IOAPIC_DELAYED_EOI_INJ = 24
+    KVM_INJ_NMI = 25
 
 
 class Tracepoint(NamedTuple):
@@ -112,6 +122,18 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     # The kernel has no tracepoint in i8254.c. This one is the model's own: without it a reader has
     # to guess which ticks an unmask or a reprogramming threw away.
     Event.PIT_RESET_REINJECT: Tracepoint("kvmtick", "kvm_pit_reset_reinject", ("pending",)),
+    Event.KVM_APIC_ACCEPT_IRQ: Tracepoint(
+        "kvm", "kvm_apic_accept_irq", ("apicid", "dm", "tm", "vec")
+    ),
+    Event.KVM_EOI: Tracepoint("kvm", "kvm_eoi", ("apicid", "vector")),
+    Event.KVM_MSI_SET_IRQ: Tracepoint("kvm", "kvm_msi_set_irq", ("address", "data")),
+    Event.KVM_APIC_IPI: Tracepoint("kvm", "kvm_apic_ipi", ("icr_low", "dest_id")),
+    Event.KVM_APIC: Tracepoint("kvm", "kvm_apic", ("rw", "reg", "val")),
+    Event.KVM_MMIO: Tracepoint("kvm", "kvm_mmio", ("type", "len", "gpa", "val")),
+    Event.KVM_MSR: Tracepoint("kvm", "kvm_msr", ("write", "ecx", "data", "exception")),
+    Event.KVM_IOAPIC_DELAYED_EOI_INJ: Tracepoint("kvm", "kvm_ioapic_delayed_eoi_inj", ("e",)),
+    # The kernel has none for an NMI either: only intr_info of kvm_entry shows it.
+    Event.KVM_INJ_NMI: Tracepoint("kvmtick", "kvm_inj_nmi", ("vcpu_id",)),
 }
 
 

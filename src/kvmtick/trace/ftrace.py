@@ -32,7 +32,44 @@ _EXIT_REASONS = {
     8: "NMI_WINDOW",
     12: "HLT",
     30: "IO_INSTRUCTION",
+    31: "MSR_READ",
+    32: "MSR_WRITE",
+    49: "EPT_MISCONFIG",
     52: "PREEMPTION_TIMER",
+}
+
+
+_MMIO = ("unsatisfied-read", "read", "write")
+_SHORTHANDS = ("dst", "self", "all", "all-but-self")
+_APIC_REGISTERS = {
+    0x20: "ID",
+    0x30: "LVR",
+    0x80: "TASKPRI",
+    0x90: "ARBPRI",
+    0xA0: "PROCPRI",
+    0xB0: "EOI",
+    0xC0: "RRR",
+    0xD0: "LDR",
+    0xE0: "DFR",
+    0xF0: "SPIV",
+    0x100: "ISR",
+    0x180: "TMR",
+    0x200: "IRR",
+    0x280: "ESR",
+    0x300: "ICR",
+    0x310: "ICR2",
+    0x320: "LVTT",
+    0x330: "LVTTHMR",
+    0x340: "LVTPC",
+    0x350: "LVT0",
+    0x360: "LVT1",
+    0x370: "LVTERR",
+    0x380: "TMICT",
+    0x390: "TMCCT",
+    0x3E0: "TDCR",
+    0x3F0: "SELF_IPI",
+    0x400: "EFEAT",
+    0x410: "ECTRL",
 }
 
 
@@ -106,6 +143,46 @@ def _apicv_inhibit_changed(r: Record) -> str:
     return f"{'set' if r[4] else 'cleared'} reason={r[3]}, inhibits=0x{r[5]:x} {names}".rstrip()
 
 
+def _apic_accept_irq(r: Record) -> str:
+    return (
+        f"apicid {r[3]:x} vec {r[6]} ({_DELIVERY_MODES[r[4] >> 8 & 7]}"
+        f"|{'level' if r[5] else 'edge'})"
+    )
+
+
+def _msi_set_irq(r: Record) -> str:
+    address, data = r[3], r[4]
+    return (
+        f"dst {address >> 12 & 0xFF | address >> 32 & 0xFFFFFF00:x} vec {data & 0xFF}"
+        f" ({_DELIVERY_MODES[data >> 8 & 7]}|{'logical' if address >> 2 & 1 else 'physical'}"
+        f"|{'level' if data >> 15 & 1 else 'edge'}{'|rh' if address >> 3 & 1 else ''})"
+    )
+
+
+def _apic_ipi(r: Record) -> str:
+    icr = r[3]
+    return (
+        f"dst {r[4]:x} vec {icr & 0xFF} ({_DELIVERY_MODES[icr >> 8 & 7]}"
+        f"|{'logical' if icr >> 11 & 1 else 'physical'}"
+        f"|{'assert' if icr >> 14 & 1 else 'de-assert'}|{'level' if icr >> 15 & 1 else 'edge'}"
+        f"|{_SHORTHANDS[icr >> 18 & 3]})"
+    )
+
+
+def _apic(r: Record) -> str:
+    register = f"APIC_{_APIC_REGISTERS[r[4]]}" if r[4] in _APIC_REGISTERS else f"0x{r[4]:x}"
+    return f"apic_{'write' if r[3] else 'read'} {register} = 0x{r[5]:x}"
+
+
+def _delayed_eoi_inj(r: Record) -> str:
+    e = r[3]
+    return (
+        f"dst {e >> 56:x} vec {e & 0xFF} ({_DELIVERY_MODES[e >> 8 & 7]}"
+        f"|{'logical' if e >> 11 & 1 else 'physical'}|{'level' if e >> 15 & 1 else 'edge'}"
+        f"{'|masked' if e >> 16 & 1 else ''})"
+    )
+
+
 _TEXT: dict[int, Callable[[Record], str]] = {
     Event.HRTIMER_START: _hrtimer_start,
     Event.HRTIMER_CANCEL: lambda r: f"hrtimer={r[3]:016x}",
@@ -124,6 +201,17 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_EXIT: _exit,
     Event.KVM_APICV_INHIBIT_CHANGED: _apicv_inhibit_changed,
     Event.PIT_RESET_REINJECT: lambda r: f"pending {r[3]}",
+    Event.KVM_APIC_ACCEPT_IRQ: _apic_accept_irq,
+    Event.KVM_EOI: lambda r: f"apicid {r[3]:x} vector {r[4]}",
+    Event.KVM_MSI_SET_IRQ: _msi_set_irq,
+    Event.KVM_APIC_IPI: _apic_ipi,
+    Event.KVM_APIC: _apic,
+    Event.KVM_MMIO: lambda r: f"mmio {_MMIO[r[3]]} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}",
+    Event.KVM_MSR: lambda r: (
+        f"msr_{'write' if r[3] else 'read'} {r[4]:x} = 0x{r[5]:x}{' (#GP)' if r[6] else ''}"
+    ),
+    Event.KVM_IOAPIC_DELAYED_EOI_INJ: _delayed_eoi_inj,
+    Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]}",
 }
 
 

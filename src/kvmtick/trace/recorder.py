@@ -43,6 +43,15 @@ _KVM_ENTRY = int(Event.KVM_ENTRY)
 _KVM_EXIT = int(Event.KVM_EXIT)
 _KVM_APICV_INHIBIT_CHANGED = int(Event.KVM_APICV_INHIBIT_CHANGED)
 _PIT_RESET_REINJECT = int(Event.PIT_RESET_REINJECT)
+_KVM_APIC_ACCEPT_IRQ = int(Event.KVM_APIC_ACCEPT_IRQ)
+_KVM_EOI = int(Event.KVM_EOI)
+_KVM_MSI_SET_IRQ = int(Event.KVM_MSI_SET_IRQ)
+_KVM_APIC_IPI = int(Event.KVM_APIC_IPI)
+_KVM_APIC = int(Event.KVM_APIC)
+_KVM_MMIO = int(Event.KVM_MMIO)
+_KVM_MSR = int(Event.KVM_MSR)
+_KVM_IOAPIC_DELAYED_EOI_INJ = int(Event.KVM_IOAPIC_DELAYED_EOI_INJ)
+_KVM_INJ_NMI = int(Event.KVM_INJ_NMI)
 
 
 class HasNow(Protocol):
@@ -233,3 +242,43 @@ class Recorder:
     def kvm_pit_reset_reinject(self, pending: int) -> None:
         """The PIT forgot `pending` counted expiries (the model's own event)."""
         self._buffer.append((self._clock.now_ns, _PIT_RESET_REINJECT, self.task, pending))
+
+    def kvm_apic_accept_irq(self, apicid: int, dm: int, tm: int, vec: int) -> None:
+        """A local APIC was sent a message: `dm` delivery mode << 8, `tm` 1 for level."""
+        self._buffer.append(
+            (self._clock.now_ns, _KVM_APIC_ACCEPT_IRQ, self.task, apicid, dm, tm, vec)
+        )
+
+    def kvm_eoi(self, apicid: int, vector: int) -> None:
+        """A local APIC's EOI register was written; `vector` -1 if nothing was in service."""
+        self._buffer.append((self._clock.now_ns, _KVM_EOI, self.task, apicid, vector))
+
+    def kvm_msi_set_irq(self, address: int, data: int) -> None:
+        """A message-signalled interrupt was sent."""
+        self._buffer.append((self._clock.now_ns, _KVM_MSI_SET_IRQ, self.task, address, data))
+
+    def kvm_apic_ipi(self, icr_low: int, dest_id: int) -> None:
+        """The guest sent an interprocessor interrupt."""
+        self._buffer.append((self._clock.now_ns, _KVM_APIC_IPI, self.task, icr_low, dest_id))
+
+    def kvm_apic(self, rw: int, reg: int, val: int) -> None:
+        """A local APIC register was accessed (detail; the caller asks); `rw` is 1 for a write."""
+        self._buffer.append((self._clock.now_ns, _KVM_APIC, self.task, rw, reg, val))
+
+    def kvm_mmio(self, type_: int, len_: int, gpa: int, val: int) -> None:
+        """The guest accessed memory that is no RAM (detail); `type_`: 0 unsatisfied read, 1 read,
+        2 write.
+        """
+        self._buffer.append((self._clock.now_ns, _KVM_MMIO, self.task, type_, len_, gpa, val))
+
+    def kvm_msr(self, write: int, ecx: int, data: int, exception: bool) -> None:
+        """The guest accessed a model-specific register (detail); `exception`: it got #GP."""
+        self._buffer.append((self._clock.now_ns, _KVM_MSR, self.task, write, ecx, data, exception))
+
+    def kvm_ioapic_delayed_eoi_inj(self, e: int) -> None:
+        """A level line stayed high over so many EOIs that its next request is put off."""
+        self._buffer.append((self._clock.now_ns, _KVM_IOAPIC_DELAYED_EOI_INJ, self.task, e))
+
+    def kvm_inj_nmi(self, vcpu_id: int) -> None:
+        """An NMI was written into the VMCS for the next VM entry (the model's own event)."""
+        self._buffer.append((self._clock.now_ns, _KVM_INJ_NMI, self.task, vcpu_id))

@@ -38,6 +38,8 @@ _NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.STI | Interruptibilit
 class InterruptSource(Protocol):
     """Where the vCPU's external interrupts come from."""
 
+    vcpu_id: int
+
     def has_interrupt(self) -> bool:
         """`kvm_cpu_has_injectable_intr`."""
 
@@ -57,7 +59,7 @@ class PendingEvents:
 
     def queue_nmi(self, nmi_blocked: bool) -> None:
         """`kvm_inject_nmi` and `process_nmi`: pends unless as many as can wait do already."""
-        limit = 1 if nmi_blocked else NMI_LIMIT
+        limit = 1 if nmi_blocked or intr_type(self.reinject_info) == EventType.NMI else NMI_LIMIT
         self.nmi_pending = min(self.nmi_pending + 1, limit)
 
 
@@ -81,6 +83,7 @@ def inject_pending_event(
     vmcs: Vmcs, pending: PendingEvents, source: InterruptSource, recorder: Recorder
 ) -> None:
     """Fill the VM-entry interruption information and set the windows for what has to wait."""
+    waits = source.has_interrupt()
     info = pending.reinject_info
     if info:
         vmcs.entry_intr_info = info
@@ -90,9 +93,11 @@ def inject_pending_event(
     elif pending.nmi_pending and nmi_allowed(vmcs):
         pending.nmi_pending -= 1
         vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
-    elif source.has_interrupt() and interrupt_allowed(vmcs):
+        recorder.kvm_inj_nmi(source.vcpu_id)
+    elif waits and interrupt_allowed(vmcs):
         vector = source.get_interrupt()
         recorder.kvm_inj_virq(vector, False, False)
         vmcs.entry_intr_info = _EXTERNAL_INTERRUPT | vector
+        waits = source.has_interrupt()
     vmcs.nmi_window_exiting = pending.nmi_pending > 0
-    vmcs.intr_window_exiting = source.has_interrupt()
+    vmcs.intr_window_exiting = waits

@@ -1,21 +1,23 @@
 """A virtual CPU: its requests, its kick, and one VM entry and exit (arch/x86/kvm/x86.c).
 
 `enter` is vcpu_enter_guest: it serves the requests, injects what is due, lets the engine run and
-handles the exit. Port accesses are handled while the engine is inside, as exits the kernel handles
-itself; whoever wants the vCPU's attention makes a request and kicks it.
+handles the exit. The guest's accesses are handled while the engine is inside
+(`kvmtick.vcpu.exits`); whoever wants the vCPU's attention makes a request and kicks it.
 
-Not modelled: the local APIC. ExtINT reaches vCPU 0 as after reset (LVT0 unmasked, ExtINT mode).
+Not modelled: SMM, nested guests, APICv (the local APIC is always emulated in software).
 """
+
+from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
-from kvmtick.cpu.engine import Engine, ExitReason, Interruptibility
+from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
-from kvmtick.timing.clock import Clock
+from kvmtick.irqchip.lapic import Lapic, LapicBoard
 from kvmtick.timing.queue import EventQueue
-from kvmtick.trace.recorder import Recorder
+from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
     PendingEvents,
     complete_interrupts,
@@ -23,21 +25,27 @@ from kvmtick.vcpu.events import (
     interrupt_allowed,
     nmi_allowed,
 )
-from kvmtick.vcpu.vmcs import Vmcs
+from kvmtick.vcpu.exits import ExitHandlers, UserSpace
+from kvmtick.vcpu.vmcs import Vmcs, intr_info
 
-__all__ = ["EXIT_IO_INSTRUCTION", "MpState", "Request", "UserPorts", "Vcpu"]
+__all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
-EXIT_IO_INSTRUCTION = 30
-"""The basic exit reason of a port access (SDM appendix C); engines report none."""
-
-RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
+NO_VECTOR = -1
+RESET_CS_IP = (0xF000, 0xFFF0)
+"""Where a processor starts after RESET and INIT (SDM table 10-1)."""
+SIPI_PAGE_SHIFT = 8
+"""A SIPI vector is the number of the 4 KiB page to start at: CS is vector << 8."""
 
 
 class MpState(IntEnum):
     """KVM_MP_STATE_*: what the vCPU is about."""
 
     RUNNABLE = 0
+    UNINITIALIZED = 1
+    INIT_RECEIVED = 2
     HALTED = 3
+    SIPI_RECEIVED = 4
+    AP_RESET_HOLD = 9
 
 
 class Request(IntFlag):
@@ -46,40 +54,55 @@ class Request(IntFlag):
     NONE = 0
     EVENT = 1 << 0
     MIGRATE_TIMER = 1 << 1
+    UNBLOCK = 1 << 2
+    SCAN_IOAPIC = 1 << 3
+    IOAPIC_EOI_EXIT = 1 << 4
 
 
 # Plain integers: arithmetic on enum members costs more than a port access.
 _REQ_EVENT = int(Request.EVENT)
 _REQ_MIGRATE_TIMER = int(Request.MIGRATE_TIMER)
+_REQ_UNBLOCK = int(Request.UNBLOCK)
+_REQ_SCAN_IOAPIC = int(Request.SCAN_IOAPIC)
+_REQ_IOAPIC_EOI_EXIT = int(Request.IOAPIC_EOI_EXIT)
 _RUNNABLE = int(MpState.RUNNABLE)
 _HALTED = int(MpState.HALTED)
+_INIT_RECEIVED = int(MpState.INIT_RECEIVED)
+_UNINITIALIZED = int(MpState.UNINITIALIZED)
+_SIPI_RECEIVED = int(MpState.SIPI_RECEIVED)
+_AWAIT_SIPI = (_UNINITIALIZED, _INIT_RECEIVED)
+_PENDING_INIT, _PENDING_SIPI = 1, 2
 _EXIT_HLT = int(ExitReason.HLT)
 _EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 _EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
 
 
-class UserPorts(Protocol):
-    """The ports no in-kernel device answers: an exit to user space."""
-
-    def read(self, port: int, size_bytes: int) -> int:
-        """The value the guest reads."""
-
-    def write(self, port: int, size_bytes: int, value: int) -> None:
-        """The guest wrote `value`."""
-
-
-class VcpuBoard(Protocol):
+class VcpuBoard(LapicBoard, Protocol):
     """What a vCPU is wired to."""
 
-    clock: Clock
     queue: EventQueue
-    recorder: Recorder
     bus: IoBus
-    ports: UserPorts
+    ports: UserSpace
     pic: Pic | None
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        """Whether vCPUs get a local APIC."""
 
     def migrate_pit_timer(self) -> None:
         """`__kvm_migrate_timers`, the PIT's part."""
+
+    def handled_vectors(self, lapic: Lapic) -> int:
+        """`vcpu_scan_ioapic`: the vectors whose EOI an IOAPIC wants from `lapic`."""
+
+    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
+        """`kvm_io_bus_read(KVM_MMIO_BUS)`; None: no device there."""
+
+    def mmio_write(self, gpa: int, size_bytes: int, value: int) -> bool:
+        """`kvm_io_bus_write(KVM_MMIO_BUS)`; False: no device there."""
+
+    def signal_ioeventfd(self, is_pio: bool, address: int, size_bytes: int, value: int) -> bool:
+        """Whether an ioeventfd took the write."""
 
 
 class Vcpu:
@@ -87,51 +110,64 @@ class Vcpu:
 
     __slots__ = (
         "_board",
-        "_bus",
         "_clock",
-        "_entered_ns",
+        "_eoi_exit_vector",
         "_nmis_queued",
         "_pic",
-        "_pio_data",
-        "_ports",
-        "_queue",
         "_recorder",
+        "_tsc_offset_ns",
+        "cpuid",
         "engine",
+        "exits",
         "in_guest",
         "instructions",
+        "is_bsp",
         "kicked",
+        "lapic",
         "mp_state",
+        "off_until_ns",
         "pending",
+        "pending_external_vector",
         "requests",
+        "slept_from_ns",
         "task",
         "vcpu_id",
         "vmcs",
     )
 
-    def __init__(self, board: VcpuBoard, vcpu_id: int, engine: Engine, task: int) -> None:
-        """`task` is the vCPU thread's index in the recorder."""
+    def __init__(
+        self, board: VcpuBoard, vcpu_id: int, engine: Engine, task: int, is_bsp: bool = True
+    ) -> None:
+        """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
+        others wait for INIT and SIPI.
+        """
         self._board = board
         self._clock = board.clock
-        self._queue = board.queue
         self._recorder = board.recorder
-        self._bus = board.bus
-        self._ports = board.ports
-        # An irqchip comes before the first vCPU or never; only vCPU 0 takes ExtINT.
-        self._pic = board.pic if vcpu_id == 0 else None
+        # An irqchip comes before the first vCPU or never.
+        self._pic = board.pic
         self.vcpu_id = vcpu_id
+        self.is_bsp = is_bsp
         self.engine = engine
         self.task = task
         self.vmcs = Vmcs()
         self.pending = PendingEvents()
+        self.pending_external_vector = NO_VECTOR
         self.requests = 0
-        self.mp_state = _RUNNABLE
+        self.mp_state = _RUNNABLE if is_bsp or not board.irqchip_in_kernel else _UNINITIALIZED
         self.in_guest = False
         self.kicked = False
         self.instructions = 0
-        self._entered_ns = 0
+        self.off_until_ns = 0
+        self.slept_from_ns = 0
         self._nmis_queued = 0
-        self._pio_data = 0
-        engine.attach(self._pio_out, self._pio_in)
+        self._eoi_exit_vector = NO_VECTOR
+        self._tsc_offset_ns = 0
+        self.cpuid = Cpuid()
+        self.lapic: Lapic | None = None
+        if board.irqchip_in_kernel:
+            self.lapic = Lapic(board, self, is_bsp)
+        self.exits = ExitHandlers(board, self)
 
     # Requests and kicks.
 
@@ -142,16 +178,32 @@ class Vcpu:
         if self.in_guest:
             self.engine.kick()
 
-    def kick(self) -> None:
-        """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
-        self.kicked = True
-        if self.in_guest:
-            self.engine.kick()
+    def request_unblock(self) -> None:
+        """`kvm_make_request(KVM_REQ_UNBLOCK)` and `kvm_vcpu_kick`: a timer has expired."""
+        self.requests |= _REQ_UNBLOCK
+        self.kick()
+
+    def request_scan_ioapic(self) -> None:
+        """`kvm_make_request(KVM_REQ_SCAN_IOAPIC)`: which vectors are the IOAPIC's has changed."""
+        self.requests |= _REQ_SCAN_IOAPIC
+        self.kick()
+
+    def request_ioapic_eoi_exit(self, vector: int) -> None:
+        """`kvm_make_request(KVM_REQ_IOAPIC_EOI_EXIT)`: user space's IOAPIC wants to know."""
+        self._eoi_exit_vector = vector
+        self.requests |= _REQ_IOAPIC_EOI_EXIT
+        self.kick()
 
     def request_migrate_timer(self) -> None:
         """`kvm_make_request(KVM_REQ_MIGRATE_TIMER)`: the thread moved to another host CPU."""
         self.requests |= _REQ_MIGRATE_TIMER
         self.kick()
+
+    def kick(self) -> None:
+        """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
+        self.kicked = True
+        if self.in_guest:
+            self.engine.kick()
 
     def queue_nmi(self) -> None:
         """`kvm_inject_nmi`. What the guest blocks is known when it is out of the guest."""
@@ -166,33 +218,124 @@ class Vcpu:
             self._nmis_queued -= 1
             self.pending.queue_nmi(blocked)
 
-    def mp_state_name(self) -> str:
-        """`halted` or `runnable`."""
-        return "halted" if self.mp_state == _HALTED else "runnable"
+    # Time.
+
+    def guest_tsc(self) -> int:
+        """The guest's time stamp counter: 1 GHz, from 0 at power-on unless the guest wrote it."""
+        return self._clock.now_ns - self._tsc_offset_ns
+
+    def set_guest_tsc(self, value: int) -> None:
+        """The guest, or KVM_SET_MSRS, wrote IA32_TIME_STAMP_COUNTER."""
+        self.start_tsc_at(self._clock.now_ns - value)
+
+    def start_tsc_at(self, zero_ns: int) -> None:
+        """The TSC was 0 at `zero_ns` of the machine's clock."""
+        self._tsc_offset_ns = zero_ns
+        if self._clock.live:
+            self.engine.use_host_tsc(zero_ns)
+
+    def has_cpuid(self, feature: str) -> bool:
+        """Whether user space gave the guest `x2apic` or `tsc_deadline`."""
+        return self.cpuid.has(feature)
 
     # External interrupts (irq.c).
 
     def accepts_extint(self) -> bool:
-        """`kvm_apic_accept_pic_intr`: LVT0 is in ExtINT mode and unmasked, as after reset."""
-        return self.vcpu_id == 0
+        """`kvm_apic_accept_pic_intr`: would the vCPU take the PIC's interrupt?"""
+        lapic = self.lapic
+        return lapic is not None and lapic.accepts_pic_intr()
 
-    def has_interrupt(self) -> bool:
+    def _has_extint(self) -> bool:
         """`kvm_cpu_has_extint`."""
         pic = self._pic
-        return pic is not None and pic.output
+        if pic is None:
+            return self.pending_external_vector != NO_VECTOR and self.accepts_extint()
+        return pic.output and self.accepts_extint()
+
+    def has_interrupt(self) -> bool:
+        """`kvm_cpu_has_injectable_intr`: the PIC's first, then the local APIC's."""
+        if self._has_extint():
+            return True
+        lapic = self.lapic
+        return lapic is not None and lapic.has_interrupt() != NO_VECTOR
 
     def get_interrupt(self) -> int:
-        """`kvm_cpu_get_extint`: the INTA cycle."""
-        assert self._pic is not None
-        return self._pic.read_irq()
+        """`kvm_cpu_get_interrupt`: the INTA cycle, or IRR to ISR in the local APIC."""
+        if self._has_extint():
+            if self._pic is not None:
+                return self._pic.read_irq()
+            vector, self.pending_external_vector = self.pending_external_vector, NO_VECTOR
+            return vector
+        assert self.lapic is not None
+        return self.lapic.get_interrupt()
 
     def has_events(self) -> bool:
         """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
-        pic = self._pic
-        if pic is not None and pic.output and interrupt_allowed(self.vmcs):
+        if self.requests & _REQ_UNBLOCK:
+            self._serve_unblock()
+        lapic = self.lapic
+        if lapic is not None and lapic.pending_events:
+            return True
+        if self.mp_state in _AWAIT_SIPI:
+            return False
+        if interrupt_allowed(self.vmcs) and self.has_interrupt():
             return True
         pending = self.pending
         return pending.nmi_pending > 0 and nmi_allowed(self.vmcs)
+
+    # INIT and SIPI.
+
+    def accept_events(self) -> None:
+        """`kvm_apic_accept_events`: what INIT and SIPI do to the vCPU's state."""
+        lapic = self.lapic
+        if lapic is None or not lapic.pending_events:
+            return
+        events, lapic.pending_events = lapic.pending_events, 0
+        if events & _PENDING_INIT:
+            self._reset(lapic)
+            self.mp_state = _RUNNABLE if self.is_bsp else _INIT_RECEIVED
+        if events & _PENDING_SIPI and self.mp_state == _INIT_RECEIVED:
+            self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
+            self._take_over_state()
+            self.mp_state = _RUNNABLE
+
+    def _reset(self, lapic: Lapic) -> None:
+        """`kvm_vcpu_reset(init_event=true)`."""
+        lapic.reset(init_event=True)
+        self.pending = PendingEvents()
+        self._nmis_queued = 0
+        self.engine.reset(*RESET_CS_IP)
+        self._take_over_state()
+
+    def _take_over_state(self) -> None:
+        """The engine was reset: nothing of the last entry holds any more."""
+        vmcs, engine = self.vmcs, self.engine
+        vmcs.guest_rflags = engine.rflags
+        vmcs.guest_interruptibility = engine.interruptibility
+        vmcs.entry_intr_info = 0
+        vmcs.intr_window_exiting = False
+        vmcs.nmi_window_exiting = False
+        self.requests |= _REQ_EVENT
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """KVM_SET_MP_STATE, checked by the caller; SIPI_RECEIVED starts the vCPU at the vector of
+        the last SIPI (KVM_SET_VCPU_EVENTS sets it too).
+        """
+        if mp_state == _SIPI_RECEIVED and self.lapic is not None:
+            self.mp_state = _INIT_RECEIVED
+            self.lapic.pending_events |= _PENDING_SIPI
+        else:
+            self.mp_state = mp_state
+        self.request_event()
+
+    @property
+    def awaits_sipi(self) -> bool:
+        """It was never started, or INIT stopped it."""
+        return self.mp_state in _AWAIT_SIPI
+
+    def mp_state_name(self) -> str:
+        """KVM_MP_STATE_* in lower case."""
+        return MpState(self.mp_state).name.lower().replace("_", " ")
 
     # One entry and exit.
 
@@ -207,7 +350,7 @@ class Vcpu:
         self.kicked = False
         clock = self._clock
         entered_ns = clock.now_ns
-        self._entered_ns = entered_ns
+        self.exits.entered_ns = entered_ns
         self.in_guest = True
         try:
             reason = engine.enter(
@@ -215,7 +358,7 @@ class Vcpu:
                 vmcs.intr_window_exiting,
                 vmcs.nmi_window_exiting,
                 budget,
-                entered_ns,
+                entered_ns - self._tsc_offset_ns,
             )
         finally:
             self.in_guest = False
@@ -233,9 +376,10 @@ class Vcpu:
         if self._nmis_queued:
             self._process_nmi()
         if recorder.detail:
-            self._record_exit(reason, 0)
+            self.record_exit(reason, 0)
         if reason == _EXIT_HLT:
             self.mp_state = _HALTED
+            self.slept_from_ns = clock.now_ns
         else:
             self._handle_exit(reason)
         return reason
@@ -245,11 +389,39 @@ class Vcpu:
         at the injection can queue the PIT's worker.
         """
         self._recorder.task = self.task
+        if self.requests & _REQ_UNBLOCK:
+            self._serve_unblock()
         requests, self.requests = self.requests, 0
+        if requests & ~_REQ_EVENT:
+            self._serve_rare(requests)
+        if requests & _REQ_EVENT:
+            lapic = self.lapic
+            if lapic is not None and lapic.pending_events:
+                self.accept_events()
+                if self.mp_state != _RUNNABLE:
+                    return
+            inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+
+    def _serve_unblock(self) -> None:
+        """`kvm_inject_pending_timer_irqs`: the vCPU itself puts its timer's interrupt in IRR."""
+        self.requests &= ~_REQ_UNBLOCK
+        lapic = self.lapic
+        if lapic is not None and lapic.pending_timer:
+            self._recorder.task = self.task
+            lapic.inject_pending_timer_irqs()
+
+    def _serve_rare(self, requests: int) -> None:
+        lapic = self.lapic
         if requests & _REQ_MIGRATE_TIMER:
             self._board.migrate_pit_timer()
-        if requests & _REQ_EVENT:
-            inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+            if lapic is not None:
+                lapic.migrate_timer()
+        if lapic is None:
+            return
+        if requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> self._eoi_exit_vector & 1:
+            self._board.ports.ioapic_eoi(self._eoi_exit_vector)
+        if requests & _REQ_SCAN_IOAPIC and lapic.hw_enabled:
+            lapic.handled_vectors = self._board.handled_vectors(lapic)
 
     def _handle_exit(self, reason: int) -> None:
         if complete_interrupts(self.vmcs, self.pending):
@@ -261,7 +433,8 @@ class Vcpu:
             self.vmcs.nmi_window_exiting = False
             self.requests |= _REQ_EVENT
 
-    def _record_exit(self, reason: int, info1: int) -> None:
+    def record_exit(self, reason: int, info1: int) -> None:
+        """The kvm_exit tracepoint."""
         self._recorder.kvm_exit(
             self.vcpu_id,
             reason,
@@ -270,54 +443,12 @@ class Vcpu:
             self.vmcs.idt_vectoring_info,
         )
 
-    # Port accesses, while the engine is inside.
+    @property
+    def has_kernel_pic(self) -> bool:
+        """ExtINT comes from the in-kernel PIC, not from KVM_INTERRUPT."""
+        return self._pic is not None
 
-    def _set_clock(self, retired: int) -> None:
-        clock = self._clock
-        if clock.live:
-            clock.refresh()
-        else:
-            clock.now_ns = self._entered_ns + retired
-
-    def _pio_out(self, port: int, size_bytes: int, value: int, retired: int) -> None:
-        self._set_clock(retired)
-        recorder = self._recorder
-        if recorder.detail:
-            self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 0))
-        recorder.kvm_pio(1, port, size_bytes, 1, value)
-        deadline_ns = self._queue.next_ns
-        device = self._bus.find(port, size_bytes)
-        if device is None:
-            self._ports.write(port, size_bytes, value)
-        else:
-            device.io_write(port, size_bytes, value)
-        # The slice was cut for the deadline there was; an earlier one needs a new slice.
-        if self._queue.next_ns < deadline_ns:
-            self.engine.kick()
-        if recorder.detail:
-            recorder.kvm_entry(self.vcpu_id, self.engine.registers()["rip"], 0)
-
-    def _pio_in(self, port: int, size_bytes: int, retired: int) -> int:
-        self._set_clock(retired)
-        recorder = self._recorder
-        if recorder.detail:
-            self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 1))
-        deadline_ns = self._queue.next_ns
-        device = self._bus.find(port, size_bytes)
-        if device is None:
-            value = self._ports.read(port, size_bytes)
-        else:
-            value = device.io_read(port, size_bytes, self._pio_data)
-        value &= RAX_BYTES[size_bytes]
-        self._pio_data = value
-        recorder.kvm_pio(0, port, size_bytes, 1, value)
-        if self._queue.next_ns < deadline_ns:
-            self.engine.kick()
-        if recorder.detail:
-            recorder.kvm_entry(self.vcpu_id, self.engine.registers()["rip"], 0)
-        return value
-
-
-def _io_qualification(port: int, size_bytes: int, is_in: int) -> int:
-    """The exit qualification of a port access (SDM table 28-5)."""
-    return port << 16 | is_in << 3 | (size_bytes - 1)
+    def queue_interrupt(self, vector: int) -> None:
+        """`kvm_queue_interrupt`: user space's own interrupt controller injects `vector`."""
+        self.pending.reinject_info = intr_info(EventType.EXTERNAL, vector)
+        self.request_event()

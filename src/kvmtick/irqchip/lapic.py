@@ -1,0 +1,890 @@
+"""KVM's in-kernel local APIC (SDM vol. 3A chapter 12; arch/x86/kvm/lapic.c).
+
+Every register of the xAPIC page and of the x2APIC's MSRs; priorities, EOI, the LVTs, IPIs, the modes
+of IA32_APIC_BASE, KVM_GET_LAPIC and KVM_SET_LAPIC. The timer is `lapic_timer`, who takes a message
+is `delivery`.
+
+Where KVM differs from the silicon, KVM's way is kept:
+
+* ESR is not maintained: writes are accepted, and nothing ever sets a bit; a vector below 16 sets its
+  IRR bit and is never delivered;
+* ARBPRI reads 0; ICR's busy bit is always clear; there is no CMCI LVT;
+* accesses to the page other than aligned 32-bit writes, and writes to what is read-only, do nothing;
+* a page that is disabled, or an x2APIC's, reads all ones and swallows writes (LAPIC_MMIO_HOLE);
+* KVM_SET_LAPIC takes the 1024 bytes as they are, padding included. Only the version, the current
+  count and, in x2APIC mode, id and LDR are the kernel's own.
+
+Not modelled: APICv, paravirtual EOI, Hyper-V's synthetic interrupt controller, SMM (an SMI is
+dropped), the processor priority as a guest that reports TPR accesses sees it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from kvmtick.abi.errors import KvmError
+from kvmtick.irqchip.apicdef import (
+    APIC_ARBPRI,
+    APIC_BASE_MSR,
+    APIC_BROADCAST,
+    APIC_DEFAULT_PHYS_BASE,
+    APIC_DEST_LOGICAL,
+    APIC_DFR,
+    APIC_DFR_CLUSTER,
+    APIC_DFR_FLAT,
+    APIC_DFR_ONES,
+    APIC_DM_EXTINT,
+    APIC_DM_NMI,
+    APIC_EOI,
+    APIC_ESR,
+    APIC_ICR,
+    APIC_ICR2,
+    APIC_ICR2_MASK,
+    APIC_ICR_BUSY,
+    APIC_ICR_HIGH,
+    APIC_ID,
+    APIC_INT_ASSERT,
+    APIC_INT_LEVELTRIG,
+    APIC_IRR,
+    APIC_ISR,
+    APIC_LAST_MSR,
+    APIC_LDR,
+    APIC_LDR_MASK,
+    APIC_LVR,
+    APIC_LVR_DIRECTED_EOI,
+    APIC_LVT0,
+    APIC_LVT1,
+    APIC_LVT_LEVEL_TRIGGER,
+    APIC_LVT_MASKED,
+    APIC_LVT_TIMER_MODES,
+    APIC_LVT_TIMER_PERIODIC,
+    APIC_LVTERR,
+    APIC_LVTPC,
+    APIC_LVTT,
+    APIC_LVTTHMR,
+    APIC_MODE_MASK,
+    APIC_PROCPRI,
+    APIC_REGS_BYTES,
+    APIC_SELF_IPI,
+    APIC_SHORT_SHIFT,
+    APIC_SPIV,
+    APIC_SPIV_APIC_ENABLED,
+    APIC_SPIV_DIRECTED_EOI,
+    APIC_SPIV_MASK,
+    APIC_TASKPRI,
+    APIC_TDCR,
+    APIC_TMCCT,
+    APIC_TMICT,
+    APIC_TMR,
+    APIC_VECTOR_MASK,
+    APIC_VERSION,
+    APICBASE_MODE_MASK,
+    APICBASE_RESERVED,
+    DELIVERY_MODE_SHIFT,
+    DEST_ALLBUT,
+    DEST_ALLINC,
+    DEST_NOSHORT,
+    DEST_SELF,
+    DM_FIXED,
+    DM_INIT,
+    DM_LOWEST,
+    DM_NMI,
+    DM_REMRD,
+    DM_STARTUP,
+    KVM_APIC_INIT,
+    KVM_APIC_SIPI,
+    LAPIC_MMIO_LENGTH,
+    LINT_MASK,
+    LVT_MASK,
+    MSR_IA32_APICBASE_BSP,
+    MSR_IA32_APICBASE_ENABLE,
+    MSR_IA32_TSC_DEADLINE,
+    NR_LVT_ENTRIES,
+    SPIV_RESET,
+    U32,
+    X2APIC_BROADCAST,
+    X2APIC_ENABLE,
+    X2APIC_ICR_RESERVED,
+)
+from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
+from kvmtick.irqchip.lapic_timer import LapicTimer
+from kvmtick.timing.clock import Clock
+from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
+from kvmtick.trace.events import Function
+from kvmtick.trace.recorder import Recorder
+
+__all__ = ["DEFAULT_MAXPHYADDR", "Lapic", "LapicBoard", "LapicVcpu", "x2apic_ldr"]
+
+NO_VECTOR = -1
+DEFAULT_MAXPHYADDR = 36
+"""Bits of a guest-physical address as long as CPUID says nothing."""
+
+_SUPPRESS_QUIRKED = SuppressEoiBroadcast.QUIRKED
+_SUPPRESS_ENABLED = SuppressEoiBroadcast.ENABLED
+
+# The registers of 32 bits that have a field, by offset: what KVM_GET_LAPIC gives of them and what
+# reading them gives (the exceptions are in `_read`).
+_FIELDS: Final = {
+    APIC_ID: "id",
+    APIC_LVR: "lvr",
+    APIC_TASKPRI: "taskpri",
+    APIC_PROCPRI: "procpri",
+    APIC_LDR: "ldr",
+    APIC_DFR: "dfr",
+    APIC_SPIV: "spiv",
+    APIC_ESR: "esr",
+    APIC_ICR: "icr",
+    APIC_ICR_HIGH: "icr_high",
+    APIC_ICR2: "icr2",
+    APIC_LVTT: "lvtt",
+    APIC_LVTTHMR: "lvtthmr",
+    APIC_LVTPC: "lvtpc",
+    APIC_LVT0: "lvt0",
+    APIC_LVT1: "lvt1",
+    APIC_LVTERR: "lvterr",
+    APIC_TMICT: "tmict",
+    APIC_TDCR: "tdcr",
+}
+
+# The registers of 256 bits, by the offset of the first of their eight.
+_VECTOR_FIELDS: Final = {APIC_ISR: "isr", APIC_TMR: "tmr", APIC_IRR: "irr"}
+VECTOR_REGISTERS = 8
+
+_LVT_MASKS: Final = {
+    APIC_LVTTHMR: LVT_MASK | APIC_MODE_MASK,
+    APIC_LVTPC: LVT_MASK | APIC_MODE_MASK,
+    APIC_LVT0: LINT_MASK,
+    APIC_LVT1: LINT_MASK,
+    APIC_LVTERR: LVT_MASK,
+}
+
+_X2APIC_ABSENT = frozenset({APIC_ARBPRI, APIC_DFR, APIC_ICR2, APIC_ICR})
+"""Registers an x2APIC has not, or (ICR) not in this form."""
+
+_READABLE = (
+    frozenset(_FIELDS) - {APIC_ICR_HIGH}
+    | {first + 16 * i for first in _VECTOR_FIELDS for i in range(VECTOR_REGISTERS)}
+    | {APIC_ARBPRI, APIC_TMCCT}
+)
+
+
+def x2apic_ldr(x2apic_id: int) -> int:
+    """`kvm_apic_calc_x2apic_ldr`: cluster (id / 16) and one bit of 16."""
+    return (x2apic_id >> 4) << 16 | 1 << (x2apic_id & 0xF)
+
+
+class LapicVcpu(Protocol):
+    """What a local APIC asks of its vCPU."""
+
+    vcpu_id: int
+
+    def request_event(self) -> None:
+        """KVM_REQ_EVENT and a kick."""
+
+    def request_unblock(self) -> None:
+        """KVM_REQ_UNBLOCK and a kick: the timer is pending."""
+
+    def request_scan_ioapic(self) -> None:
+        """KVM_REQ_SCAN_IOAPIC: set `Lapic.handled_vectors` anew."""
+
+    def request_ioapic_eoi_exit(self, vector: int) -> None:
+        """KVM_REQ_IOAPIC_EOI_EXIT: tell user space's IOAPIC."""
+
+    def queue_nmi(self) -> None:
+        """`kvm_inject_nmi` and a kick."""
+
+    def guest_tsc(self) -> int:
+        """The guest's TSC now, in ns."""
+
+    def has_cpuid(self, feature: str) -> bool:
+        """Whether KVM_SET_CPUID2 gave the guest "x2apic" or "tsc_deadline"."""
+
+
+class LapicBoard(Protocol):
+    """What the VM gives a local APIC to stand on."""
+
+    clock: Clock
+    recorder: Recorder
+    delivery: IrqDelivery
+
+    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
+        """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
+
+
+class Lapic(LapicTimer):
+    """struct kvm_lapic: registers under their names in asm/apicdef.h, `irr`, `isr` and `tmr` as one
+    number of 256 bits each.
+
+    `icr_high` is bits 63:32 of the x2APIC's ICR, `icr2` the xAPIC's. `pending_events` and
+    `sipi_vector` wait for the vCPU (`kvm_apic_accept_events`), so does `pv_unhalted`, set by a
+    remote-read message. `handled_vectors` are those whose EOI the IOAPIC wants. `maxphyaddr` limits
+    the base address.
+    """
+
+    __slots__ = (
+        "_isr_cached",
+        "_padding",
+        "_recorder",
+        "_tables",
+        "apic_base",
+        "base_address",
+        "delivery",
+        "dfr",
+        "esr",
+        "handled_vectors",
+        "hw_enabled",
+        "icr",
+        "icr2",
+        "icr_high",
+        "id",
+        "irr",
+        "is_bsp",
+        "isr",
+        "ldr",
+        "lvr",
+        "lvt0",
+        "lvt0_in_nmi_mode",
+        "lvt1",
+        "lvterr",
+        "lvtpc",
+        "lvtthmr",
+        "maxphyaddr",
+        "pending_events",
+        "procpri",
+        "pv_unhalted",
+        "sipi_vector",
+        "spiv",
+        "sw_enabled",
+        "taskpri",
+        "tmr",
+        "vcpu",
+        "x2apic_mode",
+    )
+
+    def __init__(self, board: LapicBoard, vcpu: LapicVcpu, is_bsp: bool) -> None:
+        """`kvm_create_lapic` and the reset of a new vCPU; it joins `board.delivery.lapics`."""
+        super().__init__(board, vcpu)
+        self._recorder = board.recorder
+        self.delivery = board.delivery
+        self.vcpu = vcpu
+        self.is_bsp = is_bsp
+        self.maxphyaddr = DEFAULT_MAXPHYADDR
+        self.apic_base = MSR_IA32_APICBASE_ENABLE
+        self.base_address = 0
+        self.hw_enabled = True
+        self.x2apic_mode = False
+        self.sw_enabled = False
+        self.lvt0_in_nmi_mode = False
+        self.pending_events = 0
+        self.sipi_vector = 0
+        self.pv_unhalted = False
+        self.handled_vectors = 0
+        self.id = 0
+        self.lvr = 0
+        self.taskpri = 0
+        self.procpri = 0
+        self.ldr = 0
+        self.dfr = 0
+        self.spiv = 0
+        self.isr = 0
+        self.tmr = 0
+        self.irr = 0
+        self.esr = 0
+        self.icr = 0
+        self.icr_high = 0
+        self.icr2 = 0
+        self.lvtthmr = 0
+        self.lvtpc = 0
+        self.lvt0 = 0
+        self.lvt1 = 0
+        self.lvterr = 0
+        # Whether the kernel has the highest ISR bit at hand: see `restore`.
+        self._isr_cached = False
+        self._padding = bytes(APIC_REGS_BYTES)
+        self.reset(init_event=False)
+        # The kernel's reset runs before the vCPU is in the VM's list, and so does not map it: it can
+        # be reached through the map from the next change of any APIC on.
+        self.delivery.lapics.append(self)
+
+    def reset(self, init_event: bool) -> None:
+        """`kvm_lapic_reset`: INIT if `init_event`, else power-on, which also resets base and id."""
+        if not init_event:
+            base = APIC_DEFAULT_PHYS_BASE | MSR_IA32_APICBASE_ENABLE
+            self._set_base(base | MSR_IA32_APICBASE_BSP if self.is_bsp else base)
+        self.timer.cancel()
+        if not init_event:
+            self._set_xapic_id(self.vcpu.vcpu_id)
+        self.update_version()
+        self.lvtt = self.lvtthmr = self.lvtpc = APIC_LVT_MASKED
+        self.lvt0 = self.lvt1 = self.lvterr = APIC_LVT_MASKED
+        self.update_lvtt()
+        if self.is_bsp:
+            self.lvt0 = APIC_DM_EXTINT
+        self._manage_nmi_watchdog(self.lvt0)
+        self._set_dfr(APIC_DFR_FLAT)
+        self._set_spiv(SPIV_RESET)
+        self.taskpri = 0
+        self.esr = 0
+        self.icr = 0
+        if self.x2apic_mode:
+            self.icr_high = 0
+        else:
+            self._set_ldr(0)
+            self.icr2 = 0
+        self.tdcr = 0
+        self.tmict = 0
+        self.irr = self.isr = self.tmr = 0
+        self._isr_cached = False
+        self.update_divide_count()
+        self.pending_timer = 0
+        self._update_ppr()
+        self.delivery.recalculate_map()
+
+    def after_set_cpuid(self, maxphyaddr: int = DEFAULT_MAXPHYADDR) -> None:
+        """The guest's CPUID changed (`kvm_vcpu_after_set_cpuid`): version, timer modes, base."""
+        self.maxphyaddr = maxphyaddr
+        self.timer_mode_mask = (
+            APIC_LVT_TIMER_MODES if self.vcpu.has_cpuid("tsc_deadline") else APIC_LVT_TIMER_PERIODIC
+        )
+        self.update_version()
+
+    # IA32_APIC_BASE.
+
+    def set_base(self, value: int, host_initiated: bool = False) -> bool:
+        """`kvm_apic_set_base`; False: refused, the guest gets #GP.
+
+        The guest may not leave x2APIC mode but to disabled, nor enter it from there.
+        """
+        if value == self.apic_base:
+            return True
+        reserved = APICBASE_RESERVED
+        if not self.vcpu.has_cpuid("x2apic"):
+            reserved |= X2APIC_ENABLE
+        mode = value & APICBASE_MODE_MASK
+        if value & reserved or value >> self.maxphyaddr or mode == X2APIC_ENABLE:
+            return False
+        if not host_initiated:
+            if self.x2apic_mode and mode == MSR_IA32_APICBASE_ENABLE:
+                return False
+            if not self.hw_enabled and mode == APICBASE_MODE_MASK:
+                return False
+        self._set_base(value)
+        self.delivery.recalculate_map()
+        return True
+
+    def _set_base(self, value: int) -> None:
+        """`__kvm_apic_set_base`."""
+        changed = self.apic_base ^ value
+        self.apic_base = value
+        self.hw_enabled = value & MSR_IA32_APICBASE_ENABLE != 0
+        self.x2apic_mode = value & APICBASE_MODE_MASK == APICBASE_MODE_MASK
+        if changed & MSR_IA32_APICBASE_ENABLE:
+            if self.hw_enabled:
+                self._set_xapic_id(self.vcpu.vcpu_id)
+            else:
+                self.delivery.apic_map_dirty = True
+        if changed & X2APIC_ENABLE:
+            if self.x2apic_mode:
+                self.id = self.vcpu.vcpu_id
+                self.ldr = x2apic_ldr(self.id)
+                self.delivery.apic_map_dirty = True
+            elif self.hw_enabled:
+                self._set_xapic_id(self.vcpu.vcpu_id)
+        self.base_address = value & ~0xFFF
+
+    # What the map is made from.
+
+    def _set_xapic_id(self, xapic_id: int) -> None:
+        self.id = xapic_id << 24 & U32
+        self.delivery.apic_map_dirty = True
+
+    def _set_ldr(self, value: int) -> None:
+        self.ldr = value
+        self.delivery.apic_map_dirty = True
+
+    def _set_dfr(self, value: int) -> None:
+        self.dfr = value
+        self.delivery.apic_map_dirty = True
+
+    def _set_spiv(self, value: int) -> None:
+        """`apic_set_spiv`."""
+        self.spiv = value
+        enabled = value & APIC_SPIV_APIC_ENABLED != 0
+        if enabled != self.sw_enabled:
+            self.sw_enabled = enabled
+            self.delivery.apic_map_dirty = True
+
+    def matches(
+        self, source: Lapic | None, shorthand: int, dest_id: int, dest_mode_logical: bool
+    ) -> bool:
+        """`kvm_apic_match_dest`: whether a message from `source` (None: no IPI) is for this one."""
+        if shorthand != DEST_NOSHORT:
+            if shorthand == DEST_ALLINC:
+                return True
+            return (self is source) == (shorthand == DEST_SELF)
+        if (
+            source is None
+            and dest_id == APIC_BROADCAST
+            and self.x2apic_mode
+            and not self.delivery.x2apic_broadcast_quirk_disabled
+        ):
+            return True
+        if dest_id == (X2APIC_BROADCAST if self.x2apic_mode else APIC_BROADCAST):
+            return True
+        if dest_mode_logical:
+            return self._matches_logical(dest_id)
+        # An id that 8 bits cannot name reaches a (hot-plugged) APIC in xAPIC mode all the same.
+        if self.x2apic_mode or dest_id > APIC_BROADCAST:
+            return dest_id == self.vcpu.vcpu_id
+        return dest_id == self.id >> 24
+
+    def _matches_logical(self, dest_id: int) -> bool:
+        """`kvm_apic_match_logical_addr`."""
+        if self.x2apic_mode:
+            return self.ldr >> 16 == dest_id >> 16 and self.ldr & dest_id & 0xFFFF != 0
+        logical_id = self.ldr >> 24
+        if self.dfr == APIC_DFR_FLAT:
+            return logical_id & dest_id != 0
+        if self.dfr == APIC_DFR_CLUSTER:
+            return logical_id >> 4 == dest_id >> 4 and logical_id & dest_id & 0xF != 0
+        return False
+
+    # Accepting interrupts.
+
+    def accept_irq(
+        self,
+        delivery_mode: int,
+        vector: int,
+        level: bool,
+        trig_mode_level: bool,
+        dest_map: dict[int, int] | None = None,
+    ) -> int:
+        """`__apic_accept_irq`: 1 taken, 0 not. `dest_map`: see `IrqDelivery.deliver`."""
+        vcpu = self.vcpu
+        self._recorder.kvm_apic_accept_irq(
+            vcpu.vcpu_id, delivery_mode << DELIVERY_MODE_SHIFT, trig_mode_level, vector
+        )
+        if delivery_mode == DM_FIXED or delivery_mode == DM_LOWEST:
+            if (trig_mode_level and not level) or not self.hw_enabled or not self.sw_enabled:
+                return 0
+            if dest_map is not None:
+                dest_map[vcpu.vcpu_id] = vector
+            mask = 1 << vector
+            self.tmr = self.tmr | mask if trig_mode_level else self.tmr & ~mask
+            self.irr |= mask
+            vcpu.request_event()
+            return 1
+        if delivery_mode == DM_NMI:
+            vcpu.queue_nmi()
+            return 1
+        if delivery_mode == DM_INIT:
+            if trig_mode_level and not level:
+                return 0
+            self.pending_events = KVM_APIC_INIT
+        elif delivery_mode == DM_STARTUP:
+            self.sipi_vector = vector
+            self.pending_events |= KVM_APIC_SIPI
+        elif delivery_mode == DM_REMRD:
+            self.pv_unhalted = True
+        else:
+            # SMI: no SMM. EXTINT: LVT0's, and that is `accepts_pic_intr`'s business.
+            return 0
+        vcpu.request_event()
+        return 1
+
+    def local_deliver(self, lvt_register: int) -> int:
+        """`kvm_apic_local_deliver`: what the LVT at that offset says; 1 taken, 0 masked or not."""
+        lvt: int = getattr(self, _FIELDS[lvt_register])
+        if not self.hw_enabled or lvt & APIC_LVT_MASKED:
+            return 0
+        taken = self.accept_irq(
+            (lvt & APIC_MODE_MASK) >> DELIVERY_MODE_SHIFT,
+            lvt & APIC_VECTOR_MASK,
+            True,
+            lvt & APIC_LVT_LEVEL_TRIGGER != 0,
+        )
+        if taken and lvt_register == APIC_LVTPC:
+            self.lvtpc = lvt | APIC_LVT_MASKED
+        return taken
+
+    def deliver_nmi_watchdog(self) -> None:
+        """`kvm_apic_nmi_wd_deliver`."""
+        self.local_deliver(APIC_LVT0)
+
+    def inject_pending_timer_irqs(self) -> None:
+        """`kvm_inject_apic_timer_irqs`: a pending expiry becomes LVTT's interrupt."""
+        if self.pending_timer:
+            self.local_deliver(APIC_LVTT)
+            self.taken()
+
+    def accepts_pic_intr(self) -> bool:
+        """`kvm_apic_accept_pic_intr`: the PIC's INTR reaches the processor by LVT0, or by a disabled
+        APIC.
+        """
+        return not self.hw_enabled or (
+            self.lvt0 & (APIC_LVT_MASKED | APIC_MODE_MASK) == APIC_DM_EXTINT
+        )
+
+    def _manage_nmi_watchdog(self, lvt0: int) -> None:
+        """`apic_manage_nmi_watchdog`."""
+        nmi_mode = lvt0 & (APIC_LVT_MASKED | APIC_MODE_MASK) == APIC_DM_NMI
+        if nmi_mode != self.lvt0_in_nmi_mode:
+            self.lvt0_in_nmi_mode = nmi_mode
+            self.delivery.vapics_in_nmi_mode += 1 if nmi_mode else -1
+
+    # Priorities and EOI.
+
+    def has_interrupt(self) -> int:
+        """`kvm_apic_has_interrupt`: the highest request if its class is above PPR, else -1."""
+        if not self.irr or not self.hw_enabled:
+            return NO_VECTOR
+        return self._request_above(self._set_ppr())
+
+    def get_interrupt(self) -> int:
+        """`kvm_get_apic_interrupt`: that request goes into service; -1 if there is none."""
+        vector = self.has_interrupt()
+        if vector >= 0:
+            mask = 1 << vector
+            self.irr &= ~mask
+            self.isr |= mask
+            self._isr_cached = True
+            self._set_ppr()
+        return vector
+
+    def pending_eoi(self, vector: int) -> bool:
+        """`kvm_apic_pending_eoi`: requested or in service."""
+        return (self.isr | self.irr) >> vector & 1 != 0
+
+    def is_level(self, vector: int) -> bool:
+        """Its bit in TMR: the last message of that vector was level triggered."""
+        return self.tmr >> vector & 1 != 0
+
+    @property
+    def directed_eoi(self) -> bool:
+        """The guest set SVR's bit 12: it will tell the IOAPIC itself."""
+        return self.spiv & APIC_SPIV_DIRECTED_EOI != 0
+
+    def eoi(self) -> None:
+        """`apic_set_eoi`: the highest interrupt in service is done; a spurious EOI does nothing."""
+        isr = self.isr
+        vector = isr.bit_length() - 1
+        self._recorder.kvm_eoi(self.vcpu.vcpu_id, vector)
+        if vector < 0:
+            return
+        mask = 1 << vector
+        self.isr = isr ^ mask
+        self._isr_cached = False
+        self._update_ppr()
+        if self.handled_vectors & mask:
+            self._send_eoi(vector)
+        self.vcpu.request_event()
+
+    def _send_eoi(self, vector: int) -> None:
+        """`kvm_ioapic_send_eoi`."""
+        delivery = self.delivery
+        if not delivery.split:
+            if delivery.eoi_target is not None:
+                delivery.eoi_target.update_eoi(self, vector, self.is_level(vector))
+        elif not (self.directed_eoi and delivery.suppress_eoi_broadcast is _SUPPRESS_ENABLED):
+            self.vcpu.request_ioapic_eoi_exit(vector)
+
+    def get_cr8(self) -> int:
+        """`kvm_lapic_get_cr8`."""
+        return self.taskpri >> 4 & 0xF
+
+    def set_tpr(self, cr8: int) -> None:
+        """`kvm_lapic_set_tpr`: a write to CR8."""
+        self._set_taskpri((cr8 & 0xF) << 4)
+
+    def _set_taskpri(self, value: int) -> None:
+        self.taskpri = value
+        self._update_ppr()
+
+    def _set_ppr(self) -> int:
+        """`__apic_update_ppr`; returns PPR."""
+        in_service = self.isr.bit_length() - 1 & 0xF0 if self.isr else 0
+        taskpri = self.taskpri & 0xFF
+        ppr = taskpri if taskpri & 0xF0 >= in_service else in_service
+        self.procpri = ppr
+        return ppr
+
+    def _update_ppr(self) -> None:
+        """`apic_update_ppr`: where the priority fell, a request may come through now."""
+        old = self.procpri
+        ppr = self._set_ppr()
+        if ppr < old and self._request_above(ppr) >= 0:
+            self.vcpu.request_event()
+
+    def _request_above(self, ppr: int) -> int:
+        """`apic_has_interrupt_for_ppr`."""
+        vector = self.irr.bit_length() - 1
+        return vector if vector >= 0 and vector & 0xF0 > ppr else NO_VECTOR
+
+    # Access by the guest.
+
+    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
+        """`apic_mmio_read`; None: not its address."""
+        offset = gpa - self.base_address
+        if not 0 <= offset < LAPIC_MMIO_LENGTH:
+            return None
+        if not self.hw_enabled or self.x2apic_mode:
+            return (1 << 8 * size_bytes) - 1
+        value = self._read(offset, size_bytes)
+        return 0 if value is None else value
+
+    def mmio_write(self, gpa: int, size_bytes: int, value: int) -> bool:
+        """`apic_mmio_write`; False: not its address."""
+        offset = gpa - self.base_address
+        if not 0 <= offset < LAPIC_MMIO_LENGTH:
+            return False
+        if self.hw_enabled and not self.x2apic_mode and size_bytes == 4 and not offset & 0xF:
+            self._write(offset, value & U32)
+        return True
+
+    def read_msr(self, index: int) -> int | None:
+        """RDMSR of IA32_TSC_DEADLINE or an x2APIC register; None: #GP."""
+        if index == MSR_IA32_TSC_DEADLINE:
+            return self.get_tsc_deadline()
+        if not self.x2apic_mode or not APIC_BASE_MSR <= index <= APIC_LAST_MSR:
+            return None
+        offset = (index - APIC_BASE_MSR) << 4
+        if offset == APIC_ICR:
+            return self.icr | self.icr_high << 32
+        return self._read(offset, 4)
+
+    def write_msr(self, index: int, value: int) -> bool:
+        """WRMSR of IA32_TSC_DEADLINE or an x2APIC register; False: #GP."""
+        if index == MSR_IA32_TSC_DEADLINE:
+            self.set_tsc_deadline(value)
+            return True
+        if not self.x2apic_mode or not APIC_BASE_MSR <= index <= APIC_LAST_MSR:
+            return False
+        offset = (index - APIC_BASE_MSR) << 4
+        if offset == APIC_ICR:
+            return self._write_x2apic_icr(value)
+        return not value >> 32 and self._write(offset, value)
+
+    def set_tsc_deadline(self, value: int) -> None:
+        """`kvm_set_lapic_tscdeadline_msr`: nothing happens unless the timer is in that mode."""
+        if self.hw_enabled and self.is_tscdeadline:
+            self.set_deadline(value)
+
+    def get_tsc_deadline(self) -> int:
+        """`kvm_get_lapic_tscdeadline_msr`: 0 unless the timer is in that mode."""
+        return self.tscdeadline if self.hw_enabled and self.is_tscdeadline else 0
+
+    def _read(self, offset: int, size_bytes: int) -> int | None:
+        """`kvm_lapic_reg_read`; None: no such register, or not within one."""
+        register, alignment = offset & ~0xF, offset & 0xF
+        if alignment + size_bytes > 4 or register not in _READABLE:
+            return None
+        if self.x2apic_mode and register in _X2APIC_ABSENT:
+            return None
+        value = self._read_register(register)
+        if self._recorder.detail:
+            self._recorder.kvm_apic(0, offset, value)
+        return value >> 8 * alignment & (1 << 8 * size_bytes) - 1
+
+    def _read_register(self, register: int) -> int:
+        """`__apic_read`."""
+        if register == APIC_TMCCT:
+            return self.current_count()
+        if register == APIC_PROCPRI:
+            self._update_ppr()
+            return self.procpri
+        if register == APIC_ARBPRI:
+            return 0
+        if APIC_ISR <= register < APIC_ESR:
+            bits: int = getattr(self, _VECTOR_FIELDS[register & ~0x7F])
+            return bits >> 2 * (register & 0x70) & U32
+        value: int = getattr(self, _FIELDS[register])
+        return value
+
+    def _write(self, register: int, value: int) -> bool:
+        """`kvm_lapic_reg_write`: 32 bits; False: no such register, or not writable so."""
+        if self._recorder.detail:
+            self._recorder.kvm_apic(1, register, value)
+        if register == APIC_EOI:
+            self.eoi()
+            return True
+        accepted = self._write_register(register, value)
+        self.delivery.recalculate_map()
+        return accepted
+
+    def _write_register(self, register: int, value: int) -> bool:
+        x2apic = self.x2apic_mode
+        if register == APIC_TASKPRI:
+            self._set_taskpri(value & 0xFF)
+        elif register == APIC_TMICT:
+            self.write_tmict(value)
+        elif register == APIC_LVTT:
+            self._write_lvtt(value)
+        elif register in _LVT_MASKS:
+            self._write_lvt(register, value)
+        elif register == APIC_TDCR:
+            self.write_tdcr(value)
+        elif register == APIC_SPIV:
+            self._write_spiv(value)
+        elif register == APIC_ESR:
+            return not x2apic or not value
+        elif register == APIC_SELF_IPI:
+            if not x2apic or value & ~APIC_VECTOR_MASK:
+                return False
+            self._send_ipi(DEST_SELF << APIC_SHORT_SHIFT | value, 0)
+        elif x2apic:
+            # The others exist in xAPIC mode only, or (ICR) are written elsewhere.
+            return False
+        elif register == APIC_ICR:
+            value &= ~APIC_ICR_BUSY
+            self._send_ipi(value, self.icr2)
+            self.icr = value
+        elif register == APIC_ICR2:
+            self.icr2 = value & APIC_ICR2_MASK
+        elif register == APIC_ID:
+            self._set_xapic_id(value >> 24)
+        elif register == APIC_LDR:
+            self._set_ldr(value & APIC_LDR_MASK)
+        elif register == APIC_DFR:
+            self._set_dfr(value | APIC_DFR_ONES)
+        else:
+            return False
+        return True
+
+    def _write_lvtt(self, value: int) -> None:
+        if not self.sw_enabled:
+            value |= APIC_LVT_MASKED
+        self.lvtt = value & (LVT_MASK | self.timer_mode_mask)
+        self.update_lvtt()
+
+    def _write_lvt(self, register: int, value: int) -> None:
+        if register == APIC_LVT0:
+            # As written: a software-disabled APIC masks the entry, and still counts as a watchdog.
+            self._manage_nmi_watchdog(value)
+        if not self.sw_enabled:
+            value |= APIC_LVT_MASKED
+        setattr(self, _FIELDS[register], value & _LVT_MASKS[register])
+
+    def _write_spiv(self, value: int) -> None:
+        mask = APIC_SPIV_MASK
+        if self.lvr & APIC_LVR_DIRECTED_EOI:
+            mask |= APIC_SPIV_DIRECTED_EOI
+        self._set_spiv(value & mask)
+        if not self.sw_enabled:
+            self.lvtthmr |= APIC_LVT_MASKED
+            self.lvtpc |= APIC_LVT_MASKED
+            self.lvt0 |= APIC_LVT_MASKED
+            self.lvt1 |= APIC_LVT_MASKED
+            self.lvterr |= APIC_LVT_MASKED
+            self.lvtt |= APIC_LVT_MASKED
+            self.update_lvtt()
+            self.pending_timer = 0
+
+    def _write_x2apic_icr(self, value: int) -> bool:
+        """`kvm_x2apic_icr_write`."""
+        if value & X2APIC_ICR_RESERVED:
+            return False
+        value &= ~APIC_ICR_BUSY
+        low, high = value & U32, value >> 32
+        self._send_ipi(low, high)
+        self.icr, self.icr_high = low, high
+        if self._recorder.detail:
+            self._recorder.kvm_apic(1, APIC_ICR, value)
+        return True
+
+    def _send_ipi(self, icr_low: int, icr_high: int) -> None:
+        """`kvm_apic_send_ipi`."""
+        dest_id = icr_high if self.x2apic_mode else icr_high >> 24
+        self._recorder.kvm_apic_ipi(icr_low, dest_id)
+        self.delivery.deliver(
+            LapicIrq(
+                vector=icr_low & APIC_VECTOR_MASK,
+                delivery_mode=(icr_low & APIC_MODE_MASK) >> DELIVERY_MODE_SHIFT,
+                dest_mode_logical=icr_low & APIC_DEST_LOGICAL != 0,
+                trig_mode_level=icr_low & APIC_INT_LEVELTRIG != 0,
+                level=icr_low & APIC_INT_ASSERT != 0,
+                shorthand=icr_low >> APIC_SHORT_SHIFT & 3,
+                dest_id=dest_id,
+                msi_redir_hint=False,
+            ),
+            self,
+        )
+
+    def update_version(self) -> None:
+        """`kvm_apic_set_version`: a guest may suppress EOI broadcasts only where the IOAPIC is user
+        space's, for KVM's own has no EOI register.
+        """
+        delivery = self.delivery
+        self.lvr = APIC_VERSION | (NR_LVT_ENTRIES - 1) << 16
+        suppress = delivery.suppress_eoi_broadcast
+        if self.vcpu.has_cpuid("x2apic") and (
+            suppress is _SUPPRESS_ENABLED or (suppress is _SUPPRESS_QUIRKED and delivery.split)
+        ):
+            self.lvr |= APIC_LVR_DIRECTED_EOI
+
+    # KVM_GET_LAPIC and KVM_SET_LAPIC.
+
+    def save(self) -> bytes:
+        """KVM_GET_LAPIC: 1024 bytes."""
+        page = bytearray(self._padding)
+        for offset, name in _FIELDS.items():
+            value: int = getattr(self, name)
+            page[offset : offset + 4] = value.to_bytes(4, "little")
+        for first, name in _VECTOR_FIELDS.items():
+            bits: bytes = getattr(self, name).to_bytes(4 * VECTOR_REGISTERS, "little")
+            for i in range(VECTOR_REGISTERS):
+                page[first + 16 * i : first + 16 * i + 4] = bits[4 * i : 4 * i + 4]
+        page[APIC_TMCCT : APIC_TMCCT + 4] = self.current_count().to_bytes(4, "little")
+        if self.x2apic_mode:
+            if not self.delivery.x2apic_format:
+                # User space without 32-bit ids knows an id by its xAPIC form.
+                page[APIC_ID : APIC_ID + 4] = (self.id << 24 & U32).to_bytes(4, "little")
+            page[APIC_ICR2 : APIC_ICR2 + 4] = self.icr_high.to_bytes(4, "little")
+        return bytes(page)
+
+    def restore(self, state: bytes) -> None:
+        """KVM_SET_LAPIC. KvmError EINVAL: in x2APIC mode, with 32-bit ids, an id that is not the
+        vCPU's; SVR has been taken over all the same.
+        """
+        if len(state) != APIC_REGS_BYTES:
+            raise KvmError(errno.EINVAL, "KVM_SET_LAPIC", f"{APIC_REGS_BYTES} bytes are needed")
+        self._set_spiv(_u32(state, APIC_SPIV))
+        if (
+            self.x2apic_mode
+            and self.delivery.x2apic_format
+            and _u32(state, APIC_ID) != self.vcpu.vcpu_id
+        ):
+            self.delivery.recalculate_map()
+            raise KvmError(
+                errno.EINVAL, "KVM_SET_LAPIC", "an x2APIC's id cannot change; give the vCPU's"
+            )
+        self._load(state)
+        self.delivery.apic_map_dirty = True
+        self.delivery.recalculate_map()
+        self.update_version()
+        self._update_ppr()
+        self.cancel_timer()
+        self.update_lvtt()
+        self._manage_nmi_watchdog(self.lvt0)
+        self.update_divide_count()
+        self.start_timer(_u32(state, APIC_TMCCT))
+        self.vcpu.request_event()
+
+    def _load(self, state: bytes) -> None:
+        self._padding = bytes(state)
+        for offset, name in _FIELDS.items():
+            setattr(self, name, _u32(state, offset))
+        for first, name in _VECTOR_FIELDS.items():
+            bits = b"".join(
+                state[first + 16 * i : first + 16 * i + 4] for i in range(VECTOR_REGISTERS)
+            )
+            setattr(self, name, int.from_bytes(bits, "little"))
+        if self.x2apic_mode:
+            self.id = self.vcpu.vcpu_id
+            self.ldr = x2apic_ldr(self.id)
+            self.icr_high = self.icr2
+
+
+def _u32(page: bytes, offset: int) -> int:
+    return int.from_bytes(page[offset : offset + 4], "little")

@@ -1,0 +1,137 @@
+"""What a trace shows of the local APICs: who is requested, in service, or waits as an NMI.
+
+A request is known by vCPU and vector. It begins with kvm_apic_accept_irq, unless one is there
+already, and ends with the injection of that vector on that vCPU; from there to kvm_eoi it is in
+service. NMIs have no vector and no EOI; two at most wait.
+
+Not told apart, for no record tells: a message that a software-disabled local APIC did not take,
+requests that user space sets or clears (KVM_SET_LAPIC, KVM_SET_VCPU_EVENTS), NMIs that came without
+a message (KVM_NMI).
+"""
+
+from collections import deque
+
+from kvmtick.ticks.source import Source
+from kvmtick.ticks.tick import Claim, Tick
+from kvmtick.ticks.verdict import Path, Where
+
+__all__ = ["DM_FIXED", "DM_INIT", "DM_LOWEST", "DM_NMI", "LocalApics"]
+
+DM_FIXED, DM_LOWEST, DM_NMI, DM_INIT = 0x000, 0x100, 0x400, 0x500
+"""Delivery modes as kvm_apic_accept_irq has them."""
+
+NMI_LIMIT = 2
+"""How many NMIs can wait: one for the handler that runs, one more."""
+
+VECTORS = 256
+NMI = 256
+"""Stands for the vector of an NMI in `_known`."""
+
+STRIDE = 512
+
+
+class LocalApics:
+    """IRR, ISR and pending NMIs of every vCPU, with the tick that each belongs to, if any."""
+
+    def __init__(self) -> None:
+        self._irr: dict[int, Claim | None] = {}
+        self._isr: dict[int, Claim] = {}
+        self._nmis: dict[int, deque[Claim | None]] = {}
+        self._known: dict[int, Source] = {}
+
+    @property
+    def is_quiet(self) -> bool:
+        """No request is under way."""
+        return not self._irr
+
+    def accept(
+        self, vcpu: int, mode: int, vector: int, source: Source, tick: Tick, path: Path, ts_ns: int
+    ) -> Claim | None:
+        """A tick's message; None if it was merged with one that waits, or asks for no interrupt."""
+        if mode == DM_NMI:
+            waiting = self._nmis.setdefault(vcpu, deque())
+            self._known[vcpu * STRIDE + NMI] = source
+            if len(waiting) >= NMI_LIMIT:
+                return None
+            claim = source.claim(tick, Path.NMI, ts_ns)
+            waiting.append(claim)
+            return claim
+        if mode not in (DM_FIXED, DM_LOWEST):
+            return None
+        key = vcpu * STRIDE + vector
+        self._known[key] = source
+        if key in self._irr:
+            return None
+        claim = self._irr[key] = source.claim(tick, path, ts_ns)
+        return claim
+
+    def accept_foreign(self, vcpu: int, mode: int, vector: int) -> None:
+        """A message that is no tick's."""
+        if mode == DM_NMI:
+            waiting = self._nmis.setdefault(vcpu, deque())
+            if len(waiting) < NMI_LIMIT:
+                waiting.append(None)
+        elif mode in (DM_FIXED, DM_LOWEST):
+            self._irr.setdefault(vcpu * STRIDE + vector)
+        elif mode == DM_INIT:
+            self._reset(vcpu)
+
+    def revoke(self, claim: Claim) -> None:
+        """It turned out that the local APIC had not taken the message."""
+        for key, requested in self._irr.items():
+            if requested is claim:
+                del self._irr[key]
+                claim.tick.claims -= 1
+                return
+
+    def requested(self, vcpu: int | None, vector: int) -> bool:
+        """The vector is in IRR; `vcpu` None: of any vCPU."""
+        return self._key(vcpu, vector) is not None
+
+    def inject(self, vcpu: int | None, vector: int, ts_ns: int) -> None:
+        """A requested vector was written into the VMCS."""
+        key = self._key(vcpu, vector)
+        if key is None:
+            return
+        claim = self._irr.pop(key)
+        if claim is not None:
+            self._isr[key] = claim
+            claim.source.arrive(claim, ts_ns, key // STRIDE, vector)
+            return
+        self._isr.pop(key, None)
+        if key in self._known:
+            self._known[key].extra += 1
+
+    def inject_nmi(self, vcpu: int, pending: int | None, ts_ns: int) -> None:
+        """An NMI was written into the VMCS; `pending`: how many still wait, if the trace says."""
+        waiting = self._nmis.get(vcpu)
+        source = self._known.get(vcpu * STRIDE + NMI)
+        claim = waiting.popleft() if waiting else None
+        if claim is not None:
+            claim.source.arrive(claim, ts_ns, vcpu, None)
+        elif source is not None:
+            source.extra += 1
+        while waiting and pending is not None and len(waiting) > pending:
+            merged = waiting.pop()
+            if merged is not None:
+                merged.source.merge(merged, Where.LAPIC, "as many NMIs as can wait were pending")
+
+    def eoi(self, vcpu: int, vector: int, ts_ns: int) -> None:
+        """The guest ended an interrupt."""
+        claim = self._isr.pop(vcpu * STRIDE + vector, None)
+        if claim is not None:
+            claim.source.finish(claim, ts_ns)
+
+    def _key(self, vcpu: int | None, vector: int) -> int | None:
+        if vcpu is not None:
+            key = vcpu * STRIDE + vector
+            return key if key in self._irr else None
+        return next((key for key in self._irr if key % STRIDE == vector), None)
+
+    def _reset(self, vcpu: int) -> None:
+        lost = [self._irr.pop(key) for key in list(self._irr) if key // STRIDE == vcpu]
+        for key in [key for key in self._isr if key // STRIDE == vcpu]:
+            del self._isr[key]
+        for claim in (*lost, *self._nmis.pop(vcpu, ())):
+            if claim is not None:
+                claim.source.lose(claim, Where.LAPIC, "INIT reset its local APIC")

@@ -1,0 +1,182 @@
+"""A timer whose ticks are followed: the lives, the counts by verdict, the latencies.
+
+What the PIT and the local APICs' timers have in common. Lives are kept to a bound; the counts and
+the latencies cover all.
+"""
+
+from collections import Counter, deque
+
+from kvmtick.ticks.histogram import Histogram
+from kvmtick.ticks.tick import Claim, PlainTick, Tick
+from kvmtick.ticks.verdict import Path, Verdict, Where
+
+__all__ = ["HOPS", "Source"]
+
+HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
+_END_HOPS = HOPS[3:]
+
+_OPEN = Verdict.OUTSTANDING
+_DELIVERED = Verdict.DELIVERED
+_LATE = Verdict.LATE
+_DROPPED = Verdict.DROPPED
+
+
+class Source:
+    """One timer's ticks so far."""
+
+    def __init__(
+        self, name: str, path: Path, keep: int, reach_hops: tuple[str, ...] = HOPS[:3]
+    ) -> None:
+        """`name`: `pit` or `lapic`; `path`: the one to name while no tick has reached a vCPU;
+        `keep`: how many lives; `reach_hops`: what `_reach_row` gives.
+        """
+        self.name = name
+        self.expired = 0
+        self.reached = 0
+        self.extra = 0
+        self._path = path
+        self._kept: deque[Tick | PlainTick] = deque(maxlen=keep)
+        self._judged = dict.fromkeys(Verdict, 0)
+        self._arrivals: Counter[tuple[Path, int]] = Counter()
+        self._latency_ns = {hop: Histogram() for hop in HOPS}
+        self._reach_hops = reach_hops
+        self._reach_rows: list[tuple[int, ...]] = []
+        self._end_rows: list[tuple[int, int]] = []
+
+    # For readers.
+
+    @property
+    def kept(self) -> int:
+        """How many lives are kept: the last ones."""
+        return len(self._kept)
+
+    @property
+    def lives(self) -> list[Tick]:
+        """The lives that are kept, in order."""
+        return [_thaw(kept) for kept in self._kept]
+
+    def life(self, position: int) -> Tick:
+        """One of the lives that are kept, counted from 0; IndexError if there is none."""
+        return _thaw(self._kept[position])
+
+    def count(self, verdict: Verdict) -> int:
+        """How many ticks have this verdict; the verdicts add up to `expired`."""
+        if verdict is _OPEN:
+            return self.expired - sum(self._judged.values())
+        return self._judged[verdict]
+
+    def arrivals(self) -> Counter[tuple[Path, int]]:
+        """How many ticks reached which vCPU by which path."""
+        return self._arrivals
+
+    @property
+    def path(self) -> Path:
+        """The way most ticks took."""
+        ways: Counter[Path] = Counter()
+        for (path, _), count in self.arrivals().items():
+            ways[path] += count
+        return max(Path, key=lambda path: ways[path]) if ways else self._path
+
+    @property
+    def vcpu(self) -> int:
+        """The vCPU that most ticks reached; 0 if none did."""
+        vcpus: Counter[int] = Counter()
+        for (_, vcpu), count in self.arrivals().items():
+            vcpus[vcpu] += count
+        return max(sorted(vcpus), key=lambda vcpu: vcpus[vcpu], default=0)
+
+    def latency_ns(self) -> dict[str, Histogram]:
+        """The hops of the ticks that reached a vCPU."""
+        return self._latency_ns
+
+    # For those who follow the trace.
+
+    def begin(self, expiry_ns: int, fired_ns: int) -> Tick:
+        """The timer expired."""
+        self.expired += 1
+        tick = Tick(self.expired, expiry_ns, fired_ns)
+        self._kept.append(tick)
+        return tick
+
+    def judge(
+        self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""
+    ) -> None:
+        """The one word about it."""
+        tick.verdict = verdict
+        tick.where = where
+        tick.detail = detail
+        self._judged[verdict] += 1
+
+    def reopen(self, tick: Tick) -> None:
+        """What was said of it was said too early."""
+        self._judged[tick.verdict] -= 1
+        tick.verdict = _OPEN
+        tick.where = None
+        tick.detail = ""
+
+    def claim(self, tick: Tick, path: Path, ts_ns: int) -> Claim:
+        """A chip has its request now."""
+        tick.claims += 1
+        if tick.accept_ns is None:
+            tick.accept_ns = ts_ns
+        return Claim(self, tick, path, ts_ns)
+
+    def lose(self, claim: Claim, where: Where, detail: str) -> None:
+        """A chip forgot its request: `dropped`, unless another has one or it has arrived."""
+        tick = claim.tick
+        tick.claims -= 1
+        if not tick.claims and tick.verdict is _OPEN:
+            self.judge(tick, _DROPPED, where, detail)
+
+    def arrive(self, claim: Claim, ts_ns: int, vcpu: int, vector: int | None) -> None:
+        """A vCPU takes its interrupt; only the first time counts."""
+        tick = claim.tick
+        tick.claims -= 1
+        if tick.inject_ns is not None:
+            return
+        claim.arrived = True
+        tick.path = claim.path
+        tick.vcpu = vcpu
+        tick.vector = vector
+        tick.accept_ns = claim.accept_ns
+        tick.inject_ns = ts_ns
+        self.reached += 1
+        self._arrivals[claim.path, vcpu] += 1
+        if tick.verdict is _OPEN:
+            on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
+            self.judge(tick, _DELIVERED if on_time else _LATE)
+        row = self._reach_row(tick, claim.accept_ns, ts_ns)
+        if row is not None:
+            self._reach_rows.append(row)
+
+    def finish(self, claim: Claim, ts_ns: int) -> None:
+        """The guest ended the interrupt that it arrived by."""
+        if claim.arrived:
+            tick = claim.tick
+            assert tick.inject_ns is not None
+            tick.eoi_ns = ts_ns
+            self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+
+    def rename(self, claim: Claim, path: Path) -> None:
+        """A later record tells which way it came."""
+        if claim.arrived and claim.tick.vcpu is not None:
+            self._arrivals[claim.path, claim.tick.vcpu] -= 1
+            self._arrivals[path, claim.tick.vcpu] += 1
+            claim.tick.path = path
+        claim.path = path
+
+    def fold(self) -> None:
+        """Take the latencies since the last time into the histograms."""
+        for names, rows in ((self._reach_hops, self._reach_rows), (_END_HOPS, self._end_rows)):
+            if rows:
+                for name, values in zip(names, zip(*rows, strict=True), strict=True):
+                    self._latency_ns[name].add(values)
+                rows.clear()
+
+    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
+        """The latencies up to the injection, in the order of `reach_hops`."""
+        raise NotImplementedError
+
+
+def _thaw(kept: Tick | PlainTick) -> Tick:
+    return kept if isinstance(kept, Tick) else Tick(*kept)

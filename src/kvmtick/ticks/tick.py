@@ -1,0 +1,94 @@
+"""One expiry of a timer, and its claim on an interrupt that is under way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmtick.ticks.verdict import Path, Verdict, Where
+
+if TYPE_CHECKING:
+    from kvmtick.ticks.source import Source
+
+__all__ = ["Claim", "PlainTick", "Tick"]
+
+_OPEN = Verdict.OUTSTANDING
+
+
+class Tick:
+    """One expiry and what became of it; times in ns, None for a step it never reached.
+
+    `path`, `vcpu`, `vector` and the times from `accept_ns` on are those of its first arrival.
+    """
+
+    __slots__ = (
+        "accept_ns",
+        "claims",
+        "detail",
+        "eoi_ns",
+        "expiry_ns",
+        "fired_ns",
+        "index",
+        "inject_ns",
+        "path",
+        "period_ns",
+        "vcpu",
+        "vector",
+        "verdict",
+        "where",
+        "work_ns",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        expiry_ns: int,
+        fired_ns: int,
+        period_ns: int | None = None,
+        work_ns: int | None = None,
+        accept_ns: int | None = None,
+        inject_ns: int | None = None,
+        eoi_ns: int | None = None,
+        vector: int | None = None,
+        verdict: Verdict = _OPEN,
+        path: Path | None = None,
+        vcpu: int | None = None,
+    ) -> None:
+        """`index` counts from 1; `expiry_ns` is the timer's `expires`, `fired_ns` the late now."""
+        self.index = index
+        self.expiry_ns = expiry_ns
+        self.fired_ns = fired_ns
+        self.period_ns = period_ns
+        self.work_ns = work_ns
+        self.accept_ns = accept_ns
+        self.inject_ns = inject_ns
+        self.eoi_ns = eoi_ns
+        self.vector = vector
+        self.verdict = verdict
+        self.path = path
+        self.vcpu = vcpu
+        self.where: Where | None = None
+        self.detail = ""
+        self.claims = 0
+        """How many interrupts of its own may still reach a vCPU."""
+
+    def __repr__(self) -> str:
+        where = f" at {self.where.value}" if self.where else ""
+        return f"<Tick {self.index} expiry_ns={self.expiry_ns} {self.verdict.value}{where}>"
+
+
+PlainTick = tuple[int, int, int, int, int, int, int, int, int, Verdict, Path, int]
+"""A finished life as the arguments of `Tick`: most are never looked at."""
+
+
+class Claim:
+    """A tick's request in one chip: whoever takes that interrupt takes the tick."""
+
+    __slots__ = ("accept_ns", "arrived", "path", "source", "tick")
+
+    def __init__(self, source: Source, tick: Tick, path: Path, accept_ns: int) -> None:
+        self.source = source
+        self.tick = tick
+        self.path = path
+        self.accept_ns = accept_ns
+        self.arrived = False
+        """It was the tick's first arrival."""
