@@ -98,6 +98,16 @@ def test_descriptor_tables_are_empty_after_reset() -> None:
     assert bytes(cpu.ram[0x4000:0x4010]) == bytes(16)
 
 
+def test_the_stack_is_32_bits_wide_after_reset() -> None:
+    cpu = Cpu("50 e800000000 f4")  # push eax; call the next; hlt
+    cpu.engine.reset_protected(CODE)
+    cpu.set_registers(rsp=0x2_0002, rax=0x1234_5678)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.long(0x1_FFFE) == 0x1234_5678
+    assert cpu.long(0x1_FFFA) == CODE + 6
+    assert cpu.register("rsp") == 0x1_FFFA
+
+
 def test_reset_leaves_no_mode_behind() -> None:
     cpu = FlatCpu("fb f4", {VECTOR: "f4"})
     assert cpu.enter() is ExitReason.HLT

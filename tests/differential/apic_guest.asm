@@ -52,7 +52,7 @@ operations:
         dw      rd_msr, wr_msr
 OPERATIONS      equ ($ - operations) / 2
 
-read8:     xor     eax, eax
+read8: xor     eax, eax
         mov     al, [esi]
         jmp     result
 read16:    xor     eax, eax
@@ -60,7 +60,7 @@ read16:    xor     eax, eax
         jmp     result
 read32:    mov     eax, [esi]
         jmp     result
-write8:     mov     [esi], al
+write8: mov     [esi], al
         jmp     done
 write16:    mov     [esi], ax
         jmp     done

@@ -201,7 +201,7 @@ def cpuid(leaf: int, index: int) -> Op:
 
 
 def apic_eoi_on(*, x2apic: bool = False) -> Op:
-    """The handlers of vectors 0x30..0xef write EOI: by MMIO (as after `unreal`), or by MSR 0x80b."""
+    """The handlers of 0x30..0xef write EOI: by MMIO (as after `unreal`), or by MSR 0x80b."""
     return Op(Code.APIC_EOI_ON, 0, int(x2apic))
 
 
@@ -216,7 +216,7 @@ def tsc_read(index: int) -> Op:
 
 
 def wait_vector(vector: int, times: int) -> Op:
-    """HLT until `vector` (0x30..0xef) was taken `times` times more; leaves IF=1."""
+    """HLT until `vector` (0x30..0xef) was taken `times` times in all; leaves IF=1."""
     return Op(Code.WAIT_VECTOR, vector, times)
 
 
@@ -226,7 +226,7 @@ def snap_vector(vector: int, index: int) -> Op:
 
 
 def wait_nmis(nmis: int) -> Op:
-    """HLT, IF as it is, until `nmis` NMIs more were taken; a single one may be slept over."""
+    """HLT, IF as it is, until `nmis` NMIs were taken in all; one may be slept over."""
     return Op(Code.WAIT_NMIS, 0, nmis)
 
 

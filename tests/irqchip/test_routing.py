@@ -91,12 +91,12 @@ class Chip:
         self.name = name
         self.chips = chips
 
-    def set_irq(self, pin: int, source: int, level: int) -> int:
-        self.chips.driven.append((self.name, pin, source, level))
+    def set_irq(self, pin: int, irq_source_id: int, level: int, line_status: bool = False) -> int:
+        self.chips.driven.append((self.name, pin, irq_source_id, level))
         return self.chips.answers[self.name]
 
-    def pulse(self, pin: int, source: int) -> None:
-        self.chips.driven.append((self.name, pin, source, PULSED))
+    def pulse(self, pin: int, irq_source_id: int) -> None:
+        self.chips.driven.append((self.name, pin, irq_source_id, PULSED))
 
 
 PULSED = 10
@@ -197,7 +197,7 @@ def test_an_unrouted_gsi_is_recorded_all_the_same() -> None:
     assert [record[3:] for record in pc.records(Event.KVM_SET_IRQ)] == [(4096, 1, 0)]
 
 
-# The IOAPIC, which nothing can program yet.
+# The IOAPIC as it is after reset.
 
 
 def test_a_masked_edge_pin_answers_by_the_or_of_its_sources() -> None:

@@ -71,7 +71,12 @@ def parser() -> Parser:
         "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
     )
     add = p.add_argument_group("what to run").add_argument
-    add("--hz", metavar="HZ", help="tick rate of a built-in guest (1000)")
+    add(
+        "--hz",
+        metavar="HZ",
+        help="tick rate of a built-in guest (1000): 18.2 to 1193181 of the PIT, 0.25 to 1000000 of"
+        " a local APIC's timer",
+    )
     add("--ticks", metavar="N", help="how many ticks to wait for (1000)")
     add("--for", metavar="DURATION", help="how long, on the machine's clock: 250ms, 10s")
     add("--hold", metavar="DURATION", help="how long tick-if0 and tick-mask hold ticks back (50ms)")
@@ -251,7 +256,7 @@ def _hz(text: str | None) -> float | None:
         return float(text)
     except ValueError:
         raise UsageError(
-            f"--hz {text!r} is no rate: give ticks a second, such as 1000"
+            f"--hz {text}: no rate; give ticks a second, such as 1000"
         ) from None
 
 

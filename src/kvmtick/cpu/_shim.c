@@ -526,8 +526,7 @@ static void on_exception(void *uc, uint32_t vector, void *engine)
     Engine *self = engine;
     if (I32(self->env, ENV_EXCEPTION_IS_INT)) {
         /* Unicorn has moved eip behind the instruction; a fault now must find it on it. */
-        uint64_t eip = self->last_address - U64(SEGMENT(self->env, CS), SEG_BASE);
-        U64(self->env, ENV_EIP) = U32(self->env, ENV_HFLAGS) & HF_CS64 ? eip : (uint32_t)eip;
+        U64(self->env, ENV_EIP) = self->last_address - U64(SEGMENT(self->env, CS), SEG_BASE);
     }
     U32(self->env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ; /* a faulting instruction leaves its shadow */
     lib.do_interrupt(self->cpu);

@@ -20,10 +20,16 @@ offset field      meaning
 0x2c   snapshot   8 words: values of ``counter`` at moments a guest names
 ====== ========== ================================================================================
 
-A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code (1: no x2APIC in
-CPUID, or a PIT register that is wrong, 2: no TSC deadline in CPUID, 3: vCPU 1 did not start, 4: LVTT
-does not keep a timer mode, 0xff: an exception or an interrupt it does not expect). What it prints
-goes to port 0xe9.
+A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code. What it prints
+goes to port 0xe9; a guest that misses something says there what it is.
+
+==== ===============================================================================================
+1    CPUID has no x2APIC (tick-x2apic); a PIT register is wrong (pit-registers)
+2    CPUID has no TSC deadline (tick-lapic)
+3    vCPU 1 did not start (ipi-tick)
+4    LVTT does not keep its timer mode (tick-lapic)
+0xff an exception or an interrupt the guest does not expect
+==== ===============================================================================================
 
 What a guest needs beyond a PIT, an irqchip and vCPU 0 stands in `Guest.needs`; `gsi_routing` makes
 the routing table of it. Guests of the APICs switch to unreal mode (4 GiB limits) by themselves.

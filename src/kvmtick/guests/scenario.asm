@@ -33,9 +33,9 @@
 ;                                     1 by x2APIC MSR
 ;   26    APIC_EOI_OFF -     -        they write none
 ;   27    TSC_READ    i      -        results[i], results[i + 1] = low, high half of the TSC
-;   28    WAIT_VECTOR vector n        STI, HLT until apic_vectors[vector] has gone up by n
+;   28    WAIT_VECTOR vector n        STI, HLT until apic_vectors[vector] is n or more
 ;   29    SNAP_VECTOR vector i        results[i] = apic_vectors[vector]
-;   30    WAIT_NMIS   -      n        HLT with IF as it is until `nmis` has gone up by n
+;   30    WAIT_NMIS   -      n        HLT with IF as it is until `nmis` is n or more
 ;
 ; IDLE_MS, WAIT_TICKS and WAIT_VECTOR leave IF=1. They wake only by an interrupt: without one they
 ; sleep for ever. A code that does not exist ends the run with ERROR_OPERATION.
@@ -270,14 +270,12 @@ op_tsc_read:
         jmp     store_pair
 
 op_wait_vector:
+        mov     ebx, eax
         mov     di, dx
         shl     di, 2
-        mov     ebx, [apic_vectors + di]
-        add     ebx, eax                ; the value to wait for
 .sleep: cli
-        mov     eax, [apic_vectors + di]
-        sub     eax, ebx
-        jns     op_sti
+        cmp     [apic_vectors + di], ebx
+        jae     op_sti
         sti
         hlt
         jmp     .sleep
@@ -291,13 +289,10 @@ op_snap_vector:
 
 ; An NMI that comes between the look and HLT is slept over: take some that repeats.
 op_wait_nmis:
-        mov     ebx, [nmis]
-        add     ebx, eax
-.sleep: mov     eax, [nmis]
-        sub     eax, ebx
-        jns     next
+        cmp     [nmis], eax
+        jae     next
         hlt
-        jmp     .sleep
+        jmp     op_wait_nmis
 
 ; Interrupts.
 

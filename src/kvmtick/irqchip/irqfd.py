@@ -58,7 +58,7 @@ ADDRESS_END = 1 << 64
 COUNTER_BYTES = 8
 
 _bound: set[str] = set()
-"""Eventfds that are the irqfd of some VM: one eventfd raises one GSI (`add_wait_queue_priority`)."""
+"""Eventfds that are the irqfd of some VM: one eventfd raises one GSI of one VM."""
 
 
 class EventFd(Closing):

@@ -181,6 +181,8 @@ class Machine:
         self.clock.refresh()
         if self.started_ns == NEVER_NS:
             self._power_on()
+        if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
+            self._quantum_end_ns = self.clock.now_ns + QUANTUM_NS
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
             return self._loop(end_ns, limit_s, until, stopwatch)

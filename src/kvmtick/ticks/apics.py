@@ -23,9 +23,10 @@ DM_FIXED, DM_LOWEST, DM_NMI, DM_INIT = 0x000, 0x100, 0x400, 0x500
 NMI_LIMIT = 2
 """How many NMIs can wait: one for the handler that runs, one more."""
 
-VECTORS = 256
+NMI_VECTOR = 2
+
 NMI = 256
-"""Stands for the vector of an NMI in `_known`."""
+"""Stands for the vector of an NMI in `_known`: its own 2 can be an interrupt's as well."""
 
 STRIDE = 512
 
@@ -38,11 +39,6 @@ class LocalApics:
         self._isr: dict[int, Claim] = {}
         self._nmis: dict[int, deque[Claim | None]] = {}
         self._known: dict[int, Source] = {}
-
-    @property
-    def is_quiet(self) -> bool:
-        """No request is under way."""
-        return not self._irr
 
     def accept(
         self, vcpu: int, mode: int, vector: int, source: Source, tick: Tick, path: Path, ts_ns: int
@@ -108,7 +104,7 @@ class LocalApics:
         source = self._known.get(vcpu * STRIDE + NMI)
         claim = waiting.popleft() if waiting else None
         if claim is not None:
-            claim.source.arrive(claim, ts_ns, vcpu, None)
+            claim.source.arrive(claim, ts_ns, vcpu, NMI_VECTOR)
         elif source is not None:
             source.extra += 1
         while waiting and pending is not None and len(waiting) > pending:

@@ -19,6 +19,7 @@ _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
 _DROPPED = Verdict.DROPPED
+_COALESCED = Verdict.COALESCED
 
 
 class Source:
@@ -127,6 +128,13 @@ class Source:
         tick.claims -= 1
         if not tick.claims and tick.verdict is _OPEN:
             self.judge(tick, _DROPPED, where, detail)
+
+    def merge(self, claim: Claim, where: Where, detail: str) -> None:
+        """Its request turned out to be part of one before it."""
+        tick = claim.tick
+        tick.claims -= 1
+        if not tick.claims and tick.verdict is _OPEN:
+            self.judge(tick, _COALESCED, where, detail)
 
     def arrive(self, claim: Claim, ts_ns: int, vcpu: int, vector: int | None) -> None:
         """A vCPU takes its interrupt; only the first time counts."""

@@ -245,29 +245,27 @@ class Vcpu:
         lapic = self.lapic
         return lapic is not None and lapic.accepts_pic_intr()
 
-    def _has_extint(self) -> bool:
-        """`kvm_cpu_has_extint`."""
-        pic = self._pic
-        if pic is None:
-            return self.pending_external_vector != NO_VECTOR and self.accepts_extint()
-        return pic.output and self.accepts_extint()
-
     def has_interrupt(self) -> bool:
-        """`kvm_cpu_has_injectable_intr`: the PIC's first, then the local APIC's."""
-        if self._has_extint():
+        """`kvm_cpu_has_injectable_intr`: the PIC's (`kvm_cpu_has_extint`), or the local APIC's."""
+        lapic, pic = self.lapic, self._pic
+        if lapic is None:
+            return False
+        waits = self.pending_external_vector != NO_VECTOR if pic is None else pic.output
+        if waits and lapic.accepts_pic_intr():
             return True
-        lapic = self.lapic
-        return lapic is not None and lapic.has_interrupt() != NO_VECTOR
+        return lapic.irr != 0 and lapic.has_interrupt() != NO_VECTOR
 
     def get_interrupt(self) -> int:
-        """`kvm_cpu_get_interrupt`: the INTA cycle, or IRR to ISR in the local APIC."""
-        if self._has_extint():
-            if self._pic is not None:
-                return self._pic.read_irq()
-            vector, self.pending_external_vector = self.pending_external_vector, NO_VECTOR
-            return vector
-        assert self.lapic is not None
-        return self.lapic.get_interrupt()
+        """`kvm_cpu_get_interrupt`: the INTA cycle goes first, then IRR to ISR in the local APIC."""
+        lapic, pic = self.lapic, self._pic
+        assert lapic is not None
+        if pic is None:
+            if self.pending_external_vector != NO_VECTOR and lapic.accepts_pic_intr():
+                vector, self.pending_external_vector = self.pending_external_vector, NO_VECTOR
+                return vector
+        elif pic.output and lapic.accepts_pic_intr():
+            return pic.read_irq()
+        return lapic.get_interrupt()
 
     def has_events(self) -> bool:
         """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
@@ -276,12 +274,11 @@ class Vcpu:
         lapic = self.lapic
         if lapic is not None and lapic.pending_events:
             return True
-        if self.mp_state in _AWAIT_SIPI:
+        if self.mp_state != _HALTED:
             return False
         if interrupt_allowed(self.vmcs) and self.has_interrupt():
             return True
-        pending = self.pending
-        return pending.nmi_pending > 0 and nmi_allowed(self.vmcs)
+        return self.pending.nmi_pending > 0 and nmi_allowed(self.vmcs)
 
     # INIT and SIPI.
 

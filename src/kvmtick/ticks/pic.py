@@ -1,0 +1,186 @@
+"""What a trace shows of the PICs: the request of the pin that GSI 0 leads to, and its service.
+
+The masks and the vectors come from the guest's port writes (i8259 datasheet: ICW1-4, OCW1-3) and
+from the `imr` that kvm_pic_set_irq carries.
+
+Not told apart, for no record tells: what user space sets with KVM_SET_IRQCHIP.
+"""
+
+from kvmtick.ticks.source import Source
+from kvmtick.ticks.tick import Claim, Tick
+from kvmtick.ticks.verdict import Path, Where
+from kvmtick.trace.events import Record
+
+__all__ = ["COALESCED", "HELD", "LATCHED", "MASKED", "PicPin"]
+
+LATCHED, MASKED, COALESCED, HELD = range(4)
+"""What became of a pulse; HELD: another source holds the line high, so there was no edge."""
+
+PORT_COMMAND = 0x20
+PORT_DATA = 0x21
+SLAVE_PORTS = 0x80
+ICW1 = 0x10
+OCW3 = 0x08
+NO_COMMAND = -1
+ICW1_ICW4_NEEDED = 0x01
+READY, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
+
+_PIC = Path.PIC
+
+
+class PicPin:
+    """The PIC pin of GSI 0 (0-15): whose its request is, who is in service."""
+
+    __slots__ = (
+        "_auto_eoi_claim",
+        "_base",
+        "_command",
+        "_imr",
+        "_init4",
+        "_init_state",
+        "auto_eoi",
+        "foreign_request",
+        "in_service",
+        "pin",
+        "request",
+    )
+
+    def __init__(self) -> None:
+        self.pin = 0
+        self.request: Claim | None = None
+        self.foreign_request = False
+        self.in_service: Claim | None = None
+        self.auto_eoi = False
+        self._auto_eoi_claim: Claim | None = None
+        self._command = [NO_COMMAND, NO_COMMAND]
+        self._imr = [0, 0]
+        self._base: list[int | None] = [None, None]
+        self._init_state = [READY, READY]
+        self._init4 = [0, 0]
+
+    @property
+    def vector(self) -> int | None:
+        """The vector of the pin; None while it is not known."""
+        base = self._base[self.pin >> 3]
+        return None if base is None else base + (self.pin & 7)
+
+    @property
+    def masked(self) -> bool:
+        """IMR masks the pin."""
+        return self._imr[self.pin >> 3] >> (self.pin & 7) & 1 != 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way, and the pin is the timer's own and open."""
+        return (
+            self.request is None
+            and self.in_service is None
+            and not self.foreign_request
+            and not self.auto_eoi
+            and not self.pin
+            and not self._imr[0] & 1
+            and self._command[0] == NO_COMMAND
+        )
+
+    def takes(self, vector: int) -> bool:
+        """An injection of `vector` is the PIC's: it comes before the local APIC."""
+        if self.auto_eoi:
+            return True
+        requested = self.request is not None or self.foreign_request
+        return requested and vector == self.vector and not self.masked
+
+    def new_pulse(self) -> None:
+        """A line rises: a command written before it ends nothing that comes after it."""
+        self._command[0] = self._command[1] = NO_COMMAND
+
+    def pulse(self, record: Record, source: Source, tick: Tick | None, held: bool) -> int:
+        """The pin was driven high, for a tick or for somebody else: LATCHED, MASKED, ..."""
+        ts_ns, _, _, chip, _, _, imr, coalesced = record
+        self._imr[chip & 1] = imr
+        if self.masked and (self.request is not None or self.foreign_request):
+            return MASKED
+        if coalesced:
+            return COALESCED
+        if tick is not None and held:
+            return MASKED if self.masked else HELD
+        request = self.request
+        self.request = source.claim(tick, _PIC, ts_ns) if tick is not None else None
+        self.foreign_request = tick is None
+        if request is not None:
+            request.source.lose(request, Where.PIC, "its PIC request was taken back")
+        return LATCHED
+
+    def inject(self, source: Source, vector: int, vcpu: int, ts_ns: int) -> None:
+        """A vector that is no local APIC's was written into the VMCS."""
+        if self.auto_eoi:
+            self.auto_eoi = False
+            claim = self._auto_eoi_claim
+            if claim is None:
+                source.extra += 1
+            elif claim.arrived:
+                claim.tick.vector = vector
+            return
+        claim = self.request
+        base = self.vector
+        if claim is None or (base is not None and vector != base):
+            if base is None or vector == base:
+                self.foreign_request = False
+            source.extra += 1
+            return
+        self.request = None
+        self.in_service = claim
+        source.arrive(claim, ts_ns, vcpu, vector)
+
+    def acknowledge(self, ts_ns: int, vcpu: int) -> None:
+        """The pin was acknowledged: by an EOI, ICW1, a poll or an automatic EOI."""
+        chip = self.pin >> 3
+        command, self._command[chip] = self._command[chip], NO_COMMAND
+        if command == NO_COMMAND or command & (ICW1 | OCW3):
+            self._acknowledge_request(command, ts_ns, vcpu)
+        elif self.in_service is not None:
+            claim, self.in_service = self.in_service, None
+            claim.source.finish(claim, ts_ns)
+
+    def _acknowledge_request(self, command: int, ts_ns: int, vcpu: int) -> None:
+        """ICW1 forgot the request; a poll or an automatic EOI took it."""
+        claim = self.request
+        self.request = None
+        self.foreign_request = False
+        if command != NO_COMMAND and command & ICW1:
+            if claim is not None:
+                claim.source.lose(claim, Where.PIC, "ICW1 cleared its PIC request")
+            return
+        # An automatic EOI comes just before its injection, a poll just before its port read.
+        self.auto_eoi = True
+        self._auto_eoi_claim = claim
+        if claim is not None:
+            claim.source.arrive(claim, ts_ns, vcpu, None)
+            claim.source.finish(claim, ts_ns)
+
+    def pio(self, is_write: int, port: int, value: int) -> None:
+        """The guest accessed a port."""
+        if not is_write:
+            self.auto_eoi = False
+            return
+        chip = 1 if port & SLAVE_PORTS else 0
+        port &= ~SLAVE_PORTS
+        if port == PORT_COMMAND:
+            self._command[chip] = value
+            if value & ICW1:
+                self._init_state[chip] = EXPECT_ICW2
+                self._init4[chip] = value & ICW1_ICW4_NEEDED
+                self._imr[chip] = 0
+        elif port == PORT_DATA:
+            self._write_data(chip, value)
+
+    def _write_data(self, chip: int, value: int) -> None:
+        state = self._init_state[chip]
+        if state == EXPECT_ICW2:
+            self._base[chip] = value & 0xF8
+            self._init_state[chip] = EXPECT_ICW3
+        elif state == EXPECT_ICW3:
+            self._init_state[chip] = EXPECT_ICW4 if self._init4[chip] else READY
+        elif state == EXPECT_ICW4:
+            self._init_state[chip] = READY
+        else:
+            self._imr[chip] = value

@@ -1,0 +1,203 @@
+"""An IOAPIC, the routing and local APICs without a CPU: the tests take and end interrupts."""
+
+from collections.abc import Callable
+
+from kvmtick.abi.structs import (
+    KVM_IRQ_ROUTING_IRQCHIP,
+    KVM_IRQ_ROUTING_MSI,
+    kvm_irq_routing_entry,
+)
+from kvmtick.irqchip.delivery import IrqDelivery
+from kvmtick.irqchip.i8259 import Pic
+from kvmtick.irqchip.ioapic import MASK, REMOTE_IRR, TRIG_MODE_LEVEL, Ioapic
+from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqRouting
+from kvmtick.timing.clock import VirtualClock
+from kvmtick.timing.host import HostModel
+from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
+from kvmtick.timing.queue import EventQueue
+from kvmtick.trace.events import TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.recorder import Recorder
+
+__all__ = ["LEVEL", "MASK", "REMOTE_IRR", "Apics", "msi", "pin"]
+
+LEVEL = TRIG_MODE_LEVEL
+SVR, SVR_ENABLED = 0xF0, 0x1FF
+IOREGSEL, IOWIN = 0xFEC0_0000, 0xFEC0_0010
+
+
+def pin(gsi: int, irqchip: int, number: int, flags: int = 0) -> kvm_irq_routing_entry:
+    """A routing entry to a pin."""
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP, flags=flags)
+    entry.u.irqchip.irqchip, entry.u.irqchip.pin = irqchip, number
+    return entry
+
+
+def msi(gsi: int, address: int, data: int, flags: int = 0) -> kvm_irq_routing_entry:
+    """A routing entry to a message."""
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
+    entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFF_FFFF, address >> 32
+    entry.u.msi.data = data
+    return entry
+
+
+class VcpuStub:
+    """Notes what its local APIC and the IOAPIC ask of it."""
+
+    def __init__(self, vcpu_id: int) -> None:
+        self.vcpu_id = vcpu_id
+        self.scan_wanted = False
+        self.events = 0
+        self.nmis = 0
+        self.eoi_exits: list[int] = []
+
+    def request_event(self) -> None:
+        self.events += 1
+
+    def request_unblock(self) -> None:
+        self.events += 1
+
+    def request_scan_ioapic(self) -> None:
+        self.scan_wanted = True
+
+    def request_ioapic_eoi_exit(self, vector: int) -> None:
+        self.eoi_exits.append(vector)
+
+    def queue_nmi(self) -> None:
+        self.nmis += 1
+
+    def guest_tsc(self) -> int:
+        return 0
+
+    def has_cpuid(self, feature: str) -> bool:
+        return True
+
+
+class Apics:
+    """The chips of KVM_CREATE_IRQCHIP (or of the split irqchip) and `vcpus` enabled local APICs."""
+
+    def __init__(
+        self,
+        vcpus: int = 1,
+        detail: bool = False,
+        split: int | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.queue = EventQueue()
+        self.recorder = Recorder(self.clock, detail)
+        self._records: list[Record] = []
+        self.recorder.add_consumer(self._records.extend)
+        self.delivery = IrqDelivery()
+        self.routing = IrqRouting(self.recorder)
+        self.notifiers = Notifiers(self.routing, self.recorder)
+        self.vcpus: list[VcpuStub] = []
+        if split is None:
+            self.pic = Pic(self.recorder, self.notifiers, lambda: True, lambda: None)
+            self.ioapic = Ioapic(
+                self.recorder, self.notifiers, self.delivery, self.clock, self.queue
+            )
+            self.delivery.eoi_target = self.ioapic
+            self.routing.set_chips(self.pic, self.ioapic, self.delivery)
+        else:
+            self.delivery.split = True
+            self.routing.set_split(self.delivery, split)
+        for vcpu_id in range(vcpus):
+            self.add_vcpu(vcpu_id, enabled)
+        self.records()
+
+    def add_vcpu(self, vcpu_id: int, enabled: bool = True) -> Lapic:
+        vcpu = VcpuStub(vcpu_id)
+        self.vcpus.append(vcpu)
+        lapic = Lapic(self, vcpu, vcpu_id == 0)
+        if enabled:
+            self.lapic_write(vcpu_id, SVR, SVR_ENABLED)
+        return lapic
+
+    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
+        return HrTimer(
+            self.clock, self.queue, HostModel(), self.recorder, function, 0x1000, callback
+        )
+
+    @property
+    def lapics(self) -> list[Lapic]:
+        return self.delivery.lapics
+
+    # The guest.
+
+    def lapic_write(self, vcpu: int, register: int, value: int) -> None:
+        assert self.lapics[vcpu].mmio_write(0xFEE0_0000 + register, 4, value)
+
+    def write(self, register: int, value: int) -> None:
+        """Through the IOAPIC's register window."""
+        assert self.ioapic.mmio_write(IOREGSEL, 4, register)
+        assert self.ioapic.mmio_write(IOWIN, 4, value)
+
+    def read(self, register: int) -> int:
+        assert self.ioapic.mmio_write(IOREGSEL, 4, register)
+        value = self.ioapic.mmio_read(IOWIN, 4)
+        assert value is not None
+        return value
+
+    def program(self, number: int, low: int, dest_id: int = 0) -> None:
+        """A redirection entry, high half first."""
+        self.write(0x11 + 2 * number, dest_id << 24)
+        self.write(0x10 + 2 * number, low)
+
+    def enter(self, vcpu: int = 0) -> None:
+        """The vCPU serves its requests, as before every entry."""
+        if self.vcpus[vcpu].scan_wanted:
+            self.vcpus[vcpu].scan_wanted = False
+            lapic = self.lapics[vcpu]
+            lapic.handled_vectors = (
+                self.routing.scan_routes(lapic)
+                if self.delivery.split
+                else self.ioapic.handled_vectors(lapic)
+            )
+
+    def take(self, vcpu: int = 0) -> int:
+        """The processor takes the highest interrupt; -1 if there is none."""
+        self.enter(vcpu)
+        return self.lapics[vcpu].get_interrupt()
+
+    def eoi(self, vcpu: int = 0) -> None:
+        self.enter(vcpu)
+        self.lapic_write(vcpu, 0xB0, 0)
+
+    # User space.
+
+    def line(self, gsi: int, level: int, source: int = 0) -> int:
+        """KVM_IRQ_LINE_STATUS."""
+        return self.routing.set_irq(source, gsi, level, line_status=True)
+
+    def lines(self, gsi: int, *levels: int) -> list[int]:
+        return [self.line(gsi, level) for level in levels]
+
+    def alone(self, number: int) -> None:
+        """GSI n leads to IOAPIC pin n and nothing else anywhere."""
+        self.routing.set_table([pin(number, 2, number)])
+
+    def irrs(self, vcpu: int = 0) -> list[int]:
+        """The vectors in the local APIC's IRR."""
+        irr = self.lapics[vcpu].irr
+        return [vector for vector in range(256) if irr >> vector & 1]
+
+    def run(self, elapsed_ns: int) -> None:
+        """Let time pass."""
+        until = self.clock.now_ns + elapsed_ns
+        while self.queue.next_ns <= until:
+            self.clock.now_ns = max(self.clock.now_ns, self.queue.next_ns)
+            self.queue.run_due(self.clock)
+        self.clock.now_ns = until
+
+    # What was recorded.
+
+    def records(self, *events: Event) -> list[Record]:
+        """The records since the last call, of these events if given."""
+        self.recorder.flush()
+        records, self._records[:] = list(self._records), []
+        return [record for record in records if not events or record[1] in events]
+
+    def names(self) -> list[str]:
+        return [TRACEPOINTS[Event(record[1])].name for record in self.records()]
