@@ -55,16 +55,16 @@ OPERATIONS      equ ($ - operations) / 2
 read8: xor     eax, eax
         mov     al, [esi]
         jmp     result
-read16:    xor     eax, eax
+read16: xor     eax, eax
         mov     ax, [esi]
         jmp     result
-read32:    mov     eax, [esi]
+read32: mov     eax, [esi]
         jmp     result
 write8: mov     [esi], al
         jmp     done
-write16:    mov     [esi], ax
+write16: mov     [esi], ax
         jmp     done
-write32:    mov     [esi], eax
+write32: mov     [esi], eax
         jmp     done
 in8:    xor     eax, eax
         in      al, dx

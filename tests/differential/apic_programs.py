@@ -34,6 +34,8 @@ LEAST_TIMER_S = 3.0
 """No timer a program starts fires earlier; a sequence must be over by then."""
 
 LAPIC, IOAPIC = 0xFEE0_0000, 0xFEC0_0000
+APIC_PAGES = 0xFED0_0000
+"""From here on there are local APICs, where MSR_IA32_APICBASE put them."""
 ID, TPR, PPR, EOI, LDR, DFR, SVR = 0x20, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
 ISR, TMR, IRR, ESR, ICR, ICR2 = 0x100, 0x180, 0x200, 0x280, 0x300, 0x310
 LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR = 0x320, 0x330, 0x340, 0x350, 0x360, 0x370
@@ -256,12 +258,14 @@ class _Maker:
             low |= rng.choice((0, 0, 0, 1 << 12, 1 << 13, 1 << 14))
         return self.destination() << 56 | rng.choice((0, 0, 0, 0, rng.getrandbits(24))) << 32 | low
 
-    def base(self) -> int:
-        """For MSR_IA32_APICBASE."""
+    def base(self, vcpu: int) -> int:
+        """For MSR_IA32_APICBASE of `vcpu`."""
         rng = self.rng
         value = rng.choice((LAPIC, LAPIC, LAPIC, LAPIC, LAPIC + 0x1000, 0xFED0_0000))
         value |= rng.choice((0x900, 0x900, 0x800, 0x100, 0x000, 0xD00, 0xC00, 0xC00, 0x400, 0xD00))
-        return value | rng.choice((0, 0, 0, 0, 0, 0, 1, 1 << 9, 1 << 40, 1 << 63))
+        value |= rng.choice((0, 0, 0, 0, 0, 0, 1, 1 << 9, 1 << 40, 1 << 63))
+        # with the bit for the boot processor an INIT would make vCPU 1 run at the reset vector
+        return value & ~0x100 if self.config.guest and vcpu else value
 
     def register_value(self, offset: int, vcpu: int) -> int:
         """What to write to a register of the local APIC of `vcpu`."""
@@ -372,9 +376,7 @@ class _Maker:
             offsets: Iterable[int] = range(0, 0x400, 0x10)
         else:
             offsets = [rng.choice(REGISTERS) for _ in range(rng.randrange(6))]
-        values = {
-            offset: self.register_value(offset, vcpu) for offset in offsets if offset < 0x400
-        }
+        values = {offset: self.register_value(offset, vcpu) for offset in offsets if offset < 0x400}
         if rng.random() < 0.5:
             values[SVR] = 0x1FF
         return [SetLapic(vcpu, tuple(values.items()))]
@@ -388,7 +390,7 @@ class _Maker:
         rng = self.rng
         kind = rng.random()
         if kind < 0.25:
-            return MSR_APICBASE, self.base()
+            return MSR_APICBASE, self.base(vcpu)
         if kind < 0.35:
             return MSR_TSC_DEADLINE, rng.choice((0, DEADLINE, DEADLINE + 1))
         if kind < 0.4:
@@ -450,10 +452,11 @@ class _Maker:
             steps = [Msi(LAPIC | 1 << 12, init & 0xC500)]
             steps += [Msi(LAPIC | 1 << 12, 0x4600 | SIPI_VECTOR)]
         else:
-            steps = [Access(0, "w32", LAPIC + ICR2, 1 << 24)]
-            steps += [Access(0, "w32", LAPIC + ICR, init)]
-            steps += [Access(0, "w32", LAPIC + ICR, 0x4600 | SIPI_VECTOR)]
-        return steps if rng.random() < 0.7 else rng.sample(steps, len(steps) - 1)
+            aim = Access(0, "w32", LAPIC + ICR2, 1 << 24)
+            steps = [aim, Access(0, "w32", LAPIC + ICR, init)]
+            steps += [aim, Access(0, "w32", LAPIC + ICR, 0x4600 | SIPI_VECTOR)]
+        half = len(steps) // 2
+        return rng.choice((steps, steps, steps, steps[:half], steps[half:]))
 
     def ioapic_access(self) -> list[Operation]:
         rng, vcpu = self.rng, self.vcpu()
@@ -627,13 +630,38 @@ class Mailbox:
 # What is compared.
 
 
+READABLE = frozenset((*REGISTERS, *range(ISR, ESR, 0x10))) - {EOI, 0xC0, 0x2F0, 0x3F0, 0x400}
+"""Registers of a local APIC; a read of any other leaves what the instruction emulator read last."""
+
+
 def read_mask(operation: Access | GetMsr) -> int | None:
-    """Which bits of the value read do not depend on time; None: only whether it is 0."""
+    """Which bits of the value read can be compared; None: only whether it is 0."""
     if isinstance(operation, GetMsr) or operation.kind == "rdmsr":
         index = operation.index if isinstance(operation, GetMsr) else operation.address
         return None if index == MSR_X2APIC + TMCCT // 16 else ~0
-    page, offset = operation.address & ~0xFFF, operation.address & 0xFF0
-    return None if offset == TMCCT and page & 0xFFF0_0000 == LAPIC & 0xFFF0_0000 else ~0
+    size_bytes = {"r32": 4, "r16": 2, "r8": 1}.get(operation.kind)
+    if size_bytes is None or operation.address < APIC_PAGES:
+        return ~0
+    register, byte = operation.address & 0xFF0, operation.address & 0xF
+    if register not in READABLE or byte + size_bytes > 4:
+        return 0
+    if register == TMCCT:
+        return None if size_bytes == 4 else 0
+    return ~0
+
+
+def show(operation: Operation) -> str:
+    """For people, and to be pasted: addresses and values in hexadecimal."""
+
+    def value(what: object) -> str:
+        if isinstance(what, tuple):
+            return "(" + "".join(f"{value(item)}, " for item in what) + ")"
+        if isinstance(what, bytes):
+            return f'bytes.fromhex("{what.hex()}")'
+        return hex(what) if isinstance(what, int) and what > 9 else repr(what)
+
+    values = (value(getattr(operation, name)) for name in operation.__dataclass_fields__)
+    return f"{type(operation).__name__}({', '.join(values)})"
 
 
 def without_times(lapic: bytes) -> bytes:

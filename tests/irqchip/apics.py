@@ -13,7 +13,7 @@ from kvmtick.irqchip.ioapic import MASK, REMOTE_IRR, TRIG_MODE_LEVEL, Ioapic
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting
-from kvmtick.timing.clock import VirtualClock
+from kvmtick.timing.clock import Clock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
 from kvmtick.timing.queue import EventQueue
@@ -84,7 +84,7 @@ class Apics:
         split: int | None = None,
         enabled: bool = True,
     ) -> None:
-        self.clock = VirtualClock()
+        self.clock: Clock = VirtualClock()
         self.queue = EventQueue()
         self.recorder = Recorder(self.clock, detail)
         self._records: list[Record] = []

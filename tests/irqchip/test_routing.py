@@ -9,6 +9,7 @@ from pc import ELCR1, ELCR2, Pc
 
 from kvmtick.abi.errors import KvmError
 from kvmtick.irqchip.ioapic import REDIRECTION_RESET
+from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import (
     IRQFD_RESAMPLE_IRQ_SOURCE_ID,
     PIT_IRQ_SOURCE_ID,
@@ -278,3 +279,30 @@ def test_unregistering_takes_back_that_notifier_and_only_once() -> None:
         notifiers.unregister_ack(3, ack)
     with pytest.raises(ValueError, match="not in list"):
         notifiers.unregister_mask(3, mask)
+
+
+def test_whether_somebody_waits_for_a_pin() -> None:
+    notifiers = Pc(pit=None).board.notifiers
+    notifiers.register_ack(12, lambda: None)
+    notifiers.register_ack(-1, lambda: None)
+    assert notifiers.has_ack_notifier(Irqchip.PIC_SLAVE, 12)
+    assert notifiers.has_ack_notifier(Irqchip.IOAPIC, 12)
+    assert not notifiers.has_ack_notifier(Irqchip.IOAPIC, 11)
+    assert not notifiers.has_ack_notifier(Irqchip.IOAPIC, 24)
+
+
+def test_a_resampler_is_asked_by_gsi() -> None:
+    routing = Chips().routing
+    notifiers = Notifiers(routing, Recorder(VirtualClock()))
+    assert not notifiers.notify_irqfd_resampler(Irqchip.IOAPIC, 5)
+    asked: list[int] = []
+
+    def resample(gsi: int) -> bool:
+        asked.append(gsi)
+        return gsi == 5
+
+    notifiers.resampler = resample
+    pins = [(Irqchip.IOAPIC, 5), (Irqchip.IOAPIC, 6), (Irqchip.IOAPIC, 24)]
+    answers = [notifiers.notify_irqfd_resampler(chip, pin) for chip, pin in pins]
+    assert answers == [True, False, False]
+    assert asked == [5, 6]

@@ -9,6 +9,7 @@ they saw and from the chips' registers; neither the recorder nor the assembler i
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from kvmtick.abi.structs import kvm_pic_state
 from kvmtick.cpu.engine import PortIn, PortOut
@@ -175,9 +176,9 @@ class Oracle:
 
     # In the routing table the oracle stands where the PIC would.
 
-    def set_irq(self, pin: int, irq_source_id: int, level: int) -> int:
+    def set_irq(self, pin: int, irq_source_id: int, level: int, line_status: bool = False) -> int:
         before = self.requested
-        result = self.pic.set_irq(pin, irq_source_id, level)
+        result = self.pic.set_irq(pin, irq_source_id, level, line_status)
         if level:
             self.on_rise(pin, irq_source_id, before)
         return result
@@ -261,10 +262,11 @@ class SpiedEngine(ScriptedEngine):
         vectors = {vector: partial(self.handle, vector) for vector in range(256)}
         super().__init__(partial(guest, main), vectors)
 
-    def attach(self, on_out: PortOut, on_in: PortIn) -> None:
+    def attach(self, on_out: PortOut, on_in: PortIn, *others: Any) -> None:
         super().attach(
             lambda *access: self.oracle.on_out(on_out, *access),
             lambda *access: self.oracle.on_in(on_in, *access),
+            *others,
         )
 
     def handle(self, vector: int) -> Program:
@@ -345,7 +347,7 @@ class Rig:
         self.singly = TickAssembler()
         self.vm.machine.recorder.add_consumer(self.feed_singly)
         # The second assembler begins where the first does: with the PIT's creation.
-        self.singly._reinject = True
+        self.singly._pit._reinject = True
         self.vm.create_vcpu(0)
         self.runs = 0
 

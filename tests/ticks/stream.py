@@ -129,6 +129,6 @@ class Stream:
         """What became of the ticks so far."""
         self.recorder.flush()
         self.assembler.settle()
-        report = TickReport(self.assembler)
+        report = self.assembler.report()
         assert sum(report.count(verdict) for verdict in Verdict) == report.expired
         return report

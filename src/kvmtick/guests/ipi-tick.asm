@@ -13,7 +13,7 @@
 
 VECTOR_FORWARD  equ 0x42
 AP_STACK_TOP    equ STACK_TOP - 0x1000
-AP_WAIT_MS      equ 500
+AP_WAIT_MS      equ 200
 ERROR_NO_CPU_1  equ 3
 
 ICR_ASSERT      equ 0x4000
@@ -47,7 +47,9 @@ start:  jmp     0:.flat
 
         mov     eax, AP_WAIT_MS
         call    set_deadline_ms
-.wait:  cmp     byte [ap_ready], 0
+.wait:  mov     cx, 1000
+.look:  cmp     byte [ap_ready], 0
+        loope   .look
         jne     .there
         call    before_deadline
         jc      .wait

@@ -208,22 +208,20 @@ class Ioapic:
         return result
 
     def pulse(self, pin: int, irq_source_id: int) -> None:
-        """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it."""
+        """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it.
+
+        For when no details are recorded. The PIT drives a masked pin this way at each tick.
+        """
         entry = self.redirtbl[pin]
-        mask = 1 << pin
-        if (
-            entry & TRIG_MODE_LEVEL
-            or self.irr & mask
-            or self.irq_states[pin]
-            or self._recorder.detail
-        ):
+        if entry & TRIG_MODE_LEVEL or self.irq_states[pin] or (self.irr and self.irr >> pin & 1):
             self.set_irq(pin, irq_source_id, 1)
             self.set_irq(pin, irq_source_id, 0)
         elif entry & MASK:
             # A masked pin forgets an edge as soon as it is over.
-            self.irr_delivered &= ~mask
+            if self.irr_delivered:
+                self.irr_delivered &= ~(1 << pin)
         else:
-            self.irr_delivered |= mask
+            self.irr_delivered |= 1 << pin
             result = self._delivery.deliver(self._message(pin, entry))
             self._recorder.kvm_ioapic_set_irq(entry, pin, result == COALESCED)
 

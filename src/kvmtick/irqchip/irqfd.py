@@ -148,19 +148,19 @@ class _Resampler:
 class IrqFds(Closing):
     """The irqfds of one VM. It registers itself as the notifiers' `resampler`."""
 
-    __slots__ = ("_by_fd", "_irqfds", "_notifiers", "_poller", "_resamplers", "_routing")
+    __slots__ = ("_by_fd", "_notifiers", "_poller", "_resamplers", "_routing", "assigned")
 
     def __init__(self, routing: IrqRouting, notifiers: Notifiers) -> None:
         self._routing = routing
         self._notifiers = notifiers
-        self._irqfds: list[_IrqFd] = []
+        self.assigned: list[_IrqFd] = []
         self._by_fd: dict[int, _IrqFd] = {}
         self._resamplers: dict[int, _Resampler] = {}
         self._poller = select.poll()
         notifiers.resampler = self._notify_resampler_of
 
     def __len__(self) -> int:
-        return len(self._irqfds)
+        return len(self.assigned)
 
     def set(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = -1) -> None:
         """KVM_IRQFD: `deassign` or `assign`, as `flags` say. EINVAL: unknown flags."""
@@ -205,7 +205,7 @@ class IrqFds(Closing):
             self._shutdown(irqfd)
             raise KvmError(errno.EBUSY, KVM_IRQFD, f"eventfd {fd} is assigned already")
         _bound.add(eventfd.ident)
-        self._irqfds.append(irqfd)
+        self.assigned.append(irqfd)
         self._by_fd[eventfd.fd] = irqfd
         self._poller.register(eventfd.fd, select.POLLIN)
         if eventfd.take():
@@ -217,7 +217,7 @@ class IrqFds(Closing):
         KvmError EBADF: no descriptor; EINVAL: not an eventfd.
         """
         ident = _eventfd_ident(fd, KVM_IRQFD)
-        for irqfd in [each for each in self._irqfds if each.gsi == gsi]:
+        for irqfd in [each for each in self.assigned if each.gsi == gsi]:
             if irqfd.eventfd.ident == ident:
                 # What was signalled before was raised before.
                 self._take(irqfd)
@@ -225,7 +225,7 @@ class IrqFds(Closing):
 
     def poll(self) -> bool:
         """Raise the GSIs of all eventfds signalled since; False if none was."""
-        if not self._irqfds:
+        if not self.assigned:
             return False
         signalled = False
         for fd, _ in self._poller.poll(0):
@@ -240,7 +240,7 @@ class IrqFds(Closing):
 
     def close(self) -> None:
         """`kvm_irqfd_release`: give all of them back; harmless when repeated."""
-        for irqfd in list(self._irqfds):
+        for irqfd in list(self.assigned):
             self._remove(irqfd)
 
     def _take(self, irqfd: _IrqFd) -> bool:
@@ -261,7 +261,7 @@ class IrqFds(Closing):
 
     def _remove(self, irqfd: _IrqFd) -> None:
         _bound.discard(irqfd.eventfd.ident)
-        self._irqfds.remove(irqfd)
+        self.assigned.remove(irqfd)
         del self._by_fd[irqfd.eventfd.fd]
         self._poller.unregister(irqfd.eventfd.fd)
         self._shutdown(irqfd)

@@ -1,21 +1,25 @@
 """KVM's in-kernel local APIC (SDM vol. 3A chapter 12; arch/x86/kvm/lapic.c).
 
-Every register of the xAPIC page and of the x2APIC's MSRs; priorities, EOI, the LVTs, IPIs, the modes
-of IA32_APIC_BASE, KVM_GET_LAPIC and KVM_SET_LAPIC. The timer is `lapic_timer`, who takes a message
-is `delivery`.
+Every register of the xAPIC page and of the x2APIC's MSRs; priorities, EOI, the LVTs, IPIs, the
+modes of IA32_APIC_BASE, KVM_GET_LAPIC and KVM_SET_LAPIC. The timer is `lapic_timer`, who takes a
+message is `delivery`.
 
 Where KVM differs from the silicon, KVM's way is kept:
 
-* ESR is not maintained: writes are accepted, and nothing ever sets a bit; a vector below 16 sets its
-  IRR bit and is never delivered;
+* ESR is not maintained: writes are accepted, and nothing ever sets a bit; a vector below 16 sets
+  its IRR bit and is never delivered;
 * ARBPRI reads 0; ICR's busy bit is always clear; there is no CMCI LVT;
-* accesses to the page other than aligned 32-bit writes, and writes to what is read-only, do nothing;
+* the page takes aligned 32-bit writes only; others, and those to what is read-only, do nothing; a
+  read of what is not readable gives what the emulator's buffer held before;
 * a page that is disabled, or an x2APIC's, reads all ones and swallows writes (LAPIC_MMIO_HOLE);
+* x2APIC registers have no reserved bits, but for ICR, SELF_IPI and ESR;
 * KVM_SET_LAPIC takes the 1024 bytes as they are, padding included. Only the version, the current
-  count and, in x2APIC mode, id and LDR are the kernel's own.
+  count and, in x2APIC mode, id and LDR are the kernel's own. PPR is made from what was in service
+  before, and right again when the vCPU next looks for interrupts;
+* LVT0 written in NMI mode counts as a watchdog even where it ends up masked.
 
 Not modelled: APICv, paravirtual EOI, Hyper-V's synthetic interrupt controller, SMM (an SMI is
-dropped), the processor priority as a guest that reports TPR accesses sees it.
+dropped), TPR access reporting, KVM_DISABLE_QUIRKS.
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from typing import Final, Protocol
 
 from kvmtick.abi.errors import KvmError
 from kvmtick.irqchip.apicdef import (
-    APIC_ARBPRI,
     APIC_BASE_MSR,
     APIC_BROADCAST,
     APIC_DEFAULT_PHYS_BASE,
@@ -43,16 +46,12 @@ from kvmtick.irqchip.apicdef import (
     APIC_ICR2,
     APIC_ICR2_MASK,
     APIC_ICR_BUSY,
-    APIC_ICR_HIGH,
     APIC_ID,
     APIC_INT_ASSERT,
     APIC_INT_LEVELTRIG,
-    APIC_IRR,
-    APIC_ISR,
     APIC_LAST_MSR,
     APIC_LDR,
     APIC_LDR_MASK,
-    APIC_LVR,
     APIC_LVR_DIRECTED_EOI,
     APIC_LVT0,
     APIC_LVT1,
@@ -77,17 +76,14 @@ from kvmtick.irqchip.apicdef import (
     APIC_TDCR,
     APIC_TMCCT,
     APIC_TMICT,
-    APIC_TMR,
     APIC_VECTOR_MASK,
     APIC_VERSION,
     APICBASE_MODE_MASK,
     APICBASE_RESERVED,
     DELIVERY_MODE_SHIFT,
-    DEST_ALLBUT,
     DEST_ALLINC,
     DEST_NOSHORT,
     DEST_SELF,
-    DM_FIXED,
     DM_INIT,
     DM_LOWEST,
     DM_NMI,
@@ -109,7 +105,14 @@ from kvmtick.irqchip.apicdef import (
     X2APIC_ICR_RESERVED,
 )
 from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
-from kvmtick.irqchip.lapic_timer import LapicTimer
+from kvmtick.irqchip.lapic_registers import (
+    FIELDS,
+    READABLE,
+    X2APIC_ABSENT,
+    LapicRegisters,
+    page_register,
+    set_page_register,
+)
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
 from kvmtick.trace.events import Function
@@ -121,36 +124,8 @@ NO_VECTOR = -1
 DEFAULT_MAXPHYADDR = 36
 """Bits of a guest-physical address as long as CPUID says nothing."""
 
-_SUPPRESS_QUIRKED = SuppressEoiBroadcast.QUIRKED
-_SUPPRESS_ENABLED = SuppressEoiBroadcast.ENABLED
-
-# The registers of 32 bits that have a field, by offset: what KVM_GET_LAPIC gives of them and what
-# reading them gives (the exceptions are in `_read`).
-_FIELDS: Final = {
-    APIC_ID: "id",
-    APIC_LVR: "lvr",
-    APIC_TASKPRI: "taskpri",
-    APIC_PROCPRI: "procpri",
-    APIC_LDR: "ldr",
-    APIC_DFR: "dfr",
-    APIC_SPIV: "spiv",
-    APIC_ESR: "esr",
-    APIC_ICR: "icr",
-    APIC_ICR_HIGH: "icr_high",
-    APIC_ICR2: "icr2",
-    APIC_LVTT: "lvtt",
-    APIC_LVTTHMR: "lvtthmr",
-    APIC_LVTPC: "lvtpc",
-    APIC_LVT0: "lvt0",
-    APIC_LVT1: "lvt1",
-    APIC_LVTERR: "lvterr",
-    APIC_TMICT: "tmict",
-    APIC_TDCR: "tdcr",
-}
-
-# The registers of 256 bits, by the offset of the first of their eight.
-_VECTOR_FIELDS: Final = {APIC_ISR: "isr", APIC_TMR: "tmr", APIC_IRR: "irr"}
-VECTOR_REGISTERS = 8
+_QUIRKED = SuppressEoiBroadcast.QUIRKED
+_ENABLED = SuppressEoiBroadcast.ENABLED
 
 _LVT_MASKS: Final = {
     APIC_LVTTHMR: LVT_MASK | APIC_MODE_MASK,
@@ -159,15 +134,6 @@ _LVT_MASKS: Final = {
     APIC_LVT1: LINT_MASK,
     APIC_LVTERR: LVT_MASK,
 }
-
-_X2APIC_ABSENT = frozenset({APIC_ARBPRI, APIC_DFR, APIC_ICR2, APIC_ICR})
-"""Registers an x2APIC has not, or (ICR) not in this form."""
-
-_READABLE = (
-    frozenset(_FIELDS) - {APIC_ICR_HIGH}
-    | {first + 16 * i for first in _VECTOR_FIELDS for i in range(VECTOR_REGISTERS)}
-    | {APIC_ARBPRI, APIC_TMCCT}
-)
 
 
 def x2apic_ldr(x2apic_id: int) -> int:
@@ -213,52 +179,30 @@ class LapicBoard(Protocol):
         """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
 
 
-class Lapic(LapicTimer):
-    """struct kvm_lapic: registers under their names in asm/apicdef.h, `irr`, `isr` and `tmr` as one
-    number of 256 bits each.
+class Lapic(LapicRegisters):
+    """struct kvm_lapic.
 
-    `icr_high` is bits 63:32 of the x2APIC's ICR, `icr2` the xAPIC's. `pending_events` and
-    `sipi_vector` wait for the vCPU (`kvm_apic_accept_events`), so does `pv_unhalted`, set by a
-    remote-read message. `handled_vectors` are those whose EOI the IOAPIC wants. `maxphyaddr` limits
-    the base address.
+    `pending_events` and `sipi_vector` wait for the vCPU (`kvm_apic_accept_events`), so does
+    `pv_unhalted`, set by a remote-read message. `handled_vectors` are those whose EOI the IOAPIC
+    wants. `maxphyaddr` limits the base address.
     """
 
     __slots__ = (
         "_isr_cached",
-        "_padding",
+        "_ppr_stale",
         "_recorder",
-        "_tables",
         "apic_base",
         "base_address",
         "delivery",
-        "dfr",
-        "esr",
         "handled_vectors",
         "hw_enabled",
-        "icr",
-        "icr2",
-        "icr_high",
-        "id",
-        "irr",
         "is_bsp",
-        "isr",
-        "ldr",
-        "lvr",
-        "lvt0",
         "lvt0_in_nmi_mode",
-        "lvt1",
-        "lvterr",
-        "lvtpc",
-        "lvtthmr",
         "maxphyaddr",
         "pending_events",
-        "procpri",
         "pv_unhalted",
         "sipi_vector",
-        "spiv",
         "sw_enabled",
-        "taskpri",
-        "tmr",
         "vcpu",
         "x2apic_mode",
     )
@@ -281,31 +225,11 @@ class Lapic(LapicTimer):
         self.sipi_vector = 0
         self.pv_unhalted = False
         self.handled_vectors = 0
-        self.id = 0
-        self.lvr = 0
-        self.taskpri = 0
-        self.procpri = 0
-        self.ldr = 0
-        self.dfr = 0
-        self.spiv = 0
-        self.isr = 0
-        self.tmr = 0
-        self.irr = 0
-        self.esr = 0
-        self.icr = 0
-        self.icr_high = 0
-        self.icr2 = 0
-        self.lvtthmr = 0
-        self.lvtpc = 0
-        self.lvt0 = 0
-        self.lvt1 = 0
-        self.lvterr = 0
-        # Whether the kernel has the highest ISR bit at hand: see `restore`.
         self._isr_cached = False
-        self._padding = bytes(APIC_REGS_BYTES)
+        self._ppr_stale = False
         self.reset(init_event=False)
-        # The kernel's reset runs before the vCPU is in the VM's list, and so does not map it: it can
-        # be reached through the map from the next change of any APIC on.
+        # The kernel's reset runs before the vCPU is in the VM's list, and so does not map it: the
+        # map has it from the next change of any APIC on.
         self.delivery.lapics.append(self)
 
     def reset(self, init_event: bool) -> None:
@@ -337,13 +261,16 @@ class Lapic(LapicTimer):
         self.tmict = 0
         self.irr = self.isr = self.tmr = 0
         self._isr_cached = False
+        self._ppr_stale = False
         self.update_divide_count()
         self.pending_timer = 0
         self._update_ppr()
         self.delivery.recalculate_map()
 
     def after_set_cpuid(self, maxphyaddr: int = DEFAULT_MAXPHYADDR) -> None:
-        """The guest's CPUID changed (`kvm_vcpu_after_set_cpuid`): version, timer modes, base."""
+        """`kvm_vcpu_after_set_cpuid`: KVM_SET_CPUID2 says what the version and the timer's modes
+        are. Until then the timer knows one-shot mode only.
+        """
         self.maxphyaddr = maxphyaddr
         self.timer_mode_mask = (
             APIC_LVT_TIMER_MODES if self.vcpu.has_cpuid("tsc_deadline") else APIC_LVT_TIMER_PERIODIC
@@ -466,7 +393,7 @@ class Lapic(LapicTimer):
         self._recorder.kvm_apic_accept_irq(
             vcpu.vcpu_id, delivery_mode << DELIVERY_MODE_SHIFT, trig_mode_level, vector
         )
-        if delivery_mode == DM_FIXED or delivery_mode == DM_LOWEST:
+        if delivery_mode <= DM_LOWEST:
             if (trig_mode_level and not level) or not self.hw_enabled or not self.sw_enabled:
                 return 0
             if dest_map is not None:
@@ -496,7 +423,7 @@ class Lapic(LapicTimer):
 
     def local_deliver(self, lvt_register: int) -> int:
         """`kvm_apic_local_deliver`: what the LVT at that offset says; 1 taken, 0 masked or not."""
-        lvt: int = getattr(self, _FIELDS[lvt_register])
+        lvt: int = getattr(self, FIELDS[lvt_register])
         if not self.hw_enabled or lvt & APIC_LVT_MASKED:
             return 0
         taken = self.accept_irq(
@@ -520,9 +447,7 @@ class Lapic(LapicTimer):
             self.taken()
 
     def accepts_pic_intr(self) -> bool:
-        """`kvm_apic_accept_pic_intr`: the PIC's INTR reaches the processor by LVT0, or by a disabled
-        APIC.
-        """
+        """`kvm_apic_accept_pic_intr`: the PIC's INTR gets in, by LVT0 or past a disabled APIC."""
         return not self.hw_enabled or (
             self.lvt0 & (APIC_LVT_MASKED | APIC_MODE_MASK) == APIC_DM_EXTINT
         )
@@ -538,9 +463,12 @@ class Lapic(LapicTimer):
 
     def has_interrupt(self) -> int:
         """`kvm_apic_has_interrupt`: the highest request if its class is above PPR, else -1."""
-        if not self.irr or not self.hw_enabled:
+        if not self.hw_enabled:
             return NO_VECTOR
-        return self._request_above(self._set_ppr())
+        if self._ppr_stale:
+            self._set_ppr()
+        vector = self.irr.bit_length() - 1
+        return vector if vector >= 0 and vector & 0xF0 > self.procpri else NO_VECTOR
 
     def get_interrupt(self) -> int:
         """`kvm_get_apic_interrupt`: that request goes into service; -1 if there is none."""
@@ -563,8 +491,14 @@ class Lapic(LapicTimer):
 
     @property
     def directed_eoi(self) -> bool:
-        """The guest set SVR's bit 12: it will tell the IOAPIC itself."""
-        return self.spiv & APIC_SPIV_DIRECTED_EOI != 0
+        """`kvm_lapic_suppress_eoi_broadcast`: SVR's bit 12 keeps EOIs from the IOAPIC.
+
+        KVM's own IOAPIC has always obeyed it, though only KVM_SET_LAPIC can set it there.
+        """
+        if not self.spiv & APIC_SPIV_DIRECTED_EOI:
+            return False
+        suppress = self.delivery.suppress_eoi_broadcast
+        return suppress is _ENABLED or (suppress is _QUIRKED and not self.delivery.split)
 
     def eoi(self) -> None:
         """`apic_set_eoi`: the highest interrupt in service is done; a spurious EOI does nothing."""
@@ -587,7 +521,7 @@ class Lapic(LapicTimer):
         if not delivery.split:
             if delivery.eoi_target is not None:
                 delivery.eoi_target.update_eoi(self, vector, self.is_level(vector))
-        elif not (self.directed_eoi and delivery.suppress_eoi_broadcast is _SUPPRESS_ENABLED):
+        elif not self.directed_eoi:
             self.vcpu.request_ioapic_eoi_exit(vector)
 
     def get_cr8(self) -> int:
@@ -603,36 +537,28 @@ class Lapic(LapicTimer):
         self._update_ppr()
 
     def _set_ppr(self) -> int:
-        """`__apic_update_ppr`; returns PPR."""
-        in_service = self.isr.bit_length() - 1 & 0xF0 if self.isr else 0
-        taskpri = self.taskpri & 0xFF
-        ppr = taskpri if taskpri & 0xF0 >= in_service else in_service
-        self.procpri = ppr
+        """`__apic_update_ppr`: PPR from TPR and what is in service; returns it."""
+        self._ppr_stale = False
+        ppr = self.procpri = _priority(self.taskpri, self.isr)
         return ppr
 
     def _update_ppr(self) -> None:
         """`apic_update_ppr`: where the priority fell, a request may come through now."""
         old = self.procpri
-        ppr = self._set_ppr()
-        if ppr < old and self._request_above(ppr) >= 0:
+        if self._set_ppr() < old and self.has_interrupt() >= 0:
             self.vcpu.request_event()
-
-    def _request_above(self, ppr: int) -> int:
-        """`apic_has_interrupt_for_ppr`."""
-        vector = self.irr.bit_length() - 1
-        return vector if vector >= 0 and vector & 0xF0 > ppr else NO_VECTOR
 
     # Access by the guest.
 
-    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
-        """`apic_mmio_read`; None: not its address."""
+    def mmio_read(self, gpa: int, size_bytes: int, stale: int = 0) -> int | None:
+        """`apic_mmio_read`; None: not its address. `stale` is what the emulator's buffer held."""
         offset = gpa - self.base_address
         if not 0 <= offset < LAPIC_MMIO_LENGTH:
             return None
         if not self.hw_enabled or self.x2apic_mode:
             return (1 << 8 * size_bytes) - 1
         value = self._read(offset, size_bytes)
-        return 0 if value is None else value
+        return stale & (1 << 8 * size_bytes) - 1 if value is None else value
 
     def mmio_write(self, gpa: int, size_bytes: int, value: int) -> bool:
         """`apic_mmio_write`; False: not its address."""
@@ -678,29 +604,16 @@ class Lapic(LapicTimer):
     def _read(self, offset: int, size_bytes: int) -> int | None:
         """`kvm_lapic_reg_read`; None: no such register, or not within one."""
         register, alignment = offset & ~0xF, offset & 0xF
-        if alignment + size_bytes > 4 or register not in _READABLE:
+        if alignment + size_bytes > 4 or register not in READABLE:
             return None
-        if self.x2apic_mode and register in _X2APIC_ABSENT:
+        if self.x2apic_mode and register in X2APIC_ABSENT:
             return None
-        value = self._read_register(register)
+        if register == APIC_PROCPRI:
+            self._update_ppr()
+        value = self.read_register(register)
         if self._recorder.detail:
             self._recorder.kvm_apic(0, offset, value)
         return value >> 8 * alignment & (1 << 8 * size_bytes) - 1
-
-    def _read_register(self, register: int) -> int:
-        """`__apic_read`."""
-        if register == APIC_TMCCT:
-            return self.current_count()
-        if register == APIC_PROCPRI:
-            self._update_ppr()
-            return self.procpri
-        if register == APIC_ARBPRI:
-            return 0
-        if APIC_ISR <= register < APIC_ESR:
-            bits: int = getattr(self, _VECTOR_FIELDS[register & ~0x7F])
-            return bits >> 2 * (register & 0x70) & U32
-        value: int = getattr(self, _FIELDS[register])
-        return value
 
     def _write(self, register: int, value: int) -> bool:
         """`kvm_lapic_reg_write`: 32 bits; False: no such register, or not writable so."""
@@ -764,7 +677,7 @@ class Lapic(LapicTimer):
             self._manage_nmi_watchdog(value)
         if not self.sw_enabled:
             value |= APIC_LVT_MASKED
-        setattr(self, _FIELDS[register], value & _LVT_MASKS[register])
+        setattr(self, FIELDS[register], value & _LVT_MASKS[register])
 
     def _write_spiv(self, value: int) -> None:
         mask = APIC_SPIV_MASK
@@ -818,29 +731,20 @@ class Lapic(LapicTimer):
         delivery = self.delivery
         self.lvr = APIC_VERSION | (NR_LVT_ENTRIES - 1) << 16
         suppress = delivery.suppress_eoi_broadcast
-        if self.vcpu.has_cpuid("x2apic") and (
-            suppress is _SUPPRESS_ENABLED or (suppress is _SUPPRESS_QUIRKED and delivery.split)
-        ):
+        offered = suppress is _ENABLED or (suppress is _QUIRKED and delivery.split)
+        if offered and self.vcpu.has_cpuid("x2apic"):
             self.lvr |= APIC_LVR_DIRECTED_EOI
 
     # KVM_GET_LAPIC and KVM_SET_LAPIC.
 
     def save(self) -> bytes:
         """KVM_GET_LAPIC: 1024 bytes."""
-        page = bytearray(self._padding)
-        for offset, name in _FIELDS.items():
-            value: int = getattr(self, name)
-            page[offset : offset + 4] = value.to_bytes(4, "little")
-        for first, name in _VECTOR_FIELDS.items():
-            bits: bytes = getattr(self, name).to_bytes(4 * VECTOR_REGISTERS, "little")
-            for i in range(VECTOR_REGISTERS):
-                page[first + 16 * i : first + 16 * i + 4] = bits[4 * i : 4 * i + 4]
-        page[APIC_TMCCT : APIC_TMCCT + 4] = self.current_count().to_bytes(4, "little")
+        page = self.to_page()
         if self.x2apic_mode:
             if not self.delivery.x2apic_format:
                 # User space without 32-bit ids knows an id by its xAPIC form.
-                page[APIC_ID : APIC_ID + 4] = (self.id << 24 & U32).to_bytes(4, "little")
-            page[APIC_ICR2 : APIC_ICR2 + 4] = self.icr_high.to_bytes(4, "little")
+                set_page_register(page, APIC_ID, self.id << 24 & U32)
+            set_page_register(page, APIC_ICR2, self.icr_high)
         return bytes(page)
 
     def restore(self, state: bytes) -> None:
@@ -849,42 +753,41 @@ class Lapic(LapicTimer):
         """
         if len(state) != APIC_REGS_BYTES:
             raise KvmError(errno.EINVAL, "KVM_SET_LAPIC", f"{APIC_REGS_BYTES} bytes are needed")
-        self._set_spiv(_u32(state, APIC_SPIV))
+        self._set_spiv(page_register(state, APIC_SPIV))
         if (
             self.x2apic_mode
             and self.delivery.x2apic_format
-            and _u32(state, APIC_ID) != self.vcpu.vcpu_id
+            and page_register(state, APIC_ID) != self.vcpu.vcpu_id
         ):
             self.delivery.recalculate_map()
             raise KvmError(
                 errno.EINVAL, "KVM_SET_LAPIC", "an x2APIC's id cannot change; give the vCPU's"
             )
-        self._load(state)
-        self.delivery.apic_map_dirty = True
-        self.delivery.recalculate_map()
-        self.update_version()
-        self._update_ppr()
-        self.cancel_timer()
-        self.update_lvtt()
-        self._manage_nmi_watchdog(self.lvt0)
-        self.update_divide_count()
-        self.start_timer(_u32(state, APIC_TMCCT))
-        self.vcpu.request_event()
-
-    def _load(self, state: bytes) -> None:
-        self._padding = bytes(state)
-        for offset, name in _FIELDS.items():
-            setattr(self, name, _u32(state, offset))
-        for first, name in _VECTOR_FIELDS.items():
-            bits = b"".join(
-                state[first + 16 * i : first + 16 * i + 4] for i in range(VECTOR_REGISTERS)
-            )
-            setattr(self, name, int.from_bytes(bits, "little"))
+        # The kernel counts what is in service after it has made PPR. Until then it goes by the
+        # count of before, and if it has the highest vector at hand, by that.
+        in_service = self.isr
+        self.load_page(state)
         if self.x2apic_mode:
             self.id = self.vcpu.vcpu_id
             self.ldr = x2apic_ldr(self.id)
             self.icr_high = self.icr2
+        self.delivery.apic_map_dirty = True
+        self.delivery.recalculate_map()
+        self.update_version()
+        if in_service and not self._isr_cached:
+            in_service = self.isr
+        self.procpri = _priority(self.taskpri, in_service)
+        self._ppr_stale = True
+        self._isr_cached = False
+        self.cancel_timer()
+        self.update_lvtt()
+        self._manage_nmi_watchdog(self.lvt0)
+        self.update_divide_count()
+        self.start_timer(page_register(state, APIC_TMCCT))
+        self.vcpu.request_event()
 
 
-def _u32(page: bytes, offset: int) -> int:
-    return int.from_bytes(page[offset : offset + 4], "little")
+def _priority(taskpri: int, in_service: int) -> int:
+    """PPR: TPR, or the class of the highest bit of `in_service` if that is higher."""
+    highest = in_service.bit_length() - 1 & 0xF0 if in_service else 0
+    return taskpri & 0xFF if taskpri & 0xF0 >= highest else highest

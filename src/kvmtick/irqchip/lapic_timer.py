@@ -4,16 +4,18 @@ One-shot, periodic and TSC-deadline mode, the divide register, the current count
 
 * the bus clock is 1 GHz (KVM_CAP_X86_APIC_BUS_CYCLES_NS makes it slower); the current count is
   computed from the clock when read, and runs while the LVT is masked;
+* until KVM_SET_CPUID2 there is only one-shot mode; TSC-deadline mode needs its CPUID bit;
 * an expiry makes the timer pending, and one that finds it pending is lost; the vCPU turns it into
   an interrupt before it enters the guest again;
-* a periodic interval below 200 us is raised to 200 us;
-* a periodic timer whose next expiry has passed already expires at once, once: it does not catch up;
+* a periodic interval below 200 us is raised to 200 us, except for the first expiry after
+  KVM_SET_LAPIC gave a current count;
+* a periodic timer whose next expiry has passed already expires at once, once: no catching up;
 * a deadline that has passed expires at once; the MSR reads 0 after;
 * a change between TSC-deadline and another mode stops the timer and clears the initial count;
 * a deadline more than 2^64 / 10^6 TSC cycles ahead comes too early (the product wraps).
 
-Not modelled: the VMX preemption timer, `timer_advance_ns` (deadlines come when they are due), posted
-timer interrupts, the log lines that tell of a clamp.
+Not modelled: the VMX preemption timer, `timer_advance_ns` (a deadline's interrupt comes when it is
+due), posted timer interrupts, the log lines that tell of a clamp.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmtick.irqchip.apicdef import (
-    APIC_LVT_TIMER_MODES,
     APIC_LVT_TIMER_ONESHOT,
     APIC_LVT_TIMER_PERIODIC,
     APIC_LVT_TIMER_TSCDEADLINE,
@@ -47,8 +48,8 @@ class LapicTimer:
     """struct kvm_timer with its registers LVTT, TMICT and TDCR: the timer half of a local APIC.
 
     `target_expiration_ns` is when the count reaches 0, on the machine's clock; `tscdeadline` is the
-    same in TSC cycles, and IA32_TSC_DEADLINE in that mode. `pending_timer` is 1 from an expiry until
-    the vCPU takes it.
+    same in TSC cycles, and IA32_TSC_DEADLINE in that mode. `pending_timer` is 1 from an expiry
+    until the vCPU takes it.
     """
 
     __slots__ = (
@@ -78,7 +79,7 @@ class LapicTimer:
         self.tdcr = 0
         self.divide_count = 0
         self.timer_mode = APIC_LVT_TIMER_ONESHOT
-        self.timer_mode_mask = APIC_LVT_TIMER_MODES
+        self.timer_mode_mask = 0
         self.period_ns = 0
         self.target_expiration_ns = 0
         self.tscdeadline = 0
@@ -121,7 +122,7 @@ class LapicTimer:
             return
         self.cancel_timer()
         self.tmict = value
-        self.start_timer(value)
+        self.start_timer()
 
     def write_tdcr(self, value: int) -> None:
         """A write to the divide register: what remains of a running count takes longer or less."""
@@ -157,8 +158,8 @@ class LapicTimer:
         code = (self.tdcr & 3 | (self.tdcr & 8) >> 1) + 1
         self.divide_count = 1 << (code & 7)
 
-    def start_timer(self, count: int) -> None:
-        """`__start_apic_timer`: go from `count`, the initial one or (KVM_SET_LAPIC) the current."""
+    def start_timer(self, count: int | None = None) -> None:
+        """`__start_apic_timer`: go from the initial count, or (KVM_SET_LAPIC) from `count`."""
         if (self.is_periodic or self.is_oneshot) and not self._set_target(count):
             return
         self._restart_timer()
@@ -207,7 +208,7 @@ class LapicTimer:
         if self.is_periodic and 0 < self.period_ns < MIN_TIMER_PERIOD_NS:
             self.period_ns = MIN_TIMER_PERIOD_NS
 
-    def _set_target(self, count: int) -> bool:
+    def _set_target(self, count: int | None) -> bool:
         """`set_target_expiration`; False: the initial count is 0, so nothing shall run."""
         self.period_ns = self._count_ns(self.tmict)
         if not self.period_ns:
@@ -215,7 +216,7 @@ class LapicTimer:
             return False
         self._limit_period()
         remaining_ns = self.period_ns
-        if count != self.tmict:
+        if count is not None:
             remaining_ns = min(self._count_ns(count), self.period_ns)
             if not remaining_ns and self.is_periodic:
                 remaining_ns = self.period_ns

@@ -216,7 +216,7 @@ class Machine:
                 clock.refresh()
             if queue.next_ns <= clock.now_ns:
                 queue.run_due(clock)
-            if irqfds:
+            if irqfds.assigned:
                 irqfds.poll()
             if clock.now_ns >= end_ns:
                 return Exit("time")
@@ -324,9 +324,11 @@ class Machine:
         """`kvm_vcpu_check_block`: awake if there is something to run for."""
         if not vcpu.has_events():
             return False
-        vcpu.accept_events()
-        if vcpu.awaits_sipi:
-            return False
+        lapic = vcpu.lapic
+        if lapic is not None and lapic.pending_events:
+            vcpu.accept_events()
+            if vcpu.awaits_sipi:
+                return False
         vcpu.mp_state = _RUNNABLE
         self.recorder.task = vcpu.task
         if self.recorder.detail:
@@ -337,7 +339,7 @@ class Machine:
     def _is_deadlocked(self, end_ns: int) -> bool:
         """No vCPU runs, and nothing can ever wake one: they take no interrupt and there is no NMI
         source, or no timer is running and nobody set an end."""
-        if self.board.irqfds:
+        if self.board.irqfds.assigned:
             return False
         if self.board.queue.next_ns == NEVER_NS == end_ns:
             return True

@@ -25,8 +25,10 @@ class PitSettings:
 class Run:
     """One run of a guest. Times are the machine's, in ns, but for `wall_s`, seconds of this host.
 
-    `guest_ticks` is the guest's own count, None if it has none we know of. `ticks` is None if
-    nobody saw the events (the kernel's chips without tracefs).
+    `guest_ticks` is the guest's own count, None if it has none we know of. `ticks` are those of the
+    main source, `sources` those of every timer that expired; None and empty if nobody saw the
+    events (the kernel's chips without tracefs). `believed_period_ns` is what the guest takes the
+    time from tick to tick for, if its clock is not the PIT.
     """
 
     guest: str
@@ -44,35 +46,31 @@ class Run:
     faults: dict[str, str] = field(default_factory=dict)
     console: str = ""
     serial: str = ""
+    sources: list[TickReport] = field(default_factory=list)
+    believed_period_ns: float | None = None
 
     @property
     def drift_ppm(self) -> float | None:
         """How fast the guest's own clock runs against the machine's, in parts per million.
 
-        The guest counts `guest_ticks * count` periods of 1193182 Hz; 0 would be a true clock.
-        None if the guest counted nothing or no time has passed.
+        The guest counts `guest_ticks` of `believed_period_ns`, or of `count` periods of 1193182 Hz
+        if the PIT is its clock; 0 would be a true clock. None if the guest counted nothing or no
+        time has passed.
         """
-        if not self.guest_ticks or self.pit is None or not self.elapsed_ns:
+        if not self.guest_ticks or not self.elapsed_ns:
             return None
-        believed_ns = self.guest_ticks * self.pit.count * 1_000_000_000 / BELIEVED_HZ
-        return round((believed_ns / self.elapsed_ns - 1) * 1e6, 3)
+        period_ns = self.believed_period_ns
+        if period_ns is None:
+            if self.pit is None:
+                return None
+            period_ns = self.pit.count * 1_000_000_000 / BELIEVED_HZ
+        return round((self.guest_ticks * period_ns / self.elapsed_ns - 1) * 1e6, 3)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of `kvmtick run --json` (docs/json.md)."""
         # A report without ticks is false; only None means that nobody looked.
         ticks = None if self.ticks is None else self.ticks.as_dict()
         latency_ns = None if self.ticks is None else self.ticks.latency_ns
-        sources = []
-        if self.ticks is not None:
-            sources = [
-                {
-                    "source": self.ticks.source,
-                    "vcpu": 0,
-                    "path": self.ticks.path,
-                    "ticks": ticks,
-                    "latency_ns": latency_ns,
-                }
-            ]
         pit = self.pit
         return {
             "guest": self.guest,
@@ -91,14 +89,26 @@ class Run:
             "ticks": ticks,
             "latency_ns": latency_ns,
             "drift_ppm": self.drift_ppm,
-            "sources": sources,
+            "sources": [
+                {
+                    "source": report.source,
+                    "vcpu": report.vcpu,
+                    "path": report.path,
+                    "ticks": report.as_dict(),
+                    "latency_ns": report.latency_ns,
+                }
+                for report in self._sources()
+            ],
         }
+
+    def _sources(self) -> list[TickReport]:
+        """`sources`, or the main one alone if only that was given."""
+        return self.sources or ([] if self.ticks is None else [self.ticks])
 
     def summary(self) -> str:
         """A few lines for the terminal."""
         lines = [f"{self.guest}: {self.exit.reason} after {self.elapsed_ns / 1e9:.6f} s"]
         if self.guest_ticks is not None:
             lines.append(f"  guest counted {self.guest_ticks} ticks")
-        if self.ticks is not None:
-            lines.append(self.ticks.summary())
+        lines += [report.summary() for report in self._sources()]
         return "\n".join(lines)

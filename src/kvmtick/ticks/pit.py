@@ -71,6 +71,7 @@ class PitTicks(Source):
         self.pic = PicPin()
         self.plain_task = NO_TASK
         self._plain_vcpu = 0
+        self._plain_vector: int | None = None
         self._apics = apics
         self._reinject = False
         self._expires_ns = 0
@@ -85,6 +86,7 @@ class PitTicks(Source):
         self._waiting: deque[Tick] = deque()
         self._counted: Tick | None = None
         self._line = NO_GSI
+        self._line_task = NO_TASK
         self._is_own_pulse = False
         self._held_by: set[int] = set()
         self._ioapic_pin = 0
@@ -99,9 +101,11 @@ class PitTicks(Source):
     # A whole life at once.
 
     def is_idle(self) -> bool:
-        """Reinject is on and no tick is under way."""
+        """Reinject is on and no tick is under way: the next one may be plain."""
+        self._plain_vector = self.pic.vector
         return (
             self._reinject
+            and self._plain_vector is not None
             and not self._pending
             and not self._waiting
             and not self._work_queued
@@ -166,3 +170,252 @@ class PitTicks(Source):
         self._reach_rows.append((work_ns - expiry_ns, accept_ns - work_ns, inject_ns - accept_ns))
         self._end_rows.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
         return True
+
+    def count_plain(self, count: int) -> None:
+        """So many plain ticks came since the last time."""
+        self._arrivals[_PIC, self._plain_vcpu] += count
+
+    # The timer and the worker.
+
+    def hrtimer_start(self, record: Record) -> None:
+        """The PIT's timer was armed, by the guest or by its own callback."""
+        expiring = self._expiring
+        if expiring is not None and record[2] & IRQ_CONTEXT:
+            expiring.period_ns = record[5] - self._expires_ns
+        self._expiring = None
+        self._expires_ns = record[5]
+
+    def hrtimer_expire_entry(self, record: Record) -> None:
+        """A tick begins."""
+        if len(self._waiting) > self._pending:
+            self._drop_uncounted()
+        tick = self._expiring = self.begin(self._expires_ns, record[5])
+        if self._reinject:
+            self._pending += 1
+        elif self._work_queued:
+            self.judge(tick, Verdict.COALESCED, Where.WORKER, "the worker had not run yet")
+            return
+        self._waiting.append(tick)
+
+    def work_queue(self) -> None:
+        """pit_do_work was queued."""
+        self._work_queued = True
+
+    def work_start(self, record: Record) -> None:
+        """The worker runs. A run that gave no pulse found `irq_ack` at 0: it held back every tick
+        that had expired by then.
+        """
+        self.end_run()
+        self._work_queued = False
+        self._work_ns = record[0]
+        self._worker = record[2]
+        if not self._run_pulsed:
+            self._held_back = self._seen_by_worker
+        self._seen_by_worker = self.expired
+        self._run_pulsed = False
+
+    def end_run(self) -> None:
+        """The worker is done: a tick that no interrupt is left of gets its verdict."""
+        tick = self._run_tick
+        self._run_tick = None
+        if tick is None or tick.claims or tick.verdict is not _OPEN:
+            return
+        if self._msi is not None and not self._msi_taken:
+            self._masked = _NOBODY
+        if self._coalesced is not None:
+            self.judge(tick, Verdict.COALESCED, *self._coalesced)
+        else:
+            self.judge(tick, Verdict.MASKED, *(self._masked or _NO_PIN))
+
+    def settle(self) -> None:
+        """Judge what can be judged now, between two events; everything else is outstanding."""
+        self.end_run()
+        self._drop_uncounted()
+
+    def reset_reinject(self) -> None:
+        """The guest's unmasking or programming threw `pending` away."""
+        self._forget_pending("its pending count was reset")
+
+    def apicv_inhibit_changed(self, record: Record) -> None:
+        """KVM_REINJECT_CONTROL."""
+        if record[3] == ApicvInhibitReason.PIT_REINJ:
+            self._reinject = bool(record[4])
+            self._forget_pending("reinjection was switched")
+
+    def _forget_pending(self, why: str) -> None:
+        """Drop who waits; work that is queued already will still pulse for the first of them."""
+        self._pending = 0
+        self._counted = None
+        survivor = self._waiting.popleft() if self._waiting and self._work_queued else None
+        for tick in self._waiting:
+            self.judge(tick, Verdict.DROPPED, detail=why)
+        self._waiting.clear()
+        if survivor is not None:
+            self._waiting.append(survivor)
+
+    def _drop_uncounted(self) -> None:
+        """Acknowledgements that were nobody's consume counts: fewer pulses than ticks will come."""
+        if not self._reinject or self._work_queued:
+            return
+        owed = max(0, self._pending - (self._counted is not None))
+        while len(self._waiting) > owed:
+            self.judge(
+                self._waiting.popleft(),
+                Verdict.DROPPED,
+                detail="an acknowledgement that was not its own consumed its pending count",
+            )
+
+    # The line and the chips.
+
+    def set_irq(self, record: Record) -> None:
+        """A GSI is driven: a rising GSI 0 of the PIT's own is the pulse of the oldest who waits."""
+        _, _, task, gsi, level, source = record
+        self._is_own_pulse = False
+        self._line_task = task
+        if gsi == PIT_GSI and source != PIT_SOURCE_ID:
+            self._hold(source, level)
+        if not level:
+            self._line = NO_GSI
+            return
+        self._line = gsi
+        self.pic.new_pulse()
+        if gsi != PIT_GSI or source != PIT_SOURCE_ID:
+            return
+        self.end_run()
+        if not self._waiting:
+            return
+        tick = self._run_tick = self._waiting.popleft()
+        self._is_own_pulse = True
+        self._fresh.clear()
+        self._accepted = 0
+        self._msi = None
+        self._msi_taken = False
+        self._coalesced = self._masked = None
+        tick.work_ns = self._work_ns
+        self._run_pulsed = True
+        if self._reinject:
+            self._counted = tick
+            if tick.index <= self._held_back:
+                self.judge(tick, Verdict.REINJECTED)
+
+    def _hold(self, source: int, level: int) -> None:
+        """Another source drives GSI 0: while it is high a pulse is no edge."""
+        if level:
+            self._held_by.add(source)
+        else:
+            self._held_by.discard(source)
+
+    def pic_set_irq(self, record: Record) -> None:
+        """A PIC pin is driven; the level is that of the kvm_set_irq before."""
+        if self._line == NO_GSI or record[2] != self._line_task:
+            return
+        pin = (record[3] & 1) << 3 | record[4] & 7
+        if self._line == PIT_GSI:
+            self.pic.pin = pin
+        elif pin != self.pic.pin:
+            return
+        tick = self._run_tick if self._is_own_pulse else None
+        outcome = self.pic.pulse(record, self, tick, bool(self._held_by))
+        self._fresh.clear()
+        self._accepted = 0
+        if tick is not None and outcome == pic.MASKED:
+            self._lose_masked(_PIC_LOSSES[outcome])
+        elif tick is not None and outcome != pic.LATCHED:
+            self._lose_coalesced(_PIC_LOSSES[outcome])
+
+    def ioapic_set_irq(self, record: Record) -> None:
+        """An IOAPIC pin was driven; what the local APICs accepted just before is its message."""
+        _, _, task, entry, pin, coalesced = record
+        if self._line != PIT_GSI or task != self._line_task:
+            return
+        self._ioapic_pin = pin
+        if not self._is_own_pulse or self._run_tick is None:
+            return
+        fresh, accepted = self._fresh, self._accepted
+        self._fresh, self._accepted = [], 0
+        if entry & IOAPIC_MASKED:
+            return
+        for claim in fresh:
+            if claim.path is _LAPIC:
+                self.rename(claim, Path.IOAPIC)
+        if coalesced and accepted:
+            for claim in fresh:
+                self._apics.revoke(claim)
+            self._lose_masked(_NOBODY)
+        elif coalesced and not self._held_by:
+            self._lose_masked(_NOBODY)
+        elif coalesced:
+            self._lose_coalesced((Where.IOAPIC, "another source holds the line high: no edge"))
+        elif not accepted:
+            self._lose_coalesced((Where.IOAPIC, "its remote IRR was still set"))
+
+    def msi_set_irq(self, record: Record) -> None:
+        """GSI 0 leads to a message."""
+        self._msi = (record[4] & 0xFF, record[4] & MSI_MODE)
+
+    def is_running(self, task: int) -> bool:
+        """This task is the worker, between its pulse and its end."""
+        return self._run_tick is not None and task == self._worker
+
+    def accept(self, record: Record) -> None:
+        """A local APIC accepts a message of the run: the IOAPIC's, an MSI, or its own LVT0."""
+        ts_ns, _, _, vcpu, mode, _, vector = record
+        tick = self._run_tick
+        assert tick is not None
+        is_msi = self._msi == (vector, mode)
+        self._msi_taken |= is_msi
+        path = Path.MSI if is_msi else _LAPIC
+        claim = self._apics.accept(vcpu, mode, vector, self, tick, path, ts_ns)
+        self._accepted += 1
+        if claim is not None:
+            self._fresh.append(claim)
+        elif mode == DM_NMI:
+            self._lose_coalesced((Where.LAPIC, "as many NMIs as can wait were pending"))
+        elif mode in (DM_FIXED, DM_LOWEST):
+            self._lose_coalesced((Where.LAPIC, "its vector was accepted and not injected since"))
+        else:
+            self._lose_masked((Where.LAPIC, "its message asks for no interrupt"))
+
+    def _lose_masked(self, loss: _Loss) -> None:
+        if self._masked is None or _DEPTH[loss[0]] > _DEPTH[self._masked[0]]:
+            self._masked = loss
+
+    def _lose_coalesced(self, loss: _Loss) -> None:
+        """Of several ways the deepest is told."""
+        if self._coalesced is None or _DEPTH[loss[0]] > _DEPTH[self._coalesced[0]]:
+            self._coalesced = loss
+
+    # The vCPU and the guest.
+
+    def inject(self, record: Record, vcpu: int) -> None:
+        """An injection that no local APIC's request explains."""
+        if self.pic.request is not None:
+            self.plain_task = record[2]
+            self._plain_vcpu = vcpu
+        self.pic.inject(self, record[3], vcpu, record[0])
+
+    def ack_irq(self, record: Record, vcpu: int) -> None:
+        """A pin was acknowledged; if GSI 0 leads to it, the PIT hears of it."""
+        irqchip, pin = record[3], record[4]
+        if irqchip == _IOAPIC:
+            if pin == self._ioapic_pin:
+                self._acknowledged()
+        elif pin == self.pic.pin and irqchip == pin >> 3:
+            self._acknowledged()
+            self.pic.acknowledge(record[0], vcpu)
+
+    def _acknowledged(self) -> None:
+        if self._reinject and self._pending:
+            self._pending -= 1
+        self._counted = None
+
+    def finish(self, claim: Claim, ts_ns: int) -> None:
+        """The guest ended an interrupt: the run that gave it is long over."""
+        super().finish(claim, ts_ns)
+        if claim.tick is self._run_tick:
+            self._run_tick = None
+
+    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
+        if tick.work_ns is None:
+            return None
+        return tick.work_ns - tick.expiry_ns, accept_ns - tick.work_ns, inject_ns - accept_ns

@@ -7,13 +7,16 @@ second is an event that is recorded after it did that.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvmtick.ticks.life import Tick, TickAssembler
-from kvmtick.ticks.verdict import Verdict
-from kvmtick.trace.events import Event, Record
+from kvmtick.ticks.life import TickAssembler
+from kvmtick.ticks.source import Source
+from kvmtick.ticks.tick import Tick
+from kvmtick.ticks.verdict import Path, Verdict
+from kvmtick.trace.events import Event, Function, Record
 from kvmtick.trace.ftrace import event_name, event_text
 from kvmtick.trace.recorder import Recorder
 
@@ -25,8 +28,13 @@ LIMIT = 20_000
 """Records kept of one life; a longer one is told up to there."""
 
 Snapshot = dict[str, str]
+Moment = tuple[Record, Snapshot]
+Words = tuple[str, str, str]
+"""The step, the kernel's functions, the code here."""
 
-_TOLD: dict[int, tuple[str, str, str]] = {
+_VCPU_PREFIX = re.compile(r"vCPU \d+ ")
+
+_TOLD: dict[int, Words] = {
     Event.HRTIMER_START: (
         "the hrtimer is armed",
         "hrtimer_start",
@@ -84,19 +92,86 @@ _TOLD: dict[int, tuple[str, str, str]] = {
         "kvm_pit_reset_reinject",
         "irqchip.i8254.Pit.reset_reinject",
     ),
+    Event.KVM_APIC_ACCEPT_IRQ: (
+        "a local APIC accepts a message",
+        "__apic_accept_irq",
+        "irqchip.lapic.Lapic.accept_irq",
+    ),
+    Event.KVM_EOI: (
+        "the guest ends the interrupt at its local APIC",
+        "apic_set_eoi, kvm_ioapic_update_eoi",
+        "irqchip.lapic.Lapic.eoi",
+    ),
+    Event.KVM_MSI_SET_IRQ: (
+        "routing sends a message",
+        "kvm_set_msi, kvm_irq_delivery_to_apic",
+        "irqchip.delivery.IrqDelivery.deliver",
+    ),
+    Event.KVM_APIC_IPI: (
+        "the guest sends an interprocessor interrupt",
+        "kvm_apic_send_ipi, kvm_irq_delivery_to_apic",
+        "irqchip.delivery.IrqDelivery.deliver",
+    ),
+    Event.KVM_APIC: (
+        "the guest accesses its local APIC",
+        "kvm_lapic_reg_write, kvm_lapic_reg_read",
+        "irqchip.lapic.Lapic",
+    ),
+    Event.KVM_MMIO: (
+        "the guest accesses memory that is no RAM",
+        "vcpu_mmio_write, vcpu_mmio_read",
+        "vcpu.vcpu.Vcpu",
+    ),
+    Event.KVM_MSR: (
+        "the guest accesses a model-specific register",
+        "kvm_emulate_wrmsr, kvm_emulate_rdmsr",
+        "vcpu.vcpu.Vcpu",
+    ),
+    Event.KVM_IOAPIC_DELAYED_EOI_INJ: (
+        "a level line that stays high is put off",
+        "kvm_ioapic_eoi_inject_work",
+        "irqchip.ioapic.Ioapic",
+    ),
+    Event.KVM_INJ_NMI: (
+        "an NMI is written into the VMCS",
+        "kvm_check_and_inject_events, vmx_inject_nmi",
+        "vcpu.events.inject_pending_event",
+    ),
 }
+
+_TIMER_FN: dict[int, Words] = {
+    Function.PIT_TIMER_FN: _TOLD[Event.HRTIMER_EXPIRE_ENTRY],
+    Function.APIC_TIMER_FN: (
+        "the hrtimer expires",
+        "apic_timer_fn",
+        "irqchip.lapic.Lapic",
+    ),
+}
+"""Whose callback an expiry runs."""
 
 _RECORDED_AFTER: dict[str, tuple[Event, ...]] = {
     "timer": (Event.HRTIMER_EXPIRE_ENTRY,),
     "PIC IRR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
     "PIC ISR": (Event.KVM_INJ_VIRQ,),
     "INTR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
-    "KVM_REQ_EVENT": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ, Event.KVM_ENTRY),
+    "IOAPIC IRR": (Event.KVM_IOAPIC_SET_IRQ,),
+    "LAPIC IRR": (Event.KVM_INJ_VIRQ,),
+    "LAPIC ISR": (Event.KVM_INJ_VIRQ,),
+    "NMI pending": (Event.KVM_INJ_NMI,),
+    "KVM_REQ_EVENT": (
+        Event.KVM_PIC_SET_IRQ,
+        Event.KVM_INJ_VIRQ,
+        Event.KVM_INJ_NMI,
+        Event.KVM_ENTRY,
+    ),
     "interrupt window": (Event.KVM_ENTRY,),
-    "VM-entry intr info": (Event.KVM_EXIT,),
+    "VM-entry intr info": (Event.KVM_EXIT, Event.KVM_INJ_NMI),
     "vCPU": (Event.KVM_VCPU_WAKEUP,),
+    "state": (Event.KVM_VCPU_WAKEUP,),
 }
-"""For each name of the snapshot, the events that are recorded when they have changed it already."""
+"""For each name of the snapshot, the events that are recorded when they have changed it already.
+With several vCPUs a name has its vCPU before it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,66 +187,52 @@ class Step:
     changed: tuple[str, ...]
 
 
-class StoryTeller:
-    """Follows tick `index` (from 1) through a run and tells its life afterwards."""
+class Life:
+    """The records of one tick's life, from a little before its expiry to its end."""
 
-    def __init__(self, index: int, recorder: Recorder, snapshot: Callable[[], Snapshot]) -> None:
-        """`snapshot` gives the machine's state by name; `recorder` must record details.
-
-        Made before the PIT is, or it misses how reinjection is set.
-        """
-        self.index = index
-        self.tick: Tick | None = None
-        self.expired = 0
-        self._snapshot = snapshot
-        self._assembler = TickAssembler(keep=1)
-        self._seen: deque[tuple[Record, Snapshot]] = deque(maxlen=BEFORE)
-        self._life: list[tuple[Record, Snapshot]] = []
-        self._marks: dict[str, int] = {}
+    def __init__(self, source: Source, before: deque[Moment]) -> None:
+        """Its expiry is the last of `before`."""
+        self.source = source
+        self.tick = source.lives[-1]
+        self._moments = list(before)
+        self._marks = {"expiry": len(self._moments) - 1}
         self._after = AFTER
-        recorder.follow(self._follow)
 
-    def _follow(self, record: Record) -> None:
-        """Take in one record, the moment it is made."""
-        assembler = self._assembler
-        assembler([record])
-        self.expired = assembler.expired
+    def follow(self, moment: Moment) -> None:
+        """One more record, until the tick is over and a little beyond."""
         if self._after <= 0:
             return
-        moment = (record, self._snapshot())
-        if self.tick is None:
-            self._seen.append(moment)
-            if assembler.expired == self.index:
-                self.tick = assembler.lives[-1]
-                self._life = list(self._seen)
-                self._marks["expiry"] = len(self._life) - 1
-            return
-        self._life.append(moment)
-        self._mark(self.tick)
-        if self._is_over(self.tick) or len(self._life) >= LIMIT:
-            self._after -= 1
-
-    def _mark(self, tick: Tick) -> None:
-        here = len(self._life) - 1
+        self._moments.append(moment)
+        tick, here = self.tick, len(self._moments) - 1
         for name, ns in (("pulse", tick.work_ns), ("inject", tick.inject_ns), ("eoi", tick.eoi_ns)):
             if ns is not None:
                 self._marks.setdefault(name, here)
         if tick.verdict is Verdict.DROPPED:
             self._marks.setdefault("drop", here)
+        if self._is_over() or len(self._moments) >= LIMIT:
+            self._after -= 1
 
-    def _is_over(self, tick: Tick) -> bool:
-        if tick.eoi_ns is not None:
+    def _is_over(self) -> bool:
+        tick = self.tick
+        if tick.eoi_ns is not None or (tick.path is Path.NMI and tick.inject_ns is not None):
             return True
         lost = (Verdict.COALESCED, Verdict.MASKED, Verdict.DROPPED)
-        return tick.verdict in lost and self._life[-1][0][1] == Event.WORK_END
+        if tick.verdict not in lost:
+            return False
+        return self._is_timers_own or self._moments[-1][0][1] == Event.WORK_END
+
+    @property
+    def _is_timers_own(self) -> bool:
+        """No worker has a part in it."""
+        return self.source.name == "lapic"
 
     def steps(self) -> list[Step]:
-        """The life in order, other ticks' events left out; empty if the tick never expired."""
+        """The life in order, other ticks' events left out."""
         steps: list[Step] = []
         last = None
         for position in sorted(self._chosen()):
-            record = self._life[position][0]
-            what, kernel, module = _TOLD[record[1]]
+            record = self._moments[position][0]
+            what, kernel, module = _words(record)
             steps.append(
                 Step(
                     skipped=0 if last is None else position - last - 1,
@@ -194,40 +255,60 @@ class StoryTeller:
         """What differs between the record before `position` and the one there, as far as it is
         the doing of the later (`by_next`) or of the earlier.
         """
-        if not 0 < position < len(self._life):
+        if not 0 < position < len(self._moments):
             return []
-        before, (record, after) = self._life[position - 1][1], self._life[position]
+        before, (record, after) = self._moments[position - 1][1], self._moments[position]
         return [
             f"{name}: {value} -> {after[name]}"
             for name, value in before.items()
             if after.get(name, value) != value
-            and (record[1] in _RECORDED_AFTER.get(name, ())) == by_next
+            and (record[1] in _RECORDED_AFTER.get(_VCPU_PREFIX.sub("", name), ())) == by_next
         ]
 
     def _chosen(self) -> set[int]:
         """Which records are this tick's: the arming, the expiry, the pulse, the delivery."""
-        if self.tick is None:
-            return set()
         expiry = self._marks["expiry"]
         chosen = {expiry}
-        armed = self._back(expiry, Event.HRTIMER_START, self.tick.expiry_ns)
+        armed = self._armed(expiry)
         if armed is not None:
             chosen.add(armed)
-        chosen |= self._until(expiry, (Event.WORK_END, Event.KVM_ENTRY))
+        if self._is_timers_own:
+            chosen |= self._restart(expiry)
+        else:
+            chosen |= self._until(expiry, (Event.WORK_END, Event.KVM_ENTRY))
         if "pulse" in self._marks:
-            chosen |= self._pulse(self._marks["pulse"], expiry)
+            pulse = self._marks["pulse"]
+            chosen |= {pulse} if self._is_timers_own else self._pulse(pulse, expiry)
         if "inject" in self._marks:
             chosen |= self._delivery(self._marks["inject"], self._marks.get("eoi"))
         if "drop" in self._marks:
             chosen |= self._drop(self._marks["drop"])
         return chosen
 
+    def _armed(self, expiry: int) -> int | None:
+        """Where the timer was set to this tick's time."""
+        hrtimer = self._moments[expiry][0][3]
+        for index in range(expiry, -1, -1):
+            record = self._moments[index][0]
+            if record[1] == Event.HRTIMER_START and record[3] == hrtimer:
+                return index if record[5] == self.tick.expiry_ns else None
+        return None
+
+    def _restart(self, expiry: int) -> set[int]:
+        """The callback's own arming for the next tick, right after the expiry."""
+        after = expiry + 1
+        if after < len(self._moments):
+            record = self._moments[after][0]
+            if record[1] == Event.HRTIMER_START and record[3] == self._moments[expiry][0][3]:
+                return {after}
+        return set()
+
     def _drop(self, drop: int) -> set[int]:
         """What threw the count away, from the guest's port access on."""
         start = drop
-        while self._life[start - 1][0][1] == Event.HRTIMER_CANCEL:
+        while self._moments[start - 1][0][1] == Event.HRTIMER_CANCEL:
             start -= 1
-        if self._life[start - 1][0][1] == Event.KVM_PIO:
+        if self._moments[start - 1][0][1] == Event.KVM_PIO:
             start -= 1
         return set(range(start, drop + 1))
 
@@ -241,27 +322,29 @@ class StoryTeller:
         return chosen
 
     def _delivery(self, inject: int, eoi: int | None) -> set[int]:
-        """From the wake-up or the window to the EOI."""
+        """From the wake-up or the window to the EOI and who hears of it."""
         chosen = {inject}
-        if inject and self._life[inject - 1][0][1] in (Event.KVM_VCPU_WAKEUP, Event.KVM_EXIT):
+        if inject and self._moments[inject - 1][0][1] in (Event.KVM_VCPU_WAKEUP, Event.KVM_EXIT):
             chosen.add(inject - 1)
         chosen |= self._until(inject, (Event.KVM_ENTRY,))
         if eoi is not None:
             chosen |= set(range(max(inject, eoi - 2), eoi + 1))
+            after = self._moments[eoi + 1 : eoi + 2]
+            if self._moments[eoi][0][1] == Event.KVM_EOI and after:
+                chosen |= {eoi + 1} if after[0][0][1] == Event.KVM_ACK_IRQ else set()
         return chosen
 
-    def _back(self, position: int, event: Event, expires_ns: int | None = None) -> int | None:
+    def _back(self, position: int, event: Event) -> int | None:
         for index in range(position, -1, -1):
-            record = self._life[index][0]
-            if record[1] == event and (expires_ns is None or record[5] == expires_ns):
+            if self._moments[index][0][1] == event:
                 return index
         return None
 
     def _until(self, position: int, ends: tuple[Event, ...]) -> set[int]:
         """From a record to the first of `ends`, stopping before another tick's expiry."""
         chosen = {position}
-        for index in range(position + 1, len(self._life)):
-            event = self._life[index][0][1]
+        for index in range(position + 1, len(self._moments)):
+            event = self._moments[index][0][1]
             if event == Event.HRTIMER_EXPIRE_ENTRY:
                 break
             chosen.add(index)
@@ -269,11 +352,62 @@ class StoryTeller:
                 break
         return chosen
 
+
+class StoryTeller:
+    """Follows tick `index` (from 1) of the main source and tells its life afterwards.
+
+    Which source that is shows at the end, so every source's tick `index` is followed.
+    """
+
+    def __init__(self, index: int, recorder: Recorder, snapshot: Callable[[], Snapshot]) -> None:
+        """`snapshot` gives the machine's state by name; `recorder` must record details.
+
+        Made before the PIT is, or it misses how reinjection is set.
+        """
+        self.index = index
+        self._snapshot = snapshot
+        self._assembler = TickAssembler(keep=1, tasks=recorder.tasks)
+        self._seen: deque[Moment] = deque(maxlen=BEFORE)
+        self._followed: dict[Source, Life] = {}
+        recorder.follow(self._follow)
+
+    @property
+    def expired(self) -> int:
+        """How often the main source has expired so far."""
+        return self._assembler.expired
+
+    @property
+    def tick(self) -> Tick | None:
+        """The tick; None if it did not happen."""
+        life = self._life()
+        return None if life is None else life.tick
+
+    def _follow(self, record: Record) -> None:
+        """Take in one record, the moment it is made."""
+        self._assembler([record])
+        moment = (record, self._snapshot())
+        self._seen.append(moment)
+        for life in self._followed.values():
+            life.follow(moment)
+        if record[1] == Event.HRTIMER_EXPIRE_ENTRY:
+            for source in self._assembler.sources():
+                if source.expired == self.index and source not in self._followed:
+                    self._followed[source] = Life(source, self._seen)
+
+    def _life(self) -> Life | None:
+        self._assembler.settle()
+        return self._followed.get(self._assembler.main)
+
+    def steps(self) -> list[Step]:
+        """The life in order, other ticks' events left out; empty if the tick never expired."""
+        life = self._life()
+        return [] if life is None else life.steps()
+
     def text(self) -> str:
         """The story for people."""
-        if self.tick is None:
-            return f"tick {self.index} did not happen: {self.expired} expired in this run"
         tick = self.tick
+        if tick is None:
+            return f"tick {self.index} did not happen: {self.expired} expired in this run"
         where = f" ({tick.where.value})" if tick.where else ""
         lines = [
             f"the life of tick {tick.index}: {tick.verdict.value}{where}",
@@ -313,3 +447,9 @@ class StoryTeller:
                 for step in self.steps()
             ],
         }
+
+
+def _words(record: Record) -> Words:
+    if record[1] == Event.HRTIMER_EXPIRE_ENTRY and record[4] in _TIMER_FN:
+        return _TIMER_FN[record[4]]
+    return _TOLD[record[1]]

@@ -1,0 +1,236 @@
+"""The ticks of the local APICs' timers: from the expiry to the message the vCPU sends itself.
+
+The timer's callback only notes that it expired; one note is all it keeps. The vCPU delivers it
+before it enters the guest: kvm_apic_accept_irq in its own task. Nothing is delivered while the
+timer's LVT entry is masked; the note stays.
+
+Whether the entry is masked is known from kvm_apic (writes of LVTT and SVR) where a trace has it.
+Else it is told by a guest that ran on (it wrote a port or an EOI, or got an interrupt) with the
+note still there, and by a timer that never gave an interrupt.
+
+Not told apart, for there is no record: a TSC deadline that had passed when it was written has no
+expiry; its interrupt is no tick's.
+"""
+
+from collections.abc import Callable
+
+from kvmtick.ticks.apics import DM_FIXED, LocalApics
+from kvmtick.ticks.messages import Messages
+from kvmtick.ticks.source import HOPS, Source
+from kvmtick.ticks.tick import Tick
+from kvmtick.ticks.verdict import Path, Verdict, Where
+from kvmtick.trace.events import IRQ_CONTEXT, Record
+
+__all__ = ["LapicTimer", "LapicTimers"]
+
+APIC_SPIV = 0xF0
+APIC_LVTT = 0x320
+APIC_SPIV_APIC_ENABLED = 1 << 8
+APIC_LVT_MASKED = 1 << 16
+
+_OPEN = Verdict.OUTSTANDING
+_LAPIC = Path.LAPIC
+_MASKED_DETAIL = "the timer's LVT entry was masked"
+
+
+class LapicTimer(Source):
+    """One local APIC's timer."""
+
+    def __init__(self, keep: int) -> None:
+        super().__init__("lapic", _LAPIC, keep, (HOPS[0], HOPS[2]))
+        self.owner: int | None = None
+        """Its vCPU, once that is known."""
+        self.vector: int | None = None
+        self.waiting: Tick | None = None
+        """The expiry that its vCPU has not delivered yet."""
+        self.masked: bool | None = None
+        self.ran = False
+        """The guest ran on while an expiry waited."""
+        self._served = False
+        self._expires_ns = 0
+        self._expiring: Tick | None = None
+
+    @property
+    def vcpu(self) -> int:
+        """The vCPU whose timer it is."""
+        return super().vcpu if self.owner is None else self.owner
+
+    def start(self, record: Record) -> None:
+        """The timer was armed: by its callback, by the guest, or it followed its vCPU."""
+        expires_ns = record[5]
+        if record[2] & IRQ_CONTEXT:
+            if self._expiring is not None:
+                self._expiring.period_ns = expires_ns - self._expires_ns
+        elif self.waiting is not None and expires_ns != self._expires_ns:
+            self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
+        self._expiring = None
+        self._expires_ns = expires_ns
+
+    def expire(self, record: Record) -> None:
+        """A tick begins."""
+        tick = self._expiring = self.begin(self._expires_ns, record[5])
+        if self.waiting is None:
+            self.waiting = tick
+            self.ran = False
+        elif self._seems_masked():
+            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        else:
+            detail = "merged with an expiry that the vCPU had not delivered yet"
+            self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
+
+    def accept(self, record: Record, apics: LocalApics) -> None:
+        """The vCPU delivers the expiry that waits."""
+        ts_ns, _, _, vcpu, mode, _, vector = record
+        tick = self.waiting
+        assert tick is not None
+        self.waiting = None
+        self.owner = vcpu
+        self.vector = vector
+        self.masked = False
+        self._served = True
+        if tick.verdict is not _OPEN:
+            self.reopen(tick)
+        tick.work_ns = ts_ns
+        if apics.accept(vcpu, mode, vector, self, tick, _LAPIC, ts_ns) is None:
+            detail = "its vector was accepted and not injected since"
+            self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
+
+    def lose_waiting(self, why: str) -> None:
+        """The note that an expiry waits is gone."""
+        tick, self.waiting = self.waiting, None
+        if tick is None or tick.verdict is not _OPEN:
+            return
+        if self._seems_masked():
+            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        else:
+            self.judge(tick, Verdict.DROPPED, Where.LAPIC, why)
+
+    def settle(self) -> None:
+        """An expiry that waits because the entry is masked is not just outstanding."""
+        tick = self.waiting
+        if tick is not None and tick.verdict is _OPEN and self._seems_masked():
+            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+
+    def _seems_masked(self) -> bool:
+        """Why an expiry waits: it is masked, or the vCPU has not run."""
+        if self.masked is None:
+            return self.ran or not self._served
+        return self.masked or self.ran
+
+    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
+        return accept_ns - tick.expiry_ns, inject_ns - accept_ns
+
+
+class LapicTimers:
+    """All local APICs' timers, by their hrtimer."""
+
+    def __init__(
+        self,
+        apics: LocalApics,
+        messages: Messages,
+        vcpu_of: Callable[[int], int | None],
+        has_names: bool,
+        keep: int,
+    ) -> None:
+        """`has_names`: `vcpu_of` knows the threads; else any task may be the vCPU's own."""
+        self._apics = apics
+        self._messages = messages
+        self._vcpu_of = vcpu_of
+        self._has_names = has_names
+        self._keep = keep
+        self._timers: dict[int, LapicTimer] = {}
+        self._masked: dict[int, bool] = {}
+
+    def sources(self) -> list[LapicTimer]:
+        """Those that expired, by vCPU."""
+        return sorted(
+            (timer for timer in self._timers.values() if timer.expired), key=lambda t: t.vcpu
+        )
+
+    @property
+    def is_waiting(self) -> bool:
+        """An expiry waits for its vCPU."""
+        return any(timer.waiting is not None for timer in self._timers.values())
+
+    def hrtimer_start(self, record: Record) -> None:
+        """A timer was armed; the guest arms its own vCPU's."""
+        timer = self._timer(record[3])
+        if timer.owner is None and not record[2] & IRQ_CONTEXT:
+            timer.owner = self._vcpu_of(record[2])
+            if timer.owner is not None:
+                timer.masked = self._masked.get(timer.owner)
+        timer.start(record)
+
+    def hrtimer_expire_entry(self, record: Record) -> None:
+        """A timer expired."""
+        self._timer(record[3]).expire(record)
+
+    def accept(self, record: Record) -> bool:
+        """A local APIC accepts a message; False if it is not its timer's."""
+        _, _, task, vcpu, mode, level, _ = record
+        if task & IRQ_CONTEXT or (self._has_names and self._vcpu_of(task) != vcpu):
+            return False
+        timer = self._waiting_of(vcpu)
+        if self._messages.explains(record, timer.vector if timer is not None else None):
+            return False
+        if timer is None or mode != DM_FIXED or level:
+            return False
+        timer.accept(record, self._apics)
+        self._masked[vcpu] = False
+        return True
+
+    def apic(self, record: Record) -> None:
+        """A local APIC's register was written: LVTT or SVR may mask the timer."""
+        _, _, task, is_write, register, value = record
+        vcpu = self._vcpu_of(task)
+        if not is_write or vcpu is None:
+            return
+        if register == APIC_LVTT:
+            self._mask(vcpu, value & APIC_LVT_MASKED != 0)
+        elif register == APIC_SPIV and not value & APIC_SPIV_APIC_ENABLED:
+            self._mask(vcpu, True)
+
+    def guest_ran(self, vcpu: int | None) -> None:
+        """The guest on a vCPU did something."""
+        for timer in self._timers.values():
+            if timer.waiting is not None and timer.owner == vcpu:
+                timer.ran = True
+
+    def reset(self, vcpu: int) -> None:
+        """INIT resets a local APIC: its timer stops, its LVT is masked."""
+        for timer in self._timers.values():
+            if timer.owner == vcpu:
+                timer.lose_waiting("INIT reset its local APIC")
+        self._mask(vcpu, True)
+
+    def settle(self) -> None:
+        """Judge what can be judged now."""
+        for timer in self._timers.values():
+            timer.settle()
+
+    def fold(self) -> None:
+        """Take in the latencies."""
+        for timer in self._timers.values():
+            timer.fold()
+
+    def _mask(self, vcpu: int, masked: bool) -> None:
+        self._masked[vcpu] = masked
+        for timer in self._timers.values():
+            if timer.owner == vcpu:
+                timer.masked = masked
+
+    def _timer(self, hrtimer: int) -> LapicTimer:
+        if hrtimer not in self._timers:
+            self._timers[hrtimer] = LapicTimer(self._keep)
+        return self._timers[hrtimer]
+
+    def _waiting_of(self, vcpu: int) -> LapicTimer | None:
+        """The timer of a vCPU whose expiry waits, or one whose vCPU is not known yet."""
+        found = None
+        for timer in self._timers.values():
+            if timer.waiting is not None:
+                if timer.owner == vcpu:
+                    return timer
+                if timer.owner is None:
+                    found = timer
+        return found

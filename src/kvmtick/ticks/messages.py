@@ -1,0 +1,79 @@
+"""Who sent what a local APIC accepts: needed where a vCPU's own task sends.
+
+A vCPU's task delivers its timer's interrupt and everything the guest on it makes happen: IPIs,
+lines that user space raises from an exit, level lines that an EOI delivers again. The record before
+the acceptance tells which.
+"""
+
+from collections.abc import Callable
+
+from kvmtick.trace.events import IRQ_CONTEXT, Record
+
+__all__ = ["Messages"]
+
+VECTOR = 0xFF
+MODE = 0x700
+ANY = -1
+
+Message = tuple[int, int]
+"""Vector and delivery mode; ANY if the record does not say."""
+
+
+class Messages:
+    """The last thing each vCPU's task sent."""
+
+    def __init__(self, vcpu_of: Callable[[int], int | None]) -> None:
+        """`vcpu_of`: the vCPU whose thread a task is, None if it is none's."""
+        self._vcpu_of = vcpu_of
+        self._sent: dict[int, Message] = {}
+
+    def __contains__(self, task: int) -> bool:
+        return task in self._sent
+
+    def ipi(self, record: Record) -> None:
+        """kvm_apic_ipi."""
+        self._send(record, (record[3] & VECTOR, record[3] & MODE))
+
+    def msi(self, record: Record) -> None:
+        """kvm_msi_set_irq."""
+        self._send(record, (record[4] & VECTOR, record[4] & MODE))
+
+    def line(self, record: Record) -> None:
+        """kvm_set_irq: to which vector it leads is not known yet."""
+        if record[4]:
+            self._send(record, (ANY, ANY))
+        else:
+            self.forget(record[2])
+
+    def eoi(self, record: Record) -> None:
+        """kvm_eoi: a level line that is still high is delivered again."""
+        if record[4] >= 0:
+            self._send(record, (record[4], ANY))
+
+    def forget(self, task: int) -> None:
+        """The task went on to something else."""
+        if self._sent:
+            self._sent.pop(task & ~IRQ_CONTEXT, None)
+
+    def explains(self, record: Record, timer_vector: int | None) -> bool:
+        """What was sent accounts for this kvm_apic_accept_irq on the sender's own local APIC.
+
+        `timer_vector`: what its timer sends, None if not known.
+        """
+        task = record[2] & ~IRQ_CONTEXT
+        sent = self._sent.get(task)
+        if sent is None:
+            return False
+        vector, mode = sent
+        if mode == ANY:
+            return record[6] != timer_vector and vector in (ANY, record[6])
+        if sent != (record[6], record[4]):
+            return False
+        # An IPI or MSI reaches a local APIC once.
+        del self._sent[task]
+        return True
+
+    def _send(self, record: Record, message: Message) -> None:
+        task = record[2] & ~IRQ_CONTEXT
+        if self._vcpu_of(task) is not None:
+            self._sent[task] = message

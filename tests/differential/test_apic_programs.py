@@ -1,0 +1,512 @@
+"""The model's IOAPIC and local APICs against the kernel's: after the same program, the same state.
+
+What a program is says apic_programs.py. The programs of a sequence run one after the other in one
+VM a side, and all there is to see is compared after each. KVMTICK_SEED=n in the environment runs
+the sequence n alone; a failure says which one it was, and tells the shortest program it found.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from differential import apic_programs
+from differential.apic_programs import (
+    GP_AT,
+    IMAGE,
+    IVT,
+    LEAST_TIMER_S,
+    LOAD_AT,
+    MSR_APICBASE,
+    MSR_TSC_DEADLINE,
+    PORT_DONE,
+    PROGRAMS_A_SEQUENCE,
+    TMCCT,
+    TMICT,
+    Access,
+    Config,
+    GetEvents,
+    GetMsr,
+    Line,
+    Mailbox,
+    Msi,
+    Nmi,
+    Operation,
+    Program,
+    Routing,
+    Sequence,
+    SetIoapic,
+    SetLapic,
+    SetMpState,
+    SetMsr,
+    SetPic,
+    cpuid_entries,
+    read_mask,
+    sequence,
+    show,
+    without_times,
+)
+from kvmtick.abi import HostError, KvmError
+from kvmtick.abi.caps import KVM_CAP_X2APIC_API
+from kvmtick.abi.structs import (
+    KVM_MP_STATE_RUNNABLE,
+    kvm_ioapic_state,
+    kvm_irq_routing_entry,
+    kvm_irqchip,
+    kvm_pic_state,
+    struct_fields,
+)
+from kvmtick.cpu.engine import ExitReason
+from kvmtick.guests import Guest
+from kvmtick.host.kvmdev import ExitIo, ExitMmio
+from kvmtick.kvm.kernel import KernelVcpu, KernelVm
+from kvmtick.kvm.model import ModelVm
+
+SEQUENCES = 200
+KERNEL_SEQUENCES = 40
+LIMIT_S = 30.0
+LATE_RETRIES = 3
+MOST_SYNCS = 6
+MOST_ENTRIES = 50
+BUDGET = 10_000
+SHRINK_S = 20.0
+
+Answer = tuple[Any, ...]
+"""What an operation gave."""
+
+Snapshot = dict[str, int | bytes]
+"""All that KVM tells of a VM's interrupt world, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a program gave, operation by operation, and the state after it."""
+
+    answers: tuple[Answer, ...]
+    state: Snapshot
+
+    def differences(self, other: "Outcome", program: Program) -> list[str]:
+        """For people: what differs from the other side, which is the kernel."""
+        out = []
+        for operation, mine, theirs in zip(program, self.answers, other.answers, strict=True):
+            if mine != theirs:
+                out.append(f"{show(operation)}: {_show(mine)}, kernel {_show(theirs)}")
+        for name, value in self.state.items():
+            if value != other.state[name]:
+                out += _field_differences(name, value, other.state[name])
+        return out
+
+
+def _show(value: object) -> str:
+    if isinstance(value, int):
+        return hex(value)
+    return "(" + ", ".join(map(_show, value)) + ")" if isinstance(value, tuple) else str(value)
+
+
+def _field_differences(name: str, mine: int | bytes, theirs: int | bytes) -> list[str]:
+    if isinstance(mine, int) or isinstance(theirs, int):
+        return [f"{name}: {_show(mine)}, kernel {_show(theirs)}"]
+    if name.startswith("lapic"):
+        words = (
+            (f"[{at:#x}]", mine[at : at + 4], theirs[at : at + 4]) for at in range(0, len(mine), 4)
+        )
+        return [
+            f"{name}{where}: {int.from_bytes(a, 'little'):#x}, kernel "
+            f"{int.from_bytes(b, 'little'):#x}"
+            for where, a, b in words
+            if a != b
+        ]
+    struct = kvm_ioapic_state if name == "ioapic" else kvm_pic_state
+    pairs = zip(
+        struct_fields(struct.from_buffer_copy(mine)),
+        struct_fields(struct.from_buffer_copy(theirs)),
+        strict=True,
+    )
+    return [
+        f"{name}.{field}: {_show(a)}, kernel {_show(b)}" for (field, a), (_, b) in pairs if a != b
+    ]
+
+
+class Side:
+    """One back end's VM, for the programs of a sequence."""
+
+    def __init__(self, vm: Any, config: Config) -> None:
+        self.vm = vm
+        self.config = config
+        vm.create_irqchip()
+        if config.x2apic_api:
+            vm.enable_cap(KVM_CAP_X2APIC_API, config.x2apic_api)
+        self.vcpus: list[Any] = [vm.create_vcpu(vcpu_id) for vcpu_id in range(config.vcpus)]
+        if config.x2apic:
+            for vcpu in self.vcpus:
+                vcpu.set_cpuid2(cpuid_entries())
+        self.mailboxes: list[Mailbox] = []
+        if config.guest:
+            vm.load(Guest("apic", IMAGE, LOAD_AT, (0, LOAD_AT), None))
+            vm.write_memory(0, IVT)
+            vm.write_memory(0xFFF0, b"\xeb\xfe")
+            self.mailboxes = [Mailbox(self.ram(), index) for index in range(config.vcpus)]
+
+    def ram(self) -> Any:
+        """Guest RAM from gpa 0."""
+        raise NotImplementedError
+
+    def enter(self, index: int) -> None:
+        """Let a vCPU into the guest until it tells that it has done what its mailbox holds."""
+        raise NotImplementedError
+
+    def run(self, program: Program) -> Outcome:
+        """One program, from the state the last one left."""
+        answers: list[Answer] = []
+        dirty = False
+        for operation in program:
+            if not isinstance(operation, Access):
+                answers.append(self.call(operation))
+                dirty = True
+                continue
+            if dirty:
+                self._sync()
+            if operation.vcpu not in self.runnable():
+                answers.append(("not running",))
+                continue
+            self.mailboxes[operation.vcpu].post(operation)
+            self.enter(operation.vcpu)
+            answers.append(self.read(operation))
+            self._sync()
+            dirty = False
+        self._sync()
+        return Outcome(tuple(answers), self.snapshot())
+
+    def _sync(self) -> None:
+        """Every runnable vCPU enters the guest, until it has no NMI to take."""
+        for index in self.runnable():
+            for _ in range(MOST_SYNCS):
+                self.mailboxes[index].post(None)
+                self.enter(index)
+                if not self.has_nmi(index):
+                    break
+
+    def close(self) -> None:
+        self.vm.close()
+
+    def runnable(self) -> list[int]:
+        """Which vCPUs can enter the guest; takes INITs and SIPIs that wait."""
+        if not self.config.guest:
+            return []
+        states = [vcpu.get_mp_state() for vcpu in self.vcpus]
+        return [index for index, state in enumerate(states) if state == KVM_MP_STATE_RUNNABLE]
+
+    def has_nmi(self, index: int) -> bool:
+        nmi = self.vcpus[index].get_vcpu_events().nmi
+        return bool(nmi.pending or nmi.injected)
+
+    def read(self, access: Access) -> Answer:
+        """The answer of an access that is done."""
+        value, fault = self.mailboxes[access.vcpu].answer()
+        mask = read_mask(access)
+        return (int(value != 0) if mask is None else value & mask, fault)
+
+    def call(self, operation: Operation) -> Answer:
+        """Any operation but an `Access`."""
+        try:
+            return self._call(operation)
+        except KvmError as error:
+            return ("errno", error.errno)
+
+    def _call(self, operation: Operation) -> Answer:
+        vm = self.vm
+        match operation:
+            case Line(gsi, level):
+                return (vm.irq_line_status(gsi, level),)
+            case Msi(address, data, flags):
+                return (vm.signal_msi(address, data, flags),)
+            case Routing(entries, flags):
+                vm.set_gsi_routing([_route(*entry) for entry in entries], flags)
+            case SetPic(chip_id, state):
+                chip = kvm_irqchip(chip_id=chip_id)
+                chip.chip.pic = kvm_pic_state.from_buffer_copy(state)
+                vm.set_irqchip(chip)
+            case SetIoapic(state):
+                chip = kvm_irqchip(chip_id=2)
+                chip.chip.ioapic = kvm_ioapic_state.from_buffer_copy(state)
+                vm.set_irqchip(chip)
+            case SetLapic(index, changes):
+                lapic = self.vcpus[index].get_lapic()
+                for offset, value in changes:
+                    lapic.set_reg(offset, value & 0xFFFF_FFFF)
+                if lapic.reg(TMICT) and lapic.reg(TMCCT) < 1 << 31:
+                    # a one-shot count that is over would fire at once
+                    lapic.set_reg(TMCCT, lapic.reg(TMICT))
+                self.vcpus[index].set_lapic(lapic)
+            case Nmi(index):
+                self.vcpus[index].nmi()
+            case SetMsr(index, msr, value):
+                return (self.vcpus[index].set_msrs({msr: value}),)
+            case GetMsr(index, msr):
+                found = self.vcpus[index].get_msrs([msr])
+                if read_mask(operation) is None:
+                    found = {msr: int(value != 0) for msr, value in found.items()}
+                return tuple(found.values())
+            case SetMpState(index, mp_state):
+                self.vcpus[index].set_mp_state(mp_state)
+            case GetEvents(index):
+                return (_events(self.vcpus[index].get_vcpu_events()),)
+            case _:
+                raise AssertionError(operation)
+        return ()
+
+    def snapshot(self) -> Snapshot:
+        """All that is compared after a program."""
+        vm = self.vm
+        state: Snapshot = {
+            "master": bytes(vm.get_irqchip(0).chip.pic),
+            "slave": bytes(vm.get_irqchip(1).chip.pic),
+            "ioapic": bytes(vm.get_irqchip(2).chip.ioapic),
+        }
+        for index, vcpu in enumerate(self.vcpus):
+            state[f"mp_state {index}"] = vcpu.get_mp_state()
+            state[f"lapic {index}"] = without_times(bytes(vcpu.get_lapic()))
+            state |= {f"{name} {index}": n for name, n in _events(vcpu.get_vcpu_events())}
+            msrs = vcpu.get_msrs([MSR_APICBASE, MSR_TSC_DEADLINE])
+            state |= {f"msr {msr:#x} {index}": value for msr, value in msrs.items()}
+            if self.mailboxes:
+                state[f"NMIs taken {index}"] = self.mailboxes[index].nmis
+        return state
+
+
+def _route(
+    gsi: int, type_: int, flags: int, first: int, second: int, third: int
+) -> kvm_irq_routing_entry:
+    entry = kvm_irq_routing_entry(gsi=gsi, type=type_, flags=flags)
+    entry.u.msi.address_lo, entry.u.msi.address_hi, entry.u.msi.data = first, second, third
+    return entry
+
+
+def _events(events: Any) -> tuple[tuple[str, int], ...]:
+    return (
+        ("nmi.pending", events.nmi.pending + events.nmi.injected),
+        ("nmi.masked", events.nmi.masked),
+        ("exception", events.exception.injected + events.exception.pending),
+        ("interrupt", events.interrupt.injected),
+        ("sipi_vector", events.sipi_vector),
+    )
+
+
+class LateHostError(Exception):
+    """A sequence took so long that a timer may have fired that should not."""
+
+
+class GuestLostError(Exception):
+    """A vCPU has left the guest's program."""
+
+
+class KernelSide(Side):
+    """/dev/kvm; one thread enters the vCPUs in turn."""
+
+    vm: KernelVm
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(KernelVm(), config)
+        self._begin_s = time.monotonic()
+        self._bounds = ExitStack()
+        if config.guest:
+            self.vm.vcpus[0].set_real_mode(0, LOAD_AT, unreal=True)
+            for vcpu in self.vm.vcpus:
+                self._bounds.enter_context(vcpu.file.bounded(LIMIT_S))
+            self.enter(0)
+
+    def ram(self) -> Any:
+        return self.vm.memory.ram
+
+    def close(self) -> None:
+        self._bounds.close()
+        super().close()
+
+    def run(self, program: Program) -> Outcome:
+        outcome = super().run(program)
+        if time.monotonic() - self._begin_s > LEAST_TIMER_S * 0.7:
+            raise LateHostError
+        return outcome
+
+    def enter(self, index: int) -> None:
+        vcpu = self.vm.vcpus[index]
+        mailbox = self.mailboxes[index]
+        while True:
+            exit_ = vcpu.file.enter()
+            if isinstance(exit_, ExitMmio):
+                if not exit_.is_write:
+                    vcpu.answer(b"\xff" * exit_.len)
+            elif not isinstance(exit_, ExitIo):
+                raise GuestLostError(f"kernel, vCPU {index}: {exit_} at {vcpu.get_regs()}")
+            elif exit_.port == PORT_DONE + index and exit_.is_write:
+                if mailbox.has_started():
+                    _make_unreal(vcpu)
+                if mailbox.is_done:
+                    return
+            elif not exit_.is_write:
+                vcpu.answer(b"\xff" * exit_.size * exit_.count)
+
+
+def _make_unreal(vcpu: KernelVcpu) -> None:
+    """Data segments of 4 GiB: what a SIPI starts has 64 KiB."""
+    sregs = vcpu.get_sregs()
+    for segment in (sregs.ds, sregs.es, sregs.ss):
+        segment.limit, segment.g = 0xFFFF_FFFF, 1
+    vcpu.set_sregs(sregs)
+
+
+class ModelSide(Side):
+    """The model; its vCPUs are entered in turn as well, as often as it takes."""
+
+    vm: ModelVm
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(ModelVm(), config)
+        self._left = False
+        machine = self.vm.machine
+        machine.ports.handlers = {PORT_DONE + index: self._leave for index in range(config.vcpus)}
+        if config.guest:
+            self.enter(0)
+
+    def ram(self) -> Any:
+        return self.vm.machine.ram
+
+    def enter(self, index: int) -> None:
+        machine, vcpu = self.vm.machine, self.vcpus[index].vcpu
+        mailbox = self.mailboxes[index]
+        for _ in range(MOST_ENTRIES):
+            machine.board.queue.run_due(machine.clock)
+            if vcpu.requests:
+                vcpu.serve_requests()
+            self._left = False
+            reason = vcpu.enter(BUDGET)
+            if reason == ExitReason.INTERNAL_ERROR:
+                raise GuestLostError(f"model, vCPU {index}: {vcpu.engine.error}")
+            if self._left and mailbox.is_done:
+                return
+        raise GuestLostError(f"model, vCPU {index}: {vcpu.engine.registers()}")
+
+    def _leave(self, port: int, size_bytes: int, value: int | None) -> int | None:
+        """A guest tells that it has done something, or that it has nothing to do."""
+        self.vcpus[port - PORT_DONE].vcpu.engine.kick()
+        self._left = True
+        return None
+
+
+# Comparing.
+
+
+def first_difference(
+    make: Callable[[Config], Side], reference: Callable[[Config], Side], of: Sequence
+) -> tuple[int, list[str]] | None:
+    """The number of the first program whose outcomes differ, and how; None: none."""
+    for _ in range(LATE_RETRIES):
+        with suppress(LateHostError), ExitStack() as stack:
+            left, right = make(of.config), reference(of.config)
+            stack.callback(left.close)
+            stack.callback(right.close)
+            for number, program in enumerate(of.programs):
+                try:
+                    found = left.run(program).differences(right.run(program), program)
+                except GuestLostError as error:
+                    found = [str(error)]
+                if found:
+                    return number, found
+            return None
+    pytest.skip("this host is too slow: a sequence takes longer than the timers it starts")
+
+
+def shortest(
+    make: Callable[[Config], Side], reference: Callable[[Config], Side], failing: Sequence
+) -> tuple[Program, list[str]]:
+    """Leave out of a sequence what the difference does not need."""
+    deadline_s = time.monotonic() + SHRINK_S
+
+    def differs(operations: list[Operation]) -> list[str]:
+        found = first_difference(make, reference, replace(failing, programs=(tuple(operations),)))
+        return found[1] if found else []
+
+    operations = [operation for program in failing.programs for operation in program]
+    found = differs(operations)
+    step = len(operations)
+    while found and step and time.monotonic() < deadline_s:
+        at, before = 0, len(operations)
+        while at < len(operations) and time.monotonic() < deadline_s:
+            fewer = operations[:at] + operations[at + step :]
+            if less := differs(fewer):
+                operations, found = fewer, less
+            else:
+                at += step
+        if step > 1 or len(operations) == before:
+            step //= 2
+    return tuple(operations), found
+
+
+def check(
+    make: Callable[[Config], Side], reference: Callable[[Config], Side], of: Sequence
+) -> None:
+    """AssertionError with the seed, the shortest program and all that differs.
+
+    A difference counts if it shows twice: where the host takes a vCPU out of the guest at a moment
+    of its own, KVM looks for interrupts once more, and brings the PPR up to date that early.
+    """
+    difference = None
+    for _ in range(2):
+        difference = first_difference(make, reference, of)
+        if difference is None:
+            return
+    assert difference is not None
+    number, found = difference
+    upto = replace(of, programs=of.programs[: number + 1])
+    operations, less = shortest(make, reference, upto)
+    if not less:  # only as separate programs: tell the last as it is
+        operations, less = of.programs[number], found
+    lines = [f"sequence {of.seed}, program {number}: {of.config}", *less, "program:"]
+    lines += [f"  {show(operation)}," for operation in operations]
+    lines.append(f"again: KVMTICK_SEED={of.seed} pytest {Path(__file__).name}")
+    raise AssertionError("\n".join(lines))
+
+
+def seeds(count: int) -> Iterable[int]:
+    """The sequences of this run."""
+    told = os.environ.get("KVMTICK_SEED")
+    return range(count) if told is None else (int(told),)
+
+
+@pytest.fixture(autouse=True)
+def kvm() -> None:
+    """Skip, saying why, where /dev/kvm cannot be used."""
+    try:
+        KernelVm().close()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm: {error}")
+
+
+def test_random_programs_leave_the_same_state() -> None:
+    programs = 0
+    for seed in seeds(SEQUENCES):
+        check(ModelSide, KernelSide, sequence(seed))
+        programs += PROGRAMS_A_SEQUENCE
+    assert programs >= PROGRAMS_A_SEQUENCE
+
+
+def test_the_kernel_agrees_with_itself() -> None:
+    """What differs between two runs on the kernel must not be compared."""
+    for seed in seeds(KERNEL_SEQUENCES):
+        check(KernelSide, KernelSide, sequence(seed))
+
+
+def test_the_guest_is_what_its_source_says() -> None:
+    if (nasm := shutil.which("nasm")) is None:
+        pytest.skip("needs nasm")
+    source = Path(apic_programs.__file__).with_name("apic_guest.asm")
+    command = [nasm, "-f", "bin", "-Wall", "-Werror", "-o", "/dev/stdout", str(source)]
+    assert subprocess.run(command, check=True, capture_output=True, timeout=60).stdout == IMAGE
+    assert IMAGE[GP_AT - LOAD_AT - 1] == 0x90
