@@ -4,15 +4,15 @@ No vCPU runs, so nothing is acknowledged. Each row drives a GSI that leads to on
 what the row says) to the levels of its sequence.
 """
 
+import os
 from collections.abc import Callable
 
 import pytest
 from guests.scenarios import out8, pit, spin_ms
 
-from kvmtick import Kvm
-from kvmtick.abi.structs import KVM_IRQCHIP_PIC_SLAVE
+from kvmtick.abi.structs import KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_RESAMPLE
 from kvmtick.kvm.model import ModelVm
-from kvmtick.trace.events import Event
+from kvmtick.trace.events import Event, field
 
 from .rig import (
     COUNT,
@@ -216,28 +216,26 @@ def test_the_line_is_the_or_over_its_sources(backend: Backend) -> None:
 
 def test_irq_source_ids_in_traces() -> None:
     """IRQ_LINE and a plain irqfd are source 0, a resampling irqfd 1, the PIT 2."""
-    import os
-
-    vm = ModelVm()
     seen: list[tuple[int, ...]] = []
-    vm.machine.recorder.add_consumer(
-        lambda records: seen.extend(r[3:] for r in records if r[2] == Event.KVM_SET_IRQ)
-    )
-    backend = Backend("model", lambda: vm)
-    first, second, resample = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    fds = plain, resampling, resampled = tuple(os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
     try:
-        with backend.pc(pit=True) as pc:
+        with Backend("model", ModelVm).pc(pit=True) as pc:
+            assert isinstance(pc.vm, ModelVm)
+            pc.vm.machine.recorder.add_consumer(
+                lambda batch: seen.extend(
+                    (field(record, "gsi"), field(record, "level"), field(record, "irq_source_id"))
+                    for record in batch
+                    if record[1] == Event.KVM_SET_IRQ
+                )
+            )
             pc.vm.irq_line(1, 1)
-            vm.irqfd(first, 3)
-            vm.irqfd(second, 4, 2, resample)
-            os.eventfd_write(first, 1)
-            vm.get_irqchip(0)
-            os.eventfd_write(second, 1)
-            pc.run(out8(0x21, 0xFF), pit(COUNT), spin_ms(1))
+            pc.vm.irqfd(plain, 3)
+            os.eventfd_write(plain, 1)
+            pc.vm.get_irqchip(0)
+            pc.vm.irqfd(resampling, 4, KVM_IRQFD_FLAG_RESAMPLE, resampled)
+            os.eventfd_write(resampling, 1)
+            pc.run(out8(0x21, 0xFF), pit(COUNT), spin_ms(2))
     finally:
-        for fd in (first, second, resample):
+        for fd in fds:
             os.close(fd)
-    assert Kvm("model").backend == "model"
-    assert [event[:3] for event in seen][:6] == [
-        (1, 1, 0), (3, 1, 0), (3, 0, 0), (4, 1, 1), (0, 1, 2), (0, 0, 2)
-    ]
+    assert seen[:6] == [(1, 1, 0), (3, 1, 0), (3, 0, 0), (4, 1, 1), (0, 1, 2), (0, 0, 2)]

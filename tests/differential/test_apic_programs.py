@@ -403,6 +403,24 @@ class ModelSide(Side):
 # Comparing.
 
 
+def _compare(left: Side, right: Side, program: Program) -> list[str]:
+    """What differs after the next program."""
+    outcome: Outcome | Exception
+    try:
+        outcome = left.run(program)
+    except LateHostError:
+        raise
+    except Exception as error:  # whatever a chip of the model raises is a difference
+        outcome = error
+    try:
+        kernel = right.run(program)
+    except GuestLostError as error:
+        return [] if isinstance(outcome, GuestLostError) else [str(error)]
+    if isinstance(outcome, Outcome):
+        return outcome.differences(kernel, program)
+    return [repr(outcome)]
+
+
 def first_difference(
     make: Callable[[Config], Side], reference: Callable[[Config], Side], of: Sequence
 ) -> tuple[int, list[str]] | None:
@@ -413,10 +431,7 @@ def first_difference(
             stack.callback(left.close)
             stack.callback(right.close)
             for number, program in enumerate(of.programs):
-                try:
-                    found = left.run(program).differences(right.run(program), program)
-                except GuestLostError as error:
-                    found = [str(error)]
+                found = _compare(left, right, program)
                 if found:
                     return number, found
             return None
@@ -426,27 +441,50 @@ def first_difference(
 def shortest(
     make: Callable[[Config], Side], reference: Callable[[Config], Side], failing: Sequence
 ) -> tuple[Program, list[str]]:
-    """Leave out of a sequence what the difference does not need."""
+    """Leave out of a sequence what the difference does not need: operations, then their parts."""
     deadline_s = time.monotonic() + SHRINK_S
 
     def differs(operations: list[Operation]) -> list[str]:
+        if time.monotonic() > deadline_s:
+            return []
         found = first_difference(make, reference, replace(failing, programs=(tuple(operations),)))
         return found[1] if found else []
 
     operations = [operation for program in failing.programs for operation in program]
     found = differs(operations)
-    step = len(operations)
-    while found and step and time.monotonic() < deadline_s:
-        at, before = 0, len(operations)
-        while at < len(operations) and time.monotonic() < deadline_s:
-            fewer = operations[:at] + operations[at + step :]
-            if less := differs(fewer):
-                operations, found = fewer, less
+    if not found:
+        return (), []
+    operations = _fewest(operations, lambda fewer: bool(differs(fewer)))
+    for at, operation in enumerate(operations):
+        name = "changes" if isinstance(operation, SetLapic) else "entries"
+        if isinstance(operation, SetLapic | Routing):
+
+            def with_parts(parts: list[Any], at: int = at, name: str = name) -> list[Operation]:
+                changed: Operation = replace(operations[at], **{name: tuple(parts)})
+                return [*operations[:at], changed, *operations[at + 1 :]]
+
+            parts = _fewest(
+                list(getattr(operation, name)), lambda fewer: bool(differs(with_parts(fewer)))
+            )
+            operations = with_parts(parts)
+    deadline_s += SHRINK_S
+    return tuple(operations), differs(operations) or found
+
+
+def _fewest(items: list[Any], is_enough: Callable[[list[Any]], bool]) -> list[Any]:
+    """Leave out ever smaller parts of a list, as long as what is left is enough."""
+    step = len(items)
+    while step:
+        at, before = 0, len(items)
+        while at < len(items):
+            fewer = items[:at] + items[at + step :]
+            if is_enough(fewer):
+                items = fewer
             else:
                 at += step
-        if step > 1 or len(operations) == before:
+        if step > 1 or len(items) == before:
             step //= 2
-    return tuple(operations), found
+    return items
 
 
 def check(

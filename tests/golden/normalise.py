@@ -11,12 +11,21 @@ set aside, and why:
   Only the kind of thread is used: the worker (`kvm-pit/...`), an interrupt, or the vCPU.
 * **kvm_vcpu_wakeup**: this kernel's back end polls before it sleeps and may find its event then.
 * **kvm_entry, kvm_exit**: that back end emulates the guest, so a port access is no exit there.
-* **kvm_eoi, kvm_inj_virq**: the recorded kernel never writes kvm_inj_virq. It writes EOI to the
-  local APIC itself when it injects, and that kvm_eoi stands for the injection; no guest here has a
-  use for the local APIC. Both become the one token `inject`. The vector is set aside.
+* **whose EOI a kvm_eoi is**: the recorded kernel never writes kvm_inj_virq. It writes EOI to the
+  local APIC itself when it injects, so that its kvm_eoi stands for the injection, and the guest's
+  own EOI finds nothing in service: vector -1. Of an interrupt of the PIC the -1 is the injection,
+  for no such guest uses the local APIC; where a vector was injected, the -1 after it is the guest's
+  EOI. Both kernels become `inject 32` (of the PIC `inject`: there the vector is set aside) and
+  `EOI`. The vector of the guest's EOI is checked where it is known: `EOI` means the last one
+  injected, any other is named.
+* **when the IOAPIC's kvm_ack_irq comes**: it follows an EOI, there the back end's at the injection,
+  here the guest's. It is put behind the guest's EOI; that each injection has one, or none, and of
+  which pin, is compared.
 * **kvm_apicv_inhibit_changed**: KVM_REINJECT_CONTROL's; the recordings start later.
-* **kvm_pit_reset_reinject**: the model's own event, the kernel has no such tracepoint.
-* **kvm_apic_accept_irq**: no local APIC takes part in these runs.
+* **kvm_pit_reset_reinject, kvm_inj_nmi**: the model's own events, the kernel has no such
+  tracepoint. NMIs are compared where they are accepted, and by the guest's own count.
+* **kvm_mmio, kvm_apic, kvm_msr**: what the guest wrote to the registers of the APICs. They were not
+  recorded; what the writes led to was.
 * **hrtimer_cancel** and the **hrtimer_start** of a timer that is taken along when the vCPU thread
   moves to another CPU: `expires` is what it was before. A punctual host of one CPU moves nothing.
 * **the order between threads**: which of them is first is the host's business, for example whether
@@ -26,12 +35,23 @@ set aside, and why:
 * **where the trace ends**: it is cut behind the write to the exit port. A run of the worker, or an
   expiry of the timer, that this leaves unfinished is dropped.
 
+Two differences in what was recorded are not `project`'s; a test that needs one says so:
+
+* `as_excerpt` takes from the model's trace what the **excerpts** among the recordings lack: starts
+  of timers, the worker's work items, port accesses, wake-ups. An expiry then shows how many tenths
+  of a millisecond it came after the one before.
+* `without_pic_setup` takes away the six port writes by which the `scenario` guest **initialises the
+  PICs**. The guests recorded with the IOAPIC left that out and closed the PICs as they were.
+
 An event of any other kind is an error: nothing disappears unnamed.
 """
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+
+from guests.scenarios import PIC_INIT
 
 LINE = re.compile(
     r"^ *(?P<comm>.+)-(?P<pid>\d+) +\[\d+\] +(?P<flags>\S{4,}) +(?P<ts>[\d.]+): "
@@ -40,15 +60,29 @@ LINE = re.compile(
 SET_ASIDE = frozenset(
     {
         "hrtimer_cancel",
-        "kvm_apic_accept_irq",
+        "kvm_apic",
         "kvm_apicv_inhibit_changed",
         "kvm_entry",
         "kvm_exit",
+        "kvm_inj_nmi",
+        "kvm_mmio",
+        "kvm_msr",
         "kvm_pit_reset_reinject",
         "kvm_vcpu_wakeup",
     }
 )
+NOT_IN_EXCERPTS = frozenset(
+    {
+        "hrtimer_start",
+        "kvm_pio",
+        "sched_kthread_work_execute_end",
+        "sched_kthread_work_execute_start",
+        "sched_kthread_work_queue_work",
+    }
+)
 EXIT_WRITE = "pio_write at 0xf4 "
+MASKABLE = ("Fixed|", "LowPrio|")
+WORKER = "kvm-pit/"
 LONGEST_BLOCK = 3
 
 
@@ -58,16 +92,22 @@ class ChipLines:
 
     hrtimer: tuple[str, ...]
     """Counter 0's timer: `start in 1.0 ms`, `expire`, `expire, start +999848 ns`."""
+    lapic_timer: tuple[str, ...]
+    """The local APIC's timer, likewise; `expire, +1.0 ms` in excerpts."""
     worker: tuple[str, ...]
     """Its runs: who queued the work, and what it did with the line: `by timer: 1 0`, `by ack: `."""
     gsi: tuple[str, ...]
-    """Levels of GSI 0, with their source."""
+    """Levels of GSI 0, with their source; and what a local APIC accepted of the same thread after
+    the chips had the level: the NMI watchdog.
+    """
     ioapic: tuple[str, ...]
-    """What each level did at the IOAPIC's pin."""
+    """What each level did at the IOAPIC's pin, and what a local APIC accepted from it."""
     pic: tuple[str, ...]
     """What each level did at the PIC's pin."""
     vcpu: tuple[str, ...]
-    """Port accesses, injections, and the acknowledgements they lead to."""
+    """Port accesses, injections, EOIs, and the acknowledgements they lead to; what its local APIC
+    accepted in the vCPU's own thread: its timer's interrupt.
+    """
 
 
 def project(lines: Iterable[str]) -> ChipLines:
@@ -75,17 +115,61 @@ def project(lines: Iterable[str]) -> ChipLines:
 
     Raises ValueError on a line that is no event, and on an event this module knows nothing of.
     """
+    return _read(lines).result()
+
+
+def tally(lines: Iterable[str]) -> dict[str, int]:
+    """How often what happened, not collapsed: to compare runs of the same length.
+
+    `expire`, `raise` (GSI level 1), `accept`, `inject`, `EOI`, `ack`. Errors as `project`.
+    """
+    return dict(_read(lines).tally)
+
+
+def as_excerpt(lines: Iterable[str]) -> list[str]:
+    """The lines but for the events that the excerpts among the recordings lack."""
+    return [
+        line
+        for line in lines
+        if (m := LINE.match(line)) is None or m["event"] not in NOT_IN_EXCERPTS
+    ]
+
+
+def without_pic_setup(lines: Iterable[str]) -> list[str]:
+    """The lines but for the `scenario` guest's first port writes, which initialise the PICs.
+
+    Raises ValueError where it begins with others.
+    """
+    setup = [f"pio_write at {port:#x} size 1 count 1 val {value:#x}" for port, _, value in PIC_INIT]
+    out = []
+    for line in lines:
+        match = LINE.match(line)
+        if setup and match is not None and match["event"] == "kvm_pio":
+            if match["rest"] != setup[0]:
+                raise ValueError(f"{setup[0]} expected: {line!r}")
+            setup.pop(0)
+        else:
+            out.append(line)
+    return out
+
+
+def _read(lines: Iterable[str]) -> "_Reader":
     reader = _Reader()
+    for match in _events(lines):
+        reader.event(match)
+        if match["event"] == "kvm_pio" and match["rest"].startswith(EXIT_WRITE):
+            break
+    return reader
+
+
+def _events(lines: Iterable[str]) -> Iterator[re.Match[str]]:
     for line in lines:
         if line.startswith("#") or not line.strip():
             continue
         match = LINE.match(line.rstrip("\n"))
         if match is None:
             raise ValueError(f"no line of a trace: {line!r}")
-        reader.event(match)
-        if match["event"] == "kvm_pio" and match["rest"].startswith(EXIT_WRITE):
-            break
-    return reader.result()
+        yield match
 
 
 def collapse(tokens: Iterable[str], longest: int = LONGEST_BLOCK) -> tuple[str, ...]:
@@ -129,24 +213,70 @@ def differences(model: ChipLines, kernel: ChipLines) -> str:
     return "\n".join(out)
 
 
+class _Timer:
+    """One timer's line."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self._expires = 0
+        self._expired = True
+        self._restarts = False
+        self._started = False
+        self._expired_ns = 0
+
+    def start(self, match: re.Match[str]) -> None:
+        """hrtimer_start."""
+        self._started = True
+        expires = int(_fields(match["rest"])["expires"])
+        previous, self._expires = self._expires, expires
+        if not self._expired and expires == previous:
+            return
+        self._expired = False
+        if _in_interrupt(match):
+            self._restarts = True
+            self.tokens[-1] += f", start {expires - previous:+d} ns"
+        else:
+            due_ns = expires - int(match["ts"].replace(".", "")) * 1000
+            self.tokens.append(f"start in {due_ns / 1e6:.1f} ms")
+
+    def expire(self, match: re.Match[str]) -> None:
+        """hrtimer_expire_entry."""
+        self._expired = True
+        now_ns = int(_fields(match["rest"])["now"])
+        previous_ns, self._expired_ns = self._expired_ns, now_ns
+        if self._started or not previous_ns:
+            self.tokens.append("expire")
+        else:
+            self.tokens.append(f"expire, {(now_ns - previous_ns) / 1e6:+.1f} ms")
+
+    def line(self) -> list[str]:
+        """The tokens, without an expiry whose restart is behind the end."""
+        cut = self._restarts and self.tokens[-1] == "expire"
+        return self.tokens[:-1] if cut else self.tokens
+
+
 class _Reader:
     """Sorts the events of one trace onto the lines. Its `_<event>` methods take one event each."""
 
     def __init__(self) -> None:
-        self._hrtimer: list[str] = []
+        self.tally: Counter[str] = Counter()
+        self._timers = {"pit_timer_fn": _Timer(), "apic_timer_fn": _Timer()}
         self._worker: list[str] = []
         self._gsi: list[str] = []
         self._ioapic: list[str] = []
         self._pic: list[str] = []
         self._vcpu: list[str] = []
-        self._expires = 0
-        self._expired = True
-        self._restarts = False
         self._level: dict[str, str] = {}
         self._queued_by = ""
         self._run: list[str] | None = None
         self._before_run: list[int] = []
         self._eoi_is_injection = True
+        # By pid: what was accepted within a kvm_set_irq that the IOAPIC has not answered yet.
+        self._accepted: dict[str, list[str]] = {}
+        # Vectors accepted and not injected; injected and not ended.
+        self._requested: set[str] = set()
+        self._in_service: list[str] = []
+        self._acks: list[str] = []
 
     def event(self, match: re.Match[str]) -> None:
         """The next event."""
@@ -162,30 +292,26 @@ class _Reader:
         if self._run is not None:
             for line, length in zip(self._pins(), self._before_run, strict=True):
                 del line[length:]
-        if self._restarts and self._hrtimer[-1] == "expire":
-            self._hrtimer.pop()
-        lines = (self._hrtimer, self._worker, self._gsi, self._ioapic, self._pic, self._vcpu)
+        self._vcpu += self._acks
+        timers = [timer.line() for timer in self._timers.values()]
+        lines = (*timers, self._worker, self._gsi, self._ioapic, self._pic, self._vcpu)
         return ChipLines(*(collapse(line) for line in lines))
 
     def _pins(self) -> tuple[list[str], ...]:
         return self._gsi, self._ioapic, self._pic
 
+    def _timer(self, match: re.Match[str]) -> _Timer:
+        function = _fields(match["rest"])["function"]
+        if function not in self._timers:
+            raise ValueError(f"normalise.py does not know what to do with {function}")
+        return self._timers[function]
+
     def _hrtimer_start(self, match: re.Match[str]) -> None:
-        expires = int(_fields(match["rest"])["expires"])
-        previous, self._expires = self._expires, expires
-        if not self._expired and expires == previous:
-            return
-        self._expired = False
-        if _in_interrupt(match):
-            self._restarts = True
-            self._hrtimer[-1] += f", start {expires - previous:+d} ns"
-        else:
-            due_ns = expires - int(match["ts"].replace(".", "")) * 1000
-            self._hrtimer.append(f"start in {due_ns / 1e6:.1f} ms")
+        self._timer(match).start(match)
 
     def _hrtimer_expire_entry(self, match: re.Match[str]) -> None:
-        self._expired = True
-        self._hrtimer.append("expire")
+        self.tally["expire"] += 1
+        self._timer(match).expire(match)
 
     def _sched_kthread_work_queue_work(self, match: re.Match[str]) -> None:
         self._queued_by = "timer" if _in_interrupt(match) else "ack"
@@ -201,16 +327,34 @@ class _Reader:
 
     def _kvm_set_irq(self, match: re.Match[str]) -> None:
         level = match["rest"].split()[3]
+        self.tally["raise"] += level == "1"
         self._level[match["pid"]] = level
         self._gsi.append(match["rest"])
-        if self._run is not None and match["comm"].startswith("kvm-pit/"):
+        self._accepted[match["pid"]] = []
+        if self._run is not None and match["comm"].startswith(WORKER):
             self._run.append(level)
 
     def _kvm_ioapic_set_irq(self, match: re.Match[str]) -> None:
-        self._ioapic.append(f"level {self._level[match['pid']]}: {match['rest']}")
+        accepted = self._accepted.pop(match["pid"], [])
+        self._ioapic.append(
+            f"level {self._level[match['pid']]}: {match['rest']}" + "".join(accepted)
+        )
 
     def _kvm_pic_set_irq(self, match: re.Match[str]) -> None:
         self._pic.append(f"level {self._level[match['pid']]}: {match['rest']}")
+
+    def _kvm_apic_accept_irq(self, match: re.Match[str]) -> None:
+        self.tally["accept"] += 1
+        _, _, _, vector, mode = match["rest"].split()
+        if mode.strip("()").startswith(MASKABLE):
+            self._requested.add(vector)
+        what = f"accept {match['rest']}"
+        if match["pid"] in self._accepted:
+            self._accepted[match["pid"]].append(f", {what}")
+        elif match["comm"].startswith(WORKER):
+            self._gsi[-1] += f", then {what}"
+        else:
+            self._vcpu.append(what)
 
     def _kvm_pio(self, match: re.Match[str]) -> None:
         what = match["rest"]
@@ -218,16 +362,47 @@ class _Reader:
         self._vcpu.append(what if what.startswith("pio_write") else what.partition(" val ")[0])
 
     def _kvm_ack_irq(self, match: re.Match[str]) -> None:
-        self._vcpu.append(f"ack {match['rest']}")
+        self.tally["ack"] += 1
+        at_injection = self._eoi_is_injection and self._in_service
+        (self._acks if at_injection else self._vcpu).append(f"ack {match['rest']}")
 
     def _kvm_inj_virq(self, match: re.Match[str]) -> None:
         self._eoi_is_injection = False
-        if "[reinjected]" not in match["rest"]:
-            self._vcpu.append("inject")
+        if "[reinjected]" in match["rest"]:
+            return
+        vector = str(int(match["rest"].split()[1], 16))
+        if vector in self._requested:
+            self._inject(vector)
+        else:
+            self._inject_of_the_pic()
 
     def _kvm_eoi(self, match: re.Match[str]) -> None:
-        if self._eoi_is_injection:
-            self._vcpu.append("inject")
+        vector = match["rest"].split()[-1]
+        if not self._eoi_is_injection:
+            self._end(vector)
+        elif vector != "-1":
+            self._inject(vector)
+        elif self._in_service:
+            self._end(self._in_service[-1])
+        else:
+            self._inject_of_the_pic()
+
+    def _inject(self, vector: str) -> None:
+        self.tally["inject"] += 1
+        self._requested.discard(vector)
+        self._in_service.append(vector)
+        self._vcpu.append(f"inject {vector}")
+
+    def _inject_of_the_pic(self) -> None:
+        self.tally["inject"] += 1
+        self._vcpu.append("inject")
+
+    def _end(self, vector: str) -> None:
+        self.tally["EOI"] += 1
+        last = self._in_service.pop() if self._in_service else ""
+        self._vcpu.append("EOI" if vector == last else f"EOI of {vector}")
+        self._vcpu += self._acks
+        self._acks.clear()
 
 
 def _fields(rest: str) -> dict[str, str]:

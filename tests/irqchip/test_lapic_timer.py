@@ -314,7 +314,7 @@ CODES = st.sampled_from(sorted(DIVISORS))
 def test_the_count_is_what_time_has_left(
     count: int, tdcr: int, elapsed_ns: int, periodic: bool
 ) -> None:
-    """Down once every `divisor` ns, rounded down; periodic from the top again, one-shot stays 0."""
+    """One less every `divisor` ns; periodic from the top again, one-shot stays at 0."""
     rig = timer_rig()
     rig.write(0x3E0, tdcr)
     divisor = DIVISORS[tdcr]
@@ -326,10 +326,7 @@ def test_the_count_is_what_time_has_left(
     rig.run(elapsed_ns)
     left_ns = period_ns - elapsed_ns
     if periodic:
-        left_ns = -elapsed_ns % period_ns
-    if elapsed_ns == 0:
-        # a whole period remaining reads 0
-        left_ns = 0
+        left_ns = period_ns - elapsed_ns % period_ns
     assert rig.read(0x390) == max(left_ns, 0) // divisor
     expired = elapsed_ns // period_ns
     assert len(rig.expiries()) == (expired if periodic else min(expired, 1))

@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmtick.machine.run import BELIEVED_HZ, Run
+from kvmtick.ticks.report import TickReport
 from kvmtick.timing.host import format_ns
 
 __all__ = ["ReportConsole", "show_run"]
@@ -16,6 +17,12 @@ _HOPS = {
     "inject_to_eoi": "VM entry -> guest's EOI",
     "expiry_to_eoi": "expiry -> EOI",
 }
+_APIC_HOPS = {
+    **_HOPS,
+    "work_to_accept": "worker -> local APIC",
+    "accept_to_inject": "local APIC -> VM entry",
+}
+_LAPIC_TIMER_HOPS = {**_APIC_HOPS, "expiry_to_work": "hrtimer expiry -> local APIC"}
 _STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
 
 
@@ -40,16 +47,13 @@ def show_run(run: Run, console: Console | None = None) -> None:
     )
     show(_setting(run))
     show(_outcome(run))
-    if run.ticks is not None:
-        verdicts = Table("verdict", "ticks", "meaning", box=None, pad_edge=False)
-        verdicts.columns[1].justify = "right"
-        for name, count, meaning in run.ticks.rows():
-            if count:
-                verdicts.add_row(f"[{_STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
-        verdicts.add_row("[bold]expired[/]", f"[bold]{run.ticks.expired:,}[/]", "")
+    reports = run.reports()
+    for report in reports:
         show()
-        show(verdicts)
-        _show_latency(run, console)
+        if len(reports) > 1 or (report.source, report.path) != ("pit", "pic"):
+            show(f"ticks of {report.title()}:")
+        show(_verdicts(report))
+        _show_latency(report, console)
     show()
     show(_speed(run))
     for name, text in (("debug console", run.console), ("serial line", run.serial)):
@@ -58,7 +62,30 @@ def show_run(run: Run, console: Console | None = None) -> None:
             console.out(text.rstrip("\n"), highlight=False)
 
 
+def _verdicts(report: TickReport) -> Table:
+    verdicts = Table("verdict", "ticks", "meaning", box=None, pad_edge=False)
+    verdicts.columns[1].justify = "right"
+    for name, count, meaning in report.rows():
+        if count:
+            verdicts.add_row(f"[{_STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
+    verdicts.add_row("[bold]expired[/]", f"[bold]{report.expired:,}[/]", "")
+    return verdicts
+
+
 def _setting(run: Run) -> str:
+    period_ns = run.believed_period_ns
+    if period_ns:
+        text = f"local APIC timer: a tick every {period_ns:,.10g} ns ({1e9 / period_ns:,.6g} Hz)"
+    else:
+        text = _pit_setting(run)
+    return (
+        text
+        + "".join(f", {name}={delay}" for name, delay in run.faults.items())
+        + (f", seed {run.seed}" if run.faults else "")
+    )
+
+
+def _pit_setting(run: Run) -> str:
     pit = run.pit
     if pit is None or not pit.period_ns:
         return "the PIT was not programmed"
@@ -66,8 +93,6 @@ def _setting(run: Run) -> str:
     return (
         f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz),"
         f" reinject {'on' if pit.reinject else 'off'}"
-        + "".join(f", {name}={delay}" for name, delay in run.faults.items())
-        + (f", seed {run.seed}" if run.faults else "")
     )
 
 
@@ -77,25 +102,28 @@ def _outcome(run: Run) -> str:
         return text
     text += f"; the guest counted {run.guest_ticks:,} tick{'' if run.guest_ticks == 1 else 's'}"
     if run.drift_ppm is not None and run.exit.reason == "done":
-        text += f", its clock ({BELIEVED_HZ} Hz) is off by {run.drift_ppm:+,.6g} ppm"
+        clock = "its clock" if run.believed_period_ns else f"its clock ({BELIEVED_HZ} Hz)"
+        text += f", {clock} is off by {run.drift_ppm:+,.6g} ppm"
     return text
 
 
-def _show_latency(run: Run, console: Console) -> None:
-    assert run.ticks is not None
+def _show_latency(report: TickReport, console: Console) -> None:
+    names = _HOPS if report.path == "pic" else _APIC_HOPS
+    if report.source == "lapic":
+        names = _LAPIC_TIMER_HOPS
     table = Table("hop", "p50", "p99", "max", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for hop, values in run.ticks.latency_ns.items():
+    for hop, values in report.latency_ns.items():
         if values:
-            table.add_row(_HOPS[hop], *(format_ns(values[key]) for key in ("p50", "p99", "max")))
+            table.add_row(names[hop], *(format_ns(values[key]) for key in ("p50", "p99", "max")))
     if table.row_count:
         console.print()
         console.print(table)
 
 
 def _speed(run: Run) -> str:
-    expired = run.ticks.expired if run.ticks else 0
+    expired = sum(report.expired for report in run.reports())
     rate = f": {expired / run.wall_s:,.0f} ticks/s" if expired and run.wall_s else ""
     instructions = f", {run.instructions:,} instructions" if run.instructions is not None else ""
     return f"{run.wall_s:.3f} s of wall time{rate}{instructions}"

@@ -114,7 +114,11 @@ class LapicTimer:
         if self.is_tscdeadline or not self.tmict or not self.period_ns:
             return 0
         remaining_ns = max(self.target_expiration_ns - self._clock.now_ns, 0)
-        return remaining_ns % self.period_ns // (self._bus_cycle_ns * self.divide_count)
+        # The kernel's modulo also turns a whole period into 0. There no time is that short, here a
+        # count that was loaded this very nanosecond would read as one that has run out.
+        if remaining_ns > self.period_ns:
+            remaining_ns %= self.period_ns
+        return remaining_ns // (self._bus_cycle_ns * self.divide_count)
 
     def write_tmict(self, value: int) -> None:
         """A write to the initial count: starts the timer anew, but not in TSC-deadline mode."""

@@ -32,19 +32,19 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.cpu.engine import Engine
-from kvmtick.guests import Guest, Needs, Parameters, gsi_routing
+from kvmtick.guests import Guest, Needs, Parameters
 from kvmtick.irqchip.i8254 import Pit, nominal_period_ns
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
+from kvmtick.kvm.setup import prepare
 from kvmtick.machine.machine import Exit, Machine
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.wall import Stopwatch
-from kvmtick.vcpu.cpuid import supported
 
 __all__ = ["DEFAULT_LIMIT_S", "NOMINAL_TIMES", "ModelVcpu", "ModelVm"]
 
@@ -53,6 +53,7 @@ NOMINAL_TIMES = 10
 """A guest that never gets its ticks is stopped after so many times the time they should take."""
 
 MAX_VCPU_ID = 4096
+TSC_KHZ = 1_000_000
 MAX_RESERVED_IOAPIC_PINS = 4096
 IOAPIC_PINS = 24
 X2APIC_API_VALID = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
@@ -73,7 +74,7 @@ class ModelVm(Closing):
         events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
         """
         self.machine = Machine(clock, seed, detail)
-        self.assembler = TickAssembler()
+        self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
         self._engine = engine or _unicorn_engine
 
@@ -255,22 +256,15 @@ class ModelVm(Closing):
         return cpuid_entries()
 
     def prepare(self, needs: Needs, reinject: bool = True) -> list[ModelVcpu]:
-        """Set up what a guest needs of its VMM: irqchip, PIT, routing, vCPUs and their CPUID.
+        """Set up what a guest needs (`Guest.needs`): irqchip, PIT, routing, vCPUs, their CPUID.
 
         `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice.
         """
-        self.create_irqchip()
-        self.create_pit2(KVM_PIT_SPEAKER_DUMMY)
-        self.reinject_control(reinject if needs.reinject is None else needs.reinject)
-        table = gsi_routing(needs)
-        if table is not None:
-            self.set_gsi_routing(table)
-        vcpus = []
-        for vcpu_id in range(needs.vcpus):
-            vcpu = self.create_vcpu(vcpu_id)
-            vcpu.set_cpuid2(cpuid_entries(supported(vcpu_id)))
-            vcpus.append(vcpu)
-        return vcpus
+        return prepare(self, needs, reinject)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: what the TSC of a vCPU counts a millisecond."""
+        return TSC_KHZ
 
     def load(self, guest: Guest) -> None:
         """Put an image into RAM, vCPU 0 will start at its entry. ValueError if it does not fit."""
@@ -330,10 +324,10 @@ class ModelVm(Closing):
         return self._result(guest, exit_, stopwatch.elapsed_s(), counter)
 
     def ticks(self) -> TickReport:
-        """The ticks of the PIT so far."""
+        """The ticks so far, of the PIT if it ever expired, else of the busiest local APIC timer."""
         self.machine.recorder.flush()
         self.assembler.settle()
-        return TickReport(self.assembler)
+        return self.assembler.report()
 
     def parameters(self) -> Parameters | None:
         """The guest's parameter block as it is now in RAM; None for a foreign guest."""
@@ -356,6 +350,12 @@ class ModelVm(Closing):
             return block.period_ns
         return nominal_period_ns(block.divisor)
 
+    def _believed_period_ns(self, block: Parameters | None) -> float | None:
+        """What a guest whose clock is not the PIT takes its tick for; None for all others."""
+        if block is None or self.machine.loaded[-1].needs.tick_source != "lapic":
+            return None
+        return block.period_ns
+
     def _result(self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None) -> Run:
         machine, pit, block = self.machine, self.machine.board.pit, self.parameters()
         vcpu = machine.vcpu
@@ -376,6 +376,8 @@ class ModelVm(Closing):
             pit=PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject) if pit else None,
             guest_ticks=guest_ticks,
             ticks=self.ticks() if pit else None,
+            sources=self.assembler.reports() if pit else [],
+            believed_period_ns=self._believed_period_ns(block),
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),
             serial=machine.ports.serial.decode("utf-8", "replace"),

@@ -97,11 +97,11 @@ class Run:
                     "ticks": report.as_dict(),
                     "latency_ns": report.latency_ns,
                 }
-                for report in self._sources()
+                for report in self.reports()
             ],
         }
 
-    def _sources(self) -> list[TickReport]:
+    def reports(self) -> list[TickReport]:
         """`sources`, or the main one alone if only that was given."""
         return self.sources or ([] if self.ticks is None else [self.ticks])
 
@@ -110,5 +110,5 @@ class Run:
         lines = [f"{self.guest}: {self.exit.reason} after {self.elapsed_ns / 1e9:.6f} s"]
         if self.guest_ticks is not None:
             lines.append(f"  guest counted {self.guest_ticks} ticks")
-        lines += [report.summary() for report in self._sources()]
+        lines += [report.summary() for report in self.reports()]
         return "\n".join(lines)

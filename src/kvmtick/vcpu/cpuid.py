@@ -32,8 +32,7 @@ EDX_BASELINE = 0x0783_FBFD
 
 _FEATURES = {"x2apic": ECX_X2APIC, "tsc_deadline": ECX_TSC_DEADLINE}
 
-APIC_ID_SHIFT = 24
-LEAF_MASK = 0xFFFF_FFFF
+CLFLUSH_64_BYTES = 0x800
 
 
 class CpuidLeaf(NamedTuple):
@@ -84,8 +83,8 @@ class Cpuid:
         return leaf.eax, leaf.ebx, leaf.ecx, edx
 
 
-def supported(vcpu_id: int = 0) -> list[CpuidLeaf]:
-    """KVM_GET_SUPPORTED_CPUID of the model, with the APIC id of one vCPU filled in."""
+def supported() -> list[CpuidLeaf]:
+    """KVM_GET_SUPPORTED_CPUID of the model; the APIC ids in it are 0."""
     features = (
         ECX_SSE3
         | ECX_SSSE3
@@ -103,12 +102,12 @@ def supported(vcpu_id: int = 0) -> list[CpuidLeaf]:
             LEAF_FEATURES,
             None,
             0x206A1,
-            (vcpu_id & 0xFF) << APIC_ID_SHIFT | 0x800,
+            CLFLUSH_64_BYTES,
             features,
             EDX_BASELINE,
         ),
-        CpuidLeaf(0xB, 0, 0, 1, 0x100, vcpu_id & LEAF_MASK),
-        CpuidLeaf(0xB, 1, 0, 0, 0x201, vcpu_id & LEAF_MASK),
+        CpuidLeaf(0xB, 0, 0, 1, 0x100, 0),
+        CpuidLeaf(0xB, 1, 0, 0, 0x201, 0),
         CpuidLeaf(0x4000_0000, None, 0x4000_0001, *_text("KVMK", "VMKV", "M\0\0\0")),
         CpuidLeaf(0x4000_0001, None, 0, 0, 0, 0),
         CpuidLeaf(0x8000_0000, None, 0x8000_0008, 0, 0, 0),

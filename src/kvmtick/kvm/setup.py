@@ -1,0 +1,74 @@
+"""What a guest needs of its VMM, set up on either back end by the same calls."""
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
+from kvmtick.guests import Needs, gsi_routing
+
+__all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
+
+LEAF_FEATURES = 0x1
+LEAVES_TOPOLOGY = (0xB, 0x1F)
+APIC_ID_SHIFT = 24
+
+
+class PreparedVcpu(Protocol):
+    """The calls of a vCPU that it takes."""
+
+    vcpu_id: int
+
+    def set_cpuid2(self, entries: Iterable[kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2."""
+
+
+_Vcpu = TypeVar("_Vcpu", bound=PreparedVcpu, covariant=True)
+
+
+class PreparedVm(Protocol[_Vcpu]):
+    """The calls of a VM that it takes."""
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP."""
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2."""
+
+    def reinject_control(self, reinject: bool) -> None:
+        """KVM_REINJECT_CONTROL."""
+
+    def set_gsi_routing(self, entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> None:
+        """KVM_SET_GSI_ROUTING."""
+
+    def create_vcpu(self, vcpu_id: int = 0) -> _Vcpu:
+        """KVM_CREATE_VCPU."""
+
+    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID."""
+
+
+def cpuid_of(entries: list[kvm_cpuid_entry2], vcpu_id: int) -> list[kvm_cpuid_entry2]:
+    """KVM_GET_SUPPORTED_CPUID's answer for one vCPU: with its APIC id filled in."""
+    for entry in entries:
+        if entry.function == LEAF_FEATURES:
+            entry.ebx = entry.ebx & ~(0xFF << APIC_ID_SHIFT) | (vcpu_id & 0xFF) << APIC_ID_SHIFT
+        elif entry.function in LEAVES_TOPOLOGY:
+            entry.edx = vcpu_id
+    return entries
+
+
+def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
+    """Irqchip, PIT, routing, vCPUs and their CPUID as `needs` says.
+
+    `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice.
+    """
+    vm.create_irqchip()
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    vm.reinject_control(reinject if needs.reinject is None else needs.reinject)
+    table = gsi_routing(needs)
+    if table is not None:
+        vm.set_gsi_routing(table)
+    vcpus = [vm.create_vcpu(vcpu_id) for vcpu_id in range(needs.vcpus)]
+    for vcpu in vcpus:
+        vcpu.set_cpuid2(cpuid_of(vm.get_supported_cpuid(), vcpu.vcpu_id))
+    return vcpus
