@@ -78,6 +78,7 @@ class Backend:
 
     name: str
     make_vm: Callable[[], Vm]
+    mark: Callable[[pytest.MarkDecorator], None] = lambda mark: None
 
     @property
     def exact(self) -> bool:
@@ -88,6 +89,11 @@ class Backend:
         """Skip on the kernel."""
         if not self.exact:
             pytest.skip(why)
+
+    def not_modelled(self, why: str) -> None:
+        """The test fails on the model, as its documentation says."""
+        if self.exact:
+            self.mark(pytest.mark.xfail(reason=why, strict=True))
 
     @contextmanager
     def pc(
@@ -137,7 +143,7 @@ class Pc:
     ) -> Results:
         """Run a script to its end; a write to PORT_ACT + n does `acts[n]`."""
         handlers: dict[int, Handler] = {
-            PORT_ACT + n: lambda port, size_bytes, value, act=act: _and_none(act)  # type: ignore[misc]
+            PORT_ACT + n: lambda port, size_bytes, value, act=act: _and_none(act)
             for n, act in enumerate(acts)
         }
         vm = self.vm

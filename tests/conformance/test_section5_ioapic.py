@@ -154,6 +154,7 @@ def test_a_level_line_that_fell_while_masked_is_forgotten(backend: Backend) -> N
 def test_the_polarity_bit_is_ignored(backend: Backend, trigger: int) -> None:
     """High is asserted."""
     with backend.pc() as pc:
+        pc.vm.set_gsi_routing([to_ioapic(GSI, PIN)])
         pc.enable_lapic()
         pc.set_pin(PIN, VECTOR | trigger | POLARITY_LOW)
         assert pc.vm.irq_line_status(GSI, 0) == 1

@@ -24,8 +24,6 @@ from typing import Protocol
 import pytest
 from guests.scenarios import (
     EXIT_CODE,
-    Code,
-    Op,
     Results,
     Scenario,
     cli,
@@ -44,29 +42,27 @@ from guests.scenarios import (
 
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import kvm_pit_state2
-from kvmtick.kvm.kernel import PORT_SLEEP, KernelVm
+from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 
-COUNT = 1193
-PERIOD_NS = 999_848
+from .rig import (
+    ATTEMPTS,
+    COUNT,
+    LATE_MS,
+    PERIOD_NS,
+    PORT_ACT,
+    TOLERANCE,
+    WINDOWS,
+    Handler,
+    Script,
+    nominal_ns,
+)
+
 LIMIT_S = 5.0
 
-LATE_MS = 4
-TOLERANCE = LATE_MS + 2
-ATTEMPTS = 4
-
-PORT_ACT = 0x510
-"""A write is an exit to user space, where the test acts on the VM."""
 PORT_MARK = 0x511
 """A write notes the time."""
-PORT_NOBODY = 0x80
-
-Script = tuple[Op | tuple[Op, ...], ...]
-Handler = Callable[[int, int, int | None], int | None]
-
 START: Script = (pit(COUNT), wait_ticks(3), snap(0))
-WINDOWS: Script = (out8(PORT_NOBODY, 0),) * 8
-"""Exits to user space: after each the guest takes an interrupt if one waits (IF=1)."""
 FINISH: Script = (idle_ms(10), end(EXIT_CODE))
 REPLAY_AND_FINISH: Script = (idle_ms(40), end(EXIT_CODE))
 LEAST_LOST = 5
@@ -166,22 +162,6 @@ class KernelBackend:
             run = vm.run_until_exit(user.handlers, limit_s=LIMIT_S)
             assert (run.reason, run.code) == ("done", EXIT_CODE), run
             return _played(vm.read_memory(0, 0x10000), run.elapsed_ns, user)
-
-
-def nominal_ns(script: Script) -> int:
-    """How long a script takes on a punctual host: its waits, and one tick to end each `idle_ms`."""
-    out = 0
-    for op in Scenario("section6", "", script).ops():
-        match op.code:
-            case Code.SPIN_MS:
-                out += op.arg32 * 1_000_000
-            case Code.IDLE_MS:
-                out += op.arg32 * 1_000_000 + PERIOD_NS
-            case Code.WAIT_TICKS:
-                out += op.arg32 * PERIOD_NS
-            case Code.OUT32 if op.arg16 == PORT_SLEEP:
-                out += op.arg32 * 1_000
-    return out
 
 
 Backend = ModelBackend | KernelBackend

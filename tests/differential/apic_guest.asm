@@ -8,9 +8,9 @@
 ;   +8   value, low half            +12  high half
 ;   +16  result, low half           +20  high half
 ;   +24  1 if the access gave #GP, else 0
-;   +28  NMIs taken
-;   +32  1 once it has come through its start; the host clears it
-;   +36  port to write to when an operation is done
+;   +28  port to write to when an operation is done
+;
+; NMIs are counted at 0x680, those of all vCPUs together.
 ;
 ; Operations: 0 nothing, 1 nothing, 2-4 read memory (1, 2, 4 bytes), 5-7 write memory, 8-9 read a
 ; port (1, 4 bytes), 10-11 write a port, 12 RDMSR, 13 WRMSR.
@@ -21,7 +21,7 @@
 
 MAILBOX0        equ 0x600
 MAILBOX1        equ 0x640
-PORT            equ 0x510
+NMIS            equ 0x680
 
 start0: times 8 nop                     ; an exit that INIT cut short may skip an instruction
         mov     ebp, MAILBOX0
@@ -32,10 +32,19 @@ begin:  xor     ax, ax
         mov     ds, ax
         mov     es, ax
         mov     ss, ax
-        mov     dword [ebp + 32], 1
+        lgdt    [gdt]                   ; protected mode, only for DS to get a limit of 4 GiB
+        mov     eax, cr0
+        or      al, 1
+        mov     cr0, eax
+        mov     bx, 8
+        mov     ds, bx
+        and     al, 0xfe
+        mov     cr0, eax
+        xor     ax, ax
+        mov     ds, ax
         jmp     0:next                  ; CS = 0: the vectors of IVT are for that segment
 
-next:   mov     edx, [ebp + 36]
+next:   mov     edx, [ebp + 28]
         out     dx, al
         mov     bx, [ebp]
         cmp     bx, OPERATIONS
@@ -47,6 +56,8 @@ next:   mov     edx, [ebp + 36]
         mov     eax, [ebp + 8]
         jmp     [operations + bx]
 
+gdt:    dw      15, gdt, 0, 0           ; the first descriptor is not used: the pointer lies there
+        dq      0x00cf92000000ffff      ; data, base 0, 4 GiB
 operations:
         dw      next, done, read8, read16, read32, write8, write16, write32, in8, in32, out8, out32
         dw      rd_msr, wr_msr
@@ -88,7 +99,7 @@ done:   mov     dword [ebp], 0
         jmp     next
 
         times 0x800 - ($ - $$) nop
-nmi:    inc     dword [ebp + 28]        ; at 0x8800: vector 2
+nmi:    inc     dword [cs:NMIS]         ; at 0x8800: vector 2; it may come before EBP is set
         iret
 
         times 0x840 - ($ - $$) nop

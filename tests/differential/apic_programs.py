@@ -12,7 +12,8 @@ DEADLINE), and the current count is compared for being 0 alone. With interrupts 
 ever taken: what becomes of one then shows in IRR and ISR. A guest that runs must stay in its
 program: no INIT reaches vCPU 0, and a SIPI starts vCPU 1 where it has code.
 
-Not covered: eventfds, the split irqchip, timers that fire, HLT, interrupts that are taken.
+Not covered: eventfds, the split irqchip, timers that fire, HLT, interrupts that are taken, accesses
+that are not aligned (an engine may make two of one).
 """
 
 import random
@@ -40,11 +41,12 @@ ID, TPR, PPR, EOI, LDR, DFR, SVR = 0x20, 0x80, 0xA0, 0xB0, 0xD0, 0xE0, 0xF0
 ISR, TMR, IRR, ESR, ICR, ICR2 = 0x100, 0x180, 0x200, 0x280, 0x300, 0x310
 LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR = 0x320, 0x330, 0x340, 0x350, 0x360, 0x370
 TMICT, TMCCT, TDCR = 0x380, 0x390, 0x3E0
-MSR_APICBASE, MSR_TSC_DEADLINE, MSR_X2APIC = 0x1B, 0x6E0, 0x800
+MSR_TSC, MSR_APICBASE, MSR_TSC_DEADLINE, MSR_X2APIC = 0x10, 0x1B, 0x6E0, 0x800
 
-COUNTS = (0, 0xC000_0000, 0xFFFF_FFFF)
-DEADLINE = 0x500_0000_0000
-"""More than half an hour of any TSC, and small enough for the kernel's arithmetic."""
+COUNTS = (0, 0xC012_3457, 0xFFFF_FFFF)
+DEADLINE = 0x100_0000_0000
+"""Minutes of any TSC. A program's deadlines count from the guest's TSC at that moment, which may be
+the host's; what is there to read is compared for being 0 alone."""
 
 SIPI_VECTOR = 9
 """Where vCPU 1 has code."""
@@ -288,7 +290,7 @@ class _Maker:
             return (0 if self.config.guest and value == 1 else value) << 24
         if offset in LVTS:
             low = self.vector() | rng.choice(MODES) << 8 | rng.choice((0, 0, 1 << 16))
-            return rng.choice((low, low | rng.choice((1, 2, 3)) << 17, 0x700, self.word()))
+            return rng.choice((low, low | rng.choice((1, 2, 2, 3)) << 17, 0x700, self.word()))
         if ISR <= offset < ESR:
             return rng.choice((1 << (self.vector() & 31), 0, self.word()))
         return self.word()
@@ -428,7 +430,9 @@ class _Maker:
         if rng.random() < 0.45:
             if rng.random() < 0.1:
                 offset += rng.randrange(16)
-            return [Access(vcpu, rng.choice(("r32",) * 8 + ("r16", "r8")), page + offset)]
+            size_bytes = rng.choice((4, 4, 4, 4, 4, 4, 4, 4, 2, 1))
+            address = page + offset // size_bytes * size_bytes
+            return [Access(vcpu, f"r{8 * size_bytes}", address)]
         value = self.register_value(offset & ~15, vcpu)
         if rng.random() < 0.05 and offset & ~15 not in (TMICT, ICR):
             return [Access(vcpu, rng.choice(("w16", "w8")), page + offset, value)]
@@ -464,7 +468,8 @@ class _Maker:
         kind = rng.random()
         if kind < 0.1:
             offset = rng.choice((0, 0x10, 0x20, 0x40, rng.randrange(0x100)))
-            return [Access(vcpu, rng.choice(("r8", "r16", "r32")), page + offset)]
+            kind_of_read, size_bytes = rng.choice((("r8", 1), ("r16", 2), ("r32", 4)))
+            return [Access(vcpu, kind_of_read, page + offset // size_bytes * size_bytes)]
         index = rng.choice((0, 1, 2, 0x10 + rng.randrange(48), 0x10 + rng.randrange(48), 0x40))
         select = Access(vcpu, "w32", page, index)
         if kind < 0.3:
@@ -499,6 +504,12 @@ class _Maker:
         if self.rng.random() < 0.4:
             return [Access(vcpu, "rdmsr", index)]
         return [Access(vcpu, "wrmsr", index, value)]
+
+    def tsc_deadline(self) -> list[Operation]:
+        vcpu = self.vcpu()
+        mode = Access(vcpu, "w32", LAPIC + LVTT, 2 << 17 | self.vector())
+        start = Access(vcpu, "wrmsr", MSR_TSC_DEADLINE, self.rng.choice((0, DEADLINE, DEADLINE)))
+        return [mode, start, Access(vcpu, "rdmsr", MSR_TSC_DEADLINE)]
 
     def enter_x2apic(self) -> list[Operation]:
         vcpu = self.vcpu()
@@ -538,7 +549,7 @@ class _Maker:
             kinds += [
                 (12, self.lapic_access), (8, self.ioapic_access), (3, self.port_access),
                 (4, self.msr_access), (2, self.start_another), (3, self.interrupt_and_eoi),
-                (1, self.enter_x2apic),
+                (2, self.enter_x2apic), (1, self.tsc_deadline),
             ]  # fmt: skip
         else:
             kinds += [(2, self.mp_state)]
@@ -575,7 +586,7 @@ NMI_AT, GP_AT = 0x8800, 0x8840
 PORT_DONE = 0x510
 """vCPU n writes to the n-th port from here when it has done what its mailbox told."""
 
-MAILBOX, MAILBOX_BYTES = 0x600, 0x40
+MAILBOX, MAILBOX_BYTES, NMIS_AT = 0x600, 0x40, 0x680
 KINDS = {
     "none": 1, "r8": 2, "r16": 3, "r32": 4, "w8": 5, "w16": 6, "w32": 7,
     "in": 8, "out": 10, "rdmsr": 12, "wrmsr": 13,
@@ -591,7 +602,7 @@ class Mailbox:
     def __init__(self, ram: Any, vcpu: int) -> None:
         self._ram = ram
         self._at = MAILBOX + vcpu * MAILBOX_BYTES
-        struct.pack_into("<10I", ram, self._at, *([0] * 9), PORT_DONE + vcpu)
+        struct.pack_into("<8I", ram, self._at, *([0] * 7), PORT_DONE + vcpu)
 
     def post(self, access: Access | None) -> None:
         """Something to do; None: nothing, but tell when it is done."""
@@ -611,20 +622,15 @@ class Mailbox:
         low, high, fault = struct.unpack_from("<3I", self._ram, self._at + 16)
         return high << 32 | low, fault
 
-    @property
-    def nmis(self) -> int:
-        """NMIs taken since the start."""
-        return self._word(28)
-
-    def has_started(self) -> bool:
-        """Since it was asked last: has the vCPU come through its start?"""
-        started = self._word(32)
-        struct.pack_into("<I", self._ram, self._at + 32, 0)
-        return bool(started)
-
     def _word(self, offset: int) -> int:
         (word,) = struct.unpack_from("<I", self._ram, self._at + offset)
         return int(word)
+
+
+def nmis_taken(ram: Any) -> int:
+    """How many NMIs the guest's vCPUs have taken, all together."""
+    (count,) = struct.unpack_from("<I", ram, NMIS_AT)
+    return int(count)
 
 
 # What is compared.
@@ -638,7 +644,7 @@ def read_mask(operation: Access | GetMsr) -> int | None:
     """Which bits of the value read can be compared; None: only whether it is 0."""
     if isinstance(operation, GetMsr) or operation.kind == "rdmsr":
         index = operation.index if isinstance(operation, GetMsr) else operation.address
-        return None if index == MSR_X2APIC + TMCCT // 16 else ~0
+        return None if index in (MSR_TSC_DEADLINE, MSR_X2APIC + TMCCT // 16) else ~0
     size_bytes = {"r32": 4, "r16": 2, "r8": 1}.get(operation.kind)
     if size_bytes is None or operation.address < APIC_PAGES:
         return ~0
@@ -664,7 +670,15 @@ def show(operation: Operation) -> str:
     return f"{type(operation).__name__}({', '.join(values)})"
 
 
-def without_times(lapic: bytes) -> bytes:
-    """KVM_GET_LAPIC's answer with the current count made 0 or 1."""
-    running = any(lapic[TMCCT : TMCCT + 4])
-    return lapic[:TMCCT] + bytes((running, 0, 0, 0)) + lapic[TMCCT + 4 :]
+def comparable(lapic: bytes, config: Config) -> bytes:
+    """KVM_GET_LAPIC's answer without what depends on time.
+
+    Of the current count only whether it is 0. The PPR of a vCPU that runs: KVM brings it up to date
+    whenever it looks for interrupts, so also when the host takes the vCPU out of the guest. What
+    the guest reads is up to date.
+    """
+    page = bytearray(lapic)
+    page[TMCCT : TMCCT + 4] = (any(lapic[TMCCT : TMCCT + 4]), 0, 0, 0)
+    if config.guest:
+        page[PPR : PPR + 4] = bytes(4)
+    return bytes(page)

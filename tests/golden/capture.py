@@ -5,6 +5,8 @@
 
 The file: `# ` header lines (what the guest did; clock, number of lines, lost events; where it
 comes from), then ftrace text of this VM alone, clock mono, up to the write to the exit port.
+`--timer apic` records the timer of the local APIC instead of the PIT's; the vCPU then has a CPUID
+leaf 1, without which KVM gives that timer no other mode than one-shot.
 It needs /dev/kvm and a tracefs it may write to; the trace instance is removed whatever happens.
 Exit codes: 0 fine, 1 events were lost or the guest did not finish, 2 usage, 3 the host lacks
 something.
@@ -26,6 +28,7 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
+    kvm_cpuid_entry2,
     kvm_irq_routing_entry,
 )
 from kvmtick.host.kvmdev import pit_worker_tids
@@ -35,6 +38,7 @@ from kvmtick.kvm.kernel import PORT_EXIT, GuestExit, KernelVm
 
 LINE = re.compile(r"^.+-(?P<tid>\d+) +\[\d+\] +\S+ +[\d.]+: (?P<event>\w+): (?P<rest>.*)$")
 POINTER = re.compile(r"(?:hrtimer=|work struct[= ])(?P<pointer>[0-9a-f]+)")
+TIMERS = {"pit": "pit_timer_fn", "apic": "apic_timer_fn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +80,34 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--title", required=True, help="the first line: what the guest does")
     out.add_argument("--out", type=Path, required=True, help="the file to write")
     out.add_argument("--gsi0-pin", type=int, help="route GSI 0 to this IOAPIC pin (default: 0)")
+    out.add_argument("--timer", choices=TIMERS, default="pit", help="whose ticks (default: pit)")
     out.add_argument("--limit-s", type=float, default=10.0, help="wall seconds (default: 10)")
     out.add_argument("--buffer-kib", type=int, default=8192, help="buffer per CPU (default: 8192)")
     return out
 
 
 def routing(gsi0_pin: int) -> Iterator[kvm_irq_routing_entry]:
-    """KVM's default routing table, but GSI 0 goes to `gsi0_pin` of the IOAPIC."""
+    """GSI 0 goes to PIC pin 0, then to `gsi0_pin` of the IOAPIC; the others as KVM has them.
+
+    But for the GSI whose IOAPIC pin is taken: KVM looks the EOI's GSI up by its pin.
+    """
     for gsi in range(24):
-        pins = [(KVM_IRQCHIP_IOAPIC, gsi0_pin if gsi == 0 else gsi)]
+        pins = []
         if gsi < 16:
             pins.append((KVM_IRQCHIP_PIC_SLAVE if gsi > 7 else KVM_IRQCHIP_PIC_MASTER, gsi % 8))
+        if gsi == 0 or gsi != gsi0_pin:
+            pins.append((KVM_IRQCHIP_IOAPIC, gsi0_pin if gsi == 0 else gsi))
         for chip, pin in pins:
             entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
             entry.u.irqchip.irqchip, entry.u.irqchip.pin = chip, pin
             yield entry
 
 
-def enable(trace: Instance, tids: Iterable[int]) -> None:
-    """The events of a tick; those of KVM only where `tids` cause them."""
+def enable(trace: Instance, tids: Iterable[int], timer: str) -> None:
+    """The events of a tick of `timer`; those of KVM only where `tids` cause them."""
     ours = " || ".join(f"common_pid == {tid}" for tid in sorted(tids))
     events = {
-        event: ours if event.startswith("kvm:") else filter_
+        event: ours if event.startswith("kvm:") else filter_.replace(TIMERS["pit"], TIMERS[timer])
         for event, filter_ in TICK_EVENTS.items()
     }
     for event in trace.enable_known(events):
@@ -144,7 +154,9 @@ def capture(guest: Image, args: argparse.Namespace) -> Capture:
         if args.gsi0_pin is not None:
             vm.set_gsi_routing(routing(args.gsi0_pin))
         vm.reinject_control(bool(args.reinject))
-        vm.create_vcpu()
+        vcpu = vm.create_vcpu()
+        if args.timer == "apic":
+            vcpu.set_cpuid2([kvm_cpuid_entry2(function=1)])
         vm.load(guest)
         workers = pit_worker_tids(os.getpid()) - others
         if not workers:
@@ -153,7 +165,7 @@ def capture(guest: Image, args: argparse.Namespace) -> Capture:
             )
         tids = {os.getpid(), *workers}
         trace.set_buffer_size(args.buffer_kib)
-        enable(trace, tids)
+        enable(trace, tids, args.timer)
         trace.start()
         try:
             end = vm.run_until_exit(limit_s=args.limit_s)
@@ -176,6 +188,8 @@ def command(args: argparse.Namespace) -> str:
     words += ["--reinject", str(args.reinject), "--title", args.title, "--out", args.out.name]
     if args.gsi0_pin is not None:
         words += ["--gsi0-pin", str(args.gsi0_pin)]
+    if args.timer != "pit":
+        words += ["--timer", args.timer]
     return shlex.join(words)
 
 

@@ -6,7 +6,8 @@ set aside, and why:
 
 * **times**: timestamps, `now`, `softexpires`, how long a vCPU slept. They are the host's. Kept is
   what is exact in them: a timer's step from one `expires` to the next, and in how many tenths of a
-  millisecond a newly programmed timer is due.
+  millisecond a newly programmed timer is due (of a timer whose start is not in the trace: how many
+  from one expiry to the next).
 * **CPU numbers, latency flags, pointers, thread names and pids**: another host, other numbers.
   Only the kind of thread is used: the worker (`kvm-pit/...`), an interrupt, or the vCPU.
 * **kvm_vcpu_wakeup**: this kernel's back end polls before it sleeps and may find its event then.
@@ -31,15 +32,15 @@ set aside, and why:
 * **the order between threads**: which of them is first is the host's business, for example whether
   the worker drops the line before or after the vCPU takes the interrupt. Hence one list a line.
 * **how often**: repeats are collapsed, see `collapse`. The numbers are the guest's business: it
-  counts its ticks itself (tests/conformance/test_section6.py).
+  counts its ticks itself (tests/conformance/test_section6.py). Recordings with APICs, whose guests
+  ran just as long, are compared by their numbers as well: `tally`.
 * **where the trace ends**: it is cut behind the write to the exit port. A run of the worker, or an
   expiry of the timer, that this leaves unfinished is dropped.
 
 Two differences in what was recorded are not `project`'s; a test that needs one says so:
 
 * `as_excerpt` takes from the model's trace what the **excerpts** among the recordings lack: starts
-  of timers, the worker's work items, port accesses, wake-ups. An expiry then shows how many tenths
-  of a millisecond it came after the one before.
+  of timers, the worker's work items, port accesses (and wake-ups, which are set aside anyway).
 * `without_pic_setup` takes away the six port writes by which the `scenario` guest **initialises the
   PICs**. The guests recorded with the IOAPIC left that out and closed the PICs as they were.
 
@@ -126,13 +127,30 @@ def tally(lines: Iterable[str]) -> dict[str, int]:
     return dict(_read(lines).tally)
 
 
+def ends_of_interrupt(lines: Iterable[str]) -> list[tuple[str, ...]]:
+    """What the local APIC's end of an interrupt led to at once, of each one that was in service.
+
+    Whether the guest wrote the EOI or the back end did it at injection: it does the same.
+    """
+    out: list[list[str]] = []
+    ending = ""
+    for match in _events(lines):
+        event, rest, pid = match["event"], match["rest"], match["pid"]
+        if event == "kvm_eoi":
+            ending = "" if rest.endswith(" -1") else pid
+            if ending:
+                out.append([rest])
+        elif event in ("kvm_inj_virq", "kvm_pio", "kvm_exit", "kvm_entry"):
+            ending = ""
+        elif pid == ending and event not in SET_ASIDE:
+            out[-1].append(f"{event}: {rest}")
+    return [tuple(each) for each in out]
+
+
 def as_excerpt(lines: Iterable[str]) -> list[str]:
     """The lines but for the events that the excerpts among the recordings lack."""
-    return [
-        line
-        for line in lines
-        if (m := LINE.match(line)) is None or m["event"] not in NOT_IN_EXCERPTS
-    ]
+    matches = ((line, LINE.match(line)) for line in lines)
+    return [line for line, m in matches if m is None or m["event"] not in NOT_IN_EXCERPTS]
 
 
 def without_pic_setup(lines: Iterable[str]) -> list[str]:
@@ -270,6 +288,8 @@ class _Reader:
         self._queued_by = ""
         self._run: list[str] | None = None
         self._before_run: list[int] = []
+        # Whether the worker has pulsed the line since its run began (excerpts: since the expiry).
+        self._pulsed = False
         self._eoi_is_injection = True
         # By pid: what was accepted within a kvm_set_irq that the IOAPIC has not answered yet.
         self._accepted: dict[str, list[str]] = {}
@@ -292,7 +312,7 @@ class _Reader:
         if self._run is not None:
             for line, length in zip(self._pins(), self._before_run, strict=True):
                 del line[length:]
-        self._vcpu += self._acks
+        self._give_acks()
         timers = [timer.line() for timer in self._timers.values()]
         lines = (*timers, self._worker, self._gsi, self._ioapic, self._pic, self._vcpu)
         return ChipLines(*(collapse(line) for line in lines))
@@ -311,6 +331,8 @@ class _Reader:
 
     def _hrtimer_expire_entry(self, match: re.Match[str]) -> None:
         self.tally["expire"] += 1
+        if self._run is None:
+            self._pulsed = False
         self._timer(match).expire(match)
 
     def _sched_kthread_work_queue_work(self, match: re.Match[str]) -> None:
@@ -319,6 +341,7 @@ class _Reader:
     def _sched_kthread_work_execute_start(self, match: re.Match[str]) -> None:
         self._run = [f"by {self._queued_by}:"]
         self._before_run = [len(line) for line in self._pins()]
+        self._pulsed = False
 
     def _sched_kthread_work_execute_end(self, match: re.Match[str]) -> None:
         if self._run is not None:
@@ -327,12 +350,16 @@ class _Reader:
 
     def _kvm_set_irq(self, match: re.Match[str]) -> None:
         level = match["rest"].split()[3]
+        if self._accepted.get(match["pid"]):
+            raise ValueError(f"normalise.py: nothing accepts but from an IOAPIC: {match.string!r}")
         self.tally["raise"] += level == "1"
         self._level[match["pid"]] = level
         self._gsi.append(match["rest"])
         self._accepted[match["pid"]] = []
-        if self._run is not None and match["comm"].startswith(WORKER):
-            self._run.append(level)
+        if match["comm"].startswith(WORKER):
+            self._pulsed = True
+            if self._run is not None:
+                self._run.append(level)
 
     def _kvm_ioapic_set_irq(self, match: re.Match[str]) -> None:
         accepted = self._accepted.pop(match["pid"], [])
@@ -351,10 +378,12 @@ class _Reader:
         what = f"accept {match['rest']}"
         if match["pid"] in self._accepted:
             self._accepted[match["pid"]].append(f", {what}")
-        elif match["comm"].startswith(WORKER):
+        elif not match["comm"].startswith(WORKER):
+            self._vcpu.append(what)
+        elif self._pulsed:
             self._gsi[-1] += f", then {what}"
         else:
-            self._vcpu.append(what)
+            self._gsi.append(what)
 
     def _kvm_pio(self, match: re.Match[str]) -> None:
         what = match["rest"]
@@ -391,6 +420,7 @@ class _Reader:
         self.tally["inject"] += 1
         self._requested.discard(vector)
         self._in_service.append(vector)
+        self._give_acks()
         self._vcpu.append(f"inject {vector}")
 
     def _inject_of_the_pic(self) -> None:
@@ -401,6 +431,9 @@ class _Reader:
         self.tally["EOI"] += 1
         last = self._in_service.pop() if self._in_service else ""
         self._vcpu.append("EOI" if vector == last else f"EOI of {vector}")
+        self._give_acks()
+
+    def _give_acks(self) -> None:
         self._vcpu += self._acks
         self._acks.clear()
 

@@ -1,4 +1,4 @@
-"""Record scenarios of tests/guests/scenarios.py on the live kernel, on a moment when it is quiet.
+"""Record scenarios (apic_scenarios.py) on the live kernel, on a moment when it is quiet.
 
     PYTHONPATH=src:tests python -m golden.record if0_1 clamp_0 clamp_1
 
@@ -9,14 +9,16 @@ It needs what capture.py needs. Exit codes: 0 fine, 1 no run was quiet, 2 usage,
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from guests.scenarios import SCENARIOS
+from guests.scenarios import Scenario
 
 from golden import capture
+from golden.apic_scenarios import PIN, SCENARIOS
 from golden.normalise import LINE
 from kvmtick import guests
 from kvmtick.abi import HostError
@@ -30,10 +32,12 @@ LIMIT_S = 5.0
 
 def worst_step_us(lines: Iterable[str]) -> float:
     """The longest of: expiry due to its callback, work queued to started and started to done, line
-    raised to the halted vCPU awake, injection to EOI.
+    raised to the halted vCPU awake, expiry of its local APIC's timer to its interrupt accepted,
+    injection to EOI.
     """
     worst = 0.0
-    due_us = queued_us = injected_us = raised_us = started_us = -1.0
+    due_us = queued_us = injected_us = raised_us = started_us = expired_us = -1.0
+    eois = _Eois()
     for match in filter(None, map(LINE.match, lines)):
         event, rest, now_us = match["event"], match["rest"], float(match["ts"]) * 1e6
         since_us = -1.0
@@ -41,6 +45,9 @@ def worst_step_us(lines: Iterable[str]) -> float:
             due_us = int(rest.partition("expires=")[2].split()[0]) / 1e3
         elif event == "hrtimer_expire_entry":
             since_us = due_us
+            expired_us = now_us if "function=apic_timer_fn" in rest else -1.0
+        elif event == "kvm_apic_accept_irq":
+            since_us, expired_us = expired_us, -1.0
         elif event == "sched_kthread_work_queue_work":
             queued_us = now_us
         elif event == "sched_kthread_work_execute_start":
@@ -52,9 +59,9 @@ def worst_step_us(lines: Iterable[str]) -> float:
         elif event == "kvm_vcpu_wakeup":
             asleep_us = int(rest.partition(" time ")[2].split()[0]) / 1e3
             since_us = raised_us if raised_us > now_us - asleep_us else -1.0
-        elif event in ("kvm_eoi", "kvm_inj_virq"):
+        elif eois.is_injection(match):
             injected_us = now_us
-        elif event == "kvm_ack_irq":
+        elif event in ("kvm_eoi", "kvm_ack_irq"):
             since_us, injected_us = injected_us, -1.0
         if since_us >= 0:
             worst = max(worst, now_us - since_us)
@@ -71,17 +78,19 @@ def duration_us(lines: Iterable[str]) -> float:
 
 
 def reopened(lines: Iterable[str]) -> bool:
-    """Whether the timer expired, or the line was raised, between an injection and its EOI.
+    """Whether the timer expired, or the line was raised, between a PIC's injection and its EOI.
 
     This host's back end writes EOI to the local APIC when it injects, which also tells the PIT that
     its tick was acknowledged: work that comes then pulses the line once more, which on no other
-    host it does (reinject on). It is a matter of luck while ticks are replayed back to back.
+    host it does (reinject on). It is a matter of luck while ticks are replayed back to back. Of an
+    IOAPIC's tick that EOI is the only one it hears of.
     """
     in_service = False
+    eois = _Eois()
     for match in filter(None, map(LINE.match, lines)):
-        if match["event"] in ("kvm_eoi", "kvm_inj_virq"):
+        if eois.is_injection(match):
             in_service = True
-        elif match["event"] == "kvm_ack_irq":
+        elif match["event"] in ("kvm_eoi", "kvm_ack_irq"):
             in_service = False
         elif in_service and (
             match["event"] == "hrtimer_expire_entry"
@@ -89,6 +98,27 @@ def reopened(lines: Iterable[str]) -> bool:
         ):
             return True
     return False
+
+
+class _Eois:
+    """Tells injections from the guest's EOIs: see normalise.py."""
+
+    def __init__(self) -> None:
+        self._in_service = False
+
+    def is_injection(self, match: re.Match[str]) -> bool:
+        """Whether this event stands for an injection."""
+        if match["event"] != "kvm_eoi":
+            return match["event"] == "kvm_inj_virq"
+        by_guest, self._in_service = self._in_service, not match["rest"].endswith(" -1")
+        return self._in_service or not by_guest
+
+
+def options(scenario: Scenario, reinject: int) -> list[str]:
+    """What `capture` has to be told for this guest."""
+    pin = ["--gsi0-pin", str(PIN)] if scenario.needs.gsi0 == "ioapic-pin-2" else []
+    timer = "apic" if scenario.needs.tick_source == "lapic" else "pit"
+    return [*pin, "--timer", timer, "--reinject", str(reinject)]
 
 
 def scenario_image(name: str) -> capture.Image:
@@ -109,7 +139,7 @@ def record(name: str, reinject: int, out: Path) -> float | None:
         image.write_bytes(scenario_image(name).image)
         command = ["--image", str(image), "--load-at", hex(guests.LOAD_AT)]
         command += ["--entry", f"{guests.ENTRY[0]:#x}:{guests.ENTRY[1]:#x}"]
-        command += ["--reinject", str(reinject), "--title", title]
+        command += [*options(SCENARIOS[name], reinject), "--title", title]
         made = Path(directory, out.name)
         for attempt in range(1, ATTEMPTS + 1):
             if capture.main([*command, "--out", str(made)]):

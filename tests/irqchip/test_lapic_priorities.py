@@ -265,7 +265,7 @@ def test_priorities(steps: list[Step]) -> None:
 
 @given(st.lists(st.integers(16, 255), min_size=1), st.integers(0, 255))
 def test_whoever_can_come_in_was_asked_for(arrivals: list[int], tpr: int) -> None:
-    """The vCPU looks only when asked: after an ask it need not ask again until something changes."""
+    """The vCPU looks only when asked: when TPR falls below a request it is, and else not."""
     rig = LapicRig()
     rig.enable()
     rig.write(0x80, 0xFF)

@@ -81,7 +81,9 @@ def test_other_registers_ignore_writes(rig: LapicRig, offset: int) -> None:
     assert rig.page() == before
 
 
-@pytest.mark.parametrize("offset", [0x00, 0x10, 0x40, 0xB0, 0xC0, 0x2F0, 0x3A0, 0x3F0, 0x400, 0x800])
+@pytest.mark.parametrize(
+    "offset", [0x00, 0x10, 0x40, 0xB0, 0xC0, 0x2F0, 0x3A0, 0x3F0, 0x400, 0x800]
+)
 def test_unreadable_registers_leave_the_buffer(rig: LapicRig, offset: int) -> None:
     assert rig.read(offset, stale=0x11223344) == 0x11223344
     assert rig.read(offset, 2, stale=0x11223344) == 0x3344
@@ -91,13 +93,20 @@ def test_reads_of_one_two_and_four_bytes_within_a_register(rig: LapicRig) -> Non
     rig.lapic.lvr = 0x44332211
     stale = 0xEEEEEEEE_EEEEEEEE
     assert [rig.read(0x30 + i, 1) for i in range(4)] == [0x11, 0x22, 0x33, 0x44]
-    assert [rig.read(0x30 + i, 2, stale=stale) for i in range(4)] == [0x2211, 0x3322, 0x4433, 0xEEEE]
+    assert [rig.read(0x30 + i, 2, stale=stale) for i in range(4)] == [
+        0x2211,
+        0x3322,
+        0x4433,
+        0xEEEE,
+    ]
     assert [rig.read(0x30 + i, 4, stale=stale) for i in range(2)] == [0x44332211, 0xEEEEEEEE]
     assert rig.read(0x34, 1, stale=stale) == 0xEE
     assert rig.read(0x30, 8, stale=stale) == stale
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0x80, 1), (0x80, 2), (0x80, 8), (0x84, 4), (0x81, 4)])
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0x80, 1), (0x80, 2), (0x80, 8), (0x84, 4), (0x81, 4)]
+)
 def test_writes_other_than_aligned_dwords_vanish(rig: LapicRig, offset: int, size: int) -> None:
     rig.write(offset, 0x55, size)
     assert rig.read(0x80) == 0
@@ -293,9 +302,7 @@ def test_the_watchdog_delivers_every_lvt0() -> None:
         (True, SuppressEoiBroadcast.DISABLED, False, False),
     ],
 )
-def test_directed_eoi(
-    split: bool, mode: SuppressEoiBroadcast, offered: bool, obeyed: bool
-) -> None:
+def test_directed_eoi(split: bool, mode: SuppressEoiBroadcast, offered: bool, obeyed: bool) -> None:
     rig = LapicRig(0)
     rig.delivery.split = split
     rig.delivery.suppress_eoi_broadcast = mode

@@ -23,6 +23,8 @@ from kvmtick.trace.ftrace import FtraceWriter, event_name, event_text, format_li
 
 PIT_FN = int(Function.PIT_TIMER_FN)
 WORK_FN = int(Function.PIT_DO_WORK)
+APIC_FN = int(Function.APIC_TIMER_FN)
+FIXED, NMI = 0x000, 0x400
 NO_EXIT_DETAIL = "error_code 0x00000000"
 
 # (where it comes from, event, fields, what follows the name on the line)
@@ -152,7 +154,109 @@ LINES: list[tuple[str, Event, tuple[int, ...], str]] = [
         (ApicvInhibitReason.PIT_REINJ, False, 0),
         "cleared reason=9, inhibits=0x0",
     ),
+    (
+        "lapic_periodic.txt",
+        Event.HRTIMER_EXPIRE_ENTRY,
+        (0xF5F68099, APIC_FN, 2448453982143),
+        "hrtimer=00000000f5f68099 function=apic_timer_fn now=2448453982143",
+    ),
+    (
+        "ioapic_if0_0.txt",
+        Event.KVM_APIC_ACCEPT_IRQ,
+        (0, FIXED, 0, 32),
+        "apicid 0 vec 32 (Fixed|edge)",
+    ),
+    (
+        "nmi_wd_reinject0.txt",
+        Event.KVM_APIC_ACCEPT_IRQ,
+        (0, NMI, 0, 0),
+        "apicid 0 vec 0 (NMI|edge)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APIC_ACCEPT_IRQ,
+        (0x1F, 0x100, 1, 255),
+        "apicid 1f vec 255 (LowPrio|level)",
+    ),
+    ("ioapic_if0_0.txt", Event.KVM_EOI, (0, 32), "apicid 0 vector 32"),
+    ("ioapic_if0_0.txt", Event.KVM_EOI, (0, -1), "apicid 0 vector -1"),
+    ("(fmt)", Event.KVM_EOI, (0x10, 64), "apicid 10 vector 64"),
+    (
+        "(fmt)",
+        Event.KVM_MSI_SET_IRQ,
+        (0xFEE0_0000, 0x43),
+        "dst 0 vec 67 (Fixed|physical|edge)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_MSI_SET_IRQ,
+        (0x100 << 32 | 0xFEE0_0000 | 0xAB << 12 | 1 << 3 | 1 << 2, 0x8000 | NMI | 0x30),
+        "dst 1ab vec 48 (NMI|logical|level|rh)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APIC_IPI,
+        (0x4000 | 0x61, 1),
+        "dst 1 vec 97 (Fixed|physical|assert|edge|dst)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APIC_IPI,
+        (3 << 18 | 1 << 15 | 1 << 11 | 0x500, 0xFF),
+        "dst ff vec 0 (INIT|logical|de-assert|level|all-but-self)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APIC_IPI,
+        (1 << 18 | 0x4600 | 8, 0),
+        "dst 0 vec 8 (SIPI|physical|assert|edge|self)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APIC_IPI,
+        (2 << 18 | 0x4700 | 8, 0),
+        "dst 0 vec 8 (ExtINT|physical|assert|edge|all)",
+    ),
+    ("(fmt)", Event.KVM_APIC, (1, 0x320, 0x2004E), "apic_write APIC_LVTT = 0x2004e"),
+    ("(fmt)", Event.KVM_APIC, (0, 0x390, 999), "apic_read APIC_TMCCT = 0x3e7"),
+    ("(fmt)", Event.KVM_APIC, (0, 0x110, 1), "apic_read 0x110 = 0x1"),
+    ("(fmt)", Event.KVM_APIC, (1, 0x300, 1 << 32 | 0x61), "apic_write APIC_ICR = 0x100000061"),
+    (
+        "(fmt)",
+        Event.KVM_MMIO,
+        (2, 4, 0xFEE0_00B0, 0),
+        "mmio write len 4 gpa 0xfee000b0 val 0x0",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_MMIO,
+        (1, 8, 0xFEC0_0010, 0x17_0011),
+        "mmio read len 8 gpa 0xfec00010 val 0x170011",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_MMIO,
+        (0, 1, 0xD000_0000, 0),
+        "mmio unsatisfied-read len 1 gpa 0xd0000000 val 0x0",
+    ),
+    ("(fmt)", Event.KVM_MSR, (1, 0x6E0, 1_000_000, False), "msr_write 6e0 = 0xf4240"),
+    ("(fmt)", Event.KVM_MSR, (0, 0x802, 0, True), "msr_read 802 = 0x0 (#GP)"),
+    (
+        "(fmt)",
+        Event.KVM_IOAPIC_DELAYED_EOI_INJ,
+        (1 << 56 | 0x8140,),
+        "dst 1 vec 64 (LowPrio|physical|level)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_IOAPIC_DELAYED_EOI_INJ,
+        (0x1_0840,),
+        "dst 0 vec 64 (Fixed|logical|edge|masked)",
+    ),
 ]
+
+
+NMI_FIELDS = len(TRACEPOINTS[Event.KVM_INJ_NMI].fields)
 
 
 def record(event: Event, *fields: int) -> Record:
@@ -169,11 +273,34 @@ def test_the_text_is_the_kernels(event: Event, fields: tuple[int, ...], text: st
 
 
 def test_every_event_of_the_kernel_has_a_line_above() -> None:
-    ours = {Event.PIT_RESET_REINJECT}
+    ours = {Event.PIT_RESET_REINJECT, Event.KVM_INJ_NMI}
     assert {event for _, event, *_ in LINES} == set(Event) - ours
     assert {tracepoint.system for event, tracepoint in TRACEPOINTS.items() if event in ours} == {
         "kvmtick"
     }, "an event the kernel does not have must not claim to be of one of its subsystems"
+
+
+def test_the_models_own_events() -> None:
+    assert event_text(record(Event.PIT_RESET_REINJECT, 3)) == "pending 3"
+    assert event_text(record(Event.KVM_INJ_NMI, 1, *[0] * (NMI_FIELDS - 1))).startswith("vcpu 1")
+
+
+APIC_REGISTERS = """
+020 ID   030 LVR  080 TASKPRI 090 ARBPRI  0a0 PROCPRI 0b0 EOI  0c0 RRR  0d0 LDR    0e0 DFR
+0f0 SPIV 100 ISR  180 TMR     200 IRR     280 ESR     300 ICR  310 ICR2 320 LVTT   330 LVTTHMR
+340 LVTPC 350 LVT0 360 LVT1   370 LVTERR  380 TMICT   390 TMCCT 3e0 TDCR 3f0 SELF_IPI
+400 EFEAT 410 ECTRL
+"""
+"""kvm_apic's print fmt, `__print_symbolic`."""
+
+
+def test_the_registers_of_a_local_apic_have_the_kernels_names() -> None:
+    names = dict(re.findall(r"(\w{3}) (\w+)", APIC_REGISTERS))
+    assert len(names) == 28
+    for register in range(0, 0x500, 0x10):
+        name = names.get(f"{register:03x}")
+        wanted = f"APIC_{name}" if name else f"0x{register:x}"
+        assert event_text(record(Event.KVM_APIC, 1, register, 0)) == f"apic_write {wanted} = 0x0"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +312,9 @@ def test_every_event_of_the_kernel_has_a_line_above() -> None:
         (8, "NMI_WINDOW"),
         (12, "HLT"),
         (30, "IO_INSTRUCTION"),
+        (31, "MSR_READ"),
+        (32, "MSR_WRITE"),
+        (49, "EPT_MISCONFIG"),
         (52, "PREEMPTION_TIMER"),
     ],
 )

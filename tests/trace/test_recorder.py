@@ -147,6 +147,42 @@ def test_details_are_recorded_only_on_demand(detail: bool) -> None:
     assert levels == ({0, 1} if detail else {1})
 
 
+APIC_DETAILS = {Event.KVM_APIC, Event.KVM_MMIO}
+APIC_EVENTS = {Event.KVM_APIC_ACCEPT_IRQ, Event.KVM_EOI, Event.KVM_INJ_VIRQ}
+
+
+@pytest.mark.parametrize("detail", [False, True])
+@pytest.mark.parametrize(
+    ("guest", "always", "details"),
+    [
+        (
+            "tick-ioapic",
+            {*APIC_EVENTS, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_ACK_IRQ},
+            {*APIC_DETAILS, Event.WORK_END},
+        ),
+        ("tick-msi", {*APIC_EVENTS, Event.KVM_MSI_SET_IRQ}, APIC_DETAILS),
+        ("tick-lapic", APIC_EVENTS, APIC_DETAILS),
+        ("tick-x2apic", APIC_EVENTS, {Event.KVM_APIC, Event.KVM_MSR}),
+        ("nmi-watchdog", {Event.KVM_APIC_ACCEPT_IRQ, Event.KVM_INJ_NMI}, APIC_DETAILS),
+        ("ipi-tick", {*APIC_EVENTS, Event.KVM_APIC_IPI}, APIC_DETAILS),
+    ],
+)
+def test_what_verdicts_need_of_the_local_apics_is_always_recorded(
+    guest: str, always: set[Event], details: set[Event], detail: bool
+) -> None:
+    batch: list[Record] = []
+    with ModelVm(detail=detail) as vm:
+        vm.machine.recorder.add_consumer(batch.extend)
+        image = guests.load(guest, ticks=3)
+        vm.prepare(image.needs)
+        vm.load(image)
+        assert vm.run().exit.reason == "done"
+    events = {Event(record[1]) for record in batch}
+    assert events >= always
+    quiet = (DETAILS | {Event.KVM_MMIO, Event.KVM_MSR}) - always
+    assert (events >= details) if detail else events.isdisjoint(quiet)
+
+
 def test_an_interrupt_borrows_the_task() -> None:
     _, recorder = make()
     task = recorder.add_task("CPU 0/KVM-7")

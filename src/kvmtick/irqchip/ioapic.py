@@ -258,6 +258,14 @@ class Ioapic:
             self.redirtbl[pin] |= REMOTE_IRR
         return result
 
+    def messages(self) -> list[LapicIrq]:
+        """What its unmasked pins send."""
+        return [
+            self._message(pin, entry)
+            for pin, entry in enumerate(self.redirtbl)
+            if not entry & MASK
+        ]
+
     def _message(self, pin: int, entry: int) -> LapicIrq:
         message = self._messages[pin]
         if message is None:

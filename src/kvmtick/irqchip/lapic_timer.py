@@ -27,6 +27,7 @@ from kvmtick.irqchip.apicdef import (
     APIC_LVT_TIMER_PERIODIC,
     APIC_LVT_TIMER_TSCDEADLINE,
     APIC_TDR_MASK,
+    U32,
     U64,
 )
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, mul_u64_u32_div
@@ -118,7 +119,7 @@ class LapicTimer:
         # count that was loaded this very nanosecond would read as one that has run out.
         if remaining_ns > self.period_ns:
             remaining_ns %= self.period_ns
-        return remaining_ns // (self._bus_cycle_ns * self.divide_count)
+        return remaining_ns // (self._bus_cycle_ns * self.divide_count) & U32
 
     def write_tmict(self, value: int) -> None:
         """A write to the initial count: starts the timer anew, but not in TSC-deadline mode."""

@@ -361,6 +361,15 @@ class IrqRouting:
             raise KvmError(errno.EPERM, SIGNAL_MSI, "no local APIC; call create_vcpu() first")
         return taken
 
+    def messages(self) -> list[LapicIrq]:
+        """What the GSIs that lead to messages send."""
+        return [
+            target.irq()
+            for entries in self._entries.values()
+            for target, _ in entries
+            if isinstance(target, _Msi)
+        ]
+
     def set_irq_inatomic(self, gsi: int) -> bool:
         """`kvm_arch_set_irq_inatomic`: send the message `gsi` is; False: use `set_irq`."""
         entries = self._entries.get(gsi, ())

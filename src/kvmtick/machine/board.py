@@ -9,6 +9,7 @@ import errno
 from collections.abc import Callable
 
 from kvmtick.abi.errors import KvmError
+from kvmtick.irqchip.apicdef import DM_INIT, DM_NMI
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8254 import Pit, create_pit
 from kvmtick.irqchip.i8259 import Pic
@@ -173,8 +174,13 @@ class Board:
         return self.ioeventfds.signal(is_pio, address, size_bytes, value)
 
     def nmi_may_come(self) -> bool:
-        """Something could send an NMI, an INIT or a SIPI to a vCPU that takes no interrupts."""
-        return self.delivery.vapics_in_nmi_mode > 0
+        """Something could send an NMI or an INIT to a vCPU that takes no interrupts."""
+        if self.delivery.vapics_in_nmi_mode:
+            return True
+        messages = self.routing.messages()
+        if self.ioapic is not None:
+            messages += self.ioapic.messages()
+        return any(irq.delivery_mode in (DM_NMI, DM_INIT) for irq in messages)
 
     def _accepts_extint(self) -> bool:
         return any(vcpu.accepts_extint() for vcpu in self.vcpus)

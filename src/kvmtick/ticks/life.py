@@ -164,22 +164,6 @@ class TickAssembler:
         """Injections that belong to none of its ticks."""
         return self.main.extra
 
-    # TEMPORARY: for TickReport(assembler) in kvm/model.py; use report().
-    @property
-    def kept(self) -> int:
-        return self.main.kept
-
-    @property
-    def path(self) -> object:
-        return self.main.path
-
-    @property
-    def vcpu(self) -> int:
-        return self.main.vcpu
-
-    def life(self, position: int) -> Tick:
-        return self.main.life(position)
-
     @property
     def lives(self) -> list[Tick]:
         """Its lives that are kept, in order."""

@@ -71,15 +71,13 @@ class PicPin:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is under way, and the pin is the timer's own and open."""
+        """Nothing is under way, and the pin is a PC's timer's."""
         return (
             self.request is None
             and self.in_service is None
             and not self.foreign_request
             and not self.auto_eoi
             and not self.pin
-            and not self._imr[0] & 1
-            and self._command[0] == NO_COMMAND
         )
 
     def takes(self, vector: int) -> bool:

@@ -1,0 +1,89 @@
+"""The guests of the APICs, set up as a VMM would: every tick they count is one the PIT made.
+
+On the model `ModelVm.prepare` does it, on the kernel the same calls by hand, with all of the host's
+CPUID. What a guest says when it misses something is tested with the guests.
+"""
+
+import pytest
+
+from kvmtick import guests
+from kvmtick.guests import Guest, gsi_routing
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.model import ModelVm
+from kvmtick.machine.run import Run
+
+from .rig import Backend, Vm, cpuid_of
+
+TICKS = 50
+LIMIT_S = 5.0
+PLAYED = [
+    *(("tick-ioapic", None), ("tick-msi", None), ("ipi-tick", None), ("nmi-watchdog", None)),
+    *(("tick-lapic", timer) for timer in ("periodic", "oneshot", "tsc-deadline")),
+    ("tick-x2apic", None),
+]
+
+
+def prepare_by_hand(vm: KernelVm, guest: Guest, reinject: bool) -> None:
+    needs = guest.needs
+    vm.create_irqchip()
+    vm.create_pit2()
+    vm.reinject_control(reinject if needs.reinject is None else needs.reinject)
+    table = gsi_routing(needs)
+    if table is not None:
+        vm.set_gsi_routing(table)
+    for vcpu_id in range(needs.vcpus):
+        vm.create_vcpu(vcpu_id).set_cpuid2(cpuid_of(vm, vcpu_id))
+
+
+def play(
+    vm: Vm, name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
+) -> Run:
+    tsc_khz = vm.get_tsc_khz() if isinstance(vm, KernelVm) else 1_000_000
+    guest = guests.load(name, ticks=TICKS, timer=timer, tsc_khz=tsc_khz, ack=ack)
+    if isinstance(vm, KernelVm):
+        prepare_by_hand(vm, guest, reinject)
+    else:
+        vm.prepare(guest.needs, reinject)
+    vm.load(guest)
+    return vm.run(limit_s=LIMIT_S)
+
+
+@pytest.mark.parametrize(("name", "timer"), PLAYED, ids=[" ".join(filter(None, p)) for p in PLAYED])
+def test_a_guest_takes_the_ticks_it_waits_for(
+    backend: Backend, name: str, timer: guests.TimerMode | None
+) -> None:
+    with backend.make_vm() as vm:
+        run = play(vm, name, timer)
+        assert (run.exit.reason, run.exit.code, run.console) == ("done", 0, "")
+        assert run.guest_ticks == TICKS
+
+
+@pytest.mark.parametrize(
+    "name", ["tick-ioapic", "tick-msi", "ipi-tick", "nmi-watchdog", "tick-lapic", "tick-x2apic"]
+)
+def test_the_model_finds_every_tick_of_the_source_with_the_guest(name: str) -> None:
+    """What the guest counted is what the model says of the source's expiries."""
+    with ModelVm() as vm:
+        run = play(vm, name, None)
+        assert run.ticks is not None
+        assert run.guest_ticks == TICKS
+        assert run.ticks.count("delivered") == TICKS
+        assert TICKS <= run.ticks.expired <= TICKS + 1
+
+
+@pytest.mark.parametrize("reinject", [False, True], ids=["once", "reinject"])
+def test_the_watchdog_without_acknowledgement(backend: Backend, reinject: bool) -> None:
+    """Without reinjection it gets all its ticks, with it one."""
+    with backend.make_vm() as vm:
+        if not reinject:
+            assert play(vm, "nmi-watchdog", None, reinject, ack=False).guest_ticks == TICKS
+            return
+        guest = guests.load("nmi-watchdog", ticks=TICKS, ack=False)
+        if isinstance(vm, KernelVm):
+            prepare_by_hand(vm, guest, reinject)
+            vm.load(guest)
+            assert vm.run(limit_s=0.1).guest_ticks == 1
+        else:
+            vm.prepare(guest.needs, reinject)
+            vm.load(guest)
+            assert vm.run(for_ns=100_000_000).guest_ticks == 1
