@@ -12,6 +12,7 @@ from doc_blocks import ROOT
 
 from kvmtick.cli import main
 from kvmtick.machine.machine import Exit
+from kvmtick.ticks.verdict import Path
 
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
 OPEN_OBJECTS = {"faults": "name", "capabilities": "name", "events": "name", "parameters": "name"}
@@ -89,6 +90,20 @@ def test_run() -> None:
     (source,) = result["sources"]
     assert source["ticks"] == result["ticks"]
     assert source["latency_ns"] == result["latency_ns"]
+
+
+@pytest.mark.parametrize("guest", ["tick-lapic", "tick-ioapic", "nmi-watchdog", "ipi-tick"])
+def test_run_of_the_apics(guest: str) -> None:
+    result = printed("run", guest, "--ticks", "5", "--story", "2", "--fault", "worker_delay=10us")
+    assert not faults(documented("kvmtick run"), result)
+    (source,) = result["sources"]
+    assert source["ticks"] == result["ticks"]
+
+
+def test_paths() -> None:
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    table = text.partition("\n| path | by way of |\n")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(Path)
 
 
 def test_a_story_that_did_not_happen() -> None:

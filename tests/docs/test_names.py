@@ -1,15 +1,20 @@
 """What the pages name is there: modules, functions, files, sections.
 
-And what a module does not model is told in docs/fidelity.md.
+And they leave nothing out: what a module does not model is told in docs/fidelity.md, every guest in
+README.md, every word a tick may get in docs/walkthrough.md.
 """
 
 import ast
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from doc_blocks import PAGES, ROOT
+
+from kvmtick import guests
+from kvmtick.ticks.verdict import Verdict, Where
 
 PACKAGE = ROOT / "src" / "kvmtick"
 DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -108,12 +113,31 @@ def test_fidelity_names_only_modules_that_lack_something() -> None:
     assert sorted(told) == modules_that_lack_something()
 
 
+def untold(page: str, words: Iterable[str]) -> list[str]:
+    """Words that a page does not have as `code`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [word for word in words if f"`{word}`" not in text]
+
+
+def test_every_guest_is_told() -> None:
+    assert not untold("README.md", guests.names())
+    assert not untold("CHANGELOG.md", guests.names())
+
+
+def test_every_verdict_is_told() -> None:
+    assert not untold("docs/walkthrough.md", [*Verdict, *Where])
+
+
 def test_a_wrong_name_is_found() -> None:
     assert unresolved("`kvmtick.irqchip.i8254.Pit.timer_fm`") == [
         "kvmtick.irqchip.i8254.Pit.timer_fm"
     ]
     assert unresolved("`kvmtick.irqchip.i8255`") == ["kvmtick.irqchip.i8255"]
     assert not unresolved("`kvmtick.irqchip.i8254.Pit.timer_fn`")
+
+
+def test_a_word_that_is_not_told_is_found() -> None:
+    assert untold("README.md", ["tick-pic", "tick-hpet"]) == ["tick-hpet"]
 
 
 def test_a_dead_link_is_found() -> None:

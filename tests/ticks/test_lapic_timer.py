@@ -162,11 +162,25 @@ def test_reads_and_other_registers_say_nothing() -> None:
     assert [tick.verdict for tick in ticks] == [OUTSTANDING, COALESCED]
 
 
+def test_that_a_first_expiry_was_only_late_shows_with_its_delivery() -> None:
+    s = armed()
+    ticks = [s.fire() for _ in range(3)]
+    s.serve(3 * MS + 10)
+    s.inject(3 * MS + 11, TIMER_VECTOR)
+    s.eoi(3 * MS + 12, TIMER_VECTOR)
+    live(s)
+    report = s.report()
+    assert [tick.verdict for tick in ticks] == [LATE, COALESCED, COALESCED]
+    assert (report.count(COALESCED), report.count(MASKED), report.count(DELIVERED)) == (2, 0, 1)
+
+
 def test_the_expiry_that_waited_behind_a_mask_comes_with_the_unmasking() -> None:
     s = armed()
+    s.on(0, 5).kvm_apic(1, LVTT, LVT_MASKED | TIMER_VECTOR)
     waits, merged = s.fire(), s.fire()
     s.report()
     assert waits.verdict is MASKED, "as far as could be said then"
+    s.on(0, 2 * MS + 9).kvm_apic(1, LVTT, TIMER_VECTOR)
     s.serve(2 * MS + 10)
     s.inject(2 * MS + 10, TIMER_VECTOR)
     report = s.report()

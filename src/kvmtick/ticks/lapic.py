@@ -31,6 +31,7 @@ APIC_LVT_MASKED = 1 << 16
 _OPEN = Verdict.OUTSTANDING
 _LAPIC = Path.LAPIC
 _MASKED_DETAIL = "the timer's LVT entry was masked"
+_MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
 
 
 class LapicTimer(Source):
@@ -75,8 +76,7 @@ class LapicTimer(Source):
         elif self._seems_masked():
             self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
         else:
-            detail = "merged with an expiry that the vCPU had not delivered yet"
-            self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
+            self.judge(tick, Verdict.COALESCED, Where.LAPIC, _MERGED_DETAIL)
 
     def accept(self, record: Record, apics: LocalApics) -> None:
         """The vCPU delivers the expiry that waits."""
@@ -86,6 +86,8 @@ class LapicTimer(Source):
         self.waiting = None
         self.owner = vcpu
         self.vector = vector
+        if self.masked is None and not self.ran:
+            self._were_merged(tick.index)
         self.masked = False
         self._served = True
         if tick.verdict is not _OPEN:
@@ -94,6 +96,18 @@ class LapicTimer(Source):
         if apics.accept(vcpu, mode, vector, self, tick, _LAPIC, ts_ns) is None:
             detail = "its vector was accepted and not injected since"
             self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
+
+    def _were_merged(self, index: int) -> None:
+        """That the ticks after `index` seemed masked was a guess, and wrong."""
+        count = self.expired - index
+        if self._served or not count:
+            return
+        self._judged[Verdict.MASKED] -= count
+        self._judged[Verdict.COALESCED] += count
+        for tick in self.lives:
+            if tick.index > index:
+                tick.verdict = Verdict.COALESCED
+                tick.detail = _MERGED_DETAIL
 
     def lose_waiting(self, why: str) -> None:
         """The note that an expiry waits is gone."""
