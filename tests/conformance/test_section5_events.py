@@ -151,6 +151,22 @@ def test_set_mp_state_releases_a_hlt_with_if_0(backend: Backend) -> None:
         assert finish(pc) == 0x5A
 
 
+def test_after_a_run_that_ended_in_hlt_set_mp_state_lets_the_next_go_on(backend: Backend) -> None:
+    """The first run has nothing that ends it but the caller."""
+    with backend.pc() as pc:
+        pc.vm.load(guests.Guest("image", CLI_HLT + OUT_EXIT, guests.LOAD_AT, guests.ENTRY, None))
+        pc.vm.run(limit_s=0.02)
+        assert pc.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
+        pc.vcpus[0].set_mp_state(KVM_MP_STATE_RUNNABLE)
+        assert finish(pc) == 0x5A
+
+
+def test_after_a_guest_has_ended_another_can_be_loaded_and_run(backend: Backend) -> None:
+    with backend.pc() as pc:
+        for code in (0x11, 0x22):
+            assert pc.run_image(bytes((0xB0, code, 0xE6, 0xF4))) == code
+
+
 def test_an_nmi_releases_a_hlt_with_if_0(backend: Backend) -> None:
     with backend.pc() as pc:
         pc.vm.write_memory(HANDLER_AT, b"\xcf")

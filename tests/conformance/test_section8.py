@@ -380,7 +380,7 @@ ROWS: list[Row] = [
     (
         "SET_GSI_ROUTING nr=4097",
         CHIPS,
-        routing(*(to_msi(n % 4096, 1) for n in range(4097))),
+        routing(*[to_msi(n % 4096, 1) for n in range(4097)]),
         EINVAL,
     ),
     ("SET_GSI_ROUTING nr=4096", CHIPS, routing(*(to_msi(n, 1) for n in range(4096))), None),
@@ -564,3 +564,16 @@ def test_a_set_that_stops_half_way_says_how_many(host: Host) -> None:
     each = host.vm.create_vcpu(0)
     assert each.set_msrs({MSR_APIC_BASE: 0xFEE0_0100, X2APIC_ID: 0, MSR_TSC: 5}) == 1
     assert each.get_msrs([MSR_APIC_BASE, X2APIC_ID, MSR_TSC]) == {MSR_APIC_BASE: 0xFEE0_0100}
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "second"), [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 0, 0), (9, 9, 9)]
+)
+def test_the_mp_state_reads_back(host: Host, given: int, first: int, second: int) -> None:
+    """SIPI_RECEIVED (4) starts the vCPU at once."""
+    host.irqchip()
+    for vcpu_id, expected in enumerate((first, second)):
+        each = host.vm.create_vcpu(vcpu_id)
+        assert each.get_mp_state() == vcpu_id
+        each.set_mp_state(given)
+        assert each.get_mp_state() == expected

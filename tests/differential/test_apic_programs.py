@@ -81,7 +81,7 @@ from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.vcpu.events import PendingEvents
 
-SEQUENCES = 200
+SEQUENCES = 300
 KERNEL_SEQUENCES = 40
 FAULT_SEQUENCES = 60
 LIMIT_S = 30.0
@@ -620,11 +620,14 @@ def _reset_at_init(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lapic, "reset", lambda self, init_event: reset(self, False))
 
 
-def _take_any_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def _refuse_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
     set_base = Lapic.set_base
-    monkeypatch.setattr(
-        Lapic, "set_base", lambda self, value, host_initiated=False: set_base(self, value, True)
-    )
+
+    def lenient(self: Lapic, value: int, host_initiated: bool = False) -> bool:
+        set_base(self, value, host_initiated)
+        return True
+
+    monkeypatch.setattr(Lapic, "set_base", lenient)
 
 
 def _leave_the_ppr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,7 +657,7 @@ def _forget_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
         _take_any_table,
         _count_one_destination,
         _reset_at_init,
-        _take_any_base,
+        _refuse_no_base,
         _leave_the_ppr,
         _let_three_nmis_wait,
         _forget_the_level,

@@ -34,7 +34,7 @@ from kvmtick.cli import main
 from kvmtick.testing import GuestMachine
 
 REFRESH = os.environ.get("KVMTICK_REFRESH_DOCS", "")
-KERNEL_TRACES = (ROOT / "tests/docs/kernel", ROOT / "tests/golden/traces")
+KERNEL_TRACES = ROOT / "tests/golden/traces"
 HOST_KEYS = ("wall_s",)
 """What a `json` block may show differently."""
 
@@ -73,7 +73,7 @@ class PageRun:
             elif block.info == "text trace":
                 self._quoted(block, self._folder.glob("*.txt"))
             elif block.info == "text kernel":
-                self._quoted(block, (file for d in KERNEL_TRACES for file in d.glob("*.txt")))
+                self._quoted(block, KERNEL_TRACES.glob("*.txt"))
             elif kind == "json" and rest:
                 self._json(block, rest)
             elif block.info in SHOWN_ONLY:

@@ -17,7 +17,7 @@ import pytest
 from lapic_rig import BASE, INIT, NOBODY, LapicRig, page_register, set_page_register
 
 from kvmtick.abi import HostError, KvmError
-from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_lapic_state
+from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.host.kvmdev import ExitIo, open_kvm
 from kvmtick.irqchip.delivery import LapicIrq
 from kvmtick.kvm.kernel import KernelVm

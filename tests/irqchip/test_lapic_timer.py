@@ -169,6 +169,21 @@ def test_the_same_divisor_changes_nothing(rig: LapicRig) -> None:
     assert rig.read(0x3E0) == DIVIDE_BY_1
 
 
+def test_a_new_divisor_has_an_expired_one_shot_expire_again(rig: LapicRig) -> None:
+    start(rig, ONESHOT, MS)
+    rig.run(2 * MS)
+    assert take(rig)
+    rig.lapic.irr = 0
+    rig.write(0x3E0, DIVIDE_BY_1)
+    rig.run(MS)
+    assert not take(rig)
+    rig.write(0x3E0, 0)
+    rig.run(0)
+    assert take(rig)
+    rig.run(10 * MS)
+    assert not take(rig)
+
+
 def test_a_divisor_does_not_start_a_stopped_timer(rig: LapicRig) -> None:
     rig.write(0x3E0, 0)
     assert not rig.lapic.timer.enqueued

@@ -203,7 +203,6 @@ class Lapic(LapicRegisters):
         "pv_unhalted",
         "sipi_vector",
         "sw_enabled",
-        "vcpu",
         "x2apic_mode",
     )
 
@@ -212,7 +211,6 @@ class Lapic(LapicRegisters):
         super().__init__(board, vcpu)
         self._recorder = board.recorder
         self.delivery = board.delivery
-        self.vcpu = vcpu
         self.is_bsp = is_bsp
         self.maxphyaddr = DEFAULT_MAXPHYADDR
         self.apic_base = MSR_IA32_APICBASE_ENABLE
@@ -539,7 +537,9 @@ class Lapic(LapicRegisters):
     def _set_ppr(self) -> int:
         """`__apic_update_ppr`: PPR from TPR and what is in service; returns it."""
         self._ppr_stale = False
-        ppr = self.procpri = _priority(self.taskpri, self.isr)
+        isr, taskpri = self.isr, self.taskpri
+        # Nothing in service and TPR 0 is what a tick leaves.
+        ppr = self.procpri = _priority(taskpri, isr) if isr or taskpri else 0
         return ppr
 
     def _update_ppr(self) -> None:

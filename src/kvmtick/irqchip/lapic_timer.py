@@ -10,6 +10,7 @@ One-shot, periodic and TSC-deadline mode, the divide register, the current count
 * a periodic interval below 200 us is raised to 200 us, except for the first expiry after
   KVM_SET_LAPIC gave a current count;
 * a periodic timer whose next expiry has passed already expires at once, once: no catching up;
+* a new divisor leaves the count as it is; a one-shot that has expired expires again;
 * a deadline that has passed expires at once; the MSR reads 0 after;
 * a change between TSC-deadline and another mode stops the timer and clears the initial count;
 * a deadline more than 2^64 / 10^6 TSC cycles ahead comes too early (the product wraps).
@@ -48,15 +49,14 @@ _CYCLES_PER_MS = 1_000_000
 class LapicTimer:
     """struct kvm_timer with its registers LVTT, TMICT and TDCR: the timer half of a local APIC.
 
-    `target_expiration_ns` is when the count reaches 0, on the machine's clock; `tscdeadline` is the
-    same in TSC cycles, and IA32_TSC_DEADLINE in that mode. `pending_timer` is 1 from an expiry
-    until the vCPU takes it.
+    `target_expiration_ns` is when the count reaches 0, on the machine's clock; `tscdeadline` is
+    IA32_TSC_DEADLINE, kept in that mode only. `pending_timer` is 1 from an expiry until the vCPU
+    takes it.
     """
 
     __slots__ = (
         "_bus_cycle_ns",
         "_clock",
-        "_vcpu_of_timer",
         "divide_count",
         "lvtt",
         "pending_timer",
@@ -68,12 +68,13 @@ class LapicTimer:
         "timer_mode_mask",
         "tmict",
         "tscdeadline",
+        "vcpu",
     )
 
     def __init__(self, board: LapicBoard, vcpu: LapicVcpu) -> None:
         self._clock = board.clock
         self._bus_cycle_ns = board.delivery.apic_bus_cycle_ns
-        self._vcpu_of_timer = vcpu
+        self.vcpu = vcpu
         self.timer = board.create_timer(Function.APIC_TIMER_FN, self.timer_fn)
         self.lvtt = 0
         self.tmict = 0
@@ -182,10 +183,9 @@ class LapicTimer:
     def taken(self) -> None:
         """The pending expiry has become an interrupt (or nothing, if the LVT is masked)."""
         self.pending_timer = 0
-        if self.is_tscdeadline:
+        if self.timer_mode == APIC_LVT_TIMER_TSCDEADLINE:
             self.tscdeadline = 0
-        elif self.is_oneshot:
-            self.tscdeadline = 0
+        elif self.timer_mode == APIC_LVT_TIMER_ONESHOT:
             self.target_expiration_ns = 0
 
     def _expired(self) -> None:
@@ -193,16 +193,13 @@ class LapicTimer:
         if self.pending_timer:
             return
         self.pending_timer = 1
-        self._vcpu_of_timer.request_unblock()
+        self.vcpu.request_unblock()
 
     def _advance_target(self) -> None:
         """`advance_periodic_target_expiration`."""
         now_ns = self._clock.now_ns
-        self.target_expiration_ns = max(self.target_expiration_ns + self.period_ns, now_ns)
-        self._set_tscdeadline(self.target_expiration_ns - now_ns)
-
-    def _set_tscdeadline(self, remaining_ns: int) -> None:
-        self.tscdeadline = self._vcpu_of_timer.guest_tsc() + remaining_ns & U64
+        target_ns = self.target_expiration_ns + self.period_ns
+        self.target_expiration_ns = target_ns if target_ns > now_ns else now_ns
 
     def _count_ns(self, count: int) -> int:
         """`tmict_to_ns`."""
@@ -217,7 +214,6 @@ class LapicTimer:
         """`set_target_expiration`; False: the initial count is 0, so nothing shall run."""
         self.period_ns = self._count_ns(self.tmict)
         if not self.period_ns:
-            self.tscdeadline = 0
             return False
         self._limit_period()
         remaining_ns = self.period_ns
@@ -225,7 +221,6 @@ class LapicTimer:
             remaining_ns = min(self._count_ns(count), self.period_ns)
             if not remaining_ns and self.is_periodic:
                 remaining_ns = self.period_ns
-        self._set_tscdeadline(remaining_ns)
         self.target_expiration_ns = self._clock.now_ns + remaining_ns
         return True
 
@@ -236,7 +231,6 @@ class LapicTimer:
         now_ns = self._clock.now_ns
         old_ns = max(self.target_expiration_ns - now_ns, 0)
         new_ns = mul_u64_u32_div(old_ns, self.divide_count, old_divisor)
-        self.tscdeadline = self.tscdeadline + new_ns - old_ns & U64
         self.target_expiration_ns = now_ns + new_ns
 
     def _restart_timer(self) -> None:
@@ -265,7 +259,7 @@ class LapicTimer:
         """`start_sw_tscdeadline`."""
         if not self.tscdeadline:
             return
-        ahead = self.tscdeadline - self._vcpu_of_timer.guest_tsc()
+        ahead = self.tscdeadline - self.vcpu.guest_tsc()
         remaining_ns = (ahead * _CYCLES_PER_MS & U64) // GUEST_TSC_KHZ
         if ahead > 0 and remaining_ns > 0:
             self.timer.start(self._clock.now_ns + remaining_ns)

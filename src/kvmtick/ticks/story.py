@@ -144,7 +144,7 @@ _TIMER_FN: dict[int, Words] = {
     Function.APIC_TIMER_FN: (
         "the hrtimer expires",
         "apic_timer_fn",
-        "irqchip.lapic.Lapic",
+        "irqchip.lapic_timer.LapicTimer.timer_fn",
     ),
 }
 """Whose callback an expiry runs."""
@@ -154,7 +154,7 @@ _RECORDED_AFTER: dict[str, tuple[Event, ...]] = {
     "PIC IRR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
     "PIC ISR": (Event.KVM_INJ_VIRQ,),
     "INTR": (Event.KVM_PIC_SET_IRQ, Event.KVM_INJ_VIRQ),
-    "IOAPIC IRR": (Event.KVM_IOAPIC_SET_IRQ,),
+    "IOAPIC IRR": (Event.KVM_IOAPIC_SET_IRQ, Event.KVM_APIC_ACCEPT_IRQ),
     "LAPIC IRR": (Event.KVM_INJ_VIRQ,),
     "LAPIC ISR": (Event.KVM_INJ_VIRQ,),
     "NMI pending": (Event.KVM_INJ_NMI,),
@@ -172,6 +172,10 @@ _RECORDED_AFTER: dict[str, tuple[Event, ...]] = {
 """For each name of the snapshot, the events that are recorded when they have changed it already.
 With several vCPUs a name has its vCPU before it.
 """
+
+
+_ACCESSES = (Event.KVM_APIC, Event.KVM_MMIO, Event.KVM_MSR, Event.KVM_EXIT)
+"""What comes before kvm_eoi in the same exit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,11 +332,19 @@ class Life:
             chosen.add(inject - 1)
         chosen |= self._until(inject, (Event.KVM_ENTRY,))
         if eoi is not None:
-            chosen |= set(range(max(inject, eoi - 2), eoi + 1))
-            after = self._moments[eoi + 1 : eoi + 2]
-            if self._moments[eoi][0][1] == Event.KVM_EOI and after:
-                chosen |= {eoi + 1} if after[0][0][1] == Event.KVM_ACK_IRQ else set()
+            chosen |= self._end(inject, eoi)
         return chosen
+
+    def _end(self, inject: int, eoi: int) -> set[int]:
+        """The guest's access that ended it, from the exit on, and who hears of that."""
+        if self._moments[eoi][0][1] != Event.KVM_EOI:
+            return set(range(max(inject, eoi - 2), eoi + 1))
+        start, end = eoi, eoi + 1
+        while self._moments[start - 1][0][1] in _ACCESSES and start > inject:
+            start -= 1
+        if end < len(self._moments) and self._moments[end][0][1] == Event.KVM_ACK_IRQ:
+            end += 1
+        return set(range(start, end))
 
     def _back(self, position: int, event: Event) -> int | None:
         for index in range(position, -1, -1):
