@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from kvmtick import guests
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_MP_STATE_HALTED,
@@ -251,6 +252,16 @@ def test_time_stands_still_for_a_vcpu_the_host_took_away_not_for_the_others() ->
     pc.run(for_ns=3 * MS)
     assert all(value == 1 for ns, value in pc.log if ns < 2 * MS)
     assert any(value == 0 for ns, value in pc.log if ns >= 2 * MS)
+
+
+def test_a_vcpu_that_the_host_took_away_is_no_deadlock() -> None:
+    with ModelVm() as vm:
+        guest = guests.load("ipi-tick", ticks=20)
+        vm.prepare(guest.needs)
+        vm.load(guest)
+        vm.machine.host.set_fault("vcpu_off", "10us")
+        run = vm.run()
+    assert (run.exit.reason, run.guest_ticks) == ("done", 20)
 
 
 def test_all_halted_with_interrupts_off_is_a_deadlock_that_names_the_reason() -> None:

@@ -6,7 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
+from kvmtick.abi.caps import (
+    KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_X2APIC_API,
+    KVM_CAP_X86_APIC_BUS_CYCLES_NS,
+)
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_IOEVENTFD_FLAG_DATAMATCH,
@@ -407,6 +411,13 @@ def test_without_an_irqchip_kvm_interrupt_is_injected_at_the_next_entry() -> Non
         ("split", lambda b: b.vm.get_irqchip(0), errno.ENXIO),
         ("split", lambda b: b.vm.create_irqchip(), errno.EEXIST),
         ("split", lambda b: b.vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24), errno.EEXIST),
+        ("none", lambda b: b.vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24), errno.EEXIST),
+        ("none", lambda b: b.vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 4097), errno.EINVAL),
+        ("kernel", lambda b: b.vm.enable_cap(KVM_CAP_X2APIC_API, 4), errno.EINVAL),
+        ("split", lambda b: b.vm.enable_cap(KVM_CAP_X2APIC_API, 12), errno.EINVAL),
+        ("kernel", lambda b: b.vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 10), errno.EINVAL),
+        ("kernel", lambda b: b.vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 0), errno.EINVAL),
+        ("none", lambda b: b.vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 10), errno.ENXIO),
         ("kernel", lambda b: b.vm.enable_cap(9999), errno.EINVAL),
         ("kernel", lambda b: b.vm.enable_cap(KVM_CAP_X2APIC_API, 1 << 8), errno.EINVAL),
         ("kernel", lambda b: b.vm.enable_cap(KVM_CAP_X2APIC_API, 1, flags=1), errno.EINVAL),
@@ -422,6 +433,49 @@ def test_misuse_gives_the_kernels_errno(irqchip: str, call: object, code: int) -
     with pytest.raises(KvmError) as refused:
         call(bench)
     assert refused.value.errno == code
+
+
+def test_the_apic_bus_cycle_scales_the_timer() -> None:
+    ticks: list[int] = []
+
+    def guest() -> Program:
+        yield MmioWrite(LAPIC + SVR, 0x1FF)
+        yield MmioWrite(LAPIC + 0x3E0, 0xB)
+        yield MmioWrite(LAPIC + LVTT, 0x41)
+        yield Sti()
+        yield MmioWrite(LAPIC + TMICT, 1000)
+        yield Hlt()
+        yield from ends()
+
+    def tick() -> Program:
+        ticks.append(vm.machine.clock.now_ns)
+        yield MmioWrite(LAPIC + EOI, 0)
+
+    vm = ModelVm(engine=lambda: ScriptedEngine(guest, {0x41: tick}))
+    vm.create_irqchip()
+    vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 25)
+    vm.create_vcpu(0)
+    assert vm.run().exit.reason == "done"
+    assert ticks == [25_000 + 4]
+
+
+def test_a_vm_without_a_pit_still_tells_of_its_local_apics_ticks() -> None:
+    def guest() -> Program:
+        yield MmioWrite(LAPIC + SVR, 0x1FF)
+        yield MmioWrite(LAPIC + LVTT, 0x41)
+        yield Sti()
+        yield MmioWrite(LAPIC + TMICT, 1000)
+        yield Hlt()
+        yield from ends()
+
+    def tick() -> Program:
+        yield MmioWrite(LAPIC + EOI, 0)
+
+    run = Bench(guest, {0x41: tick}).vm.run()
+    assert run.pit is None
+    assert [(r.source, r.path, r.count("delivered")) for r in run.sources] == [
+        ("lapic", "lapic", 1)
+    ]
 
 
 def test_port_reads_of_all_sizes_still_reach_user_space() -> None:

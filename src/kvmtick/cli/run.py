@@ -43,8 +43,8 @@ verdicts (every expiry gets one):
   delivered    reached the guest within its period
   late         reached the guest, but a period late or more
   reinjected   held back because the last tick was not acknowledged, pulsed on a later EOI
-  coalesced    merged with a request that was still set
-  masked       pulsed while every pin it leads to was masked
+  coalesced    merged with a request that was still set: PIC, IOAPIC or local APIC
+  masked       pulsed while every pin it leads to was masked, or nobody took the message
   dropped      the count it was owed a pulse by was thrown away (unmask, reprogramming)
   outstanding  still under way when the run ended
 

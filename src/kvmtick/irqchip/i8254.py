@@ -16,8 +16,8 @@ Where KVM differs from the silicon, KVM's way is kept:
   an earlier mode's timer left it;
 * a periodic interval below 200 us is raised to 200 us, except for the first expiry.
 
-After the pulse the worker is the NMI watchdog: while any vCPU's LVT0 is in NMI mode, it delivers the
-LVT0 of every vCPU.
+After the pulse the worker is the NMI watchdog: while any vCPU's LVT0 is in NMI mode, it delivers
+the LVT0 of every vCPU.
 
 Not modelled: the lock (a machine runs in one thread), the log line that tells of the clamp.
 """

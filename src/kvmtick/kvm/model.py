@@ -4,7 +4,7 @@ Each method is one ioctl of Documentation/virt/kvm/api.rst, with the kernel's er
 and its order of checks. `run` runs all vCPUs to the guest's end and follows its ticks.
 
 Not modelled: a user space that brings its own local APIC; of KVM_ENABLE_CAP all but
-KVM_CAP_SPLIT_IRQCHIP and KVM_CAP_X2APIC_API.
+KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API and KVM_CAP_X86_APIC_BUS_CYCLES_NS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Mapping
 
-from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
+from kvmtick.abi.caps import (
+    KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_X2APIC_API,
+    KVM_CAP_X86_APIC_BUS_CYCLES_NS,
+)
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
@@ -23,6 +27,8 @@ from kvmtick.abi.structs import (
     KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS,
+    KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST,
+    KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     kvm_cpuid_entry2,
     kvm_irq_routing_entry,
     kvm_irqchip,
@@ -33,6 +39,7 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.cpu.engine import Engine
 from kvmtick.guests import Guest, Needs, Parameters
+from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import Pit, nominal_period_ns
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
@@ -56,7 +63,13 @@ MAX_VCPU_ID = 4096
 TSC_KHZ = 1_000_000
 MAX_RESERVED_IOAPIC_PINS = 4096
 IOAPIC_PINS = 24
-X2APIC_API_VALID = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+SUPPRESS_EOI_BROADCAST = (
+    KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST | KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST
+)
+X2APIC_API_VALID = (
+    KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK | SUPPRESS_EOI_BROADCAST
+)
+MAX_APIC_BUS_CYCLE_NS = ((1 << 64) - 1) // (0xFFFF_FFFF * 128)
 
 
 class ModelVm(Closing):
@@ -166,27 +179,63 @@ class ModelVm(Closing):
         self.machine.board.ioeventfds.set(addr, len_bytes, fd, flags, datamatch)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
-        """KVM_ENABLE_CAP: KVM_CAP_SPLIT_IRQCHIP (pins), KVM_CAP_X2APIC_API (flags).
+        """KVM_ENABLE_CAP: KVM_CAP_SPLIT_IRQCHIP (pins), KVM_CAP_X2APIC_API (flags),
+        KVM_CAP_X86_APIC_BUS_CYCLES_NS (ns).
 
-        EINVAL: another capability, bad `args` or `flags`, or a vCPU exists. EEXIST: an irqchip.
+        EINVAL: another capability, bad `args` or `flags`. Of the split irqchip EEXIST: an irqchip
+        or a vCPU. Of the bus cycle ENXIO: no irqchip; EINVAL: a vCPU.
         """
-        board = self.machine.board
         arg = args[0] if args else 0
-        if flags:
+        enable = self._enablers().get(cap)
+        if flags or enable is None:
             raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
-        if cap == KVM_CAP_X2APIC_API and not arg & ~X2APIC_API_VALID:
-            if arg & KVM_X2APIC_API_USE_32BIT_IDS:
-                board.delivery.x2apic_format = True
-            if arg & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK:
-                board.delivery.x2apic_broadcast_quirk_disabled = True
-        elif cap == KVM_CAP_SPLIT_IRQCHIP and arg <= MAX_RESERVED_IOAPIC_PINS:
-            if board.irqchip_in_kernel:
-                raise KvmError(errno.EEXIST, "KVM_ENABLE_CAP")
-            if board.vcpus:
-                raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
-            board.split_irqchip(arg)
-        else:
-            raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP")
+        failure = enable(arg)
+        if failure:
+            raise KvmError(failure, "KVM_ENABLE_CAP")
+
+    def _enablers(self) -> dict[int, Callable[[int], int]]:
+        return {
+            KVM_CAP_SPLIT_IRQCHIP: self._enable_split_irqchip,
+            KVM_CAP_X2APIC_API: self._enable_x2apic_api,
+            KVM_CAP_X86_APIC_BUS_CYCLES_NS: self._set_apic_bus_cycle,
+        }
+
+    def _enable_split_irqchip(self, reserved_pins: int) -> int:
+        board = self.machine.board
+        if reserved_pins > MAX_RESERVED_IOAPIC_PINS:
+            return errno.EINVAL
+        if board.irqchip_in_kernel or board.vcpus:
+            return errno.EEXIST
+        board.split_irqchip(reserved_pins)
+        return 0
+
+    def _enable_x2apic_api(self, flags: int) -> int:
+        delivery = self.machine.board.delivery
+        both = flags & SUPPRESS_EOI_BROADCAST == SUPPRESS_EOI_BROADCAST
+        wants_split = flags & KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST and not delivery.split
+        if flags & ~X2APIC_API_VALID or both or wants_split:
+            return errno.EINVAL
+        if flags & KVM_X2APIC_API_USE_32BIT_IDS:
+            delivery.x2apic_format = True
+        if flags & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK:
+            delivery.x2apic_broadcast_quirk_disabled = True
+        if flags & KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST:
+            delivery.suppress_eoi_broadcast = SuppressEoiBroadcast.ENABLED
+        if flags & KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST:
+            delivery.suppress_eoi_broadcast = SuppressEoiBroadcast.DISABLED
+        return 0
+
+    def _set_apic_bus_cycle(self, cycle_ns: int) -> int:
+        board = self.machine.board
+        # The longest count, divided by the most, has to fit into 64 bits of ns.
+        if not 0 < cycle_ns <= MAX_APIC_BUS_CYCLE_NS:
+            return errno.EINVAL
+        if not board.irqchip_in_kernel:
+            return errno.ENXIO
+        if board.vcpus:
+            return errno.EINVAL
+        board.delivery.apic_bus_cycle_ns = cycle_ns
+        return 0
 
     # The PIT.
 
@@ -361,6 +410,7 @@ class ModelVm(Closing):
         vcpu = machine.vcpu
         assert vcpu is not None
         guest_ticks = block.counter if block else None
+        ticks = self.ticks() if pit or self.assembler.expired else None
         if counter is not None:
             guest_ticks = int.from_bytes(machine.read_memory(counter, 4), "little")
         return Run(
@@ -375,8 +425,8 @@ class ModelVm(Closing):
             exit=exit_,
             pit=PitSettings(pit.channels[0].count, pit.period_ns, pit.reinject) if pit else None,
             guest_ticks=guest_ticks,
-            ticks=self.ticks() if pit else None,
-            sources=self.assembler.reports() if pit else [],
+            ticks=ticks,
+            sources=self.assembler.reports() if ticks is not None else [],
             believed_period_ns=self._believed_period_ns(block),
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),

@@ -45,6 +45,7 @@ QUANTUM_NS = 100_000
 """How long a vCPU runs while another one waits for the host CPU."""
 
 _EXIT_HLT = int(ExitReason.HLT)
+_HALTED = int(MpState.HALTED)
 _RUNNABLE = int(MpState.RUNNABLE)
 
 
@@ -441,7 +442,8 @@ def _nothing() -> None:
 
 def _is_deaf(vcpu: Vcpu) -> bool:
     """It does not run, and no interrupt changes that."""
-    return vcpu.awaits_sipi or not vcpu.vmcs.guest_rflags & RFLAGS_IF
+    halted_deaf = vcpu.mp_state == _HALTED and not vcpu.vmcs.guest_rflags & RFLAGS_IF
+    return vcpu.awaits_sipi or halted_deaf
 
 
 def _vcpu_snapshot(vcpu: Vcpu, prefix: str) -> dict[str, str]:
