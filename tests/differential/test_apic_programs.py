@@ -524,7 +524,7 @@ def check(
         operations, less = of.programs[number], found
     lines = [f"sequence {of.seed}, program {number}: {of.config}", *less, "program:"]
     lines += [f"  {show(operation)}," for operation in operations]
-    lines.append(f"again: KVMTICK_SEED={of.seed} pytest {Path(__file__).name}")
+    lines.append(f"again: KVMTICK_SEED={of.seed} pytest {os.path.relpath(__file__)}")
     raise AssertionError("\n".join(lines))
 
 

@@ -82,6 +82,14 @@ def test_eoi_lets_the_next_one_in(rig: LapicRig) -> None:
     assert rig.lapic.has_interrupt() == 0x45
 
 
+def test_an_eoi_has_the_vcpu_look_even_if_nothing_waits(rig: LapicRig) -> None:
+    rig.accept(0x45)
+    rig.lapic.get_interrupt()
+    rig.vcpu.events = 0
+    rig.write(0xB0, 0)
+    assert rig.vcpu.events == 1
+
+
 def test_tpr_holds_back_its_class_and_lower(rig: LapicRig) -> None:
     rig.write(0x80, 0x4F)
     rig.accept(0x4F)

@@ -228,6 +228,18 @@ def test_a_deadline_of_the_past_is_due(rig: LapicRig, deadline: int) -> None:
     assert rig.lapic.get_tsc_deadline() == 0
 
 
+def test_a_deadline_written_while_one_is_pending_is_lost(rig: LapicRig) -> None:
+    rig.run(MS)
+    rig.write(0x320, DEADLINE)
+    rig.lapic.set_tsc_deadline(1)
+    rig.lapic.set_tsc_deadline(2 * MS)
+    assert rig.lapic.get_tsc_deadline() == 2 * MS
+    assert take(rig)
+    assert rig.lapic.get_tsc_deadline() == 0
+    rig.run(5 * MS)
+    assert rig.expiries() == []
+
+
 def test_a_zero_deadline_stops_it(rig: LapicRig) -> None:
     rig.write(0x320, DEADLINE)
     rig.lapic.set_tsc_deadline(MS)

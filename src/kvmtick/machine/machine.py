@@ -442,8 +442,9 @@ def _nothing() -> None:
 
 def _is_deaf(vcpu: Vcpu) -> bool:
     """It does not run, and no interrupt changes that."""
-    halted_deaf = vcpu.mp_state == _HALTED and not vcpu.vmcs.guest_rflags & RFLAGS_IF
-    return vcpu.awaits_sipi or halted_deaf
+    if vcpu.mp_state == _HALTED:
+        return not vcpu.vmcs.guest_rflags & RFLAGS_IF
+    return vcpu.mp_state != _RUNNABLE
 
 
 def _vcpu_snapshot(vcpu: Vcpu, prefix: str) -> dict[str, str]:

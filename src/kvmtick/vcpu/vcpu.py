@@ -276,7 +276,7 @@ class Vcpu:
             return True
         if self.mp_state != _HALTED:
             return False
-        if interrupt_allowed(self.vmcs) and self.has_interrupt():
+        if self.has_interrupt() and interrupt_allowed(self.vmcs):
             return True
         return self.pending.nmi_pending > 0 and nmi_allowed(self.vmcs)
 
