@@ -315,6 +315,8 @@ ROWS: list[Row] = [
     ("SPLIT_IRQCHIP after CREATE_IRQCHIP", CHIPS, split_irqchip(), EEXIST),
     *((f"X2APIC_API args={n}", CHIPS, x2apic_api(n), None) for n in (0, 1, 3, 8)),
     *((f"X2APIC_API args={n}", CHIPS, x2apic_api(n), EINVAL) for n in (4, 12, 16)),
+    ("X2APIC_API split args=4", SPLIT, x2apic_api(4), None),
+    ("X2APIC_API split args=12", SPLIT, x2apic_api(12), EINVAL),
     ("ENABLE_CAP unknown cap 9999", CHIPS, lambda host: host.vm.enable_cap(9999), EINVAL),
     ("ENABLE_CAP X2APIC 1 then MSI addr_hi=0x1", LAPIC, x2apic_api(1), None),
     # Routing.
@@ -495,17 +497,14 @@ ROWS: list[Row] = [
 ]
 
 UNMODELLED = {
-    "X2APIC_API args=8": "suppressing EOI broadcasts is not modelled",
-    **{
-        f"{call} {given} {msr}": "of MSRs only those of time and of the local APIC are modelled"
-        for given in ("no irqchip", "irqchip")
-        for call, msr in (
-            ("GET_MSRS", "TSC_ADJUST"),
-            ("GET_MSRS", "KVM_SYSTEM_TIME_NEW"),
-            ("GET_MSRS", "KVM_PV_EOI_EN"),
-            ("SET_MSRS", "TSC_ADJUST=5"),
-        )
-    },
+    f"{call} {given} {msr}": "of MSRs only those of time and of the local APIC are modelled"
+    for given in ("no irqchip", "irqchip")
+    for call, msr in (
+        ("GET_MSRS", "TSC_ADJUST"),
+        ("GET_MSRS", "KVM_SYSTEM_TIME_NEW"),
+        ("GET_MSRS", "KVM_PV_EOI_EN"),
+        ("SET_MSRS", "TSC_ADJUST=5"),
+    )
 }
 
 

@@ -4,14 +4,17 @@ Spies count in the chips themselves: injections, requests that were set already,
 one pending. The trace is not asked.
 """
 
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kvmtick import guests
+from kvmtick.cli.show import show_run
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.lapic_timer import LapicTimer
@@ -198,3 +201,31 @@ def test_a_run_names_source_and_path(guest: str, source: str, path: str, drift: 
         True,
         source == "pit",
     )
+
+
+@pytest.mark.parametrize(
+    ("guest", "told", "not_told"),
+    [
+        ("tick-pic", ["worker -> PIC request"], ["ticks of", "local APIC"]),
+        ("tick-ioapic", ["the pit by way of the ioapic:", "worker -> local APIC"], ["PIC r"]),
+        ("nmi-watchdog", ["by way of the nmi watchdog:"], ["guest's EOI"]),
+        (
+            "tick-lapic",
+            [
+                *("local APIC timer: a tick every 1,000,000 ns (1,000 Hz)", "its clock is off by"),
+                *("ticks of the lapic timer of vcpu 0:", "hrtimer expiry -> local APIC"),
+            ],
+            ["worker", "1193182"],
+        ),
+    ],
+)
+def test_the_report_names_the_source_and_its_hops(
+    guest: str, told: list[str], not_told: list[str]
+) -> None:
+    result, _ = run(guest, {}, reinject=True, seed=0)
+    file = io.StringIO()
+    show_run(result, Console(file=file, width=200))
+    text = file.getvalue()
+    assert all(words in text for words in told), text
+    assert not any(words in text for words in not_told), text
+    assert result.summary().count("ticks of the ") == len(result.reports())

@@ -97,6 +97,9 @@ class EoiTarget(Protocol):
     def update_eoi(self, lapic: Lapic, vector: int, trig_mode_level: bool) -> None:
         """`kvm_ioapic_update_eoi`: `lapic` has finished with `vector`."""
 
+    def restore_rtc_tracking(self, lapic: Lapic) -> None:
+        """`kvm_rtc_eoi_tracking_restore_one`: KVM_SET_LAPIC gave `lapic` another state."""
+
     def handled_vectors(self, lapic: Lapic) -> int:
         """`kvm_ioapic_scan_entry`: the vectors (a 256-bit mask) whose EOI it wants from `lapic`."""
 

@@ -785,6 +785,8 @@ class Lapic(LapicRegisters):
         self.update_divide_count()
         self.start_timer(page_register(state, APIC_TMCCT))
         self.vcpu.request_event()
+        if self.delivery.eoi_target is not None:
+            self.delivery.eoi_target.restore_rtc_tracking(self)
 
 
 def _priority(taskpri: int, in_service: int) -> int:

@@ -123,6 +123,7 @@ class ModelVm(Closing):
             pic.update_irq()
         elif chip.chip_id == KVM_IRQCHIP_IOAPIC:
             ioapic.restore(chip.chip.ioapic)
+            pic.update_irq()
         else:
             raise KvmError(errno.EINVAL, "KVM_SET_IRQCHIP")
 

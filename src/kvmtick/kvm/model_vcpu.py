@@ -102,8 +102,12 @@ class ModelVcpu:
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: a KVM_MP_STATE_* value."""
-        self.vcpu.accept_events()
-        return int(self.vcpu.mp_state)
+        vcpu = self.vcpu
+        vcpu.accept_events()
+        halted = vcpu.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD)
+        if halted and vcpu.lapic is not None and vcpu.lapic.pv_unhalted:
+            return int(MpState.RUNNABLE)
+        return int(vcpu.mp_state)
 
     def set_mp_state(self, mp_state: int) -> None:
         """KVM_SET_MP_STATE. EINVAL: not runnable and no in-kernel irqchip, or unknown."""

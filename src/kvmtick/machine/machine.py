@@ -330,7 +330,7 @@ class Machine:
             vcpu.accept_events()
             if vcpu.awaits_sipi:
                 return False
-        vcpu.mp_state = _RUNNABLE
+        vcpu.make_runnable()
         self.recorder.task = vcpu.task
         if self.recorder.detail:
             slept_ns = self.clock.now_ns - vcpu.slept_from_ns

@@ -13,6 +13,7 @@ from enum import IntEnum, IntFlag
 from typing import Protocol
 
 from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
+from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE_BSP
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
@@ -272,7 +273,7 @@ class Vcpu:
         if self.requests & _REQ_UNBLOCK:
             self._serve_unblock()
         lapic = self.lapic
-        if lapic is not None and lapic.pending_events:
+        if lapic is not None and (lapic.pending_events or lapic.pv_unhalted):
             return True
         if self.mp_state != _HALTED:
             return False
@@ -290,11 +291,20 @@ class Vcpu:
         events, lapic.pending_events = lapic.pending_events, 0
         if events & _PENDING_INIT:
             self._reset(lapic)
-            self.mp_state = _RUNNABLE if self.is_bsp else _INIT_RECEIVED
+            if lapic.apic_base & MSR_IA32_APICBASE_BSP:
+                self.make_runnable()
+            else:
+                self.mp_state = _INIT_RECEIVED
         if events & _PENDING_SIPI and self.mp_state == _INIT_RECEIVED:
             self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
             self._take_over_state()
-            self.mp_state = _RUNNABLE
+            self.make_runnable()
+
+    def make_runnable(self) -> None:
+        """`kvm_set_mp_state(KVM_MP_STATE_RUNNABLE)`: a remote read's wake-up is used up by it."""
+        self.mp_state = _RUNNABLE
+        if self.lapic is not None:
+            self.lapic.pv_unhalted = False
 
     def _reset(self, lapic: Lapic) -> None:
         """`kvm_vcpu_reset(init_event=true)`."""
@@ -321,6 +331,8 @@ class Vcpu:
         if mp_state == _SIPI_RECEIVED and self.lapic is not None:
             self.mp_state = _INIT_RECEIVED
             self.lapic.pending_events |= _PENDING_SIPI
+        elif mp_state == _RUNNABLE:
+            self.make_runnable()
         else:
             self.mp_state = mp_state
         self.request_event()
