@@ -70,6 +70,9 @@ class IoapicStub:
     def update_eoi(self, lapic: Lapic, vector: int, trig_mode_level: bool) -> None:
         self.eois.append((lapic.vcpu.vcpu_id, vector, trig_mode_level))
 
+    def restore_rtc_tracking(self, lapic: Lapic) -> None:
+        """No RTC here."""
+
     def handled_vectors(self, lapic: Lapic) -> int:
         return 0
 

@@ -81,7 +81,8 @@ def test_expiries_that_find_one_pending_are_merged(rig: LapicRig) -> None:
 def test_the_timer_is_recorded_under_its_function(rig: LapicRig) -> None:
     start(rig, ONESHOT, MS)
     rig.write(0x380, 0)
-    assert rig.records() == [(0x1001, int(Function.APIC_TIMER_FN), MS, 0), (0x1001,)]
+    _, *timer = rig.records()
+    assert timer == [(0x1001, int(Function.APIC_TIMER_FN), MS, 0), (0x1001,)]
 
 
 def test_a_zero_count_stops_it(rig: LapicRig) -> None:
@@ -94,13 +95,24 @@ def test_a_zero_count_stops_it(rig: LapicRig) -> None:
     assert len(rig.expiries()) == 1
 
 
-def test_a_masked_timer_runs_and_delivers_nothing(rig: LapicRig) -> None:
+def test_a_masked_timer_runs_and_its_expiry_waits_for_the_unmasking(rig: LapicRig) -> None:
     start(rig, ONESHOT | MASKED, MS)
     rig.run(MS // 2)
     assert rig.read(0x390) == MS // 2
     rig.run(MS)
     assert not take(rig)
+    assert (rig.lapic.pending_timer, rig.vcpu.unblocks) == (1, 1)
+    rig.write(0x320, ONESHOT)
+    assert rig.vcpu.unblocks == 2
+    assert take(rig)
     assert rig.lapic.pending_timer == 0
+
+
+def test_disabling_the_apic_forgets_an_expiry_that_waits(rig: LapicRig) -> None:
+    start(rig, ONESHOT | MASKED, MS)
+    rig.run(2 * MS)
+    rig.write(0xF0, 0xFF)
+    rig.write(0xF0, 0x1FF)
     rig.write(0x320, ONESHOT)
     assert not take(rig)
 

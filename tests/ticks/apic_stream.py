@@ -71,9 +71,9 @@ class ApicStream:
         """A vector goes into the VMCS."""
         self.on(vcpu, at).kvm_inj_virq(vector, False, False)
 
-    def inject_nmi(self, at: int, vcpu: int = 0) -> None:
+    def inject_nmi(self, at: int, vcpu: int = 0, pending: int = 0) -> None:
         """An NMI goes into the VMCS."""
-        self.on(vcpu, at).kvm_inj_nmi(vcpu)
+        self.on(vcpu, at).kvm_inj_nmi(vcpu, pending)
 
     def eoi(self, at: int, vector: int = VECTOR, vcpu: int = 0, pin: int | None = None) -> None:
         """The guest writes its local APIC's EOI; the IOAPIC hears of it for `pin`."""

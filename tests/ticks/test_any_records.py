@@ -53,8 +53,6 @@ def any_record(draw: st.DrawFn) -> Record:
     fields = [draw(FIELDS.get(name, small)) for name in TRACEPOINTS[event].fields]
     if event == Event.KVM_EOI and draw(st.booleans()):
         fields[1] = -1
-    if event == Event.KVM_INJ_NMI and draw(st.booleans()):
-        fields.append(draw(small))
     return (0, int(event), task, *fields)
 
 
@@ -88,7 +86,7 @@ WHOLE: list[list[Record]] = [
     PLAIN,
     PLAIN,
     PLAIN * 3,
-    [*tick(PIC, NMI), (0, int(Event.KVM_INJ_NMI), VCPU_0, 0), taken(0x20), *PIC_EOI],
+    [*tick(PIC, NMI), (0, int(Event.KVM_INJ_NMI), VCPU_0, 0, 0), taken(0x20), *PIC_EOI],
     [*tick(ACCEPT, IOAPIC, PIC), taken(0x40), EOI, (0, int(Event.KVM_ACK_IRQ), VCPU_0, 2, 2)],
     [
         (0, Event.HRTIMER_START, VCPU_0, 0x301, 2, PERIOD_NS, False),
@@ -218,7 +216,7 @@ AFTER: dict[str, list[Record]] = {
         taken(0x50),
     ],
     "an expiry": [(0, Event.HRTIMER_EXPIRE_ENTRY, IRQ_CONTEXT, 0x301, 2, 0)],
-    "the watchdog": [NMI, (0, Event.KVM_INJ_NMI, VCPU_0, 0)],
+    "the watchdog": [NMI, (0, Event.KVM_INJ_NMI, VCPU_0, 0, 0)],
     "an automatic eoi": [
         *tick(PIC)[4:],
         (0, Event.KVM_ACK_IRQ, VCPU_0, 0, 0),

@@ -439,8 +439,10 @@ class Lapic(LapicRegisters):
         self.local_deliver(APIC_LVT0)
 
     def inject_pending_timer_irqs(self) -> None:
-        """`kvm_inject_apic_timer_irqs`: a pending expiry becomes LVTT's interrupt."""
-        if self.pending_timer:
+        """`kvm_inject_apic_timer_irqs`: a pending expiry becomes LVTT's interrupt; while that is
+        masked or the APIC disabled it stays pending (`apic_has_pending_timer`).
+        """
+        if self.pending_timer and self.sw_enabled and not self.lvtt & APIC_LVT_MASKED:
             self.local_deliver(APIC_LVTT)
             self.taken()
 
@@ -617,7 +619,8 @@ class Lapic(LapicRegisters):
 
     def _write(self, register: int, value: int) -> bool:
         """`kvm_lapic_reg_write`: 32 bits; False: no such register, or not writable so."""
-        if self._recorder.detail:
+        if self._recorder.detail or register in (APIC_LVTT, APIC_SPIV):
+            # Verdicts need to know when the timer's interrupt was masked.
             self._recorder.kvm_apic(1, register, value)
         if register == APIC_EOI:
             self.eoi()
@@ -670,6 +673,9 @@ class Lapic(LapicRegisters):
             value |= APIC_LVT_MASKED
         self.lvtt = value & (LVT_MASK | self.timer_mode_mask)
         self.update_lvtt()
+        if self.pending_timer:
+            # The kernel looks before every entry; here an unmasked expiry asks for it.
+            self.vcpu.request_unblock()
 
     def _write_lvt(self, register: int, value: int) -> None:
         if register == APIC_LVT0:

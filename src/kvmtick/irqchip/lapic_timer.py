@@ -181,7 +181,7 @@ class LapicTimer:
             self.timer.restart()
 
     def taken(self) -> None:
-        """The pending expiry has become an interrupt (or nothing, if the LVT is masked)."""
+        """The pending expiry has become an interrupt."""
         self.pending_timer = 0
         if self.timer_mode == APIC_LVT_TIMER_TSCDEADLINE:
             self.tscdeadline = 0

@@ -98,8 +98,8 @@ class LocalApics:
         if key in self._known:
             self._known[key].extra += 1
 
-    def inject_nmi(self, vcpu: int, pending: int | None, ts_ns: int) -> None:
-        """An NMI was written into the VMCS; `pending`: how many still wait, if the trace says."""
+    def inject_nmi(self, vcpu: int, pending: int, ts_ns: int) -> None:
+        """An NMI was written into the VMCS; `pending`: how many still wait."""
         waiting = self._nmis.get(vcpu)
         source = self._known.get(vcpu * STRIDE + NMI)
         claim = waiting.popleft() if waiting else None
@@ -107,7 +107,7 @@ class LocalApics:
             claim.source.arrive(claim, ts_ns, vcpu, NMI_VECTOR)
         elif source is not None:
             source.extra += 1
-        while waiting and pending is not None and len(waiting) > pending:
+        while waiting and len(waiting) > pending:
             merged = waiting.pop()
             if merged is not None:
                 merged.source.merge(merged, Where.LAPIC, "as many NMIs as can wait were pending")

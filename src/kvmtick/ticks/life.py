@@ -252,8 +252,7 @@ class TickAssembler:
 
     def _inj_nmi(self, record: Record) -> None:
         self._guest_ran(record[2], record[3])
-        pending = record[4] if len(record) > 4 else None
-        self._apics.inject_nmi(record[3], pending, record[0])
+        self._apics.inject_nmi(record[3], record[4], record[0])
 
     def _eoi(self, record: Record) -> None:
         ts_ns, _, _, vcpu, vector = record

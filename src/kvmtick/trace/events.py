@@ -133,7 +133,7 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     Event.KVM_MSR: Tracepoint("kvm", "kvm_msr", ("write", "ecx", "data", "exception")),
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: Tracepoint("kvm", "kvm_ioapic_delayed_eoi_inj", ("e",)),
     # The kernel has none for an NMI either: only intr_info of kvm_entry shows it.
-    Event.KVM_INJ_NMI: Tracepoint("kvmtick", "kvm_inj_nmi", ("vcpu_id",)),
+    Event.KVM_INJ_NMI: Tracepoint("kvmtick", "kvm_inj_nmi", ("vcpu_id", "pending")),
 }
 
 

@@ -211,7 +211,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
         f"msr_{'write' if r[3] else 'read'} {r[4]:x} = 0x{r[5]:x}{' (#GP)' if r[6] else ''}"
     ),
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: _delayed_eoi_inj,
-    Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]}",
+    Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]} pending {r[4]}",
 }
 
 

@@ -262,7 +262,9 @@ class Recorder:
         self._buffer.append((self._clock.now_ns, _KVM_APIC_IPI, self.task, icr_low, dest_id))
 
     def kvm_apic(self, rw: int, reg: int, val: int) -> None:
-        """A local APIC register was accessed (detail; the caller asks); `rw` is 1 for a write."""
+        """A local APIC register was accessed (detail, but for writes of LVTT and SPIV; the caller
+        asks); `rw` is 1 for a write.
+        """
         self._buffer.append((self._clock.now_ns, _KVM_APIC, self.task, rw, reg, val))
 
     def kvm_mmio(self, type_: int, len_: int, gpa: int, val: int) -> None:
@@ -279,6 +281,8 @@ class Recorder:
         """A level line stayed high over so many EOIs that its next request is put off."""
         self._buffer.append((self._clock.now_ns, _KVM_IOAPIC_DELAYED_EOI_INJ, self.task, e))
 
-    def kvm_inj_nmi(self, vcpu_id: int) -> None:
-        """An NMI was written into the VMCS for the next VM entry (the model's own event)."""
-        self._buffer.append((self._clock.now_ns, _KVM_INJ_NMI, self.task, vcpu_id))
+    def kvm_inj_nmi(self, vcpu_id: int, pending: int) -> None:
+        """An NMI was written into the VMCS for the next VM entry, so many still wait (the model's
+        own event).
+        """
+        self._buffer.append((self._clock.now_ns, _KVM_INJ_NMI, self.task, vcpu_id, pending))

@@ -93,7 +93,7 @@ def inject_pending_event(
     elif pending.nmi_pending and nmi_allowed(vmcs):
         pending.nmi_pending -= 1
         vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
-        recorder.kvm_inj_nmi(source.vcpu_id)
+        recorder.kvm_inj_nmi(source.vcpu_id, pending.nmi_pending)
     elif waits and interrupt_allowed(vmcs):
         vector = source.get_interrupt()
         recorder.kvm_inj_virq(vector, False, False)
