@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -155,10 +156,12 @@ def test_descriptors_to_wait_for(apics: Wired, fds: NewFd) -> None:
     assert apics.irqfds.fileno_list() == []
     fd = fds()
     apics.irqfds.set(fd, 4)
-    (held,) = apics.irqfds.fileno_list()
-    assert held != fd
-    os.eventfd_write(held, 1)
-    assert count(fd) == 1
+    (waited_for,) = apics.irqfds.fileno_list()
+    assert select.select([waited_for], [], [], 0)[0] == []
+    os.eventfd_write(fd, 1)
+    assert select.select([waited_for], [], [], 0)[0] == [waited_for]
+    assert apics.irqfds.poll()
+    assert select.select([waited_for], [], [], 0)[0] == []
     apics.irqfds.set(fd, 4, DEASSIGN)
     assert apics.irqfds.fileno_list() == []
 

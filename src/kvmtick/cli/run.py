@@ -255,9 +255,7 @@ def _hz(text: str | None) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(
-            f"--hz {text}: no rate; give ticks a second, such as 1000"
-        ) from None
+        raise UsageError(f"--hz {text}: no rate; give ticks a second, such as 1000") from None
 
 
 def _hold_ms(text: str | None) -> int | None:

@@ -567,7 +567,8 @@ static void keep_exception(Engine *self)
     set_watch(self);
 }
 
-static PyObject *call_handler(PyObject *handler, const unsigned long long *values, size_t count)
+static PyObject *call_handler(Engine *self, int which, const unsigned long long *values,
+                              size_t count)
 {
     PyObject *arguments[4] = {NULL};
     PyObject *result = NULL;
@@ -580,7 +581,9 @@ static PyObject *call_handler(PyObject *handler, const unsigned long long *value
         made++;
     }
     if (made == count) {
-        result = PyObject_Vectorcall(handler, arguments, count, NULL);
+        /* The access ends a shadow, so there is none. */
+        self->interruptibility = U32(self->env, ENV_HFLAGS2) & HF2_NMI ? SHADOW_NMI : 0;
+        result = PyObject_Vectorcall(self->handlers[which], arguments, count, NULL);
     }
     while (made > 0) {
         Py_DECREF(arguments[--made]);
@@ -591,7 +594,7 @@ static PyObject *call_handler(PyObject *handler, const unsigned long long *value
 /* Calls a handler that answers nothing; the GIL is held. */
 static void tell(Engine *self, int which, const unsigned long long *values, size_t count)
 {
-    PyObject *result = call_handler(self->handlers[which], values, count);
+    PyObject *result = call_handler(self, which, values, count);
     if (result == NULL) {
         keep_exception(self);
     }
@@ -601,7 +604,7 @@ static void tell(Engine *self, int which, const unsigned long long *values, size
 /* Calls a handler that answers a number; all ones when it raises. The GIL is held. */
 static uint64_t ask(Engine *self, int which, const unsigned long long *values, size_t count)
 {
-    PyObject *result = call_handler(self->handlers[which], values, count);
+    PyObject *result = call_handler(self, which, values, count);
     uint64_t value = UINT64_MAX;
     if (result != NULL) {
         value = PyLong_AsUnsignedLongLongMask(result);
@@ -693,7 +696,7 @@ static bool write_msr(Engine *self, uint32_t index, uint64_t value)
         return false;
     }
     take_gil(self);
-    PyObject *result = call_handler(self->handlers[ON_WRMSR], values, COUNT(values));
+    PyObject *result = call_handler(self, ON_WRMSR, values, COUNT(values));
     int taken = result != NULL ? PyObject_IsTrue(result) : -1;
     Py_XDECREF(result);
     if (taken < 0) {
@@ -710,7 +713,7 @@ static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
         return false;
     }
     take_gil(self);
-    PyObject *result = call_handler(self->handlers[ON_RDMSR], values, COUNT(values));
+    PyObject *result = call_handler(self, ON_RDMSR, values, COUNT(values));
     bool answered = result != Py_None;
     if (result != NULL && answered) {
         *value = PyLong_AsUnsignedLongLongMask(result);
@@ -784,7 +787,7 @@ static void ask_cpuid(Engine *self, unsigned long *answer)
     unsigned long long values[] = {(uint32_t)REGISTER(self->env, RAX),
                                    (uint32_t)REGISTER(self->env, RCX)};
     take_gil(self);
-    PyObject *result = call_handler(self->handlers[ON_CPUID], values, COUNT(values));
+    PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
     if (!unpack_cpuid(result, answer)) {
         keep_exception(self);
     }

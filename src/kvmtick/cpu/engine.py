@@ -19,7 +19,8 @@ to the next VM exit:
   since the entry, the access itself not counted. To leave after it the handler kicks; the access is
   done once, and the kick ends the execution at the boundary behind the instruction;
 * CPUID answers what the handler says;
-* every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date.
+* every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date;
+  in a handler `interruptibility` is that behind the access.
 
 Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
 instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus the instructions

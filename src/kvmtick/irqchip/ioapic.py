@@ -261,9 +261,7 @@ class Ioapic:
     def messages(self) -> list[LapicIrq]:
         """What its unmasked pins send."""
         return [
-            self._message(pin, entry)
-            for pin, entry in enumerate(self.redirtbl)
-            if not entry & MASK
+            self._message(pin, entry) for pin, entry in enumerate(self.redirtbl) if not entry & MASK
         ]
 
     def _message(self, pin: int, entry: int) -> LapicIrq:

@@ -6,12 +6,12 @@ resampling irqfd raises the line and leaves it up; when the guest acknowledges t
 line drops and every resamplefd of the GSI is signalled, so that whoever still wants attention
 signals again.
 
-The kernel is called when an eventfd is signalled; here `IrqFds.poll` looks.
+The kernel is called when an eventfd is signalled; here `IrqFds.poll` looks, edge triggered, so that
+a count from before the assignment stays where it is, as in the kernel.
 
 Not modelled: an irqfd that goes away because its last descriptor was closed (a duplicate is held
-here), the count that stays in an eventfd which was signalled before it was assigned, the way of an
-irqfd's message that the fast map of destinations cannot tell (the kernel hands it to a work item,
-which shows in a trace), irq bypass.
+here), the way of an irqfd's message that the fast map of destinations cannot tell (the kernel hands
+it to a work item, which shows in a trace), irq bypass.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Resampler:
 class IrqFds(Closing):
     """The irqfds of one VM. It registers itself as the notifiers' `resampler`."""
 
-    __slots__ = ("_by_fd", "_notifiers", "_poller", "_resamplers", "_routing", "assigned")
+    __slots__ = ("_by_fd", "_epoll", "_notifiers", "_resamplers", "_routing", "assigned")
 
     def __init__(self, routing: IrqRouting, notifiers: Notifiers) -> None:
         self._routing = routing
@@ -156,7 +156,7 @@ class IrqFds(Closing):
         self.assigned: list[_IrqFd] = []
         self._by_fd: dict[int, _IrqFd] = {}
         self._resamplers: dict[int, _Resampler] = {}
-        self._poller = select.poll()
+        self._epoll: select.epoll | None = None
         notifiers.resampler = self._notify_resampler_of
 
     def __len__(self) -> int:
@@ -207,8 +207,12 @@ class IrqFds(Closing):
         _bound.add(eventfd.ident)
         self.assigned.append(irqfd)
         self._by_fd[eventfd.fd] = irqfd
-        self._poller.register(eventfd.fd, select.POLLIN)
-        if eventfd.take():
+        # What other eventfds have to say must not be lost with the readiness this one starts with.
+        self.poll()
+        if self._epoll is None:
+            self._epoll = select.epoll()
+        self._epoll.register(eventfd.fd, select.EPOLLIN | select.EPOLLET)
+        if self._epoll.poll(0):
             self._inject_work(irqfd)
 
     def deassign(self, fd: int, gsi: int) -> None:
@@ -217,31 +221,35 @@ class IrqFds(Closing):
         KvmError EBADF: no descriptor; EINVAL: not an eventfd.
         """
         ident = _eventfd_ident(fd, KVM_IRQFD)
+        # What was signalled before was raised before.
+        self.poll()
         for irqfd in [each for each in self.assigned if each.gsi == gsi]:
             if irqfd.eventfd.ident == ident:
-                # What was signalled before was raised before.
-                self._take(irqfd)
                 self._remove(irqfd)
 
     def poll(self) -> bool:
         """Raise the GSIs of all eventfds signalled since; False if none was."""
-        if not self.assigned:
+        if self._epoll is None:
             return False
         signalled = False
-        for fd, _ in self._poller.poll(0):
+        for fd, _ in self._epoll.poll(0):
             irqfd = self._by_fd.get(fd)
-            if irqfd is not None and self._take(irqfd):
+            # An eventfd that is a semaphore gives its signals one by one.
+            while irqfd is not None and self._take(irqfd):
                 signalled = True
         return signalled
 
     def fileno_list(self) -> list[int]:
-        """The descriptors to wait for in a sleep; they become readable when `poll` is due."""
-        return list(self._by_fd)
+        """The descriptors to wait for in a sleep; one becomes readable when `poll` is due."""
+        return [self._epoll.fileno()] if self._epoll is not None and self.assigned else []
 
     def close(self) -> None:
         """`kvm_irqfd_release`: give all of them back; harmless when repeated."""
         for irqfd in list(self.assigned):
             self._remove(irqfd)
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
 
     def _take(self, irqfd: _IrqFd) -> bool:
         """`irqfd_wakeup`."""
@@ -263,7 +271,8 @@ class IrqFds(Closing):
         _bound.discard(irqfd.eventfd.ident)
         self.assigned.remove(irqfd)
         del self._by_fd[irqfd.eventfd.fd]
-        self._poller.unregister(irqfd.eventfd.fd)
+        if self._epoll is not None:
+            self._epoll.unregister(irqfd.eventfd.fd)
         self._shutdown(irqfd)
 
     def _shutdown(self, irqfd: _IrqFd) -> None:

@@ -118,7 +118,14 @@ from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
 from kvmtick.trace.events import Function
 from kvmtick.trace.recorder import Recorder
 
-__all__ = ["DEFAULT_MAXPHYADDR", "Lapic", "LapicBoard", "LapicVcpu", "x2apic_ldr"]
+__all__ = [
+    "DEFAULT_MAXPHYADDR",
+    "Lapic",
+    "LapicBoard",
+    "LapicVcpu",
+    "is_valid_apic_base",
+    "x2apic_ldr",
+]
 
 NO_VECTOR = -1
 DEFAULT_MAXPHYADDR = 36
@@ -134,6 +141,15 @@ _LVT_MASKS: Final = {
     APIC_LVT1: LINT_MASK,
     APIC_LVTERR: LVT_MASK,
 }
+
+
+def is_valid_apic_base(value: int, has_x2apic: bool, maxphyaddr: int) -> bool:
+    """Whether IA32_APIC_BASE can be that: no reserved bit, x2APIC mode only if CPUID has it and
+    the APIC is enabled.
+    """
+    reserved = APICBASE_RESERVED if has_x2apic else APICBASE_RESERVED | X2APIC_ENABLE
+    mode = value & APICBASE_MODE_MASK
+    return not (value & reserved or value >> maxphyaddr or mode == X2APIC_ENABLE)
 
 
 def x2apic_ldr(x2apic_id: int) -> int:
@@ -284,12 +300,9 @@ class Lapic(LapicRegisters):
         """
         if value == self.apic_base:
             return True
-        reserved = APICBASE_RESERVED
-        if not self.vcpu.has_cpuid("x2apic"):
-            reserved |= X2APIC_ENABLE
-        mode = value & APICBASE_MODE_MASK
-        if value & reserved or value >> self.maxphyaddr or mode == X2APIC_ENABLE:
+        if not is_valid_apic_base(value, self.vcpu.has_cpuid("x2apic"), self.maxphyaddr):
             return False
+        mode = value & APICBASE_MODE_MASK
         if not host_initiated:
             if self.x2apic_mode and mode == MSR_IA32_APICBASE_ENABLE:
                 return False

@@ -27,6 +27,12 @@ class ModelKvm:
 
         return ModelVm(clock=clock, seed=seed)
 
+    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID of the model."""
+        from kvmtick.kvm.model_vcpu import cpuid_entries
+
+        return cpuid_entries()
+
 
 class KernelKvm:
     """Makes VMs of /dev/kvm."""

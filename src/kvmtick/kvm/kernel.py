@@ -58,6 +58,7 @@ from kvmtick.host.kvmdev import (
     open_kvm,
 )
 from kvmtick.irqchip.i8254 import nominal_period_ns
+from kvmtick.kvm.setup import prepare
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
@@ -324,6 +325,13 @@ class KernelVm(Closing):
         if vcpu_id == 0 and self._guest is not None:
             vcpu.set_real_mode(*self._guest.entry)
         return vcpu
+
+    def prepare(self, needs: guests.Needs, reinject: bool = True) -> list[KernelVcpu]:
+        """Set up what a guest needs (`Guest.needs`): irqchip, PIT, routing, vCPUs, their CPUID.
+
+        `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice.
+        """
+        return prepare(self, needs, reinject)
 
     def load(self, guest: Guest) -> None:
         """Put a guest's image into RAM and vCPU 0 (this one or the next) at its entry.

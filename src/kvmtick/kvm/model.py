@@ -159,6 +159,7 @@ class ModelVm(Closing):
 
         EINVAL: no irqchip, or `flags` but KVM_MSI_VALID_DEVID. EPERM: no vCPU.
         """
+        self.machine.board.irqfds.poll()
         msi = kvm_msi(address_lo=address, address_hi=address >> 32, data=data, flags=flags)
         return self.machine.board.routing.signal_msi(msi)
 
@@ -299,7 +300,7 @@ class ModelVm(Closing):
             raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
         if any(vcpu.vcpu_id == vcpu_id for vcpu in self.machine.board.vcpus):
             raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU")
-        return ModelVcpu(self.machine.create_vcpu(self._engine(), vcpu_id))
+        return ModelVcpu(self.machine.create_vcpu(self._engine(), vcpu_id), self.machine.board)
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID: what `ModelVcpu.set_cpuid2` may be given."""
@@ -392,7 +393,12 @@ class ModelVm(Closing):
         if block is None or not block.count:
             return []
         whole_ns = NOMINAL_TIMES * block.count * self._nominal_period_ns(block)
-        return [max(0, whole_ns - self.machine.elapsed_ns)]
+        ran_ns = self.machine.clock.now_ns - max(self.machine.loaded_ns, self._started_ns())
+        return [max(0, whole_ns - ran_ns)]
+
+    def _started_ns(self) -> int:
+        """When the machine was first run; now, if it was not."""
+        return min(self.machine.started_ns, self.machine.clock.now_ns)
 
     def _nominal_period_ns(self, block: Parameters) -> int:
         """The tick that a built-in guest's parameter block asks for."""

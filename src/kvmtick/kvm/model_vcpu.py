@@ -4,8 +4,8 @@ Each method is one vCPU ioctl of Documentation/virt/kvm/api.rst, with the kernel
 `KvmError`.
 
 Not modelled: general, segment and control registers are read only (KVM_GET_REGS); of
-KVM_SET_VCPU_EVENTS NMI masking, shadows, SMM and exceptions; every MSR but those of time and of the
-local APIC.
+KVM_SET_VCPU_EVENTS an NMI that is injected or masked, shadows, SMM and exceptions; every MSR but
+the TSC, its deadline and those of the local APIC.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.cpu.engine import EventType, Interruptibility
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.machine.board import Board
 from kvmtick.vcpu.cpuid import CpuidLeaf, supported
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 from kvmtick.vcpu.vmcs import intr_type, intr_vector
@@ -50,9 +51,10 @@ _EVENT_FLAGS = (
 class ModelVcpu:
     """One vCPU of a model VM."""
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: Vcpu, board: Board) -> None:
         self.vcpu = vcpu
         self.vcpu_id = vcpu.vcpu_id
+        self._board = board
 
     def nmi(self) -> None:
         """KVM_NMI: make an NMI pending; two at most wait."""
@@ -86,6 +88,7 @@ class ModelVcpu:
 
     def get_lapic(self) -> kvm_lapic_state:
         """KVM_GET_LAPIC. EINVAL: no in-kernel local APIC."""
+        self._board.irqfds.poll()
         return kvm_lapic_state.from_buffer_copy(self._lapic("KVM_GET_LAPIC").save())
 
     def set_lapic(self, lapic: kvm_lapic_state) -> None:
@@ -102,6 +105,7 @@ class ModelVcpu:
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: a KVM_MP_STATE_* value."""
+        self._board.irqfds.poll()
         vcpu = self.vcpu
         vcpu.accept_events()
         halted = vcpu.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD)
@@ -118,6 +122,7 @@ class ModelVcpu:
 
     def get_vcpu_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
+        self._board.irqfds.poll()
         vcpu = self.vcpu
         events = kvm_vcpu_events(
             flags=KVM_VCPUEVENT_VALID_NMI_PENDING
@@ -130,7 +135,7 @@ class ModelVcpu:
             events.interrupt.nr = intr_vector(info)
         events.nmi.injected = int(info != 0 and intr_type(info) == EventType.NMI)
         events.nmi.pending = vcpu.pending.nmi_pending
-        state = vcpu.vmcs.guest_interruptibility
+        state = vcpu.engine.interruptibility
         events.nmi.masked = int(state & Interruptibility.NMI != 0)
         if state & Interruptibility.STI:
             events.interrupt.shadow |= KVM_X86_SHADOW_INT_STI

@@ -80,6 +80,7 @@ class Machine:
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
         self.ram: mmap = mmap(-1, RAM_BYTES)
         self.loaded: list[Guest] = []
+        self.loaded_ns = 0
         self._exit: Exit | None = None
         self._current = 0
         self._quantum_end_ns = NEVER_NS
@@ -112,12 +113,14 @@ class Machine:
         """Copy an image into RAM and let the vCPU that boots start at its entry."""
         self.write_memory(guest.load_at, guest.image)
         self.loaded.append(guest)
+        self.loaded_ns = self.clock.now_ns
+        self._exit = None
         for vcpu in self.board.vcpus:
             self._place(vcpu)
 
     def _place(self, vcpu: Vcpu) -> None:
         if vcpu.is_bsp:
-            vcpu.engine.reset(*self.loaded[-1].entry)
+            vcpu.start_at(*self.loaded[-1].entry)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest RAM; ValueError if it does not fit."""
@@ -174,7 +177,7 @@ class Machine:
         `limit_s` wall seconds are over (`limit`), or `until`, asked whenever the vCPU is out of
         the guest, says so (`until`).
 
-        May be called again to go on, unless the guest itself ended.
+        May be called again to go on, unless the guest itself ended; then after another `load`.
         """
         if not self.board.vcpus:
             raise ValueError("the machine has no vCPU: create one before running")
@@ -225,7 +228,8 @@ class Machine:
             if (self._slice_over or passes & 15 == 0) and self._look_up(limit_s, stopwatch):
                 return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
             if not alone:
-                self._take_turns(end_ns)
+                if self._take_turns(end_ns):
+                    return Exit("deadlock", detail=self._deadlock_detail())
             else:
                 if vcpu.kicked:
                     self._meet_busy_host(vcpu)
@@ -234,7 +238,7 @@ class Machine:
                 elif vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
                     self._enter(vcpu, end_ns)
                 elif self._is_deadlocked(end_ns):
-                    self._exit = Exit("deadlock", detail=self._deadlock_detail())
+                    return Exit("deadlock", detail=self._deadlock_detail())
                 elif self._block(vcpu, end_ns, block_passes):
                     self._enter(vcpu, end_ns)
             if until is not None and self._exit is None and until():
@@ -250,16 +254,17 @@ class Machine:
 
     # Several vCPUs on one host CPU.
 
-    def _take_turns(self, end_ns: int) -> None:
-        """Let the vCPU whose turn it is run, or let time pass if none can."""
+    def _take_turns(self, end_ns: int) -> bool:
+        """Let the vCPU whose turn it is run, or let time pass if none can; true: a deadlock."""
         vcpu = self._schedule()
         if vcpu is not None:
             if vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
                 self._enter(vcpu, end_ns)
         elif self._is_deadlocked(end_ns):
-            self._exit = Exit("deadlock", detail=self._deadlock_detail())
+            return True
         else:
             self._sleep(end_ns)
+        return False
 
     def _schedule(self) -> Vcpu | None:
         """Round robin: the current vCPU until its quantum is over or it halts, then the next."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvmtick.irqchip.lapic import is_valid_apic_base
+
 if TYPE_CHECKING:
     from kvmtick.vcpu.vcpu import Vcpu, VcpuBoard
 
@@ -60,6 +62,7 @@ class ExitHandlers:
     """The handlers of one vCPU; `entered_ns` is when it entered the guest last."""
 
     __slots__ = (
+        "_apic_base",
         "_board",
         "_bus",
         "_clock",
@@ -80,6 +83,8 @@ class ExitHandlers:
         self._bus = board.bus
         self._ports = board.ports
         self._pio_data = 0
+        # IA32_APIC_BASE of a vCPU whose local APIC is user space's business.
+        self._apic_base = APIC_BASE_WITHOUT_LAPIC
         self.entered_ns = 0
         vcpu.engine.attach(
             self.pio_out,
@@ -231,7 +236,10 @@ class ExitHandlers:
         if index == MSR_IA32_APIC_BASE:
             if lapic is not None:
                 return lapic.set_base(value, host_initiated)
-            return value & ~U64 == 0
+            if not is_valid_apic_base(value, vcpu.has_cpuid("x2apic"), vcpu.cpuid.maxphyaddr()):
+                return False
+            self._apic_base = value
+            return True
         if lapic is None:
             return index == MSR_IA32_TSC_DEADLINE
         return lapic.write_msr(index, value)
@@ -243,7 +251,7 @@ class ExitHandlers:
         if index == MSR_IA32_TSC:
             return vcpu.guest_tsc() & U64
         if index == MSR_IA32_APIC_BASE:
-            return APIC_BASE_WITHOUT_LAPIC if lapic is None else lapic.apic_base
+            return self._apic_base if lapic is None else lapic.apic_base
         if lapic is None:
             return 0 if index == MSR_IA32_TSC_DEADLINE else None
         return lapic.read_msr(index)

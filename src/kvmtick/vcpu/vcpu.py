@@ -113,7 +113,6 @@ class Vcpu:
         "_board",
         "_clock",
         "_eoi_exit_vector",
-        "_nmis_queued",
         "_pic",
         "_recorder",
         "_tsc_offset_ns",
@@ -161,7 +160,6 @@ class Vcpu:
         self.instructions = 0
         self.off_until_ns = 0
         self.slept_from_ns = 0
-        self._nmis_queued = 0
         self._eoi_exit_vector = NO_VECTOR
         self._tsc_offset_ns = 0
         self.cpuid = Cpuid()
@@ -207,17 +205,11 @@ class Vcpu:
             self.engine.kick()
 
     def queue_nmi(self) -> None:
-        """`kvm_inject_nmi`. What the guest blocks is known when it is out of the guest."""
-        self._nmis_queued += 1
-        if not self.in_guest:
-            self._process_nmi()
+        """`kvm_inject_nmi` and `process_nmi`; never called while guest code runs, at most from
+        within one of its accesses.
+        """
+        self.pending.queue_nmi(bool(self.engine.interruptibility & Interruptibility.NMI))
         self.request_event()
-
-    def _process_nmi(self) -> None:
-        blocked = bool(self.vmcs.guest_interruptibility & Interruptibility.NMI)
-        while self._nmis_queued:
-            self._nmis_queued -= 1
-            self.pending.queue_nmi(blocked)
 
     # Time.
 
@@ -254,7 +246,7 @@ class Vcpu:
         waits = self.pending_external_vector != NO_VECTOR if pic is None else pic.output
         if waits and lapic.accepts_pic_intr():
             return True
-        return lapic.irr != 0 and lapic.has_interrupt() != NO_VECTOR
+        return lapic.has_interrupt() != NO_VECTOR
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_interrupt`: the INTA cycle goes first, then IRR to ISR in the local APIC."""
@@ -310,9 +302,14 @@ class Vcpu:
         """`kvm_vcpu_reset(init_event=true)`."""
         lapic.reset(init_event=True)
         self.pending = PendingEvents()
-        self._nmis_queued = 0
         self.engine.reset(*RESET_CS_IP)
         self._take_over_state()
+
+    def start_at(self, cs: int, ip: int) -> None:
+        """Real mode at `cs`:`ip`, as user space starts a vCPU (KVM_SET_SREGS, KVM_SET_REGS)."""
+        self.engine.reset(cs, ip)
+        self._take_over_state()
+        self.make_runnable()
 
     def _take_over_state(self) -> None:
         """The engine was reset: nothing of the last entry holds any more."""
@@ -382,8 +379,6 @@ class Vcpu:
         vmcs.guest_interruptibility = engine.interruptibility
         vmcs.entry_intr_info = 0
         vmcs.idt_vectoring_info = engine.idt_vectoring_info
-        if self._nmis_queued:
-            self._process_nmi()
         if recorder.detail:
             self.record_exit(reason, 0)
         if reason == _EXIT_HLT:
