@@ -496,17 +496,6 @@ ROWS: list[Row] = [
     ("GET_LAPIC split", SPLIT, on_vcpu(lambda v: v.get_lapic()), None),
 ]
 
-UNMODELLED = {
-    f"{call} {given} {msr}": "of MSRs only those of time and of the local APIC are modelled"
-    for given in ("no irqchip", "irqchip")
-    for call, msr in (
-        ("GET_MSRS", "TSC_ADJUST"),
-        ("GET_MSRS", "KVM_SYSTEM_TIME_NEW"),
-        ("GET_MSRS", "KVM_PV_EOI_EN"),
-        ("SET_MSRS", "TSC_ADJUST=5"),
-    )
-}
-
 
 @pytest.fixture
 def host(backend: Backend) -> Iterator[Host]:
@@ -522,8 +511,6 @@ def host(backend: Backend) -> Iterator[Host]:
 def test_row(
     backend: Backend, host: Host, name: str, before: Call, call: Call, expected: object
 ) -> None:
-    if name in UNMODELLED:
-        backend.not_modelled(UNMODELLED[name])
     before(host)
     if isinstance(expected, KvmError):
         with pytest.raises(KvmError) as caught:

@@ -95,10 +95,8 @@ def test_two_signals_before_a_look_are_one_pulse_and_a_semaphore_is_as_many(
         apics.irqfds.set(fd, 4)
         os.eventfd_write(fd, 1)
         os.eventfd_write(fd, 1)
-    looks = 0
-    while apics.irqfds.poll():
-        looks += 1
-    assert looks == 2
+    assert apics.irqfds.poll()
+    assert not apics.irqfds.poll()
     assert apics.driven().count((4, 1, 0)) == 3
 
 

@@ -30,7 +30,12 @@ EXIT_EPT_MISCONFIG = 49
 
 MSR_IA32_TSC = 0x10
 MSR_IA32_APIC_BASE = 0x1B
+MSR_IA32_TSC_ADJUST = 0x3B
 MSR_IA32_TSC_DEADLINE = 0x6E0
+MSR_KVM_SYSTEM_TIME_NEW = 0x4B56_4D01
+MSR_KVM_PV_EOI_EN = 0x4B56_4D04
+_ABSENT = frozenset({MSR_IA32_TSC_ADJUST, MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_PV_EOI_EN})
+"""User space may read them, CPUID offers none to the guest."""
 APIC_BASE_WITHOUT_LAPIC = 0xFEE0_0900
 
 MMIO_READ_UNSATISFIED, MMIO_READ, MMIO_WRITE = range(3)
@@ -233,6 +238,9 @@ class ExitHandlers:
         if index == MSR_IA32_TSC:
             vcpu.set_guest_tsc(value)
             return True
+        if index in _ABSENT:
+            # Taken from user space, and without effect as long as CPUID does not have it.
+            return host_initiated and index == MSR_IA32_TSC_ADJUST
         if index == MSR_IA32_APIC_BASE:
             if lapic is not None:
                 return lapic.set_base(value, host_initiated)
@@ -250,6 +258,8 @@ class ExitHandlers:
         lapic = vcpu.lapic
         if index == MSR_IA32_TSC:
             return vcpu.guest_tsc() & U64
+        if index in _ABSENT:
+            return 0
         if index == MSR_IA32_APIC_BASE:
             return self._apic_base if lapic is None else lapic.apic_base
         if lapic is None:
