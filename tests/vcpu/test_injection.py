@@ -30,7 +30,7 @@ class Source:
         return bool(self.vectors)
 
     def get_interrupt(self) -> int:
-        return self.vectors.pop(0)
+        return self.vectors.pop(0) if self.vectors else -1
 
 
 class Now:

@@ -200,12 +200,12 @@ class Lapic(LapicRegisters):
 
     `pending_events` and `sipi_vector` wait for the vCPU (`kvm_apic_accept_events`), so does
     `pv_unhalted`, set by a remote-read message. `handled_vectors` are those whose EOI the IOAPIC
-    wants. `maxphyaddr` limits the base address.
+    wants. `maxphyaddr` limits the base address. `ppr_stale`: PPR is that of before
+    KVM_SET_LAPIC until the vCPU looks for interrupts.
     """
 
     __slots__ = (
         "_isr_cached",
-        "_ppr_stale",
         "_recorder",
         "apic_base",
         "base_address",
@@ -216,6 +216,7 @@ class Lapic(LapicRegisters):
         "lvt0_in_nmi_mode",
         "maxphyaddr",
         "pending_events",
+        "ppr_stale",
         "pv_unhalted",
         "sipi_vector",
         "sw_enabled",
@@ -240,7 +241,7 @@ class Lapic(LapicRegisters):
         self.pv_unhalted = False
         self.handled_vectors = 0
         self._isr_cached = False
-        self._ppr_stale = False
+        self.ppr_stale = False
         self.reset(init_event=False)
         # The kernel's reset runs before the vCPU is in the VM's list, and so does not map it: the
         # map has it from the next change of any APIC on.
@@ -275,7 +276,7 @@ class Lapic(LapicRegisters):
         self.tmict = 0
         self.irr = self.isr = self.tmr = 0
         self._isr_cached = False
-        self._ppr_stale = False
+        self.ppr_stale = False
         self.update_divide_count()
         self.pending_timer = 0
         self._update_ppr()
@@ -478,7 +479,7 @@ class Lapic(LapicRegisters):
         """`kvm_apic_has_interrupt`: the highest request if its class is above PPR, else -1."""
         if not self.hw_enabled:
             return NO_VECTOR
-        if self._ppr_stale:
+        if self.ppr_stale:
             self._set_ppr()
         vector = self.irr.bit_length() - 1
         return vector if vector >= 0 and vector & 0xF0 > self.procpri else NO_VECTOR
@@ -551,7 +552,7 @@ class Lapic(LapicRegisters):
 
     def _set_ppr(self) -> int:
         """`__apic_update_ppr`: PPR from TPR and what is in service; returns it."""
-        self._ppr_stale = False
+        self.ppr_stale = False
         isr, taskpri = self.isr, self.taskpri
         # Nothing in service and TPR 0 is what a tick leaves.
         ppr = self.procpri = _priority(taskpri, isr) if isr or taskpri else 0
@@ -796,7 +797,7 @@ class Lapic(LapicRegisters):
         if in_service and not self._isr_cached:
             in_service = self.isr
         self.procpri = _priority(self.taskpri, in_service)
-        self._ppr_stale = True
+        self.ppr_stale = True
         self._isr_cached = False
         self.cancel_timer()
         self.update_lvtt()

@@ -349,7 +349,10 @@ class Machine:
             return False
         if self.board.queue.next_ns == NEVER_NS == end_ns:
             return True
-        return all(map(_is_deaf, self.board.vcpus)) and not self.board.nmi_may_come()
+        for vcpu in self.board.vcpus:
+            if not _is_deaf(vcpu):
+                return False
+        return not self.board.nmi_may_come()
 
     def _deadlock_detail(self) -> str:
         if not all(map(_is_deaf, self.board.vcpus)):

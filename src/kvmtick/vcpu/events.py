@@ -44,7 +44,7 @@ class InterruptSource(Protocol):
         """`kvm_cpu_has_injectable_intr`."""
 
     def get_interrupt(self) -> int:
-        """`kvm_cpu_get_interrupt`: acknowledge and return the vector."""
+        """`kvm_cpu_get_interrupt`: acknowledge and return the vector; -1 if none waits."""
 
 
 class PendingEvents:
@@ -83,7 +83,6 @@ def inject_pending_event(
     vmcs: Vmcs, pending: PendingEvents, source: InterruptSource, recorder: Recorder
 ) -> None:
     """Fill the VM-entry interruption information and set the windows for what has to wait."""
-    waits = source.has_interrupt()
     info = pending.reinject_info
     if info:
         vmcs.entry_intr_info = info
@@ -94,10 +93,10 @@ def inject_pending_event(
         pending.nmi_pending -= 1
         vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
         recorder.kvm_inj_nmi(source.vcpu_id, pending.nmi_pending)
-    elif waits and interrupt_allowed(vmcs):
+    elif interrupt_allowed(vmcs):
         vector = source.get_interrupt()
-        recorder.kvm_inj_virq(vector, False, False)
-        vmcs.entry_intr_info = _EXTERNAL_INTERRUPT | vector
-        waits = source.has_interrupt()
+        if vector >= 0:
+            recorder.kvm_inj_virq(vector, False, False)
+            vmcs.entry_intr_info = _EXTERNAL_INTERRUPT | vector
     vmcs.nmi_window_exiting = pending.nmi_pending > 0
-    vmcs.intr_window_exiting = waits
+    vmcs.intr_window_exiting = source.has_interrupt()

@@ -246,12 +246,13 @@ class Vcpu:
         waits = self.pending_external_vector != NO_VECTOR if pic is None else pic.output
         if waits and lapic.accepts_pic_intr():
             return True
-        return lapic.has_interrupt() != NO_VECTOR
+        return (lapic.irr != 0 or lapic.ppr_stale) and lapic.has_interrupt() != NO_VECTOR
 
     def get_interrupt(self) -> int:
-        """`kvm_cpu_get_interrupt`: the INTA cycle goes first, then IRR to ISR in the local APIC."""
+        """`kvm_cpu_get_interrupt`: the INTA cycle, else IRR to ISR in the local APIC; -1: none."""
         lapic, pic = self.lapic, self._pic
-        assert lapic is not None
+        if lapic is None:
+            return NO_VECTOR
         if pic is None:
             if self.pending_external_vector != NO_VECTOR and lapic.accepts_pic_intr():
                 vector, self.pending_external_vector = self.pending_external_vector, NO_VECTOR
