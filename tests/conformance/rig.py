@@ -19,18 +19,17 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
-    kvm_cpuid_entry2,
     kvm_irq_routing_entry,
 )
 from kvmtick.kvm.kernel import PORT_SLEEP, KernelVcpu, KernelVm
 from kvmtick.kvm.model import ModelVcpu, ModelVm
+from kvmtick.kvm.setup import cpuid_of
 
 Vm = ModelVm | KernelVm
 Vcpu = ModelVcpu | KernelVcpu
 Script = tuple[Op | tuple[Op, ...], ...]
 Handler = Callable[[int, int, int | None], int | None]
 
-MODEL_TSC_KHZ = 1_000_000
 COUNT = 1193
 """A PIT count, whose period is"""
 PERIOD_NS = 999_848
@@ -64,7 +63,6 @@ TO_SELF = 0x4_4000
 
 MSR_TSC, MSR_APIC_BASE, MSR_TSC_DEADLINE = 0x10, 0x1B, 0x6E0
 APIC_BASE, X2APIC_BASE = 0xFEE0_0900, 0xFEE0_0D00
-CPUID_1_ECX_X2APIC, CPUID_1_ECX_TSC_DEADLINE = 1 << 21, 1 << 24
 
 # Redirection entries of the IOAPIC.
 POLARITY_LOW, REMOTE_IRR, LEVEL, MASKED, NMI = 1 << 13, 1 << 14, 1 << 15, 1 << 16, 0x400
@@ -109,20 +107,8 @@ class Backend:
             for vcpu_id in range(vcpus):
                 made.append(vm.create_vcpu(vcpu_id))
                 if cpuid:
-                    made[-1].set_cpuid2(cpuid_of(vm, vcpu_id))
+                    made[-1].set_cpuid2(cpuid_of(vm.get_supported_cpuid(), vcpu_id))
             yield Pc(self, vm, made)
-
-
-def cpuid_of(vm: Vm, vcpu_id: int) -> list[kvm_cpuid_entry2]:
-    """What KVM supports, with the vCPU's APIC id and the timer's TSC-deadline mode."""
-    leaves = vm.get_supported_cpuid()
-    for leaf in leaves:
-        if leaf.function == 1:
-            leaf.ebx = leaf.ebx & 0xFF_FFFF | vcpu_id << 24
-            leaf.ecx |= CPUID_1_ECX_X2APIC | CPUID_1_ECX_TSC_DEADLINE
-        elif leaf.function == 0xB:
-            leaf.edx = vcpu_id
-    return leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +122,7 @@ class Pc:
     @property
     def tsc_khz(self) -> int:
         """The rate of the TSC its guests read."""
-        return self.vm.get_tsc_khz() if isinstance(self.vm, KernelVm) else MODEL_TSC_KHZ
+        return self.vm.get_tsc_khz()
 
     def run(
         self, *script: Op | tuple[Op, ...], acts: Iterable[Callable[[], object]] = ()

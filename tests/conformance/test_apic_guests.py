@@ -1,18 +1,16 @@
-"""The guests of the APICs, set up as a VMM would: every tick they count is one the PIT made.
+"""The guests of the APICs, set up by `prepare`: every tick they count is one their timer made.
 
-On the model `ModelVm.prepare` does it, on the kernel the same calls by hand, with all of the host's
-CPUID. What a guest says when it misses something is tested with the guests.
+What a guest says when it misses something is tested with the guests.
 """
 
 import pytest
 
 from kvmtick import guests
-from kvmtick.guests import Guest, gsi_routing
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.run import Run
 
-from .rig import Backend, Vm, cpuid_of
+from .rig import Backend, Vm
 
 TICKS = 50
 LIMIT_S = 5.0
@@ -23,27 +21,11 @@ PLAYED = [
 ]
 
 
-def prepare_by_hand(vm: KernelVm, guest: Guest, reinject: bool) -> None:
-    needs = guest.needs
-    vm.create_irqchip()
-    vm.create_pit2()
-    vm.reinject_control(reinject if needs.reinject is None else needs.reinject)
-    table = gsi_routing(needs)
-    if table is not None:
-        vm.set_gsi_routing(table)
-    for vcpu_id in range(needs.vcpus):
-        vm.create_vcpu(vcpu_id).set_cpuid2(cpuid_of(vm, vcpu_id))
-
-
 def play(
     vm: Vm, name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
 ) -> Run:
-    tsc_khz = vm.get_tsc_khz() if isinstance(vm, KernelVm) else 1_000_000
-    guest = guests.load(name, ticks=TICKS, timer=timer, tsc_khz=tsc_khz, ack=ack)
-    if isinstance(vm, KernelVm):
-        prepare_by_hand(vm, guest, reinject)
-    else:
-        vm.prepare(guest.needs, reinject)
+    guest = guests.load(name, ticks=TICKS, timer=timer, tsc_khz=vm.get_tsc_khz(), ack=ack)
+    vm.prepare(guest.needs, reinject)
     vm.load(guest)
     return vm.run(limit_s=LIMIT_S)
 
@@ -79,11 +61,9 @@ def test_the_watchdog_without_acknowledgement(backend: Backend, reinject: bool) 
             assert play(vm, "nmi-watchdog", None, reinject, ack=False).guest_ticks == TICKS
             return
         guest = guests.load("nmi-watchdog", ticks=TICKS, ack=False)
+        vm.prepare(guest.needs, reinject)
+        vm.load(guest)
         if isinstance(vm, KernelVm):
-            prepare_by_hand(vm, guest, reinject)
-            vm.load(guest)
             assert vm.run(limit_s=0.1).guest_ticks == 1
         else:
-            vm.prepare(guest.needs, reinject)
-            vm.load(guest)
             assert vm.run(for_ns=100_000_000).guest_ticks == 1

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
 from kvmtick.guests import Needs, gsi_routing
+from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE
 
 __all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
 
@@ -48,10 +49,13 @@ class PreparedVm(Protocol[_Vcpu]):
 
 
 def cpuid_of(entries: list[kvm_cpuid_entry2], vcpu_id: int) -> list[kvm_cpuid_entry2]:
-    """KVM_GET_SUPPORTED_CPUID's answer for one vCPU: with its APIC id filled in."""
+    """KVM_GET_SUPPORTED_CPUID's answer for one vCPU with an in-kernel local APIC: its APIC id is
+    filled in, and the TSC deadline is there, which older kernels leave to the VMM (api.rst).
+    """
     for entry in entries:
         if entry.function == LEAF_FEATURES:
             entry.ebx = entry.ebx & ~(0xFF << APIC_ID_SHIFT) | (vcpu_id & 0xFF) << APIC_ID_SHIFT
+            entry.ecx |= ECX_TSC_DEADLINE
         elif entry.function in LEAVES_TOPOLOGY:
             entry.edx = vcpu_id
     return entries

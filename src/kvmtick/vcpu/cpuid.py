@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 
-__all__ = ["Cpuid", "CpuidLeaf", "supported"]
+__all__ = ["ECX_TSC_DEADLINE", "Cpuid", "CpuidLeaf", "supported"]
 
 LEAF_FEATURES = 1
 LEAF_ADDRESS_SIZES = 0x8000_0008
