@@ -51,7 +51,7 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["tick-lapic", "--hz", "0.1"], "--hz 0.1", "give 0.25 to 1000000"),
     (["tick-lapic", "--timer", "hourly"], "'hourly'", "see kvmtick run --help"),
     (["--timer", "oneshot"], "'tick-pic' has no choice of timer", "use tick-lapic"),
-    (["--no-ack"], "'tick-pic' always acknowledges its ticks", "use nmi-watchdog"),
+    (["--no-ack"], "'tick-pic' has no way to leave that out", "use nmi-watchdog"),
     (["tick-msi", "--reinject"], "nothing acknowledges the ticks of 'tick-msi'", "leave it out"),
     (["--seed", "lucky"], "'lucky'", "give digits only"),
     (["--story", "0"], "--story 0", "ticks count from 1"),

@@ -21,6 +21,7 @@ from guests.scenarios import (
     wrmsr,
 )
 
+from kvmtick.kvm.kernel import DEFAULT_RAM_BYTES
 from kvmtick.kvm.model import ModelVm
 
 from .rig import (
@@ -42,7 +43,6 @@ from .rig import (
 
 ON: Script = (unreal(), lapic_write(SVR, ENABLED))
 VECTOR = 0x45
-SPLITS = "the unicorn library splits this access before the model sees it"
 
 
 def read(backend: Backend, address: int, size_bytes: int) -> int:
@@ -97,8 +97,14 @@ def test_beyond_the_apics_nobody_answers(backend: Backend, address: int, size_by
 def test_an_unaligned_access_to_the_ioapic_is_one_access(
     backend: Backend, address: int, size_bytes: int, expected: int
 ) -> None:
-    backend.not_modelled(SPLITS)
     assert read(backend, address, size_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("ahead", "expected"), [(1, 0xFFFF_FF00), (2, 0xFFFF_0000), (3, 0xFF << 24)]
+)
+def test_an_access_over_the_end_of_ram(backend: Backend, ahead: int, expected: int) -> None:
+    assert read(backend, DEFAULT_RAM_BYTES - ahead, 4) == expected
 
 
 # --- writes ---------------------------------------------------------------------------------------
@@ -142,7 +148,6 @@ def test_a_lapic_register_takes_32_bits_only(
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 8, 12, 15])
 def test_an_unaligned_write_to_the_lapic_does_nothing(backend: Backend, offset: int) -> None:
-    """Bytes, as which the model sees the unaligned ones, do nothing either."""
     with backend.pc() as pc:
         assert unchanged(pc, mmio_write(LAPIC + TPR + offset, 0x5050_5050))
 
@@ -238,7 +243,6 @@ def test_8_bytes_to_the_ioapic_write_the_low_4(backend: Backend) -> None:
 
 
 def test_8_bytes_to_the_lapic_do_nothing(backend: Backend) -> None:
-    backend.not_modelled(SPLITS)
     with backend.pc() as pc:
         play_8_bytes(pc, store(LAPIC + TPR))
         assert pc.lapic(TPR) == 0

@@ -183,9 +183,10 @@ def test_without_reinjection_every_period_has_an_nmi_whatever_masks_the_irq(
     """IF=0 all the time, and nobody acknowledges anything."""
     got = play(
         *(backend, False, *WATCHDOG, out8(0x21, pic), ioapic_write(PIN, pin), pit(COUNT)),
-        *(wait_nmis(20), tsc_read(0)),
+        wait_nmis(20),
     )
-    assert got.nmis == 20
+    # on the kernel the wait may sleep over one
+    assert got.nmis == 20 if backend.exact else got.nmis >= 20
     assert sum(got.vectors) == sum(got.apic_vectors) == 0
 
 

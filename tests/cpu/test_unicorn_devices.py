@@ -67,49 +67,128 @@ def test_rep_movs_from_mmio() -> None:
     assert [cpu.long(0x4000 + 4 * i) for i in range(3)] == [LOW, LOW, 0]
 
 
-@pytest.mark.parametrize("gpa", [LAPIC + 1, LAPIC + 2, LAPIC + 3, LAPIC + 0xFFD])
-def test_unaligned_accesses_come_in_pieces(gpa: int) -> None:
-    cpu = protected("8903 f4", rbx=gpa, rax=LOW)  # mov [ebx], eax; hlt
-    assert cpu.enter() is ExitReason.HLT
-    assert cpu.accesses == [("mmio write", gpa + i, 1, 0x11 * (i + 1), 0) for i in range(4)]
-    cpu = protected("8b03 f4", rbx=gpa)  # mov eax, [ebx]; hlt
-    assert cpu.enter() is ExitReason.HLT
-    aligned = gpa & ~3
-    assert cpu.accesses == [("mmio read", aligned, 4, 0), ("mmio read", aligned + 4, 4, 0)]
-    both = (LOW << 32 | LOW) >> (8 * (gpa % 4))
-    assert cpu.register("rax") == both & 0xFFFF_FFFF
+# Loads of 1, 2, 4 and 8 bytes from [ebx] and stores of what they gave to [ecx].
+LOADS_AND_STORES = {1: ("8a03", "8801"), 2: ("668b03", "668901"), 4: ("8b03", "8901")}
+LOADS_AND_STORES[8] = ("0f6f03", "0f7f01")  # movq mm0, [ebx]; movq [ecx], mm0
 
 
-def test_8_and_16_byte_accesses_come_as_dwords() -> None:
-    # fild qword [ebx]; fistp qword [ebx]; CR4.OSFXSR on; movups xmm0, [ebx]; movups [ebx], xmm0
-    cpu = protected("df2b df3b 0f20e0 0d00020000 0f22e0 0f1003 0f1103 f4", rbx=LAPIC)
+@pytest.mark.parametrize("size_bytes", [1, 2, 4, 8])
+@pytest.mark.parametrize("gpa", [LAPIC, *(LAPIC + i for i in (1, 2, 3, 5, 7)), LAPIC + 0xFF8])
+@pytest.mark.parametrize("release_gil", [False, True])
+def test_an_access_comes_whole(gpa: int, size_bytes: int, release_gil: bool) -> None:
+    cpu = protected("".join(LOADS_AND_STORES[size_bytes]) + "f4", rbx=gpa, rcx=gpa)
+    cpu.engine.release_gil(release_gil)
     assert cpu.enter() is ExitReason.HLT
-    reads = [access[1] - LAPIC for access in cpu.accesses if access[0] == "mmio read"]
-    writes = [access[1:4] for access in cpu.accesses if access[0] == "mmio write"]
-    assert reads == [0, 4, 0, 4, 8, 12]
-    assert writes == [(LAPIC + offset, 4, LOW) for offset in (0, 4, 0, 4, 8, 12)]
+    value = DATA & (1 << 8 * size_bytes) - 1
+    assert cpu.accesses == [
+        ("mmio read", gpa, size_bytes, 0),
+        ("mmio write", gpa, size_bytes, value, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "offset", "parts"),
+    [
+        *((2, 0xFFF, (1, 1)), (4, 0xFFD, (3, 1)), (4, 0xFFE, (2, 2)), (4, 0xFFF, (1, 3))),
+        *((8, 0xFF9, (7, 1)), (8, 0xFFA, (6, 2)), (8, 0xFFB, (5, 3)), (8, 0xFFF, (1, 7))),
+    ],
+)
+def test_an_access_over_the_end_of_a_page_is_split_there(
+    size_bytes: int, offset: int, parts: tuple[int, int]
+) -> None:
+    gpa, behind = LAPIC + offset, LAPIC + 0x1000
+    cpu = protected("".join(LOADS_AND_STORES[size_bytes]) + "f4", rbx=gpa, rcx=gpa)
+    assert cpu.enter() is ExitReason.HLT
+    first, second = ((1 << 8 * part) - 1 for part in parts)
+    assert cpu.accesses == [
+        ("mmio read", gpa, parts[0], 0),
+        ("mmio read", behind, parts[1], 0),
+        ("mmio write", gpa, parts[0], DATA & first, 1),
+        ("mmio write", behind, parts[1], DATA & second, 1),
+    ]
+
+
+def test_signed_loads_and_what_a_load_leaves_alone() -> None:
+    # movsx eax, word [ebx]; movsx ecx, byte [ebx]; mov dl, [ebx]; hlt
+    cpu = protected("0fbf03 0fbe0b 8a13 f4", rbx=LAPIC + 1, rdx=LOW)
+    cpu.input = 0xFFFF_FFFF_FFFF_8081
+    assert cpu.enter() is ExitReason.HLT
+    assert [access[2] for access in cpu.accesses] == [2, 1, 1]
+    assert cpu.register("rax") == 0xFFFF_8081
+    assert cpu.register("rcx") == 0xFFFF_FF81
+    assert cpu.register("rdx") == LOW & ~0xFF | 0x81
+
+
+def test_16_bytes_come_as_two_accesses_of_8() -> None:
+    # CR4.OSFXSR on; movups xmm0, [ebx]; movups [ebx], xmm0; fild qword [ebx]; fistp qword [ebx]
+    cpu = protected("0f20e0 0d00020000 0f22e0 0f1003 0f1103 df2b df3b f4", rbx=LAPIC + 1)
+    cpu.input = DATA >> 8
+    assert cpu.enter() is ExitReason.HLT
+    assert [access[:3] for access in cpu.accesses] == [
+        *(("mmio read", LAPIC + 1, 8), ("mmio read", LAPIC + 9, 8)),
+        *(("mmio write", LAPIC + 1, 8), ("mmio write", LAPIC + 9, 8)),
+        *(("mmio read", LAPIC + 1, 8), ("mmio write", LAPIC + 1, 8)),
+    ]
+    assert {access[3] for access in cpu.accesses if access[0] == "mmio write"} == {DATA >> 8}
     assert cpu.engine.retired == 8
+
+
+def test_a_kick_in_a_part_of_an_access() -> None:
+    cpu = protected("".join(LOADS_AND_STORES[8]) + "f4", rbx=LAPIC + 0xFFF, rcx=LAPIC + 0xFFF)
+    cpu.on_out = lambda gpa: cpu.engine.kick()
+    for length in (3, 6):
+        assert cpu.enter() is ExitReason.EXTERNAL_INTERRUPT
+        assert cpu.engine.retired == 1
+        assert cpu.register("rip") == CODE + length
+    assert len(cpu.accesses) == 4
+    assert cpu.enter() is ExitReason.HLT
+    assert len(cpu.accesses) == 4
 
 
 def test_an_access_half_in_ram() -> None:
     cpu = protected("8903 8b0b f4", rbx=RAM_BYTES - 2, rax=0xDDCC_BBAA)  # store; mov ecx, [ebx]
     assert cpu.enter() is ExitReason.HLT
     assert cpu.ram[-2:] == b"\xaa\xbb"
-    assert cpu.accesses[:2] == [
-        ("mmio write", RAM_BYTES, 1, 0xCC, 0),
-        ("mmio write", RAM_BYTES + 1, 1, 0xDD, 0),
+    assert cpu.accesses == [
+        ("mmio write", RAM_BYTES, 2, 0xDDCC, 0),
+        ("mmio read", RAM_BYTES, 2, 1),
     ]
     assert cpu.register("rcx") == 0x2211_BBAA
 
 
+def test_a_store_half_in_ram_rewrites_code() -> None:
+    # call ecx; mov [ebx], eax; call ecx; hlt - called: inc edx; ret, and from then on: ret
+    last = RAM_BYTES - 2
+    cpu = protected("ffd1 8903 ffd1 f4", rax=0xDDCC_C3C3, rbx=last, rcx=last, rsp=STACK_TOP, rdx=0)
+    cpu.ram[last:] = bytes.fromhex("42c3")
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rdx") == 1
+    assert cpu.accesses == [("mmio write", RAM_BYTES, 2, 0xDDCC, 3)]
+
+
 def test_an_access_over_the_end_of_the_address_space() -> None:
-    cpu = protected("8903 f4", rbx=0xFFFF_FFFE, rax=0xDDCC_BBAA)
+    cpu = protected("8903 8b0b f4", rbx=0xFFFF_FFFE, rax=0xDDCC_BBAA)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.accesses == [
-        ("mmio write", 0xFFFF_FFFE, 1, 0xAA, 0),
-        ("mmio write", 0xFFFF_FFFF, 1, 0xBB, 0),
+        ("mmio write", 0xFFFF_FFFE, 2, 0xBBAA, 0),
+        ("mmio read", 0xFFFF_FFFE, 2, 1),
     ]
     assert cpu.ram[:2] == b"\xcc\xdd"
+    assert cpu.register("rcx") == 0xDDCC_2211
+
+
+def test_with_paging_an_address_is_not_physical() -> None:
+    # CR4.PSE on; CR3 = 0x8000; paging on; mov [0xfec05001], eax; mov [0x600000], eax; hlt
+    cpu = protected("0f20e2 83ca10 0f22e2 0f22d9 0f20c2 81ca00000080 0f22c2", rcx=0x8000, rax=LOW)
+    code = bytes.fromhex("a30150c0fe a300006000 f4")
+    at = cpu.ram.find(bytes.fromhex("0f22c2"), CODE) + 3
+    cpu.ram[at : at + len(code)] = code
+    cpu.set_long(0x8000, 0x83)  # the first 4 MiB as they are
+    cpu.set_long(0x8000 + 4, 0xFEC0_0083)  # the next: IOAPIC and local APIC
+    cpu.set_long(0x8000 + 4 * (0xFEC0_0000 >> 22), 0x83)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.long(0x5001) == LOW
+    assert cpu.accesses == [("mmio write", LAPIC, 4, LOW, 8)]
 
 
 def test_a_hole_between_rams_gives_physical_addresses() -> None:
@@ -147,7 +226,7 @@ def test_a_stack_in_mmio() -> None:
 
 
 def test_an_exception_ends_the_pieces_of_an_access() -> None:
-    cpu = protected("8903 f4", rbx=LAPIC + 1)
+    cpu = protected("8903 f4", rbx=LAPIC + 0xFFE)
 
     def fail(gpa: int) -> None:
         raise LookupError(gpa)
@@ -301,20 +380,35 @@ def rdmsr(number):
     uc.reg_write(x86.UC_X86_REG_RAX, 0x1234)
     uc.emu_start(0x1000, 0x1007)
     return uc.reg_read(x86.UC_X86_REG_RAX)
+def stored(address):
+    uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+    uc.mem_map(0x1000, 0x1000)
+    uc.mem_map(address & ~0xfff, 0x2000)
+    uc.mem_write(0x1000, bytes.fromhex("488903 488b0b f4"))
+    uc.reg_write(x86.UC_X86_REG_RBX, address)
+    uc.reg_write(x86.UC_X86_REG_RAX, 0x1122334455667788)
+    uc.emu_start(0x1000, 0x1006)
+    assert uc.reg_read(x86.UC_X86_REG_RCX) == 0x1122334455667788
+    return bytes(uc.mem_read(address, 8)).hex()
 """
 OURS = """
 from mmap import mmap
 from kvmtick.cpu.unicorn import UnicornEngine
-def ours():
+def ours(answer=lambda: 0):
     engine, log = UnicornEngine(), []
     ram = mmap(-1, 4096)
-    ram[:3] = bytes.fromhex("0f32f4")
+    ram[:7] = bytes.fromhex("0f32 66a1fcff f4")
     engine.map_ram(0, ram)
-    engine.attach(print, print, on_rdmsr=lambda index, retired: log.append(index) or index)
+    engine.attach(
+        print,
+        print,
+        on_mmio_read=lambda gpa, size_bytes, retired: log.append(gpa) or answer(),
+        on_rdmsr=lambda index, retired: log.append(index) or index,
+    )
     engine.reset(0, 0)
     engine.set_register("rcx", 0x830)
     assert engine.enter(0, False, False, 100, 0) == 12
-    assert log == [0x830]
+    assert log == [0x830, 0xfffc]
 """
 
 
@@ -327,7 +421,12 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 def test_stock_unicorn_works_beside_ours() -> None:
     script = (
         f"{OURS}\nours()\n{STOCK}\n"
-        "assert rdmsr(0x174) == 0x1234\nassert rdmsr(0x830) == 0\nours()\nprint('done')"
+        "assert rdmsr(0x174) == 0x1234\nassert rdmsr(0x830) == 0\n"
+        "def store():\n"
+        "    for address in (0xfee00000, 0xfee00ffd, 0x8000, 0xffff8):\n"
+        "        assert stored(address) == '8877665544332211'\n"
+        "    return 0\n"
+        "store()\nours(store)\nprint('done')"
     )
     result = run_python(script)
     assert (result.stdout, result.returncode) == ("done\n", 0), result.stderr
@@ -339,6 +438,17 @@ def test_unicorn_that_was_imported_first_is_refused() -> None:
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: ")
     assert "open the first kvmtick engine before anything imports unicorn" in message
+
+
+def test_unicorn_that_was_imported_first_works_on() -> None:
+    script = (
+        f"{STOCK}\nassert rdmsr(0x174) == 0x1234\n{OURS}\n"
+        "try:\n    ours()\nexcept ImportError:\n    print('refused')\n"
+        "assert rdmsr(0x174) == 0x1234\nprint(stored(0x8000), stored(0x8ffd))"
+    )
+    result = run_python(script)
+    value = "8877665544332211"
+    assert (result.stdout, result.returncode) == (f"refused\n{value} {value}\n", 0), result.stderr
 
 
 def test_two_virtual_cpus_share_their_ram() -> None:

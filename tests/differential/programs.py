@@ -1,7 +1,8 @@
 """Random programs for the PIT's and the PICs' ports, and what of their outcome is a matter of time.
 
-A program is a list of operations. Those on ports are carried out by a guest (`assemble`), with
-interrupts off; the others are calls of KVM's API that user space makes when the guest asks for it.
+A program is a list of operations; `program(seed)` makes one. Those on ports are carried out by a
+guest (`assemble`), with interrupts off; the others are calls of KVM's API that user space makes
+when the guest asks for it.
 
 Channel 0's timer must not fire on its own: then the outcome would hang on how fast the host is. So
 `settle` makes every count that starts it large (40 ms at least), and a timer that is to fire is an
@@ -11,11 +12,11 @@ At the end the guest opens WINDOWS interrupt windows, each for one interrupt, an
 it gets: only so the PICs' INTR line shows, which no state holds.
 """
 
+import random
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
-
-from hypothesis import strategies as st
 
 from kvmtick.abi.structs import kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2
 
@@ -98,111 +99,106 @@ Program: TypeAlias = tuple[Operation, ...]
 
 # Generation.
 
-BYTE = st.integers(0, 0xFF)
-PIC_PORTS = st.sampled_from((0x20, 0xA0))
+MOST_PIECES = 14
+PIC_PORTS = (0x20, 0xA0)
 PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1, 0x40, 0x41, 0x42, 0x43, 0x61)
 OCW2 = (0x00, 0x20, 0x40, 0x60, 0x61, 0x62, 0x67, 0x80, 0xA0, 0xC0, 0xC2, 0xE0, 0xE3, 0xE7)
 OCW3 = (0x08, 0x0A, 0x0B, 0x0C, 0x0E, 0x0F, 0x48, 0x68, 0x6B, 0x6C)
 ICW1 = (0x11, 0x11, 0x10, 0x13, 0x19, 0x1F)
 ICW4 = (0x01, 0x03, 0x11, 0x13, 0x00, 0x0D)
+SIZES = (1, 1, 1, 1, 1, 1, 1, 2)
+PIT_COUNTS = (0, 1, 100, 0x1234, 0x10000, 0x123456, 0xFFFFFFFF)
+PIT_FLAGS = (0, 0, 1, 2, 3, 0xFFFFFFFE)
 
 
-def _initialise(args: tuple[int, int, int, int, int, int]) -> tuple[Operation, ...]:
-    port, icw1, icw2, icw3, icw4, length = args
-    words = (Out(port + 1, icw2), Out(port + 1, icw3), Out(port + 1, icw4))
-    return (Out(port, icw1), *words[:length])
+class _Maker:
+    """Makes pieces of programs: operations that belong together."""
 
-
-def _access(channel: int) -> st.SearchStrategy[tuple[Operation, ...]]:
-    """A control word for `channel`, and some of the bytes it asks for."""
-    control = st.integers(0, 0x3F).map(lambda low: Out(0x43, channel << 6 | low))
-    data = st.one_of(
-        BYTE.map(lambda value: Out(0x40 + channel, value)), st.just(In(0x40 + channel))
-    )
-    return st.tuples(control, st.lists(data, max_size=3)).map(lambda pair: (pair[0], *pair[1]))
-
-
-def _one(strategy: st.SearchStrategy[Operation]) -> st.SearchStrategy[tuple[Operation, ...]]:
-    return strategy.map(lambda operation: (operation,))
-
-
-SIZES = st.sampled_from((1, 1, 1, 1, 1, 1, 1, 2))
-PULSE = st.integers(0, 15).map(lambda gsi: (Line(gsi, 1), Line(gsi, 0)))
-
-
-def _pit_channel(count: int, middle: bytes, mode: int, tail: tuple[int, int, int]) -> bytes:
-    channel = kvm_pit_channel_state(count=count, mode=mode)
-    channel.latched_count = middle[0] << 8 | middle[1]
-    channel.count_latched, channel.status_latched, channel.status = middle[2:5]
-    channel.read_state, channel.write_state, channel.write_latch = middle[5:8]
-    channel.rw_mode, channel.bcd, channel.gate = tail
-    return bytes(channel)
-
-
-SMALL = st.one_of(st.integers(0, 4), BYTE)
-CHANNEL = st.builds(
-    _pit_channel,
-    st.sampled_from((0, 1, 100, 0x1234, 0x10000, 0x123456, 0xFFFFFFFF)),
-    st.tuples(BYTE, BYTE, SMALL, SMALL, BYTE, SMALL, SMALL, BYTE).map(bytes),
-    st.one_of(st.integers(0, 5), BYTE),
-    st.tuples(SMALL, BYTE, BYTE),
-)
-
-
-def _pit_state(channels: list[bytes], flags: int) -> Operation:
-    state = kvm_pit_state2(flags=flags)
-    for index, channel in enumerate(channels):
-        state.channels[index] = kvm_pit_channel_state.from_buffer_copy(channel)
-    return SetPit2(bytes(state))
-
-
-FLAGS = st.sampled_from((0, 0, 1, 2, 3, 0xFFFFFFFE))
-SET_PIT2 = st.builds(_pit_state, st.lists(CHANNEL, min_size=3, max_size=3), FLAGS)
-SET_IRQCHIP = st.builds(
-    SetIrqchip,
-    st.integers(0, 1),
-    st.lists(st.one_of(SMALL, BYTE), min_size=16, max_size=16).map(bytes),
-)
-INITIALISE: st.SearchStrategy[tuple[Operation, ...]] = st.tuples(
-    PIC_PORTS,
-    st.sampled_from(ICW1),
-    BYTE,
-    BYTE,
-    st.sampled_from(ICW4),
-    st.sampled_from((3, 3, 3, 0, 1, 2)),
-).map(_initialise)
-PIECES: st.SearchStrategy[tuple[Operation, ...]] = st.one_of(
-    _one(st.builds(In, st.sampled_from(PORTS), SIZES)),
-    _one(st.builds(Out, st.sampled_from(PORTS), BYTE, SIZES)),
-    _one(st.builds(Out, PIC_PORTS, st.sampled_from(OCW2))),
-    _one(st.builds(Out, PIC_PORTS, st.sampled_from(OCW3))),
-    # A poll, or a register chosen, and read.
-    st.tuples(st.builds(Out, PIC_PORTS, st.sampled_from(OCW3)), st.builds(In, PIC_PORTS)),
-    INITIALISE,
-    # A line that is high while the chip is initialised anew.
-    st.tuples(st.integers(0, 15), INITIALISE).map(
-        lambda pair: (Line(pair[0], 1), *pair[1], Line(pair[0], 0))
-    ),
-    _access(0),
-    _access(1),
-    _access(2),
-    _one(st.integers(0, 0x3F).map(lambda low: Out(0x43, 0xC0 | low))),
-    PULSE,
-    PULSE,
-    _one(st.builds(Line, st.integers(0, 15), st.integers(0, 1))),
-    _one(
-        st.one_of(
-            SET_IRQCHIP, SET_IRQCHIP, SET_PIT2, st.builds(Reinject, st.booleans()), st.just(Tick())
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.pieces: tuple[Callable[[], list[Operation]], ...] = (
+            lambda: [In(rng.choice(PORTS), rng.choice(SIZES))],
+            lambda: [Out(rng.choice(PORTS), self.byte(), rng.choice(SIZES))],
+            lambda: [Out(rng.choice(PIC_PORTS), rng.choice(OCW2))],
+            lambda: [Out(rng.choice(PIC_PORTS), rng.choice(OCW3))],
+            # A poll, or a register chosen, and read.
+            lambda: [Out(rng.choice(PIC_PORTS), rng.choice(OCW3)), In(rng.choice(PIC_PORTS))],
+            self.initialise,
+            self.initialise_under_a_line,
+            lambda: self.access(0),
+            lambda: self.access(1),
+            lambda: self.access(2),
+            lambda: [Out(0x43, 0xC0 | rng.randrange(0x40))],
+            self.pulse,
+            self.pulse,
+            lambda: [Line(rng.randrange(16), rng.randrange(2))],
+            self.rare,
         )
-    ),
-)
+
+    def byte(self) -> int:
+        return self.rng.randrange(0x100)
+
+    def small(self) -> int:
+        """Mostly a value that means something."""
+        return self.rng.randrange(5) if self.rng.random() < 0.5 else self.byte()
+
+    def initialise(self) -> list[Operation]:
+        """ICWs of a PIC, not always all of them."""
+        rng = self.rng
+        port = rng.choice(PIC_PORTS)
+        words: list[Operation] = [Out(port, rng.choice(ICW1))]
+        words += (Out(port + 1, each) for each in (self.byte(), self.byte(), rng.choice(ICW4)))
+        return words[: 1 + rng.choice((3, 3, 3, 0, 1, 2))]
+
+    def initialise_under_a_line(self) -> list[Operation]:
+        """A line that is high while a PIC is initialised anew."""
+        gsi = self.rng.randrange(16)
+        return [Line(gsi, 1), *self.initialise(), Line(gsi, 0)]
+
+    def access(self, channel: int) -> list[Operation]:
+        """A control word for a channel, and some of the bytes it asks for."""
+        rng, port = self.rng, 0x40 + channel
+        data: list[Operation] = [
+            In(port) if rng.random() < 0.5 else Out(port, self.byte())
+            for _ in range(rng.randrange(4))
+        ]
+        return [Out(0x43, channel << 6 | rng.randrange(0x40)), *data]
+
+    def pulse(self) -> list[Operation]:
+        gsi = self.rng.randrange(16)
+        return [Line(gsi, 1), Line(gsi, 0)]
+
+    def rare(self) -> list[Operation]:
+        """A state that is set, or what takes long."""
+        kind = self.rng.randrange(5)
+        if kind < 2:
+            state = bytes(self.small() for _ in range(16))
+            return [SetIrqchip(self.rng.randrange(2), state)]
+        if kind == 2:
+            return [self.set_pit2()]
+        return [Reinject(self.rng.random() < 0.5)] if kind == 3 else [Tick()]
+
+    def set_pit2(self) -> Operation:
+        rng = self.rng
+        state = kvm_pit_state2(flags=rng.choice(PIT_FLAGS))
+        for channel in state.channels:
+            channel.count = rng.choice(PIT_COUNTS)
+            channel.latched_count = rng.randrange(0x10000)
+            channel.count_latched, channel.status_latched = self.small(), self.small()
+            channel.status = self.byte()
+            channel.read_state, channel.write_state = self.small(), self.small()
+            channel.write_latch = self.byte()
+            channel.rw_mode, channel.bcd, channel.gate = self.small(), self.byte(), self.byte()
+            channel.mode = rng.randrange(6) if rng.random() < 0.5 else self.byte()
+        return SetPit2(bytes(state))
 
 
-def _settled(pieces: list[tuple[Operation, ...]]) -> Program:
+def program(seed: int) -> Program:
+    """The random program with that number."""
+    rng = random.Random(seed)
+    maker = _Maker(rng)
+    pieces = [rng.choice(maker.pieces)() for _ in range(rng.randint(1, MOST_PIECES))]
     return settle(tuple(operation for piece in pieces for operation in piece))
-
-
-PROGRAMS: st.SearchStrategy[Program] = st.lists(PIECES, min_size=1, max_size=14).map(_settled)
 
 
 class _Pit:

@@ -5,11 +5,11 @@ VM a side, and all there is to see is compared after each. KVMTICK_SEED=n in the
 the sequence n alone; a failure says which one it was, and tells the shortest program it found.
 """
 
-import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,6 @@ from differential.apic_programs import (
     MSR_TSC,
     MSR_TSC_DEADLINE,
     PORT_DONE,
-    PROGRAMS_A_SEQUENCE,
     SVR,
     TMCCT,
     TMICT,
@@ -60,6 +59,7 @@ from differential.apic_programs import (
     sequence,
     show,
 )
+from differential.search import LateHostError, again, fewest, search, skip_if_too_late
 from kvmtick.abi import HostError, KvmError
 from kvmtick.abi.caps import KVM_CAP_X2APIC_API
 from kvmtick.abi.structs import (
@@ -81,7 +81,7 @@ from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.vcpu.events import PendingEvents
 
-SEQUENCES = 300
+SEQUENCES = 220
 KERNEL_SEQUENCES = 40
 FAULT_SEQUENCES = 60
 LIMIT_S = 30.0
@@ -320,10 +320,6 @@ def _events(events: Any) -> tuple[tuple[str, int], ...]:
     )
 
 
-class LateHostError(Exception):
-    """A sequence took so long that a timer may have fired that should not."""
-
-
 class GuestLostError(Exception):
     """A vCPU has left the guest's program."""
 
@@ -434,7 +430,10 @@ def _compare(left: Side, right: Side, program: Program) -> list[str]:
 def first_difference(
     make: Callable[[Config], Side], reference: Callable[[Config], Side], of: Sequence
 ) -> tuple[int, list[str]] | None:
-    """The number of the first program whose outcomes differ, and how; None: none."""
+    """The number of the first program whose outcomes differ, and how; None: none.
+
+    Raises `LateHostError` if the host is late every time.
+    """
     for _ in range(LATE_RETRIES):
         with suppress(LateHostError), ExitStack() as stack:
             left, right = make(of.config), reference(of.config)
@@ -445,7 +444,7 @@ def first_difference(
                 if found:
                     return number, found
             return None
-    pytest.skip("this host is too slow: a sequence takes longer than the timers it starts")
+    raise LateHostError
 
 
 def shortest(
@@ -457,14 +456,17 @@ def shortest(
     def differs(operations: list[Operation]) -> list[str]:
         if time.monotonic() > deadline_s:
             return []
-        found = first_difference(make, reference, replace(failing, programs=(tuple(operations),)))
+        found = None
+        with suppress(LateHostError):
+            whole = replace(failing, programs=(tuple(operations),))
+            found = first_difference(make, reference, whole)
         return found[1] if found else []
 
     operations = [operation for program in failing.programs for operation in program]
     found = differs(operations)
     if not found:
         return (), []
-    operations = _fewest(operations, lambda fewer: bool(differs(fewer)))
+    operations = fewest(operations, lambda fewer: bool(differs(fewer)))
     for at in range(len(operations)):
         operations = _fewest_parts(operations, at, lambda fewer: bool(differs(fewer)))
     deadline_s += SHRINK_S
@@ -491,29 +493,16 @@ def _fewest_parts(
         parts = list(operation.entries)
     else:
         return operations
-    return with_parts(_fewest(parts, lambda fewer: is_enough(with_parts(fewer))))
-
-
-def _fewest(items: list[Any], is_enough: Callable[[list[Any]], bool]) -> list[Any]:
-    """Leave out ever smaller parts of a list, as long as what is left is enough."""
-    step = len(items)
-    while step:
-        at, before = 0, len(items)
-        while at < len(items):
-            fewer = items[:at] + items[at + step :]
-            if is_enough(fewer):
-                items = fewer
-            else:
-                at += step
-        if step > 1 or len(items) == before:
-            step //= 2
-    return items
+    return with_parts(fewest(parts, lambda fewer: is_enough(with_parts(fewer))))
 
 
 def check(
     make: Callable[[Config], Side], reference: Callable[[Config], Side], of: Sequence
 ) -> None:
-    """AssertionError with the seed, the shortest program and all that differs."""
+    """AssertionError with the seed, the shortest program and all that differs.
+
+    Raises `LateHostError` if the host was too late to tell.
+    """
     difference = first_difference(make, reference, of)
     if difference is None:
         return
@@ -524,17 +513,11 @@ def check(
         operations, less = of.programs[number], found
     lines = [f"sequence {of.seed}, program {number}: {of.config}", *less, "program:"]
     lines += [f"  {show(operation)}," for operation in operations]
-    lines.append(f"again: KVMTICK_SEED={of.seed} pytest {os.path.relpath(__file__)}")
+    lines.append(again(of.seed, __file__))
     raise AssertionError("\n".join(lines))
 
 
-def seeds(count: int) -> Iterable[int]:
-    """The sequences of this run."""
-    told = os.environ.get("KVMTICK_SEED")
-    return range(count) if told is None else (int(told),)
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kvm() -> None:
     """Skip, saying why, where /dev/kvm cannot be used."""
     try:
@@ -543,18 +526,55 @@ def kvm() -> None:
         pytest.skip(f"needs /dev/kvm: {error}")
 
 
+needs_kvm = pytest.mark.usefixtures("kvm")
+
+
+@needs_kvm
 def test_random_programs_leave_the_same_state() -> None:
-    programs = 0
-    for seed in seeds(SEQUENCES):
-        check(ModelSide, KernelSide, sequence(seed))
-        programs += PROGRAMS_A_SEQUENCE
-    assert programs >= PROGRAMS_A_SEQUENCE
+    search(SEQUENCES, lambda seed: check(ModelSide, KernelSide, sequence(seed)))
 
 
+@needs_kvm
 def test_the_kernel_agrees_with_itself() -> None:
     """What differs between two runs on the kernel must not be compared."""
-    for seed in seeds(KERNEL_SEQUENCES):
-        check(KernelSide, KernelSide, sequence(seed))
+    search(KERNEL_SEQUENCES, lambda seed: check(KernelSide, KernelSide, sequence(seed)))
+
+
+def test_a_difference_is_told_though_the_host_is_late_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [(0, ["what differs"])]
+
+    def once(*_: object) -> tuple[int, list[str]]:
+        if not answers:
+            raise LateHostError
+        return answers.pop()
+
+    monkeypatch.setattr(sys.modules[__name__], "first_difference", once)
+    with pytest.raises(AssertionError, match="what differs"):
+        check(ModelSide, KernelSide, sequence(0))
+    with pytest.raises(LateHostError):
+        check(ModelSide, KernelSide, sequence(0))
+
+
+@pytest.mark.parametrize(("late", "skips"), [(2, False), (3, True)])
+def test_late_seeds_are_left_out_as_long_as_they_are_few(
+    monkeypatch: pytest.MonkeyPatch, late: int, skips: bool
+) -> None:
+    monkeypatch.delenv("KVMTICK_SEED", raising=False)
+    looked_at: list[int] = []
+
+    def look(seed: int) -> None:
+        looked_at.append(seed)
+        if seed < late:
+            raise LateHostError
+
+    if skips:
+        with pytest.raises(pytest.skip.Exception, match="3 of 20 seeds"):
+            search(20, look)
+    else:
+        search(20, look)
+    assert looked_at == list(range(20))
 
 
 def test_the_guest_is_what_its_source_says() -> None:
@@ -570,6 +590,7 @@ ON = Access(0, "w32", LAPIC + SVR, 0x1FF)
 ALONE = Config(vcpus=1, guest=True, x2apic=True, x2apic_api=0)
 
 
+@needs_kvm
 @pytest.mark.parametrize(
     ("one", "other", "kind"),
     [
@@ -592,7 +613,10 @@ def test_the_comparison_can_fail(one: Program, other: Program, kind: str) -> Non
         left, right = KernelSide(ALONE), KernelSide(ALONE)
         stack.callback(left.close)
         stack.callback(right.close)
-        found = left.run(one).differences(right.run(other), one)
+        try:
+            found = left.run(one).differences(right.run(other), one)
+        except LateHostError:
+            pytest.skip("this host is too slow: a program took longer than the timers it starts")
     assert any(difference.startswith(kind) for difference in found), found
 
 
@@ -650,6 +674,7 @@ def _forget_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
 
 
+@needs_kvm
 @pytest.mark.parametrize(
     "plant",
     [
@@ -666,10 +691,15 @@ def _forget_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fault_of_the_model_is_found(
     monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
+    late = 0
     for seed in range(FAULT_SEQUENCES):
-        with monkeypatch.context() as broken:
-            plant(broken)
-            found = first_difference(ModelSide, KernelSide, sequence(seed))
-        if found and first_difference(ModelSide, KernelSide, sequence(seed)) is None:
-            return
+        try:
+            with monkeypatch.context() as broken:
+                plant(broken)
+                found = first_difference(ModelSide, KernelSide, sequence(seed))
+            if found and first_difference(ModelSide, KernelSide, sequence(seed)) is None:
+                return
+        except LateHostError:
+            late += 1
+    skip_if_too_late(late, FAULT_SEQUENCES)
     pytest.fail(f"not found in {FAULT_SEQUENCES} sequences")

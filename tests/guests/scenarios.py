@@ -40,9 +40,6 @@ RESULTS: Final = 128
 EXIT_CODE: Final = 0x5A
 """Exit code of the recorded guests."""
 
-ERROR_OPERATION: Final = 0xFE
-"""Exit code after an operation that does not exist."""
-
 MAX_OPERATIONS: Final = (0x10000 - guests.LOAD_AT - SCRIPT_AT) // 8
 """The script must end below the 64 KiB a real-mode segment holds."""
 
@@ -147,11 +144,6 @@ def out32(port: int, value: int) -> Op:
 def eoi_off() -> Op:
     """From now on no handler writes an EOI."""
     return Op(Code.EOI_OFF)
-
-
-def eoi_on() -> Op:
-    """From now on the handlers write their EOIs again (as at the start)."""
-    return Op(Code.EOI_ON)
 
 
 def wait_ticks(ticks: int) -> Op:

@@ -130,9 +130,9 @@ class LapicRig:
 
     # The guest.
 
-    def read(self, offset: int, size: int = 4, vcpu: int = 0, stale: int = 0) -> int:
+    def read(self, offset: int, size: int = 4, vcpu: int = 0) -> int:
         lapic = self.lapics[vcpu]
-        value = lapic.mmio_read(lapic.base_address + offset, size, stale)
+        value = lapic.mmio_read(lapic.base_address + offset, size)
         assert value is not None
         return value
 

@@ -18,7 +18,7 @@ from lapic_rig import (
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI
 from kvmtick.trace.events import Event
 
-BUSY, ASSERT, LEVEL, LOGICAL = 1 << 12, 1 << 14, 1 << 15, 1 << 11
+BUSY, LEVEL, LOGICAL = 1 << 12, 1 << 15, 1 << 11
 TO_SELF, TO_ALL, TO_OTHERS = 1 << 18, 2 << 18, 3 << 18
 
 

@@ -1,5 +1,6 @@
 """The run loop: how a run ends, to the nanosecond; going on; the guest's ports; real code."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -358,3 +359,20 @@ def test_a_guest_loaded_before_its_vcpu_starts_all_the_same() -> None:
     vm.create_vcpu(0)
     with vm:
         assert vm.run().guest_ticks == 3
+
+
+def test_a_guest_that_overwrites_its_parameter_block_still_ends() -> None:
+    # mov dword [0x8004], 0; mov al, 0; out 0xf4, al
+    code = bytes.fromhex("66c706048000000000b000e6f4")
+    guest = guests.load("tick-pic", ticks=1)
+    image = guest.image[:0x60] + code + guest.image[0x60 + len(code) :]
+    with ModelVm() as vm:
+        vm.prepare(guest.needs)
+        vm.load(replace(guest, image=image, entry=(0, guest.load_at + 0x60)))
+        run = vm.run()
+    assert (run.exit.reason, run.guest_ticks) == ("done", None)
+
+
+def test_a_negative_end_is_refused() -> None:
+    with boot(ticker()) as vm, pytest.raises(ValueError, match="for_ns=-5 is negative"):
+        vm.run(for_ns=-5)

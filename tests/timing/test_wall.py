@@ -1,5 +1,6 @@
 """The kicker thread and the stopwatch. Nothing here sleeps: the tests wait for events."""
 
+import fcntl
 import os
 import threading
 import time
@@ -143,4 +144,15 @@ def test_a_descriptor_that_can_be_read_ends_the_sleep() -> None:
         sleep_ns(3600 * 10**9, [signalled])
         assert stopwatch.elapsed_s() < 60
     finally:
+        os.close(signalled)
+
+
+def test_a_descriptor_above_what_select_can_take_works_too() -> None:
+    # 1024 is FD_SETSIZE; the duplicate needs no room below it.
+    signalled = os.eventfd(1)
+    high = fcntl.fcntl(signalled, fcntl.F_DUPFD, 1024)
+    try:
+        sleep_ns(3600 * 10**9, [high])
+    finally:
+        os.close(high)
         os.close(signalled)

@@ -489,3 +489,54 @@ def test_port_reads_of_all_sizes_still_reach_user_space() -> None:
 
     assert Bench(guest).vm.run().exit.reason == "done"
     assert seen == [0xFF, 0xFFFF, ONES]
+
+
+def test_an_nmi_ends_hlt_in_an_nmi_handler_though_it_has_to_wait() -> None:
+    order: list[str] = []
+
+    def guest() -> Program:
+        yield Out(0x510, 1)
+        order.append("guest")
+        yield from ends()
+
+    def nmi() -> Program:
+        order.append("nmi")
+        if len(order) == 1:
+            yield MmioWrite(LAPIC + SVR, 0x1FF)
+            # LVTT knows no NMI; a self IPI some time ahead would be too early: the host sends it.
+            yield Out(0x510, 2)
+            yield Hlt()
+            order.append("awake")
+        yield Spin(1)
+
+    bench = Bench(guest, {2: nmi})
+
+    def host(port: int, size_bytes: int, value: int | None) -> None:
+        due_ns = bench.vm.machine.clock.now_ns + 1000
+        if value == 1:
+            bench.vcpu.nmi()
+        else:
+            bench.vm.machine.board.queue.add(due_ns, bench.vcpu.nmi)
+
+    # The guest halts with interrupts off: an end keeps the run from being a deadlock at once.
+    bench.vm.machine.board.delivery.vapics_in_nmi_mode += 1
+    assert bench.vm.run(handlers={0x510: host}, for_ns=1_000_000).exit.reason == "done"
+    assert order == ["nmi", "awake", "nmi", "guest"]
+
+
+def test_a_timer_that_expires_while_the_apic_is_disabled_waits_for_it() -> None:
+    seen: list[int] = []
+
+    def guest() -> Program:
+        yield MmioWrite(LAPIC + SVR, 0x1FF)
+        yield MmioWrite(LAPIC + LVTT, 0x41)
+        yield MmioWrite(LAPIC + TMICT, 1000)
+        yield Wrmsr(IA32_APIC_BASE, 0xFEE0_0100)
+        yield Spin(5000)
+        yield Wrmsr(IA32_APIC_BASE, 0xFEE0_0900)
+        yield Spin(10)
+        seen.append((yield MmioRead(LAPIC + 0x220)))
+        yield from ends()
+
+    assert Bench(guest).vm.run().exit.reason == "done"
+    assert seen == [2]

@@ -3,11 +3,11 @@
 import errno as _errno
 import os
 
-__all__ = ["HostError", "KvmError"]
+__all__ = ["NO_IRQCHIP", "HostError", "KvmError"]
 
 _EEXIST, _EINVAL, _ENOENT, _ENXIO = _errno.EEXIST, _errno.EINVAL, _errno.ENOENT, _errno.ENXIO
 
-_NO_IRQCHIP = "no in-kernel irqchip; call create_irqchip() first"
+NO_IRQCHIP = "no in-kernel irqchip; call create_irqchip() first"
 _NO_PIT = "the VM has no PIT; call create_irqchip() and create_pit2() first"
 _BAD_CHIP = "no such chip_id; 0 is the PIC master, 1 the PIC slave, 2 the IOAPIC"
 _NO_LAPIC = "no in-kernel local APIC; call create_irqchip() before create_vcpu()"
@@ -23,8 +23,8 @@ _WHY: dict[tuple[str, int], str] = {
     ("KVM_RUN", _errno.EIO): "this is another process than the VM's; create the VM after fork()",
     ("KVM_CREATE_IRQCHIP", _EEXIST): "the VM already has an irqchip; create it once",
     ("KVM_CREATE_IRQCHIP", _EINVAL): "a vCPU exists already; call create_irqchip() first",
-    ("KVM_CREATE_PIT", _ENOENT): _NO_IRQCHIP,
-    ("KVM_CREATE_PIT2", _ENOENT): _NO_IRQCHIP,
+    ("KVM_CREATE_PIT", _ENOENT): NO_IRQCHIP,
+    ("KVM_CREATE_PIT2", _ENOENT): NO_IRQCHIP,
     ("KVM_CREATE_PIT", _EEXIST): "the VM already has a PIT; create it once",
     ("KVM_CREATE_PIT2", _EEXIST): "the VM already has a PIT; create it once",
     ("KVM_GET_PIT", _ENXIO): _NO_PIT,
@@ -32,12 +32,12 @@ _WHY: dict[tuple[str, int], str] = {
     ("KVM_GET_PIT2", _ENXIO): _NO_PIT,
     ("KVM_SET_PIT2", _ENXIO): _NO_PIT,
     ("KVM_REINJECT_CONTROL", _ENXIO): _NO_PIT,
-    ("KVM_GET_IRQCHIP", _ENXIO): _NO_IRQCHIP,
-    ("KVM_SET_IRQCHIP", _ENXIO): _NO_IRQCHIP,
+    ("KVM_GET_IRQCHIP", _ENXIO): NO_IRQCHIP,
+    ("KVM_SET_IRQCHIP", _ENXIO): NO_IRQCHIP,
     ("KVM_GET_IRQCHIP", _EINVAL): _BAD_CHIP,
     ("KVM_SET_IRQCHIP", _EINVAL): _BAD_CHIP,
-    ("KVM_IRQ_LINE", _ENXIO): _NO_IRQCHIP,
-    ("KVM_IRQ_LINE_STATUS", _ENXIO): _NO_IRQCHIP,
+    ("KVM_IRQ_LINE", _ENXIO): NO_IRQCHIP,
+    ("KVM_IRQ_LINE_STATUS", _ENXIO): NO_IRQCHIP,
     ("KVM_SET_GSI_ROUTING", _EINVAL): "no irqchip, or an entry's gsi, type, pin or flags is bad",
     ("KVM_CREATE_VCPU", _EEXIST): "the VM already has a vCPU of this id; choose another",
     ("KVM_CREATE_VCPU", _EINVAL): "vcpu_id is out of range; stay below KVM_CAP_MAX_VCPU_ID",
@@ -55,6 +55,11 @@ _WHY: dict[tuple[str, int], str] = {
     ("KVM_INTERRUPT", _ENXIO): "the PICs are in the kernel; raise a line by irq_line()",
     ("KVM_INTERRUPT", _EEXIST): "one interrupt waits already; run the vCPU first",
     ("KVM_INTERRUPT", _EINVAL): "a vector is 0 to 255",
+    ("KVM_ENABLE_CAP", _EINVAL): "not a capability to enable, or bad args or flags; see api.rst",
+    ("KVM_ENABLE_CAP", _EEXIST): "an irqchip or a vCPU exists already; call it before them",
+    ("KVM_ENABLE_CAP", _ENXIO): NO_IRQCHIP,
+    ("KVM_SET_MP_STATE", _EINVAL): "no such state; without an irqchip only runnable (0)",
+    ("KVM_SET_VCPU_EVENTS", _EINVAL): "unknown flags, or an exception that is none",
 }
 
 

@@ -474,10 +474,11 @@ class kvm_irq_routing(KvmStruct):
 def make_irq_routing(entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> bytearray:
     """The bytes KVM_SET_GSI_ROUTING takes: a kvm_irq_routing and its entries."""
     table = list(entries)
-    data = bytearray(bytes(kvm_irq_routing(nr=len(table), flags=flags)))
-    for entry in table:
-        data += bytes(entry)
-    return data
+    return _with_entries(kvm_irq_routing(nr=len(table), flags=flags), table)
+
+
+def _with_entries(head: KvmStruct, entries: Iterable[KvmStruct]) -> bytearray:
+    return bytearray(b"".join(map(bytes, (head, *entries))))
 
 
 @_layout
@@ -560,7 +561,7 @@ class kvm_cpuid2(KvmStruct):
 def make_cpuid2(entries: Iterable[kvm_cpuid_entry2]) -> bytearray:
     """The bytes KVM_SET_CPUID2 takes: a kvm_cpuid2 and its entries."""
     table = list(entries)
-    return bytearray(b"".join(map(bytes, (kvm_cpuid2(nent=len(table)), *table))))
+    return _with_entries(kvm_cpuid2(nent=len(table)), table)
 
 
 @_layout
@@ -583,7 +584,7 @@ class kvm_msrs(KvmStruct):
 def make_msrs(entries: Iterable[kvm_msr_entry]) -> bytearray:
     """The bytes KVM_GET_MSRS and KVM_SET_MSRS take: a kvm_msrs and its entries."""
     table = list(entries)
-    return bytearray(b"".join(map(bytes, (kvm_msrs(nmsrs=len(table)), *table))))
+    return _with_entries(kvm_msrs(nmsrs=len(table)), table)
 
 
 @_layout

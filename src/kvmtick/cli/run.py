@@ -29,8 +29,6 @@ MAX_TICKS = 0xFFFF_FFFF
 MAX_HOLD_MS = 3_600_000
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
-TIMER_GUEST = "tick-lapic"
-NO_ACK_GUEST = "nmi-watchdog"
 
 EPILOG = """\
 delays (for --fault):
@@ -182,43 +180,43 @@ def _build(
 def _guest(options: argparse.Namespace) -> Guest:
     """The built-in guest of that name, else the file."""
     name = options.guest
-    load_at = _address("--load-at", options.load_at)
-    entry = _address("--entry", options.entry)
     path = Path(name)
     if name not in guests.names() and (path.exists() or "/" in name or path.suffix):
-        for option, value in (
-            ("--hz", options.hz),
-            ("--hold", options.hold),
-            ("--timer", options.timer),
-            ("--no-ack", options.no_ack or None),
-        ):
-            if value is not None:
-                raise UsageError(
-                    f"{option} {value}: {name!r} is a file and goes its own way; leave it out"
-                )
-        try:
-            return load_file(path, load_at, entry)
-        except LoadError as error:
-            raise UsageError(str(error)) from None
+        return _file_guest(options, path)
+    return _builtin_guest(options, name)
+
+
+def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
     for option, value in (
-        ("--load-at", load_at),
-        ("--entry", entry),
-        ("--counter", options.counter),
+        ("--hz", options.hz),
+        ("--hold", options.hold),
+        ("--timer", options.timer),
+        ("--no-ack", "" if options.no_ack else None),
     ):
         if value is not None:
             raise UsageError(
-                f"{option}: {name!r} is a built-in guest and has its place; leave it out"
+                f"{f'{option} {value}'.rstrip()}: {options.guest!r} is a file and goes its own way;"
+                " leave it out"
+            )
+    load_at = _address("--load-at", options.load_at)
+    entry = _address("--entry", options.entry)
+    try:
+        return load_file(path, load_at, entry)
+    except LoadError as error:
+        raise UsageError(str(error)) from None
+
+
+def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:
+    for option in ("load_at", "entry", "counter"):
+        if getattr(options, option) is not None:
+            raise UsageError(
+                f"--{option.replace('_', '-')}: {name!r} is a built-in guest and has its place;"
+                " leave it out"
             )
     if options.hold is not None and name in guests.names() and name not in HOLDERS:
         raise UsageError(
             f"--hold {options.hold}: {name!r} holds nothing; use {' or '.join(HOLDERS)}"
         )
-    if options.timer is not None and name in guests.names() and name != TIMER_GUEST:
-        raise UsageError(
-            f"--timer {options.timer}: {name!r} has no choice of timer; use {TIMER_GUEST}"
-        )
-    if options.no_ack and name in guests.names() and name != NO_ACK_GUEST:
-        raise UsageError(f"--no-ack: {name!r} always acknowledges its ticks; use {NO_ACK_GUEST}")
     try:
         guest = guests.load(
             name,
@@ -231,8 +229,13 @@ def _guest(options: argparse.Namespace) -> Guest:
     except guests.UnknownGuestError as error:
         raise UsageError(f"{error}; or give a file") from None
     except ValueError as error:
-        _, _, reason = str(error).partition(": ")
-        raise UsageError(f"--hz {options.hz}: {reason}") from None
+        # "hz=5.0: the reason" names a parameter of `guests.load`, the user knows the option.
+        about, _, reason = str(error).partition(": ")
+        parameter = about.partition("=")[0]
+        option = (
+            "--no-ack" if parameter == "ack" else f"--{parameter} {vars(options).get(parameter)}"
+        )
+        raise UsageError(f"{option}: {reason}") from None
     if options.reinject and guest.needs.reinject is False:
         raise UsageError(f"--reinject: nothing acknowledges the ticks of {name!r}; leave it out")
     return guest

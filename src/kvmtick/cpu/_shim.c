@@ -16,10 +16,11 @@
  * Instruction boundaries are seen by a CODE hook, which runs before every instruction
  * (`on_instruction`). Everything the contract promises about boundaries happens there.
  *
- * RDMSR and WRMSR have no hook, but translated code calls `helper_rdmsr_x86_64` and
- * `helper_wrmsr_x86_64` through the dynamic linker. This module exports two functions of those
- * names and puts itself into the global scope before it loads the library, so that they are found
- * first; `prove_layout` sees to it that they were. The library's own stay reachable by `dlsym`.
+ * RDMSR and WRMSR have no hook, and a memory region's callbacks get wide and unaligned accesses in
+ * pieces, but translated code calls `helper_rdmsr_x86_64`, `helper_le_stl_mmu_x86_64` and the like
+ * through the dynamic linker. This module exports functions of those names and puts itself into the
+ * global scope before it loads the library, so that they are found first; `prove_layout` sees to it
+ * that they were. The library's own stay reachable by `dlsym`.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -138,6 +139,7 @@ enum { RAX, RCX, RDX, RBX };
 #define EFER_LONG_MODE 0x500u   /* LME, LMA */
 #define CR0_RESET 0x60000010u
 #define CR0_PE 1u
+#define CR0_PG (1u << 31)
 #define DOUBLE_FAULT 8
 #define GENERAL_PROTECTION 13
 #define CODE_SEGMENT_FLAGS 0x009b00u /* present, system, code, readable, accessed */
@@ -185,9 +187,27 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 
 /* ---- the library ------------------------------------------------------------------------------ */
 
+/* Sizes of memory accesses, as logarithms. */
+enum { BYTE, WORD, LONG, QUAD, SIZES };
+
+/* What translated code calls for accesses it cannot do by itself; `oi` and the return address are
+ * the library's business. Of `value` the low bits count. */
+typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address);
+typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
+                   uintptr_t return_address);
+
+/* The library's own functions that this module stands in front of. */
+typedef struct {
+    void (*rdmsr)(void *env);
+    void (*wrmsr)(void *env);
+    Load *load[SIZES];
+    Store *store[SIZES];
+} Genuine;
+
 typedef struct {
     void *handle;
     char path[PATH_MAX];
+    Genuine genuine; /* without a handle: of a library that was refused but stays loaded */
     unsigned (*version)(unsigned *, unsigned *);
     const char *(*strerror)(int);
     int (*open)(int, int, void **);
@@ -212,8 +232,6 @@ typedef struct {
     void (*update_cr3)(void *env, uint64_t value);
     void (*update_cr4)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
-    void (*rdmsr)(void *env);
-    void (*wrmsr)(void *env);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
 
@@ -246,8 +264,6 @@ static const struct {
     {"cpu_x86_update_cr3_x86_64", offsetof(Library, update_cr3)},
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
-    {"helper_rdmsr_x86_64", offsetof(Library, rdmsr)},
-    {"helper_wrmsr_x86_64", offsetof(Library, wrmsr)},
 };
 
 /* ---- the engine ---------------------------------------------------------------------------- */
@@ -301,6 +317,8 @@ struct Engine {
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
+    uint64_t near_ram;  /* start of the RAM range that was last accessed the slow way */
+    uint64_t near_span; /* addresses from there on with 8 bytes of RAM: of its size, all but 7 */
     Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
     int gap_count;
     bool gaps_stale;
@@ -313,8 +331,9 @@ struct Engine {
     PyObject *error;
 };
 
-/* The engine inside `enter` on this thread: QEMU's class functions carry no user data. */
-static __thread Engine *entered;
+/* The engine inside `enter` on this thread: QEMU's class functions carry no user data. Looked at in
+ * every store, hence without a call of the dynamic linker. */
+static __thread Engine *entered __attribute__((tls_model("initial-exec")));
 
 /* ---- guest state ------------------------------------------------------------------------------ */
 
@@ -649,13 +668,9 @@ static bool nobody_answers(const Engine *self, int which)
     return self->handlers[which] == NULL || self->failed;
 }
 
-static void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
-                          void *user)
+static void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value)
 {
-    (void)uc;
-    const Gap *gap = user;
-    Engine *self = gap->engine;
-    unsigned long long values[] = {gap->gpa + offset, size_bytes, value, retired_before(self)};
+    unsigned long long values[] = {gpa, size_bytes, value, retired_before(self)};
     if (nobody_answers(self, ON_MMIO_WRITE)) {
         return;
     }
@@ -664,13 +679,10 @@ static void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64
     give_gil(self);
 }
 
-/* The library cuts the answer to the size of the access. */
-static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+/* The caller cuts the answer to the size of the access. */
+static uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes)
 {
-    (void)uc;
-    const Gap *gap = user;
-    Engine *self = gap->engine;
-    unsigned long long values[] = {gap->gpa + offset, size_bytes, retired_before(self)};
+    unsigned long long values[] = {gpa, size_bytes, retired_before(self)};
     if (nobody_answers(self, ON_MMIO_READ)) {
         return UINT64_MAX;
     }
@@ -678,6 +690,45 @@ static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, voi
     uint64_t value = ask(self, ON_MMIO_READ, values, COUNT(values));
     give_gil(self);
     return value;
+}
+
+/* Callbacks of a memory region: for what `store_around_ram` and `load_around_ram` leave alone. */
+static void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
+                          void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    write_mmio(gap->engine, gap->gpa + offset, size_bytes, value);
+}
+
+static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    return read_mmio(gap->engine, gap->gpa + offset, size_bytes);
+}
+
+/* ---- functions that stand in for the library's ------------------------------------------------
+ *
+ * In every engine of the process, ours and others'. Translated code calls them, so their return
+ * address says which instruction runs. */
+
+#define EXPORTED __attribute__((visibility("default"), noinline))
+
+enum { LOADS = 0, STORES = SIZES, RDMSR = 2 * SIZES, WRMSR, INTERPOSED_COUNT };
+
+/* Which of them were called for engines that are not ours; for prove_layout. */
+static __thread unsigned intercepted;
+
+/* The engine whose guest runs in `env`, or NULL: somebody else's does. */
+static Engine *engine_of(const void *env, int function)
+{
+    Engine *self = entered;
+    if (self != NULL && self->env == env) {
+        return self;
+    }
+    intercepted |= 1u << function;
+    return NULL;
 }
 
 /* ---- model-specific registers --------------------------------------------------------------- */
@@ -726,32 +777,18 @@ static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
     return answered;
 }
 
-static __thread unsigned intercepted; /* by the two functions below, for prove_layout */
-
-static void (*refused_rdmsr)(void *env); /* of a library that `load` refused */
-static void (*refused_wrmsr)(void *env);
-
-static bool is_for_handlers(const void *env)
-{
-    intercepted++;
-    return entered != NULL && entered->env == env &&
-           handlers_answer_msr((uint32_t)REGISTER(env, RCX));
-}
-
-/* The two stand in for the library's, in every engine of the process: ours and others'. Translated
- * code calls them, so their return address says which instruction runs. */
-#define EXPORTED __attribute__((visibility("default"), noinline))
 EXPORTED void helper_rdmsr_x86_64(void *env);
 EXPORTED void helper_wrmsr_x86_64(void *env);
 
 EXPORTED void helper_rdmsr_x86_64(void *env)
 {
+    Engine *self = engine_of(env, RDMSR);
     uint64_t value = 0;
-    if (!is_for_handlers(env)) {
-        (lib.handle != NULL ? lib.rdmsr : refused_rdmsr)(env);
+    if (self == NULL || !handlers_answer_msr((uint32_t)REGISTER(env, RCX))) {
+        lib.genuine.rdmsr(env);
         return;
     }
-    if (!read_msr(entered, (uint32_t)REGISTER(env, RCX), &value)) {
+    if (!read_msr(self, (uint32_t)REGISTER(env, RCX), &value)) {
         lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
     }
     REGISTER(env, RAX) = (uint32_t)value;
@@ -760,15 +797,166 @@ EXPORTED void helper_rdmsr_x86_64(void *env)
 
 EXPORTED void helper_wrmsr_x86_64(void *env)
 {
+    Engine *self = engine_of(env, WRMSR);
     uint64_t value = REGISTER(env, RDX) << 32 | (uint32_t)REGISTER(env, RAX);
-    if (!is_for_handlers(env)) {
-        (lib.handle != NULL ? lib.wrmsr : refused_wrmsr)(env);
+    if (self == NULL || !handlers_answer_msr((uint32_t)REGISTER(env, RCX))) {
+        lib.genuine.wrmsr(env);
         return;
     }
-    if (!write_msr(entered, (uint32_t)REGISTER(env, RCX), value)) {
+    if (!write_msr(self, (uint32_t)REGISTER(env, RCX), value)) {
         lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
     }
 }
+
+/* ---- memory that is no RAM ---------------------------------------------------------------------
+ *
+ * The library's slow path. There it would split accesses as its memory regions have them: 8 bytes
+ * into dwords, unaligned ones into bytes or the two aligned reads around them. KVM's emulator
+ * (emulator_read_write) splits them where a page ends and nowhere else; so does this, without
+ * paging. All stores to RAM that may hold code come here too. */
+
+static const RamRange *ram_at(const Engine *self, uint64_t gpa)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {
+            return &self->ram[i];
+        }
+    }
+    return NULL;
+}
+
+/* Without paging the address is physical, of 32 bits (A20 is always on). */
+static bool is_ram_or_paged(Engine *self, uint64_t linear, unsigned size_bytes)
+{
+    if (U64(self->env, ENV_CR) & CR0_PG) {
+        return true;
+    }
+    const RamRange *first = ram_at(self, (uint32_t)linear);
+    if (first == NULL || ram_at(self, (uint32_t)(linear + size_bytes - 1)) == NULL) {
+        return false;
+    }
+    self->near_ram = first->gpa;
+    self->near_span = first->size_bytes - 7;
+    return true;
+}
+
+/* The bytes of an access from `linear` on that are on its page. */
+static unsigned bytes_on_page(uint64_t linear, unsigned size_bytes)
+{
+    unsigned left = PAGE_BYTES - linear % PAGE_BYTES;
+    return left < size_bytes ? left : size_bytes;
+}
+
+static uint64_t low_bytes(uint64_t value, unsigned size_bytes)
+{
+    return size_bytes == 8 ? value : value & ((1ull << (8 * size_bytes)) - 1);
+}
+
+/* A load of which some or all bytes are no RAM. */
+static uint64_t load_around_ram(Engine *self, uint64_t linear, unsigned size_bytes)
+{
+    uint64_t value = 0;
+    unsigned done = 0;
+    while (done < size_bytes) {
+        uint32_t gpa = (uint32_t)(linear + done);
+        unsigned count = bytes_on_page(gpa, size_bytes - done);
+        const RamRange *ram = ram_at(self, gpa);
+        uint64_t part = 0;
+        if (ram != NULL) {
+            memcpy(&part, (const char *)ram->view.buf + (gpa - ram->gpa), count);
+        } else {
+            part = low_bytes(read_mmio(self, gpa, count), count);
+        }
+        value |= part << (8 * done);
+        done += count;
+    }
+    return value;
+}
+
+/* Puts bytes into RAM as the library does with a store over two pages: it may hold code. */
+static void store_bytes(Engine *self, uint64_t linear, uint64_t value, unsigned count, uint32_t oi,
+                        uintptr_t return_address)
+{
+    for (unsigned i = 0; i < count; i++) {
+        lib.genuine.store[BYTE](self->env, linear + i, (uint8_t)(value >> (8 * i)), oi,
+                                return_address);
+    }
+}
+
+static void store_around_ram(Engine *self, uint64_t linear, uint64_t value, unsigned size_bytes,
+                             uint32_t oi, uintptr_t return_address)
+{
+    unsigned done = 0;
+    while (done < size_bytes) {
+        uint32_t gpa = (uint32_t)(linear + done);
+        unsigned count = bytes_on_page(gpa, size_bytes - done);
+        uint64_t part = low_bytes(value >> (8 * done), count);
+        if (ram_at(self, gpa) != NULL) {
+            store_bytes(self, gpa, part, count, oi, return_address);
+        } else {
+            write_mmio(self, gpa, count, part);
+        }
+        done += count;
+    }
+}
+
+static __attribute__((noinline)) uint64_t load_far(int size, void *env, uint64_t linear,
+                                                   uint32_t oi, uintptr_t return_address)
+{
+    Engine *self = engine_of(env, LOADS + size);
+    if (self == NULL || is_ram_or_paged(self, linear, 1u << size)) {
+        return lib.genuine.load[size](env, linear, oi, return_address);
+    }
+    return load_around_ram(self, linear, 1u << size);
+}
+
+static __attribute__((noinline)) void store_far(int size, void *env, uint64_t linear,
+                                                uint64_t value, uint32_t oi,
+                                                uintptr_t return_address)
+{
+    Engine *self = engine_of(env, STORES + size);
+    if (self == NULL || is_ram_or_paged(self, linear, 1u << size)) {
+        lib.genuine.store[size](env, linear, value, oi, return_address);
+        return;
+    }
+    store_around_ram(self, linear, value, 1u << size, oi, return_address);
+}
+
+/* Whether the library does the access in any case, whoever's `env` it is. */
+static bool is_near(uint64_t linear)
+{
+    const Engine *self = entered;
+    return likely(self != NULL && linear - self->near_ram < self->near_span);
+}
+
+#define STAND_IN_FOR_LOAD(name, size)                                                            \
+    EXPORTED Load name;                                                                          \
+    EXPORTED uint64_t name(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)    \
+    {                                                                                            \
+        return is_near(linear) ? lib.genuine.load[size](env, linear, oi, return_address)         \
+                               : load_far(size, env, linear, oi, return_address);                \
+    }
+
+#define STAND_IN_FOR_STORE(name, size)                                                           \
+    EXPORTED Store name;                                                                         \
+    EXPORTED void name(void *env, uint64_t linear, uint64_t value, uint32_t oi,                  \
+                       uintptr_t return_address)                                                 \
+    {                                                                                            \
+        if (is_near(linear)) {                                                                   \
+            lib.genuine.store[size](env, linear, value, oi, return_address);                     \
+        } else {                                                                                 \
+            store_far(size, env, linear, value, oi, return_address);                             \
+        }                                                                                        \
+    }
+
+STAND_IN_FOR_LOAD(helper_ret_ldub_mmu_x86_64, BYTE)
+STAND_IN_FOR_LOAD(helper_le_lduw_mmu_x86_64, WORD)
+STAND_IN_FOR_LOAD(helper_le_ldul_mmu_x86_64, LONG)
+STAND_IN_FOR_LOAD(helper_le_ldq_mmu_x86_64, QUAD)
+STAND_IN_FOR_STORE(helper_ret_stb_mmu_x86_64, BYTE)
+STAND_IN_FOR_STORE(helper_le_stw_mmu_x86_64, WORD)
+STAND_IN_FOR_STORE(helper_le_stl_mmu_x86_64, LONG)
+STAND_IN_FOR_STORE(helper_le_stq_mmu_x86_64, QUAD)
 
 /* ---- CPUID ------------------------------------------------------------------------------------ */
 
@@ -1006,7 +1194,7 @@ static int reset_cpu_protected(Engine *self, uint32_t eip)
 
 /* ---- proving the layout ---------------------------------------------------------------------- */
 
-static const char MSRS_PASS_BY[] = "RDMSR and WRMSR";
+static const char CALLS_PASS_BY[] = "calls of its own functions";
 static __thread int probe_request; /* what the probe's interrupt function was called with */
 
 static bool probe_take_interrupt(void *cpu, int request)
@@ -1097,11 +1285,34 @@ static const char *wrong_register_field(void *uc, char *env)
     return NULL;
 }
 
-/* Runs `int 0x21; div bx; rdmsr; wrmsr; hlt` with a pending interrupt and looks at what it left.
- * The MSR is number 0, which the library's own functions leave alone. */
+/* Makes the code that goes through all the functions this module stands in for: an MSR that the
+ * library's own leave alone, and loads and stores where every access takes the slow path. */
+static const uint8_t PROBE_CODE[] = {
+    0xcd, 0x21,                                     /* int 0x21 */
+    0xf7, 0xf3,                                     /* div bx */
+    0x0f, 0x32, 0x0f, 0x30,                         /* rdmsr; wrmsr */
+    0xa0, 0x00, 0x20, 0xa2, 0x00, 0x20,             /* mov al, [0x2000]; mov [0x2000], al */
+    0xa1, 0x00, 0x20, 0xa3, 0x00, 0x20,             /* ax */
+    0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
+    0x0f, 0x6f, 0x06, 0x00, 0x20,                   /* movq mm0, [0x2000] */
+    0x0f, 0x7f, 0x06, 0x00, 0x20,                   /* movq [0x2000], mm0 */
+    0xf4,                                           /* hlt */
+};
+
+static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)user;
+    return 0;
+}
+
+static void probe_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
+}
+
+/* Runs that code with a pending interrupt and looks at what it left. */
 static const char *wrong_execution_field(void *uc, char *cpu, char *env)
 {
-    static const uint8_t code[] = {0xcd, 0x21, 0xf7, 0xf3, 0x0f, 0x32, 0x0f, 0x30, 0xf4};
     Probe probe = {cpu, env, 0};
     size_t hook;
     uint64_t flags = 2;
@@ -1110,7 +1321,8 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     enter_real_mode(env);
     if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
         lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
-        lib.mem_write(uc, 0x1000, code, sizeof code) ||
+        lib.mem_write(uc, 0x1000, PROBE_CODE, sizeof PROBE_CODE) ||
+        lib.mmio_map(uc, 0x2000, PAGE_BYTES, probe_read, NULL, probe_write, NULL) ||
         lib.hook_add(uc, &hook, UC_HOOK_INTR, probe_exception, &probe, 1, 0)) {
         return "memory or hooks";
     }
@@ -1119,8 +1331,9 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != 0x1009) return "halted";
-    if (intercepted != 2) return MSRS_PASS_BY;
+    uint64_t end = 0x1000 + sizeof PROBE_CODE;
+    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
+    if (intercepted != (1u << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     return NULL;
 }
 
@@ -1163,7 +1376,7 @@ static bool prove_layout(const char *path)
     if (uc != NULL) {
         lib.close(uc);
     }
-    if (wrong == MSRS_PASS_BY) {
+    if (wrong == CALLS_PASS_BY) {
         PyErr_Format(PyExc_ImportError,
                      "%s: was loaded before kvmtick could put itself in front of it; open the "
                      "first kvmtick engine before anything imports unicorn", path);
@@ -1177,17 +1390,48 @@ static bool prove_layout(const char *path)
 
 /* ---- loading ------------------------------------------------------------------------------------ */
 
+#define STANDS_IN(function, field) {#function, offsetof(Library, genuine.field), function}
+
+static const struct {
+    const char *name;
+    size_t offset;
+    void *ours;
+} INTERPOSED[INTERPOSED_COUNT] = {
+    [LOADS + BYTE] = STANDS_IN(helper_ret_ldub_mmu_x86_64, load[BYTE]),
+    [LOADS + WORD] = STANDS_IN(helper_le_lduw_mmu_x86_64, load[WORD]),
+    [LOADS + LONG] = STANDS_IN(helper_le_ldul_mmu_x86_64, load[LONG]),
+    [LOADS + QUAD] = STANDS_IN(helper_le_ldq_mmu_x86_64, load[QUAD]),
+    [STORES + BYTE] = STANDS_IN(helper_ret_stb_mmu_x86_64, store[BYTE]),
+    [STORES + WORD] = STANDS_IN(helper_le_stw_mmu_x86_64, store[WORD]),
+    [STORES + LONG] = STANDS_IN(helper_le_stl_mmu_x86_64, store[LONG]),
+    [STORES + QUAD] = STANDS_IN(helper_le_stq_mmu_x86_64, store[QUAD]),
+    [RDMSR] = STANDS_IN(helper_rdmsr_x86_64, rdmsr),
+    [WRMSR] = STANDS_IN(helper_wrmsr_x86_64, wrmsr),
+};
+
+static bool resolve_symbol(const char *path, const char *name, size_t offset)
+{
+    void *symbol = dlsym(lib.handle, name);
+    if (symbol == NULL) {
+        PyErr_Format(PyExc_ImportError, "%s: expected Unicorn 2.1.4, found no symbol %s; %s", path,
+                     name, REMEDY);
+        return false;
+    }
+    POINTER(&lib, offset) = symbol;
+    return true;
+}
+
 static bool resolve(const char *path)
 {
     for (size_t i = 0; i < COUNT(SYMBOLS); i++) {
-        void *symbol = dlsym(lib.handle, SYMBOLS[i].name);
-        if (symbol == NULL) {
-            PyErr_Format(PyExc_ImportError,
-                         "%s: expected Unicorn 2.1.4, found no symbol %s; %s", path,
-                         SYMBOLS[i].name, REMEDY);
+        if (!resolve_symbol(path, SYMBOLS[i].name, SYMBOLS[i].offset)) {
             return false;
         }
-        POINTER(&lib, SYMBOLS[i].offset) = symbol;
+    }
+    for (size_t i = 0; i < COUNT(INTERPOSED); i++) {
+        if (!resolve_symbol(path, INTERPOSED[i].name, INTERPOSED[i].offset)) {
+            return false;
+        }
     }
     unsigned version = lib.version(NULL, NULL);
     if (version != UNICORN_2_1_4) {
@@ -1198,7 +1442,7 @@ static bool resolve(const char *path)
     return true;
 }
 
-/* Makes the two exported functions of this module win over the library's. */
+/* Makes the exported functions of this module win over the library's. */
 static bool join_global_scope(void)
 {
     static void *self;
@@ -1215,14 +1459,19 @@ static bool join_global_scope(void)
 /* A refused library that calls this module's functions stays loaded, for them to pass on to. */
 static void refuse(void *handle)
 {
-    void *rdmsr = dlsym(handle, "helper_rdmsr_x86_64");
-    void *wrmsr = dlsym(handle, "helper_wrmsr_x86_64");
-    if (rdmsr == NULL || wrmsr == NULL || rdmsr == (void *)helper_rdmsr_x86_64) {
-        dlclose(handle);
-        return;
+    bool calls_ours = false;
+    for (size_t i = 0; i < COUNT(INTERPOSED); i++) {
+        void *symbol = dlsym(handle, INTERPOSED[i].name);
+        if (symbol != NULL && symbol != INTERPOSED[i].ours) {
+            calls_ours = true;
+            if (lib.handle == NULL) {
+                POINTER(&lib, INTERPOSED[i].offset) = symbol;
+            }
+        }
     }
-    refused_rdmsr = (void (*)(void *))rdmsr;
-    refused_wrmsr = (void (*)(void *))wrmsr;
+    if (!calls_ours) {
+        dlclose(handle);
+    }
 }
 
 static bool load_library(const char *path)

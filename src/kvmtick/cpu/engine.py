@@ -18,6 +18,8 @@ to the next VM exit:
   `enter`: the engine calls the handlers given to `attach`, with the number of instructions retired
   since the entry, the access itself not counted. To leave after it the handler kicks; the access is
   done once, and the kick ends the execution at the boundary behind the instruction;
+* memory accesses have any address and 1 to 8 bytes: one that crosses the end of a page comes as its
+  two parts, in the order of their addresses;
 * CPUID answers what the handler says;
 * every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date;
   in a handler `interruptibility` is that behind the access.

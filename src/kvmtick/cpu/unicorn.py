@@ -10,13 +10,15 @@ is no RAM, CPUID (vol. 2A) and the MSRs in `engine.MSRS` (RDMSR and WRMSR, vol. 
 answered by the handlers; a refused MSR access is #GP(0). The CPU calls itself a Sandy Bridge in EDX
 after a reset.
 
-The shim puts itself in front of two of the library's functions for RDMSR and WRMSR. That works only
-in a process where nothing has loaded the library before the first engine is opened; importing the
-`unicorn` package later does no harm.
+The shim puts itself in front of ten of the library's functions: those for RDMSR, WRMSR and the
+loads and stores that translated code cannot do by itself. That works only in a process where
+nothing has loaded the library before the first engine is opened; importing the `unicorn` package
+later does no harm.
 
-Memory accesses reach the handlers as the library splits them: accesses of 8 and 16 bytes as dwords,
-from the lowest address up; an unaligned write as bytes; an unaligned read as the two aligned reads
-around it. A locked access to memory that is no RAM is a read and a write.
+Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
+(`emulator_read_write`): 1, 2, 4 or 8 bytes at any address, split only where a page of 4096 bytes
+ends, into two parts of any length. 16 bytes are two accesses of 8, a locked access is a read and a
+write.
 
 An instruction that faults counts in `retired` like one that completed: the time goes into the
 delivery, and a guest that does nothing but fault still uses up its budget. REP string instructions
@@ -26,6 +28,10 @@ Not modelled:
 
 * paging, virtual-8086 mode and long mode: code there runs, but shadows and REP rounds may be told
   wrong, and faults on instruction fetch, CR8 and SYSCALL are not looked after;
+* accesses that the library splits where no RAM is, 8 bytes into dwords, unaligned ones into bytes
+  or the two aligned reads around them: all with paging, else those of CMPXCHG8B, BOUND, FXSAVE,
+  floats of 80 bits, descriptors, far transfers and the delivery of events;
+* 16 bytes over the end of a page: KVM counts the 8 bytes of the next access from there on;
 * task gates and other privilege levels than 0 are left to Unicorn, untested;
 * STI with IF already set casts a shadow here and none on the processor;
 * an injected software interrupt or exception pushes RIP as it stands (the contract has no

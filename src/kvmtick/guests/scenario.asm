@@ -42,6 +42,7 @@
 ; A WRMSR or RDMSR that the CPU refuses with #GP counts in `faults`; RDMSR then gives all ones.
 ; A slave PIC that the script has not initialised has vector base 0; give it 0x28.
 
+%define SPIN_PAD 48
 %include "common.inc"
 
 ERROR_OPERATION equ 0xfe

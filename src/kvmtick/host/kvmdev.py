@@ -462,10 +462,6 @@ class VcpuFile(KvmFile):
             if KICK_SIGNAL not in before:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
 
-    def remaining_s(self) -> float:
-        """Wall seconds left inside `bounded`, not below 0."""
-        return max(0.0, self._deadline_s - time.monotonic())
-
     def enter(self) -> Exit:
         """KVM_RUN until the next exit; signals meant for others do not end it.
 

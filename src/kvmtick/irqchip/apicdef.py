@@ -23,7 +23,6 @@ APIC_ISR: Final = 0x100
 APIC_TMR: Final = 0x180
 APIC_IRR: Final = 0x200
 APIC_ESR: Final = 0x280
-APIC_LVTCMCI: Final = 0x2F0
 APIC_ICR: Final = 0x300
 APIC_ICR_HIGH: Final = 0x304
 """Bits 63:32 of the x2APIC's ICR, where the kernel keeps them; unused bytes in xAPIC mode."""

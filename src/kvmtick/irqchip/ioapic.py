@@ -28,6 +28,7 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     kvm_ioapic_state,
 )
+from kvmtick.irqchip.apicdef import DELIVERY_MODE_SHIFT
 from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.timing.clock import Clock
@@ -75,7 +76,6 @@ VERSION = (KVM_IOAPIC_NUM_PINS - 1) << 16 | 0x11
 
 # A redirection entry (IOREDTBL, datasheet 3.2.4).
 VECTOR = 0xFF
-DELIVERY_MODE_SHIFT = 8
 DELIVERY_MODE = 7 << DELIVERY_MODE_SHIFT
 DEST_MODE_LOGICAL = 1 << 11
 DELIVERY_STATUS = 1 << 12
@@ -124,8 +124,9 @@ class Ioapic:
     """24 pins, each with a redirection entry that says what message its interrupt is.
 
     `irr` holds the requests: of a level pin its line, of an edge pin a line that is high.
-    `irr_delivered` says which of the edges in `irr` were sent. It tells `notifiers` whom to ask for
-    a new scan of the handled vectors when the list of ack notifiers changes.
+    `irr_delivered` says which of the edges in `irr` were sent. It sets
+    `notifiers.ack_list_changed`: when the list of ack notifiers changes, every vCPU has to scan the
+    handled vectors anew.
     """
 
     __slots__ = (

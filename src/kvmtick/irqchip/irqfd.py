@@ -7,7 +7,8 @@ line drops and every resamplefd of the GSI is signalled, so that whoever still w
 signals again.
 
 The kernel is called when an eventfd is signalled; here `IrqFds.poll` looks, edge triggered, so that
-a count from before the assignment stays where it is, as in the kernel.
+a count from before the assignment stays where it is, as in the kernel. Signals between two looks
+are one.
 
 Not modelled: an irqfd that goes away because its last descriptor was closed (a duplicate is held
 here), the way of an irqfd's message that the fast map of destinations cannot tell (the kernel hands
@@ -21,9 +22,10 @@ import os
 import re
 import select
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from kvmtick.abi.closing import Closing
-from kvmtick.abi.errors import KvmError
+from kvmtick.abi.errors import NO_IRQCHIP, KvmError
 from kvmtick.abi.structs import (
     KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
@@ -57,7 +59,7 @@ IOEVENTFD_FLAGS = (
 ADDRESS_END = 1 << 64
 COUNTER_BYTES = 8
 
-_bound: set[str] = set()
+_bound: WeakValueDictionary[str, IrqFds] = WeakValueDictionary()
 """Eventfds that are the irqfd of some VM: one eventfd raises one GSI of one VM."""
 
 
@@ -71,6 +73,7 @@ class EventFd(Closing):
 
     def __init__(self, fd: int, call: str) -> None:
         """`eventfd_ctx_fdget`. KvmError EBADF: no descriptor. EINVAL: not an eventfd."""
+        self.fd = -1
         self.ident = _eventfd_ident(fd, call)
         self.fd = os.dup(fd)
 
@@ -79,6 +82,9 @@ class EventFd(Closing):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def take(self) -> bool:
         """Consume what was signalled (`eventfd_ctx_do_read`); False if nothing was."""
@@ -148,7 +154,15 @@ class _Resampler:
 class IrqFds(Closing):
     """The irqfds of one VM. It registers itself as the notifiers' `resampler`."""
 
-    __slots__ = ("_by_fd", "_epoll", "_notifiers", "_resamplers", "_routing", "assigned")
+    __slots__ = (
+        "__weakref__",
+        "_by_fd",
+        "_epoll",
+        "_notifiers",
+        "_resamplers",
+        "_routing",
+        "assigned",
+    )
 
     def __init__(self, routing: IrqRouting, notifiers: Notifiers) -> None:
         self._routing = routing
@@ -180,15 +194,14 @@ class IrqFds(Closing):
         KvmError EINVAL: no irqchip in the kernel (resampling: not all of it), or a descriptor that
         is no eventfd; EBADF: no descriptor; EBUSY: `fd` is assigned already.
         """
-        routing = self._routing
         resample = bool(flags & KVM_IRQFD_FLAG_RESAMPLE)
-        if not routing.in_kernel or (resample and routing.split):
+        if not self._routing.in_kernel:
+            raise KvmError(errno.EINVAL, KVM_IRQFD, NO_IRQCHIP)
+        if resample and self._routing.split:
             raise KvmError(
                 errno.EINVAL,
                 KVM_IRQFD,
-                "resampling needs the whole irqchip in the kernel"
-                if routing.in_kernel
-                else "no in-kernel irqchip",
+                "user space has the IOAPIC; let it resample, use a plain one",
             )
         eventfd = EventFd(fd, KVM_IRQFD)
         resampled: EventFd | None = None
@@ -204,7 +217,7 @@ class IrqFds(Closing):
         if eventfd.ident in _bound:
             self._shutdown(irqfd)
             raise KvmError(errno.EBUSY, KVM_IRQFD, f"eventfd {fd} is assigned already")
-        _bound.add(eventfd.ident)
+        _bound[eventfd.ident] = self
         self.assigned.append(irqfd)
         self._by_fd[eventfd.fd] = irqfd
         # What other eventfds have to say must not be lost with the readiness this one starts with.
@@ -234,12 +247,11 @@ class IrqFds(Closing):
         signalled = False
         for fd, _ in self._epoll.poll(0):
             irqfd = self._by_fd.get(fd)
-            # An eventfd that is a semaphore gives its signals one by one.
-            while irqfd is not None and self._take(irqfd):
+            if irqfd is not None and self._take(irqfd):
                 signalled = True
         return signalled
 
-    def fileno_list(self) -> list[int]:
+    def filenos(self) -> list[int]:
         """The descriptors to wait for in a sleep; one becomes readable when `poll` is due."""
         return [self._epoll.fileno()] if self._epoll is not None and self.assigned else []
 
@@ -268,7 +280,7 @@ class IrqFds(Closing):
             self._routing.set_irq(USERSPACE_IRQ_SOURCE_ID, irqfd.gsi, 0)
 
     def _remove(self, irqfd: _IrqFd) -> None:
-        _bound.discard(irqfd.eventfd.ident)
+        _bound.pop(irqfd.eventfd.ident, None)
         self.assigned.remove(irqfd)
         del self._by_fd[irqfd.eventfd.fd]
         if self._epoll is not None:
@@ -382,11 +394,11 @@ class IoEventFds(Closing):
         if length not in (0, 1, 2, 4, 8):
             raise _bad_ioeventfd(f"length {length}; use 1, 2, 4, 8, or 0 for any")
         if addr + length >= ADDRESS_END:
-            raise _bad_ioeventfd(f"{length} bytes at {addr:#x} wrap")
+            raise _bad_ioeventfd(f"{length} bytes at {addr:#x} wrap; give a lower address")
         if flags & ~IOEVENTFD_FLAGS:
             raise _bad_ioeventfd(f"flags {flags:#x}; 1 matches data, 2 is a port, 4 deassigns")
         if not length and flags & KVM_IOEVENTFD_FLAG_DATAMATCH:
-            raise _bad_ioeventfd("a match needs a length")
+            raise _bad_ioeventfd("a match needs a length; give 1, 2, 4 or 8 bytes")
         matched = datamatch if flags & KVM_IOEVENTFD_FLAG_DATAMATCH else None
         new = _IoEventFd(_bus(flags), length, matched, EventFd(fd, KVM_IOEVENTFD))
         there = self._by_address.setdefault((new.bus, addr), [])

@@ -9,8 +9,7 @@ Where KVM differs from the silicon, KVM's way is kept:
 * ESR is not maintained: writes are accepted, and nothing ever sets a bit; a vector below 16 sets
   its IRR bit and is never delivered;
 * ARBPRI reads 0; ICR's busy bit is always clear; there is no CMCI LVT;
-* the page takes aligned 32-bit writes only; others, and those to what is read-only, do nothing; a
-  read of what is not readable gives what the emulator's buffer held before;
+* the page takes aligned 32-bit writes only; others, and those to what is read-only, do nothing;
 * a page that is disabled, or an x2APIC's, reads all ones and swallows writes (LAPIC_MMIO_HOLE);
 * x2APIC registers have no reserved bits, but for ICR, SELF_IPI and ESR;
 * KVM_SET_LAPIC takes the 1024 bytes as they are, padding included. Only the version, the current
@@ -19,7 +18,8 @@ Where KVM differs from the silicon, KVM's way is kept:
 * LVT0 written in NMI mode counts as a watchdog even where it ends up masked.
 
 Not modelled: APICv, paravirtual EOI, Hyper-V's synthetic interrupt controller, SMM (an SMI is
-dropped), TPR access reporting, KVM_DISABLE_QUIRKS.
+dropped), TPR access reporting, KVM_DISABLE_QUIRKS, what the kernel's emulator had read before when
+a register cannot be read (0 here).
 """
 
 from __future__ import annotations
@@ -311,6 +311,8 @@ class Lapic(LapicRegisters):
                 return False
         self._set_base(value)
         self.delivery.recalculate_map()
+        if self.pending_timer:
+            self.vcpu.request_unblock()
         return True
 
     def _set_base(self, value: int) -> None:
@@ -434,7 +436,7 @@ class Lapic(LapicRegisters):
         return 1
 
     def local_deliver(self, lvt_register: int) -> int:
-        """`kvm_apic_local_deliver`: what the LVT at that offset says; 1 taken, 0 masked or not."""
+        """`kvm_apic_local_deliver`: what the LVT at that offset says; 1 if taken, else 0."""
         lvt: int = getattr(self, FIELDS[lvt_register])
         if not self.hw_enabled or lvt & APIC_LVT_MASKED:
             return 0
@@ -456,7 +458,8 @@ class Lapic(LapicRegisters):
         """`kvm_inject_apic_timer_irqs`: a pending expiry becomes LVTT's interrupt; while that is
         masked or the APIC disabled it stays pending (`apic_has_pending_timer`).
         """
-        if self.pending_timer and self.sw_enabled and not self.lvtt & APIC_LVT_MASKED:
+        enabled = self.hw_enabled and self.sw_enabled
+        if self.pending_timer and enabled and not self.lvtt & APIC_LVT_MASKED:
             self.local_deliver(APIC_LVTT)
             self.taken()
 
@@ -566,15 +569,15 @@ class Lapic(LapicRegisters):
 
     # Access by the guest.
 
-    def mmio_read(self, gpa: int, size_bytes: int, stale: int = 0) -> int | None:
-        """`apic_mmio_read`; None: not its address. `stale` is what the emulator's buffer held."""
+    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
+        """`apic_mmio_read`; None: not its address. What cannot be read gives 0."""
         offset = gpa - self.base_address
         if not 0 <= offset < LAPIC_MMIO_LENGTH:
             return None
         if not self.hw_enabled or self.x2apic_mode:
             return (1 << 8 * size_bytes) - 1
         value = self._read(offset, size_bytes)
-        return stale & (1 << 8 * size_bytes) - 1 if value is None else value
+        return 0 if value is None else value
 
     def mmio_write(self, gpa: int, size_bytes: int, value: int) -> bool:
         """`apic_mmio_write`; False: not its address."""

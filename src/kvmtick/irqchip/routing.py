@@ -18,7 +18,7 @@ import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from kvmtick.abi.errors import KvmError
+from kvmtick.abi.errors import NO_IRQCHIP, KvmError
 from kvmtick.abi.structs import (
     KVM_IOAPIC_NUM_PINS,
     KVM_IRQ_ROUTING_IRQCHIP,
@@ -188,7 +188,6 @@ class IrqRouting:
         "_pic",
         "_recorder",
         "nr_reserved_ioapic_pins",
-        "split",
     )
 
     def __init__(self, recorder: Recorder) -> None:
@@ -199,12 +198,16 @@ class IrqRouting:
         self._ioapic: IrqTarget | None = None
         self._delivery: IrqDelivery | None = None
         self.nr_reserved_ioapic_pins = 0
-        self.split = False
 
     @property
     def in_kernel(self) -> bool:
         """`irqchip_in_kernel`: the local APICs at least are."""
         return self._delivery is not None
+
+    @property
+    def split(self) -> bool:
+        """KVM_CAP_SPLIT_IRQCHIP: user space has the PICs and the IOAPIC."""
+        return self._delivery is not None and self._delivery.split
 
     def set_chips(self, pic: IrqTarget, ioapic: IrqTarget, delivery: IrqDelivery) -> None:
         """KVM_CREATE_IRQCHIP: what tables may lead to, and the default table."""
@@ -214,8 +217,8 @@ class IrqRouting:
     def set_split(self, delivery: IrqDelivery, nr_reserved_ioapic_pins: int) -> None:
         """KVM_CAP_SPLIT_IRQCHIP: messages only, and an empty table."""
         self._delivery = delivery
+        delivery.split = True
         self.nr_reserved_ioapic_pins = nr_reserved_ioapic_pins
-        self.split = True
         self._entries = {}
         self._gsi_of_pin = {}
 
@@ -242,50 +245,43 @@ class IrqRouting:
         """
         delivery = self._delivery
         if delivery is None:
-            raise KvmError(errno.EINVAL, SET_GSI_ROUTING, "no in-kernel irqchip")
-        if len(entries) > KVM_MAX_IRQ_ROUTES:
-            raise _bad_table(f"{len(entries)} entries; at most {KVM_MAX_IRQ_ROUTES} fit")
-        if flags:
-            raise _bad_table(f"table flags {flags:#x}; use 0")
-        for index, entry in enumerate(entries):
-            if entry.gsi >= KVM_MAX_IRQ_ROUTES:
-                raise _bad_entry(index, f"gsi {entry.gsi}; stay below {KVM_MAX_IRQ_ROUTES}")
+            raise KvmError(errno.EINVAL, SET_GSI_ROUTING, NO_IRQCHIP)
+        _check_table(entries, flags)
         table: _Entries = {}
         chips: dict[int, set[int]] = {}
         gsi_of_pin: dict[tuple[int, int], int] = {}
         for index, entry in enumerate(entries):
-            gsi = entry.gsi
-            is_msi = entry.type == KVM_IRQ_ROUTING_MSI
-            allowed = KVM_MSI_VALID_DEVID if is_msi else 0
-            if entry.flags & ~allowed:
-                raise _bad_entry(index, f"flags {entry.flags:#x}; use 0")
+            gsi, irqchip = entry.gsi, entry.u.irqchip.irqchip
+            taken = chips.setdefault(gsi, set())
             if gsi in table:
-                taken = chips[gsi]
+                # One pin of each chip, or one message and nothing else.
                 if entry.type != KVM_IRQ_ROUTING_IRQCHIP or not taken:
-                    raise _bad_entry(index, f"a message must have gsi {gsi} for itself")
-                if entry.u.irqchip.irqchip in taken:
-                    raise _bad_entry(index, f"gsi {gsi} leads to that chip already")
+                    raise _bad_entry(index, f"a message must have gsi {gsi} for itself; move it")
+                if irqchip in taken:
+                    raise _bad_entry(index, f"gsi {gsi} leads to that chip already; leave it out")
             if entry.type == KVM_IRQ_ROUTING_IRQCHIP:
                 target, pin = self._irqchip_target(index, entry)
-                irqchip = entry.u.irqchip.irqchip
-                chips.setdefault(gsi, set()).add(irqchip)
+                taken.add(irqchip)
                 gsi_of_pin[irqchip, pin] = gsi
-            elif is_msi:
-                msi = entry.u.msi
-                target, pin = (
-                    _Msi(self._recorder, delivery, msi.address_lo, msi.address_hi, msi.data),
-                    0,
-                )
-                if target.invalid():
-                    raise _bad_entry(index, f"address_hi {msi.address_hi:#x}; its low byte is 0")
-                chips[gsi] = set()
             else:
-                raise _bad_entry(index, f"type {entry.type}; 1 is a pin, 2 a message")
+                target, pin = self._msi_target(index, entry, delivery), 0
             table[gsi] = (*table.get(gsi, ()), (target, pin))
         self._entries = table
         self._gsi_of_pin = gsi_of_pin
         if self.split:
             delivery.request_scan_ioapic()
+
+    def _msi_target(
+        self, index: int, entry: kvm_irq_routing_entry, delivery: IrqDelivery
+    ) -> IrqTarget:
+        """`kvm_set_routing_entry`, of the types it knows besides chips: messages."""
+        if entry.type != KVM_IRQ_ROUTING_MSI:
+            raise _bad_entry(index, f"type {entry.type}; 1 is a pin, 2 a message")
+        msi = entry.u.msi
+        target = _Msi(self._recorder, delivery, msi.address_lo, msi.address_hi, msi.data)
+        if target.invalid():
+            raise _bad_entry(index, f"address_hi {msi.address_hi:#x}; its low byte is 0")
+        return target
 
     def _irqchip_target(self, index: int, entry: kvm_irq_routing_entry) -> tuple[IrqTarget, int]:
         """`kvm_set_routing_entry`: the chip and its pin, the slave PIC's from 8 on."""
@@ -348,7 +344,7 @@ class IrqRouting:
         """
         delivery = self._delivery
         if delivery is None:
-            raise KvmError(errno.EINVAL, SIGNAL_MSI, "no in-kernel irqchip")
+            raise KvmError(errno.EINVAL, SIGNAL_MSI, NO_IRQCHIP)
         if msi.flags & ~KVM_MSI_VALID_DEVID:
             raise KvmError(errno.EINVAL, SIGNAL_MSI, f"flags {msi.flags:#x}; use 0")
         message = _Msi(self._recorder, delivery, msi.address_lo, msi.address_hi, msi.data)
@@ -397,6 +393,20 @@ class IrqRouting:
                 ):
                     vectors |= 1 << irq.vector
         return vectors
+
+
+def _check_table(entries: Sequence[kvm_irq_routing_entry], flags: int) -> None:
+    """What is wrong whatever the chips are."""
+    if len(entries) > KVM_MAX_IRQ_ROUTES:
+        raise _bad_table(f"{len(entries)} entries; at most {KVM_MAX_IRQ_ROUTES} fit")
+    if flags:
+        raise _bad_table(f"table flags {flags:#x}; use 0")
+    for index, entry in enumerate(entries):
+        if entry.gsi >= KVM_MAX_IRQ_ROUTES:
+            raise _bad_entry(index, f"gsi {entry.gsi}; stay below {KVM_MAX_IRQ_ROUTES}")
+        allowed = KVM_MSI_VALID_DEVID if entry.type == KVM_IRQ_ROUTING_MSI else 0
+        if entry.flags & ~allowed:
+            raise _bad_entry(index, f"flags {entry.flags:#x}; use 0")
 
 
 def _bad_table(why: str) -> KvmError:

@@ -40,9 +40,10 @@ from kvmtick.abi.structs import (
 from kvmtick.cpu.engine import Engine
 from kvmtick.guests import Guest, Needs, Parameters
 from kvmtick.irqchip.delivery import SuppressEoiBroadcast
-from kvmtick.irqchip.i8254 import Pit, nominal_period_ns
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, Pit, nominal_period_ns
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
 from kvmtick.kvm.setup import prepare
@@ -60,9 +61,7 @@ NOMINAL_TIMES = 10
 """A guest that never gets its ticks is stopped after so many times the time they should take."""
 
 MAX_VCPU_ID = 4096
-TSC_KHZ = 1_000_000
 MAX_RESERVED_IOAPIC_PINS = 4096
-IOAPIC_PINS = 24
 SUPPRESS_EOI_BROADCAST = (
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST | KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST
 )
@@ -315,10 +314,12 @@ class ModelVm(Closing):
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: what the TSC of a vCPU counts a millisecond."""
-        return TSC_KHZ
+        return GUEST_TSC_KHZ
 
     def load(self, guest: Guest) -> None:
-        """Put an image into RAM, vCPU 0 will start at its entry. ValueError if it does not fit."""
+        """Put an image into RAM; the vCPU that boots will start at its entry. ValueError if it does
+        not fit.
+        """
         self.machine.load(guest)
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
@@ -381,11 +382,16 @@ class ModelVm(Closing):
         return self.assembler.report()
 
     def parameters(self) -> Parameters | None:
-        """The guest's parameter block as it is now in RAM; None for a foreign guest."""
+        """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one
+        that has overwritten it.
+        """
         guest = self.machine.loaded[-1] if self.machine.loaded else None
         if guest is None or guest.parameters is None:
             return None
-        return Parameters.read(self.machine.ram, guest.parameters.magic)
+        try:
+            return Parameters.read(self.machine.ram, guest.parameters.magic)
+        except ValueError:
+            return None
 
     def _nominal_rest_ns(self) -> list[int]:
         """How much longer a built-in guest may take for the ticks it waits for."""
@@ -403,7 +409,7 @@ class ModelVm(Closing):
     def _nominal_period_ns(self, block: Parameters) -> int:
         """The tick that a built-in guest's parameter block asks for."""
         if self.machine.loaded[-1].needs.tick_source == "lapic":
-            return block.period_ns
+            return max(block.period_ns, MIN_TIMER_PERIOD_NS)
         return nominal_period_ns(block.divisor)
 
     def _believed_period_ns(self, block: Parameters | None) -> float | None:

@@ -31,15 +31,14 @@ from kvmtick.cpu.engine import EventType, Interruptibility
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.machine.board import Board
 from kvmtick.vcpu.cpuid import CpuidLeaf, supported
+from kvmtick.vcpu.events import NMI_LIMIT, NMI_VECTOR
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 from kvmtick.vcpu.vmcs import intr_type, intr_vector
 
 __all__ = ["ModelVcpu", "cpuid_entries"]
 
 NR_VECTORS = 256
-NMI_VECTOR = 2
 NR_EXCEPTIONS = 32
-MAX_PENDING_NMIS = 2
 _EVENT_FLAGS = (
     KVM_VCPUEVENT_VALID_NMI_PENDING
     | KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -160,7 +159,7 @@ class ModelVcpu:
         else:
             vcpu.pending.reinject_info = 0
         if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING:
-            vcpu.pending.nmi_pending = min(events.nmi.pending, MAX_PENDING_NMIS)
+            vcpu.pending.nmi_pending = min(events.nmi.pending, NMI_LIMIT)
         if events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.lapic is not None:
             vcpu.lapic.sipi_vector = events.sipi_vector & 0xFF
         vcpu.request_event()

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
+from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
 from kvmtick.guests import Needs, gsi_routing
-from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE
+from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES
 
 __all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
 
@@ -64,7 +65,8 @@ def cpuid_of(entries: list[kvm_cpuid_entry2], vcpu_id: int) -> list[kvm_cpuid_en
 def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
     """Irqchip, PIT, routing, vCPUs and their CPUID as `needs` says.
 
-    `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice.
+    `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice. HostError where KVM does
+    not offer a CPUID feature the guest needs.
     """
     vm.create_irqchip()
     vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
@@ -74,5 +76,14 @@ def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
         vm.set_gsi_routing(table)
     vcpus = [vm.create_vcpu(vcpu_id) for vcpu_id in range(needs.vcpus)]
     for vcpu in vcpus:
-        vcpu.set_cpuid2(cpuid_of(vm.get_supported_cpuid(), vcpu.vcpu_id))
+        entries = cpuid_of(vm.get_supported_cpuid(), vcpu.vcpu_id)
+        _check_offered(entries, needs.cpuid or ())
+        vcpu.set_cpuid2(entries)
     return vcpus
+
+
+def _check_offered(entries: Iterable[kvm_cpuid_entry2], features: Iterable[str]) -> None:
+    ecx = sum(entry.ecx for entry in entries if entry.function == LEAF_FEATURES)
+    for feature in features:
+        if not ecx & FEATURES[feature]:
+            raise HostError(f"KVM offers no {feature} here", "choose a guest that does without")

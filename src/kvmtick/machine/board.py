@@ -82,13 +82,12 @@ class Board:
         """KVM_CAP_SPLIT_IRQCHIP; the caller checks that there is no irqchip yet. GSIs below
         `reserved_pins` are those of user space's IOAPIC.
         """
-        self.delivery.split = True
         self.routing.set_split(self.delivery, reserved_pins)
 
     @property
     def irqchip_in_kernel(self) -> bool:
         """Local APICs are ours: with or without the PICs and the IOAPIC."""
-        return self.pic is not None or self.delivery.split
+        return self.routing.in_kernel
 
     def create_pit(self, flags: int) -> None:
         """KVM_CREATE_PIT2; whatever step fails, nothing stays registered and it is ENOMEM."""

@@ -38,7 +38,8 @@ CONSOLE_LIMIT_BYTES = 1 << 20
 
 
 class PortMap:
-    """User space's side of port I/O. What the guest prints is in `console` and `serial`.
+    """User space's side of ports, MMIO and IOAPIC EOIs. What the guest prints is in `console` and
+    `serial`.
 
     Each keeps its first MiB and counts the rest in `dropped_bytes`.
     """

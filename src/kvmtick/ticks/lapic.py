@@ -21,7 +21,7 @@ from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, Record
 
-__all__ = ["LapicTimer", "LapicTimers"]
+__all__ = ["LapicTicks", "LapicTimers"]
 
 APIC_SPIV = 0xF0
 APIC_LVTT = 0x320
@@ -34,7 +34,7 @@ _MASKED_DETAIL = "the timer's LVT entry was masked"
 _MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
 
 
-class LapicTimer(Source):
+class LapicTicks(Source):
     """One local APIC's timer."""
 
     def __init__(self, keep: int) -> None:
@@ -152,10 +152,10 @@ class LapicTimers:
         self._vcpu_of = vcpu_of
         self._has_names = has_names
         self._keep = keep
-        self._timers: dict[int, LapicTimer] = {}
+        self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
 
-    def sources(self) -> list[LapicTimer]:
+    def sources(self) -> list[LapicTicks]:
         """Those that expired, by vCPU."""
         return sorted(
             (timer for timer in self._timers.values() if timer.expired), key=lambda t: t.vcpu
@@ -233,12 +233,12 @@ class LapicTimers:
             if timer.owner == vcpu:
                 timer.masked = masked
 
-    def _timer(self, hrtimer: int) -> LapicTimer:
+    def _timer(self, hrtimer: int) -> LapicTicks:
         if hrtimer not in self._timers:
-            self._timers[hrtimer] = LapicTimer(self._keep)
+            self._timers[hrtimer] = LapicTicks(self._keep)
         return self._timers[hrtimer]
 
-    def _waiting_of(self, vcpu: int) -> LapicTimer | None:
+    def _waiting_of(self, vcpu: int) -> LapicTicks | None:
         """The timer of a vCPU whose expiry waits, or one whose vCPU is not known yet."""
         found = None
         for timer in self._timers.values():

@@ -79,7 +79,7 @@ _TOLD: dict[int, Words] = {
         "vcpu.events.inject_pending_event",
     ),
     Event.KVM_VCPU_WAKEUP: ("the halted vCPU wakes", "kvm_vcpu_halt", "machine.machine.Machine"),
-    Event.KVM_PIO: ("the guest accesses a port", "kvm_fast_pio", "vcpu.vcpu.Vcpu"),
+    Event.KVM_PIO: ("the guest accesses a port", "kvm_fast_pio", "vcpu.exits.ExitHandlers"),
     Event.KVM_ENTRY: ("VM entry", "vcpu_enter_guest", "vcpu.vcpu.Vcpu.enter"),
     Event.KVM_EXIT: ("VM exit", "vmx_handle_exit", "vcpu.vcpu.Vcpu.enter"),
     Event.KVM_APICV_INHIBIT_CHANGED: (
@@ -120,12 +120,12 @@ _TOLD: dict[int, Words] = {
     Event.KVM_MMIO: (
         "the guest accesses memory that is no RAM",
         "vcpu_mmio_write, vcpu_mmio_read",
-        "vcpu.vcpu.Vcpu",
+        "vcpu.exits.ExitHandlers",
     ),
     Event.KVM_MSR: (
         "the guest accesses a model-specific register",
         "kvm_emulate_wrmsr, kvm_emulate_rdmsr",
-        "vcpu.vcpu.Vcpu",
+        "vcpu.exits.ExitHandlers",
     ),
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: (
         "a level line that stays high is put off",

@@ -52,8 +52,13 @@ class EventQueue:
         self._settle()
 
     def run_due(self, clock: Clock) -> None:
-        """Run, in order, everything due by `clock.now_ns`, what the callbacks add included."""
-        while self.next_ns <= clock.now_ns:
+        """Run, in order, everything due by now, what the callbacks add included.
+
+        What falls due while a live clock goes on is left for the next call: callbacks that take
+        longer than the time between them would never end.
+        """
+        now_ns = clock.now_ns
+        while self.next_ns <= now_ns:
             # The head is live: `cancel` and this loop keep it so.
             callback = heappop(self._heap)[2]
             if self._cancelled:

@@ -23,10 +23,13 @@ def sleep_ns(duration_ns: int, wake_on: Sequence[int] = ()) -> None:
     """Sleep for that long, or until one of the descriptors `wake_on` can be read."""
     if duration_ns <= 0:
         return
-    if wake_on:
-        select.select(wake_on, (), (), duration_ns / 1e9)
-    else:
+    if not wake_on:
         time.sleep(duration_ns / 1e9)
+        return
+    poller = select.poll()
+    for descriptor in wake_on:
+        poller.register(descriptor, select.POLLIN)
+    poller.poll(duration_ns / 1e6)
 
 
 class Kicker:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 
-__all__ = ["ECX_TSC_DEADLINE", "Cpuid", "CpuidLeaf", "supported"]
+__all__ = ["ECX_TSC_DEADLINE", "FEATURES", "Cpuid", "CpuidLeaf", "supported"]
 
-LEAF_FEATURES = 1
+LEAFFEATURES = 1
+LEAF_EXTENDED = 0x8000_0000
 LEAF_ADDRESS_SIZES = 0x8000_0008
 ECX_SSE3 = 1 << 0
 ECX_SSSE3 = 1 << 9
@@ -30,7 +31,8 @@ EDX_APIC = 1 << 9
 EDX_BASELINE = 0x0783_FBFD
 """FPU to SSE2 without VME and MCE's machine checks: what every x86-64 processor has, APIC too."""
 
-_FEATURES = {"x2apic": ECX_X2APIC, "tsc_deadline": ECX_TSC_DEADLINE}
+FEATURES = {"x2apic": ECX_X2APIC, "tsc_deadline": ECX_TSC_DEADLINE}
+"""The bits of leaf 1's ECX that the model looks at."""
 
 CLFLUSH_64_BYTES = 0x800
 
@@ -64,13 +66,16 @@ class Cpuid:
 
     def has(self, feature: str) -> bool:
         """Whether the guest was given `x2apic` or `tsc_deadline`."""
-        leaf = self._leaves.get((LEAF_FEATURES, None))
-        return leaf is not None and bool(leaf.ecx & _FEATURES[feature])
+        leaf = self._leaves.get((LEAFFEATURES, None))
+        return leaf is not None and bool(leaf.ecx & FEATURES[feature])
 
     def maxphyaddr(self) -> int:
         """Bits of a guest-physical address (`cpuid_query_maxphyaddr`)."""
+        highest = self._leaves.get((LEAF_EXTENDED, None))
         leaf = self._leaves.get((LEAF_ADDRESS_SIZES, None))
-        return DEFAULT_MAXPHYADDR if leaf is None else leaf.eax & 0xFF
+        if highest is None or highest.eax < LEAF_ADDRESS_SIZES or leaf is None:
+            return DEFAULT_MAXPHYADDR
+        return leaf.eax & 0xFF
 
     def answer(self, function: int, index: int, apic_enabled: bool) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of a leaf; the APIC bit shows whether IA32_APIC_BASE enables it."""
@@ -78,7 +83,7 @@ class Cpuid:
         if leaf is None:
             return 0, 0, 0, 0
         edx = leaf.edx
-        if function == LEAF_FEATURES and not apic_enabled:
+        if function == LEAFFEATURES and not apic_enabled:
             edx &= ~EDX_APIC
         return leaf.eax, leaf.ebx, leaf.ecx, edx
 
@@ -99,7 +104,7 @@ def supported() -> list[CpuidLeaf]:
     return [
         CpuidLeaf(0, None, 0xB, *_text("Genu", "ntel", "ineI")),
         CpuidLeaf(
-            LEAF_FEATURES,
+            LEAFFEATURES,
             None,
             0x206A1,
             CLFLUSH_64_BYTES,
@@ -110,7 +115,7 @@ def supported() -> list[CpuidLeaf]:
         CpuidLeaf(0xB, 1, 0, 0, 0x201, 0),
         CpuidLeaf(0x4000_0000, None, 0x4000_0001, *_text("KVMK", "VMKV", "M\0\0\0")),
         CpuidLeaf(0x4000_0001, None, 0, 0, 0, 0),
-        CpuidLeaf(0x8000_0000, None, 0x8000_0008, 0, 0, 0),
+        CpuidLeaf(LEAF_EXTENDED, None, LEAF_ADDRESS_SIZES, 0, 0, 0),
         CpuidLeaf(0x8000_0001, None, 0, 0, 0x1, 0x2810_0800),
         CpuidLeaf(LEAF_ADDRESS_SIZES, None, 0x3028, 0, 0, 0),
     ]

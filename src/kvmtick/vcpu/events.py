@@ -15,6 +15,7 @@ from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.vmcs import Vmcs, intr_info, intr_type, intr_vector
 
 __all__ = [
+    "NMI_LIMIT",
     "NMI_VECTOR",
     "RFLAGS_IF",
     "InterruptSource",

@@ -8,19 +8,21 @@ retired since the entry, so the time of an access is exact.
 Whoever wants the vCPU's attention makes a request and kicks it; an access that armed an earlier
 timer than the slice was cut for kicks too.
 
-Not modelled: the fast path of MMIO ioeventfds, coalesced MMIO, accesses that cross a page as one.
+Not modelled: the fast path of MMIO ioeventfds, coalesced MMIO, one exit for several accesses of an
+instruction (an access over the end of a page is two; a read-modify-write, too).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE, MSR_IA32_TSC_DEADLINE, U64
 from kvmtick.irqchip.lapic import is_valid_apic_base
 
 if TYPE_CHECKING:
     from kvmtick.vcpu.vcpu import Vcpu, VcpuBoard
 
-__all__ = ["EXIT_IO_INSTRUCTION", "MSR_IA32_APIC_BASE", "MSR_IA32_TSC", "ExitHandlers", "UserSpace"]
+__all__ = ["ExitHandlers", "UserSpace"]
 
 # Basic exit reasons (SDM appendix C); engines report none of these.
 EXIT_IO_INSTRUCTION = 30
@@ -29,9 +31,7 @@ EXIT_MSR_WRITE = 32
 EXIT_EPT_MISCONFIG = 49
 
 MSR_IA32_TSC = 0x10
-MSR_IA32_APIC_BASE = 0x1B
 MSR_IA32_TSC_ADJUST = 0x3B
-MSR_IA32_TSC_DEADLINE = 0x6E0
 MSR_KVM_SYSTEM_TIME_NEW = 0x4B56_4D01
 MSR_KVM_PV_EOI_EN = 0x4B56_4D04
 _ABSENT = frozenset({MSR_IA32_TSC_ADJUST, MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_PV_EOI_EN})
@@ -41,7 +41,6 @@ APIC_BASE_WITHOUT_LAPIC = 0xFEE0_0900
 MMIO_READ_UNSATISFIED, MMIO_READ, MMIO_WRITE = range(3)
 
 RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
-U64 = (1 << 64) - 1
 
 
 class UserSpace(Protocol):
@@ -241,7 +240,7 @@ class ExitHandlers:
         if index in _ABSENT:
             # Taken from user space, and without effect as long as CPUID does not have it.
             return host_initiated and index == MSR_IA32_TSC_ADJUST
-        if index == MSR_IA32_APIC_BASE:
+        if index == MSR_IA32_APICBASE:
             if lapic is not None:
                 return lapic.set_base(value, host_initiated)
             if not is_valid_apic_base(value, vcpu.has_cpuid("x2apic"), vcpu.cpuid.maxphyaddr()):
@@ -260,7 +259,7 @@ class ExitHandlers:
             return vcpu.guest_tsc() & U64
         if index in _ABSENT:
             return 0
-        if index == MSR_IA32_APIC_BASE:
+        if index == MSR_IA32_APICBASE:
             return self._apic_base if lapic is None else lapic.apic_base
         if lapic is None:
             return 0 if index == MSR_IA32_TSC_DEADLINE else None

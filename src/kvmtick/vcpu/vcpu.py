@@ -13,7 +13,7 @@ from enum import IntEnum, IntFlag
 from typing import Protocol
 
 from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
-from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE_BSP
+from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
@@ -33,7 +33,8 @@ __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
 NO_VECTOR = -1
 RESET_CS_IP = (0xF000, 0xFFF0)
-"""Where a processor starts after RESET and INIT (SDM table 10-1)."""
+"""Where a processor starts after RESET and INIT (SDM table 10-1), but for CS's base: there is no
+firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
 SIPI_PAGE_SHIFT = 8
 """A SIPI vector is the number of the 4 KiB page to start at: CS is vector << 8."""
 
@@ -58,6 +59,7 @@ class Request(IntFlag):
     UNBLOCK = 1 << 2
     SCAN_IOAPIC = 1 << 3
     IOAPIC_EOI_EXIT = 1 << 4
+    NMI = 1 << 5
 
 
 # Plain integers: arithmetic on enum members costs more than a port access.
@@ -66,13 +68,13 @@ _REQ_MIGRATE_TIMER = int(Request.MIGRATE_TIMER)
 _REQ_UNBLOCK = int(Request.UNBLOCK)
 _REQ_SCAN_IOAPIC = int(Request.SCAN_IOAPIC)
 _REQ_IOAPIC_EOI_EXIT = int(Request.IOAPIC_EOI_EXIT)
+_REQ_NMI = int(Request.NMI)
 _RUNNABLE = int(MpState.RUNNABLE)
 _HALTED = int(MpState.HALTED)
 _INIT_RECEIVED = int(MpState.INIT_RECEIVED)
 _UNINITIALIZED = int(MpState.UNINITIALIZED)
 _SIPI_RECEIVED = int(MpState.SIPI_RECEIVED)
 _AWAIT_SIPI = (_UNINITIALIZED, _INIT_RECEIVED)
-_PENDING_INIT, _PENDING_SIPI = 1, 2
 _EXIT_HLT = int(ExitReason.HLT)
 _EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 _EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
@@ -209,6 +211,7 @@ class Vcpu:
         within one of its accesses.
         """
         self.pending.queue_nmi(bool(self.engine.interruptibility & Interruptibility.NMI))
+        self.requests |= _REQ_NMI
         self.request_event()
 
     # Time.
@@ -261,12 +264,25 @@ class Vcpu:
             return pic.read_irq()
         return lapic.get_interrupt()
 
+    @property
+    def has_kernel_pic(self) -> bool:
+        """ExtINT comes from the in-kernel PIC, not from KVM_INTERRUPT."""
+        return self._pic is not None
+
+    def queue_interrupt(self, vector: int) -> None:
+        """`kvm_queue_interrupt`: user space's own interrupt controller injects `vector`."""
+        self.pending.reinject_info = intr_info(EventType.EXTERNAL, vector)
+        self.request_event()
+
     def has_events(self) -> bool:
         """`kvm_vcpu_has_events`: would the vCPU, halted, have something to run for?"""
         if self.requests & _REQ_UNBLOCK:
             self._serve_unblock()
         lapic = self.lapic
         if lapic is not None and (lapic.pending_events or lapic.pv_unhalted):
+            return True
+        # An NMI ends HLT when it comes, even where it has to wait for the end of another.
+        if self.requests & _REQ_NMI and self.mp_state == _HALTED:
             return True
         if self.mp_state != _HALTED:
             return False
@@ -282,13 +298,13 @@ class Vcpu:
         if lapic is None or not lapic.pending_events:
             return
         events, lapic.pending_events = lapic.pending_events, 0
-        if events & _PENDING_INIT:
+        if events & KVM_APIC_INIT:
             self._reset(lapic)
             if lapic.apic_base & MSR_IA32_APICBASE_BSP:
                 self.make_runnable()
             else:
                 self.mp_state = _INIT_RECEIVED
-        if events & _PENDING_SIPI and self.mp_state == _INIT_RECEIVED:
+        if events & KVM_APIC_SIPI and self.mp_state == _INIT_RECEIVED:
             self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
             self._take_over_state()
             self.make_runnable()
@@ -328,7 +344,7 @@ class Vcpu:
         """
         if mp_state == _SIPI_RECEIVED and self.lapic is not None:
             self.mp_state = _INIT_RECEIVED
-            self.lapic.pending_events |= _PENDING_SIPI
+            self.lapic.pending_events |= KVM_APIC_SIPI
         elif mp_state == _RUNNABLE:
             self.make_runnable()
         else:
@@ -447,13 +463,3 @@ class Vcpu:
             info1,
             self.vmcs.idt_vectoring_info,
         )
-
-    @property
-    def has_kernel_pic(self) -> bool:
-        """ExtINT comes from the in-kernel PIC, not from KVM_INTERRUPT."""
-        return self._pic is not None
-
-    def queue_interrupt(self, vector: int) -> None:
-        """`kvm_queue_interrupt`: user space's own interrupt controller injects `vector`."""
-        self.pending.reinject_info = intr_info(EventType.EXTERNAL, vector)
-        self.request_event()
