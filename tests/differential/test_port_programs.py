@@ -7,7 +7,7 @@ environment runs the program n alone; a failure says which one it was, and how m
 
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,10 +51,13 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.guests import Guest
+from kvmtick.irqchip.i8254 import Pit
+from kvmtick.irqchip.i8259 import Pic
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 
 PROGRAMS = 2000
+FAULT_PROGRAMS = 200
 LIMIT_S = 2.0
 LATE_RETRIES = 5
 LEAST_TIMER_NS = LEAST_COUNT * 1_000_000_000 // 1193181
@@ -296,3 +299,45 @@ def test_the_comparison_can_fail(sides: Sides) -> None:
         except LateHostError:
             pytest.skip("this host is too slow: a program took longer than the timers it starts")
         assert any(difference.startswith(kind) for difference in found), (kind, found)
+
+
+def _leave_in_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pic, "_end_service", lambda self, chip, pin: None)
+
+
+def _latch_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pit, "_latch_status", lambda self, index: None)
+
+
+def _stumble_over_an_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(self: Pic, chip: object, value: int) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(Pic, "_write_icw1", stumble)
+
+
+@pytest.mark.parametrize(
+    ("plant", "kind"),
+    [
+        (_leave_in_service, "isr: model"),
+        (_latch_no_status, "status_latched: model 0x0, kernel 0x1"),
+        (_stumble_over_an_initialisation, "ModelSide: ArithmeticError"),
+    ],
+)
+def test_a_fault_of_the_model_is_found(
+    sides: Sides,
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    kind: str,
+) -> None:
+    monkeypatch.delenv("KVMTICK_SEED", raising=False)
+    with monkeypatch.context() as broken:
+        plant(broken)
+        with pytest.raises(AssertionError, match=kind) as failure:
+            search(FAULT_PROGRAMS, lambda seed: check(sides, seed))
+    told = str(failure.value).splitlines()
+    seed = int(told[0].removeprefix("program ").rstrip(":"))
+    needed = len(told) - told.index("program:") - 2
+    assert 0 < needed <= len(program(seed))
+    assert told[-1].startswith(f"again: KVMTICK_SEED={seed} pytest ")
+    check(sides, seed)
