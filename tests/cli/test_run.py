@@ -267,8 +267,10 @@ def test_the_report_says_what_happened_without_colour(kvmtick: Terminal) -> None
     )
 
 
-def test_a_guest_without_ticks_needs_no_table_of_latencies(kvmtick: Terminal) -> None:
-    result = kvmtick("run", "pit-registers")
+def test_a_guest_without_ticks_needs_no_table_of_latencies(
+    kvmtick: Terminal, boot_sector: Path
+) -> None:
+    result = kvmtick("run", str(boot_sector))
     assert result.code == 0
     assert "debug console:" in result.out
     assert "hop" not in result.out

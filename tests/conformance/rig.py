@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from eventfds import LIMIT_S
 from guests.scenarios import EXIT_CODE, Code, Op, Results, Scenario, out8
 
 from kvmtick import guests
@@ -34,7 +35,6 @@ COUNT = 1193
 """A PIT count, whose period is"""
 PERIOD_NS = 999_848
 LIMIT_NS = 2_000_000_000
-LIMIT_S = 5.0
 
 LATE_MS = 4
 TOLERANCE = LATE_MS + 2

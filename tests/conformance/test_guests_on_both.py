@@ -4,6 +4,7 @@ What a guest says when it misses something is tested with the guests.
 """
 
 import pytest
+from eventfds import LIMIT_S
 
 from kvmtick import guests
 from kvmtick.kvm.kernel import KernelVm
@@ -13,7 +14,6 @@ from kvmtick.machine.run import Run
 from .rig import Backend, Vm
 
 TICKS = 50
-LIMIT_S = 5.0
 PLAYED = [
     *(("tick-ioapic", None), ("tick-msi", None), ("ipi-tick", None), ("nmi-watchdog", None)),
     *(("tick-lapic", timer) for timer in ("periodic", "oneshot", "tsc-deadline")),

@@ -1,12 +1,14 @@
 """NMIs, HLT, irqfds and ioeventfds as measured on a real kernel."""
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
+from eventfds import LIMIT_S, EventFd, MakeEventFd, wait_for
 from guests.scenarios import (
     NMIS_AT,
+    Op,
+    Results,
     cli,
     eoi_off,
     in8,
@@ -38,7 +40,6 @@ from .rig import (
     ENABLED,
     EOI,
     LEVEL,
-    LIMIT_S,
     PORT_ACT,
     REMOTE_IRR,
     SVR,
@@ -189,7 +190,7 @@ def test_an_interrupt_does_not_release_a_hlt_with_if_0(backend: Backend) -> None
         assert pc.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
 
 
-def test_get_lapic_shows_what_an_irqfd_did(backend: Backend, eventfd: "MakeEventFd") -> None:
+def test_get_lapic_shows_what_an_irqfd_did(backend: Backend, eventfd: MakeEventFd) -> None:
     """No other call is needed in between."""
     with backend.pc() as pc:
         pc.vm.set_gsi_routing([to_ioapic(GSI, PIN)])
@@ -198,52 +199,55 @@ def test_get_lapic_shows_what_an_irqfd_did(backend: Backend, eventfd: "MakeEvent
         event = eventfd()
         pc.vm.irqfd(event.fd, GSI)
         event.signal()
-        deadline_s = time.monotonic() + 0.5
-        while pc.irr() != {VECTOR}:
-            assert time.monotonic() < deadline_s
+        wait_for(lambda: pc.irr() == {VECTOR})
 
 
 # --- irqfds ---------------------------------------------------------------------------------------
 
 
-class EventFd:
-    """A non-blocking eventfd."""
+@dataclass(frozen=True, slots=True)
+class Resampler:
+    """A device behind an irqfd that is told when to ask again."""
 
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    pc: Pc
+    trigger: EventFd
+    resample: EventFd
 
-    def signal(self, times: int = 1) -> None:
-        os.eventfd_write(self.fd, times)
+    def assign(self) -> None:
+        self.pc.vm.irqfd(self.trigger.fd, GSI, KVM_IRQFD_FLAG_RESAMPLE, self.resample.fd)
 
-    def count(self) -> int:
-        """How often it was signalled since the last time."""
-        try:
-            return os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return 0
-
-
-MakeEventFd = Callable[[], EventFd]
+    def ask(self, arrived: Callable[[], bool]) -> None:
+        """Signal it, and wait until that has arrived."""
+        self.trigger.signal()
+        wait_for(arrived)
 
 
-@pytest.fixture
-def eventfd() -> Iterator[MakeEventFd]:
-    made: list[EventFd] = []
-
-    def make() -> EventFd:
-        made.append(EventFd())
-        return made[-1]
-
-    yield make
-    for each in made:
-        os.close(each.fd)
+def resampling(pc: Pc, eventfd: MakeEventFd) -> Resampler:
+    """One that is not assigned yet."""
+    return Resampler(pc, eventfd(), eventfd())
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """The kernel serves an irqfd in a worker: a little later."""
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
+def play_with_a_resampled_pic_pin(
+    pc: Pc, device: Resampler, *script: Op | tuple[Op, ...]
+) -> tuple[Results, list[int]]:
+    """Run a script with a level line of the PIC: OUT to PORT_ACT lets the device ask, to the next
+    port notes how often it was resampled since, and the pin's bit in IRR.
+    """
+    pc.vm.set_gsi_routing([to_pic(GSI, GSI)])
+    noted: list[int] = []
+
+    def requested() -> bool:
+        return bool(pc.pic()["irr"] >> GSI & 1)
+
+    def ask() -> None:
+        pc.pic(elcr=1 << GSI)
+        device.assign()
+        device.ask(requested)
+
+    def look() -> None:
+        noted.extend((device.resample.count(), int(requested())))
+
+    return pc.run(*script, acts=[ask, look]), noted
 
 
 def test_an_irqfd_is_consumed_and_pulses_its_gsi(backend: Backend, eventfd: MakeEventFd) -> None:
@@ -304,56 +308,28 @@ def test_a_resampling_irqfd_holds_the_line_until_the_pics_eoi(
 ) -> None:
     """With IF=0: a poll takes the interrupt, OCW2 ends it."""
     with backend.pc() as pc:
-        pc.vm.set_gsi_routing([to_pic(GSI, GSI)])
-        trigger, resample = eventfd(), eventfd()
-        counts: list[int] = []
-
-        def look() -> None:
-            counts.append(resample.count())
-            counts.append(pc.pic()["irr"] >> GSI & 1)
-
-        def assign() -> None:
-            pc.pic(elcr=1 << GSI)
-            pc.vm.irqfd(trigger.fd, GSI, KVM_IRQFD_FLAG_RESAMPLE, resample.fd)
-            trigger.signal()
-            wait_for(lambda: pc.pic()["irr"] >> GSI & 1 == 1)
-
-        got = pc.run(
-            *(out8(0x21, 0x7F), out8(PORT_ACT, 0), out8(0x20, 0x0C), in8(0x20, 0)),
+        device = resampling(pc, eventfd)
+        got, noted = play_with_a_resampled_pic_pin(
+            *(pc, device, out8(0x21, 0x7F), out8(PORT_ACT, 0), out8(0x20, 0x0C), in8(0x20, 0)),
             *(out8(PORT_ACT + 1, 0), out8(0x20, 0x20), out8(PORT_ACT + 1, 0)),
-            acts=[assign, look],
         )
         # a poll's acknowledgement clears ISR at once, and so is an EOI already
         assert got.results[0] == 0x80 | GSI
-        assert counts == [1, 0, 0, 0]
-        assert trigger.count() == 0
+        assert noted == [1, 0, 0, 0]
+        assert device.trigger.count() == 0
 
 
 def test_a_resampling_irqfd_holds_the_line_until_ocw2(
     backend: Backend, eventfd: MakeEventFd
 ) -> None:
     with backend.pc() as pc:
-        pc.vm.set_gsi_routing([to_pic(GSI, GSI)])
-        trigger, resample = eventfd(), eventfd()
-        counts: list[int] = []
-
-        def look() -> None:
-            counts.append(resample.count())
-            counts.append(pc.pic()["irr"] >> GSI & 1)
-
-        def assign() -> None:
-            pc.pic(elcr=1 << GSI)
-            pc.vm.irqfd(trigger.fd, GSI, KVM_IRQFD_FLAG_RESAMPLE, resample.fd)
-            trigger.signal()
-            wait_for(lambda: pc.pic()["irr"] >> GSI & 1 == 1)
-
-        got = pc.run(
-            *(eoi_off(), out8(0x21, 0x7F), out8(PORT_ACT, 0), sti(), *WINDOWS, cli()),
+        device = resampling(pc, eventfd)
+        got, noted = play_with_a_resampled_pic_pin(
+            *(pc, device, eoi_off(), out8(0x21, 0x7F), out8(PORT_ACT, 0), sti(), *WINDOWS, cli()),
             *(out8(PORT_ACT + 1, 0), out8(0x20, 0x20), out8(PORT_ACT + 1, 0), sti(), *WINDOWS),
-            acts=[assign, look],
         )
         # in service; then ended, and the line is down
-        assert counts == [0, 1, 1, 0]
+        assert noted == [0, 1, 1, 0]
         assert got.vectors[GSI] == 1
 
 
@@ -363,28 +339,29 @@ def test_a_resampling_irqfd_holds_the_line_until_the_lapics_eoi(
 ) -> None:
     with backend.pc() as pc:
         pc.vm.set_gsi_routing([to_ioapic(GSI, PIN)])
-        trigger, resample = eventfd(), eventfd()
+        device = resampling(pc, eventfd)
         counts: list[int] = []
 
-        def assign() -> None:
-            pc.vm.irqfd(trigger.fd, GSI, KVM_IRQFD_FLAG_RESAMPLE, resample.fd)
-            trigger.signal()
-            wait_for(lambda: pc.pin(PIN) & REMOTE_IRR != 0)
+        def sent() -> bool:
+            return pc.pin(PIN) & REMOTE_IRR != 0
+
+        def ask() -> None:
+            device.assign()
+            device.ask(sent)
             assert pc.irr() == {VECTOR}
             pc.take_into_service(VECTOR)
-            counts.append(resample.count())
+            counts.append(device.resample.count())
 
         def look() -> None:
-            counts.append(resample.count())
+            counts.append(device.resample.count())
             counts.append(pc.vm.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic.irr)
             if still:
-                trigger.signal()
-                wait_for(lambda: pc.pin(PIN) & REMOTE_IRR != 0)
+                device.ask(sent)
 
         pc.run(
             *(*ON, ioapic_write(0x10 + 2 * PIN, VECTOR | LEVEL), out8(PORT_ACT, 0)),
             *(lapic_write(EOI, 0), out8(PORT_ACT + 1, 0)),
-            acts=[assign, look],
+            acts=[ask, look],
         )
         assert counts == [0, 1, 0]
         assert pc.irr() == ({VECTOR} if still else set())
@@ -397,12 +374,11 @@ def test_a_line_that_another_source_holds_stays_up_at_the_resamplers_ack(
     """The pin's level is the OR over the sources: user space's 0, the resampler's 1."""
     with backend.pc() as pc:
         pc.vm.set_gsi_routing([to_ioapic(GSI, PIN)])
-        trigger, resample = eventfd(), eventfd()
+        device = resampling(pc, eventfd)
 
-        def assign() -> None:
-            pc.vm.irqfd(trigger.fd, GSI, KVM_IRQFD_FLAG_RESAMPLE, resample.fd)
-            trigger.signal()
-            wait_for(lambda: pc.pin(PIN) & REMOTE_IRR != 0)
+        def ask() -> None:
+            device.assign()
+            device.ask(lambda: pc.pin(PIN) & REMOTE_IRR != 0)
             assert pc.irr() == {VECTOR}
             pc.vm.irq_line(GSI, 1)
             pc.take_into_service(VECTOR)
@@ -410,9 +386,9 @@ def test_a_line_that_another_source_holds_stays_up_at_the_resamplers_ack(
         pc.run(
             *(*ON, ioapic_write(0x10 + 2 * PIN, VECTOR | LEVEL), out8(PORT_ACT, 0)),
             lapic_write(EOI, 0),
-            acts=[assign],
+            acts=[ask],
         )
-        assert resample.count() == 1
+        assert device.resample.count() == 1
         assert pc.irr() == {VECTOR}
         pc.vm.irq_line(GSI, 0)
         assert pc.vm.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic.irr == 0

@@ -7,6 +7,7 @@ bounds come from reading that before and after.
 import time
 
 import pytest
+from eventfds import wait_for
 from guests.scenarios import (
     Op,
     Results,
@@ -47,6 +48,8 @@ from .rig import (
 
 VECTOR = 0x4E
 CLAMP_NS = 200_000
+SECOND = 1_000_000_000
+"""As a count at divide 1."""
 SKEW = 0.001
 """The host disciplines its clock, but not the TSC."""
 ON: Script = (unreal(), lapic_write(SVR, ENABLED), lapic_write(TDCR, DIVIDE_BY_1))
@@ -247,15 +250,15 @@ def test_set_lapic_restores_the_current_count(backend: Backend) -> None:
     with backend.pc() as pc:
         before_ns = time.monotonic_ns()
         pc.set_lapic(
-            {SVR: ENABLED, TDCR: DIVIDE_BY_1, LVTT: VECTOR, TMICT: 50_000_000, TMCCT: 25_000_000}
+            {SVR: ENABLED, TDCR: DIVIDE_BY_1, LVTT: VECTOR, TMICT: 4 * SECOND, TMCCT: 2 * SECOND}
         )
         count = pc.lapic(TMCCT)
         took_ns = time.monotonic_ns() - before_ns
         if backend.exact:
-            assert count == 25_000_000
+            assert count == 2 * SECOND
         else:
-            assert 25_000_000 - took_ns <= count < 25_000_000
-        assert pc.lapic(TMICT) == 50_000_000
+            assert 2 * SECOND - took_ns <= count < 2 * SECOND
+        assert pc.lapic(TMICT) == 4 * SECOND
         count = pc.lapic(TMCCT)
         got = pc.run(unreal(), lapic_read(TMCCT, 0))
         assert 0 < got.results[0] < count
@@ -269,9 +272,7 @@ def test_the_request_is_set_only_when_the_vcpu_runs(backend: Backend) -> None:
         if isinstance(pc.vm, ModelVm):
             pc.vm.machine.take_vcpu_off(3_000_000)
             assert pc.vm.run(for_ns=2_000_000).exit.reason == "time"
-        deadline_s = time.monotonic() + 5
-        while pc.lapic(TMCCT):
-            assert time.monotonic() < deadline_s
+        wait_for(lambda: pc.lapic(TMCCT) == 0)
         assert pc.irr() == set()
         pc.run(out8(PORT_ACT, 0), acts=[lambda: None])
         assert pc.irr() == {VECTOR}

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import pytest
+from eventfds import LIMIT_S
 from guests.scenarios import (
     EXIT_CODE,
     Results,
@@ -57,8 +58,6 @@ from .rig import (
     Script,
     nominal_ns,
 )
-
-LIMIT_S = 5.0
 
 PORT_MARK = 0x511
 """A write notes the time."""

@@ -18,19 +18,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmtick.abi import HostError
-from kvmtick.abi.structs import (
-    KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQCHIP_IOAPIC,
-    KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE,
-    kvm_cpuid_entry2,
-    kvm_irq_routing_entry,
-)
+from kvmtick.abi.structs import kvm_cpuid_entry2
+from kvmtick.guests import Needs, gsi_routing
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.host.probe import probe_host
 from kvmtick.host.tracefs import TICK_EVENTS, Instance, Lost, open_tracefs
@@ -38,6 +32,7 @@ from kvmtick.kvm.kernel import PORT_EXIT, GuestExit, KernelVm
 
 LINE = re.compile(r"^.+-(?P<tid>\d+) +\[\d+\] +\S+ +[\d.]+: (?P<event>\w+): (?P<rest>.*)$")
 POINTER = re.compile(r"(?:hrtimer=|work struct[= ])(?P<pointer>[0-9a-f]+)")
+TIMER_PIN = 2
 TIMERS = {"pit": "pit_timer_fn", "apic": "apic_timer_fn"}
 
 
@@ -79,28 +74,17 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--reinject", type=int, choices=(0, 1), default=1)
     out.add_argument("--title", required=True, help="the first line: what the guest does")
     out.add_argument("--out", type=Path, required=True, help="the file to write")
-    out.add_argument("--gsi0-pin", type=int, help="route GSI 0 to this IOAPIC pin (default: 0)")
+    out.add_argument(
+        "--gsi0-pin",
+        type=int,
+        choices=(0, TIMER_PIN),
+        default=0,
+        help="route GSI 0 to this IOAPIC pin (default: 0)",
+    )
     out.add_argument("--timer", choices=TIMERS, default="pit", help="whose ticks (default: pit)")
     out.add_argument("--limit-s", type=float, default=10.0, help="wall seconds (default: 10)")
     out.add_argument("--buffer-kib", type=int, default=8192, help="buffer per CPU (default: 8192)")
     return out
-
-
-def routing(gsi0_pin: int) -> Iterator[kvm_irq_routing_entry]:
-    """GSI 0 goes to PIC pin 0, then to `gsi0_pin` of the IOAPIC; the others as KVM has them.
-
-    But for the GSI whose IOAPIC pin is taken: KVM looks the EOI's GSI up by its pin.
-    """
-    for gsi in range(24):
-        pins = []
-        if gsi < 16:
-            pins.append((KVM_IRQCHIP_PIC_SLAVE if gsi > 7 else KVM_IRQCHIP_PIC_MASTER, gsi % 8))
-        if gsi == 0 or gsi != gsi0_pin:
-            pins.append((KVM_IRQCHIP_IOAPIC, gsi0_pin if gsi == 0 else gsi))
-        for chip, pin in pins:
-            entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
-            entry.u.irqchip.irqchip, entry.u.irqchip.pin = chip, pin
-            yield entry
 
 
 def enable(trace: Instance, tids: Iterable[int], timer: str) -> None:
@@ -151,8 +135,9 @@ def capture(guest: Image, args: argparse.Namespace) -> Capture:
         others = pit_worker_tids(os.getpid())
         vm.create_irqchip()
         vm.create_pit2()
-        if args.gsi0_pin is not None:
-            vm.set_gsi_routing(routing(args.gsi0_pin))
+        table = gsi_routing(Needs(gsi0="ioapic-pin-2" if args.gsi0_pin == TIMER_PIN else "default"))
+        if table is not None:
+            vm.set_gsi_routing(table)
         vm.reinject_control(bool(args.reinject))
         vcpu = vm.create_vcpu()
         if args.timer == "apic":
@@ -186,7 +171,7 @@ def command(args: argparse.Namespace) -> str:
     words = ["tests/golden/capture.py", "--image", args.image.name]
     words += ["--load-at", f"{args.load_at:#x}", "--entry", f"{cs:#x}:{ip:#x}"]
     words += ["--reinject", str(args.reinject), "--title", args.title, "--out", args.out.name]
-    if args.gsi0_pin is not None:
+    if args.gsi0_pin:
         words += ["--gsi0-pin", str(args.gsi0_pin)]
     if args.timer != "pit":
         words += ["--timer", args.timer]

@@ -1,11 +1,10 @@
 """Messages, eventfds, CPUID, MSRs and the split irqchip on the live kernel."""
 
 import errno
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from eventfds import LIMIT_S, MakeEventFd, wait_for
 from tiny_guests import DONE, HLT, SPIN, Bytes, MakeVm, out8
 
 import kvmtick
@@ -24,7 +23,6 @@ from kvmtick.abi.structs import (
 from kvmtick.host.kvmdev import ExitIo, ExitIoapicEoi, ExitIrqWindowOpen
 from kvmtick.kvm.kernel import KernelVm
 
-LIMIT_S = 5.0
 APIC_BASE = 0xFEE0_0000
 MSR_IA32_APICBASE = 0x1B
 MSR_IA32_SYSENTER_CS = 0x174
@@ -34,42 +32,6 @@ CPUID_X2APIC = 1 << 21
 def mmio_write(address: int, value: int) -> bytes:
     """mov dword [address], value; in unreal mode"""
     return b"\x67\x66\xc7\x05" + address.to_bytes(4, "little") + value.to_bytes(4, "little")
-
-
-class EventFd:
-    """A non-blocking eventfd."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def signal(self) -> None:
-        os.eventfd_write(self.fd, 1)
-
-    def count(self) -> int:
-        try:
-            return os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return 0
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    """An irqfd of a PIC's pin is served by a kernel worker: a little later."""
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-
-
-@pytest.fixture
-def eventfd() -> Iterator[Callable[[], EventFd]]:
-    made: list[EventFd] = []
-
-    def make() -> EventFd:
-        made.append(EventFd())
-        return made[-1]
-
-    yield make
-    for each in made:
-        os.close(each.fd)
 
 
 # --- messages -----------------------------------------------------------------------------------
@@ -99,7 +61,7 @@ def test_the_high_half_of_an_address_is_passed_on(make_vm: MakeVm) -> None:
 
 
 def test_an_irqfd_pulses_its_gsi_until_it_is_deassigned(
-    make_vm: MakeVm, eventfd: Callable[[], EventFd]
+    make_vm: MakeVm, eventfd: MakeEventFd
 ) -> None:
     vm = make_vm(pit=False)
     event = eventfd()
@@ -109,16 +71,16 @@ def test_an_irqfd_pulses_its_gsi_until_it_is_deassigned(
 
     vm.irqfd(event.fd, 3)
     event.signal()
-    _wait_for(lambda: irr() == 1 << 3)
+    wait_for(lambda: irr() == 1 << 3)
     assert event.count() == 0
     vm.irqfd(event.fd, 3, KVM_IRQFD_FLAG_DEASSIGN)
     vm.irqfd(event.fd, 4)
     event.signal()
-    _wait_for(lambda: irr() == 0b11000)
+    wait_for(lambda: irr() == 0b11000)
 
 
 def test_a_resample_irqfd_holds_the_line_until_the_eoi(
-    make_vm: MakeVm, eventfd: Callable[[], EventFd]
+    make_vm: MakeVm, eventfd: MakeEventFd
 ) -> None:
     # mov al, 0x0c; out 0x20, al; in al, 0x20 (a poll acknowledges); out 0x20 (EOI); the answer
     vm = make_vm(out8(0x20, 0x0C) + b"\xe4\x20\x88\xc3" + out8(0x20, 0x20) + b"\x88\xd8" + DONE)
@@ -128,16 +90,14 @@ def test_a_resample_irqfd_holds_the_line_until_the_eoi(
     vm.set_irqchip(chip)
     vm.irqfd(trigger.fd, 3, KVM_IRQFD_FLAG_RESAMPLE, resample.fd)
     trigger.signal()
-    _wait_for(lambda: vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER).chip.pic.irr == 1 << 3)
+    wait_for(lambda: vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER).chip.pic.irr == 1 << 3)
     assert resample.count() == 0
     assert vm.run_until_exit(limit_s=LIMIT_S).code == 0x83
     assert resample.count() == 1
     assert vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER).chip.pic.irr == 0
 
 
-def test_an_ioeventfd_takes_the_writes_that_match(
-    make_vm: MakeVm, eventfd: Callable[[], EventFd]
-) -> None:
+def test_an_ioeventfd_takes_the_writes_that_match(make_vm: MakeVm, eventfd: MakeEventFd) -> None:
     # mov dx, 0x510; mov ax, 0x1234; out dx, ax; out dx, al; inc ax; out dx, ax
     code = b"\xba\x10\x05\xb8\x34\x12\xef\xee\x40\xef" + DONE
     vm = make_vm(code)
@@ -151,7 +111,7 @@ def test_an_ioeventfd_takes_the_writes_that_match(
     assert vm.run_until_exit(limit_s=LIMIT_S).exits == 4
 
 
-def test_an_ioeventfd_in_memory(make_vm: MakeVm, eventfd: Callable[[], EventFd]) -> None:
+def test_an_ioeventfd_in_memory(make_vm: MakeVm, eventfd: MakeEventFd) -> None:
     vm = make_vm(mmio_write(0xD000_0000, 7) + DONE)
     vm.vcpus[0].set_real_mode(0, 0x1000, unreal=True)
     event = eventfd()
@@ -351,7 +311,7 @@ def _interrupt_twice(vm: KernelVm) -> None:
 )
 def test_errno(
     make_vm: MakeVm,
-    eventfd: Callable[[], EventFd],
+    eventfd: MakeEventFd,
     given: dict[str, bool],
     call: Call,
     expected: int,
@@ -382,7 +342,5 @@ ALLOWED_ROWS: list[tuple[str, dict[str, bool], Call]] = [
 @pytest.mark.parametrize(
     ("given", "call"), [row[1:] for row in ALLOWED_ROWS], ids=[row[0] for row in ALLOWED_ROWS]
 )
-def test_allowed(
-    make_vm: MakeVm, eventfd: Callable[[], EventFd], given: dict[str, bool], call: Call
-) -> None:
+def test_allowed(make_vm: MakeVm, eventfd: MakeEventFd, given: dict[str, bool], call: Call) -> None:
     call(make_vm(**given), eventfd().fd)

@@ -1,24 +1,18 @@
 """An IOAPIC, the routing and local APICs without a CPU: the tests take and end interrupts."""
 
-from collections.abc import Callable
+from apic_board import ApicBoard
 
 from kvmtick.abi.structs import (
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
     kvm_irq_routing_entry,
 )
-from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.ioapic import MASK, REMOTE_IRR, TRIG_MODE_LEVEL, Ioapic
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting
-from kvmtick.timing.clock import Clock, VirtualClock
-from kvmtick.timing.host import HostModel
-from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
-from kvmtick.timing.queue import EventQueue
-from kvmtick.trace.events import TRACEPOINTS, Event, Function, Record
-from kvmtick.trace.recorder import Recorder
+from kvmtick.trace.events import TRACEPOINTS, Event, Record
 
 __all__ = ["LEVEL", "MASK", "REMOTE_IRR", "Apics", "msi", "pin"]
 
@@ -42,39 +36,7 @@ def msi(gsi: int, address: int, data: int, flags: int = 0) -> kvm_irq_routing_en
     return entry
 
 
-class VcpuStub:
-    """Notes what its local APIC and the IOAPIC ask of it."""
-
-    def __init__(self, vcpu_id: int) -> None:
-        self.vcpu_id = vcpu_id
-        self.scan_wanted = False
-        self.events = 0
-        self.nmis = 0
-        self.eoi_exits: list[int] = []
-
-    def request_event(self) -> None:
-        self.events += 1
-
-    def request_unblock(self) -> None:
-        self.events += 1
-
-    def request_scan_ioapic(self) -> None:
-        self.scan_wanted = True
-
-    def request_ioapic_eoi_exit(self, vector: int) -> None:
-        self.eoi_exits.append(vector)
-
-    def queue_nmi(self) -> None:
-        self.nmis += 1
-
-    def guest_tsc(self) -> int:
-        return 0
-
-    def has_cpuid(self, feature: str) -> bool:
-        return True
-
-
-class Apics:
+class Apics(ApicBoard):
     """The chips of KVM_CREATE_IRQCHIP (or of the split irqchip) and `vcpus` enabled local APICs."""
 
     def __init__(
@@ -84,15 +46,9 @@ class Apics:
         split: int | None = None,
         enabled: bool = True,
     ) -> None:
-        self.clock: Clock = VirtualClock()
-        self.queue = EventQueue()
-        self.recorder = Recorder(self.clock, detail)
-        self._records: list[Record] = []
-        self.recorder.add_consumer(self._records.extend)
-        self.delivery = IrqDelivery()
+        super().__init__(detail)
         self.routing = IrqRouting(self.recorder)
         self.notifiers = Notifiers(self.routing, self.recorder)
-        self.vcpus: list[VcpuStub] = []
         if split is None:
             self.pic = Pic(self.recorder, self.notifiers, lambda: True, lambda: None)
             self.ioapic = Ioapic(
@@ -108,21 +64,10 @@ class Apics:
         self.records()
 
     def add_vcpu(self, vcpu_id: int, enabled: bool = True) -> Lapic:
-        vcpu = VcpuStub(vcpu_id)
-        self.vcpus.append(vcpu)
-        lapic = Lapic(self, vcpu, vcpu_id == 0)
+        lapic = self.create_lapic(vcpu_id)
         if enabled:
             self.lapic_write(vcpu_id, SVR, SVR_ENABLED)
         return lapic
-
-    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
-        return HrTimer(
-            self.clock, self.queue, HostModel(), self.recorder, function, 0x1000, callback
-        )
-
-    @property
-    def lapics(self) -> list[Lapic]:
-        return self.delivery.lapics
 
     # The guest.
 
@@ -147,8 +92,8 @@ class Apics:
 
     def enter(self, vcpu: int = 0) -> None:
         """The vCPU serves its requests, as before every entry."""
-        if self.vcpus[vcpu].scan_wanted:
-            self.vcpus[vcpu].scan_wanted = False
+        if self.stubs[vcpu].scan_wanted:
+            self.stubs[vcpu].scan_wanted = False
             lapic = self.lapics[vcpu]
             lapic.handled_vectors = (
                 self.routing.scan_routes(lapic)
@@ -183,21 +128,11 @@ class Apics:
         irr = self.lapics[vcpu].irr
         return [vector for vector in range(256) if irr >> vector & 1]
 
-    def run(self, elapsed_ns: int) -> None:
-        """Let time pass."""
-        until = self.clock.now_ns + elapsed_ns
-        while self.queue.next_ns <= until:
-            self.clock.now_ns = max(self.clock.now_ns, self.queue.next_ns)
-            self.queue.run_due(self.clock)
-        self.clock.now_ns = until
-
     # What was recorded.
 
     def records(self, *events: Event) -> list[Record]:
         """The records since the last call, of these events if given."""
-        self.recorder.flush()
-        records, self._records[:] = list(self._records), []
-        return [record for record in records if not events or record[1] in events]
+        return self.take_records(*events)
 
     def names(self) -> list[str]:
         return [TRACEPOINTS[Event(record[1])].name for record in self.records()]

@@ -3,18 +3,15 @@
 Guest accesses go through `read` and `write`, offsets as in the xAPIC page.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+
+from apic_board import FEATURES, ApicBoard, VcpuStub
 
 from kvmtick.irqchip.apicdef import APIC_SPIV, APIC_SPIV_APIC_ENABLED
-from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq
+from kvmtick.irqchip.delivery import LapicIrq
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.lapic_registers import page_register, set_page_register
-from kvmtick.timing.clock import VirtualClock
-from kvmtick.timing.host import HostModel
-from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
-from kvmtick.timing.queue import EventQueue
-from kvmtick.trace.events import Event, Function, Record
-from kvmtick.trace.recorder import Recorder
+from kvmtick.trace.events import Event
 
 BASE = 0xFEE00000
 BASE_BSP = 0xFEE00900
@@ -24,41 +21,6 @@ FIXED, LOWEST, SMI, REMRD, NMI, INIT, STARTUP, EXTINT = range(8)
 NOBODY = -1
 
 MS = 1_000_000
-
-
-class VcpuStub:
-    """A vCPU, as far as its local APIC can tell."""
-
-    def __init__(self, clock: VirtualClock, vcpu_id: int, features: Iterable[str]) -> None:
-        self._clock = clock
-        self.vcpu_id = vcpu_id
-        self.features = frozenset(features)
-        self.events = 0
-        self.unblocks = 0
-        self.scans = 0
-        self.eoi_exits: list[int] = []
-        self.nmis = 0
-
-    def request_event(self) -> None:
-        self.events += 1
-
-    def request_unblock(self) -> None:
-        self.unblocks += 1
-
-    def request_scan_ioapic(self) -> None:
-        self.scans += 1
-
-    def request_ioapic_eoi_exit(self, vector: int) -> None:
-        self.eoi_exits.append(vector)
-
-    def queue_nmi(self) -> None:
-        self.nmis += 1
-
-    def guest_tsc(self) -> int:
-        return self._clock.now_ns
-
-    def has_cpuid(self, feature: str) -> bool:
-        return feature in self.features
 
 
 class IoapicStub:
@@ -77,48 +39,29 @@ class IoapicStub:
         return 0
 
 
-class LapicRig:
+class LapicRig(ApicBoard):
     """`vcpus` local APICs with ids from 0, none enabled by software; the first boots."""
 
     def __init__(
         self,
         vcpus: int = 1,
-        features: Iterable[str] | None = ("x2apic", "tsc_deadline"),
+        features: Iterable[str] | None = FEATURES,
         detail: bool = False,
     ) -> None:
         """`features`: what KVM_SET_CPUID2 said; None: it was not called."""
-        self.clock = VirtualClock()
-        self.queue = EventQueue()
-        self.host = HostModel()
-        self.recorder = Recorder(self.clock, detail)
-        self._records: list[Record] = []
-        self.recorder.add_consumer(self._records.extend)
-        self.delivery = IrqDelivery()
+        super().__init__(detail)
         self.ioapic = IoapicStub()
         self.delivery.eoi_target = self.ioapic
         self.features = features
-        self.stubs: list[VcpuStub] = []
         for vcpu_id in range(vcpus):
             self.add(vcpu_id)
 
-    def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
-        address = 0x1000 + len(self.stubs)
-        return HrTimer(
-            self.clock, self.queue, self.host, self.recorder, function, address, callback
-        )
-
     def add(self, vcpu_id: int) -> Lapic:
         """One more, as KVM_CREATE_VCPU and KVM_SET_CPUID2 make it."""
-        stub = VcpuStub(self.clock, vcpu_id, self.features or ())
-        self.stubs.append(stub)
-        lapic = Lapic(self, stub, is_bsp=len(self.stubs) == 1)
+        lapic = self.create_lapic(vcpu_id, self.features or ())
         if self.features is not None:
             lapic.after_set_cpuid()
         return lapic
-
-    @property
-    def lapics(self) -> list[Lapic]:
-        return self.delivery.lapics
 
     @property
     def lapic(self) -> Lapic:
@@ -155,17 +98,6 @@ class LapicRig:
         for vector in vectors:
             assert self.lapics[vcpu].accept_irq(FIXED, vector, True, level) == 1
 
-    # Time.
-
-    def run_to(self, now_ns: int) -> None:
-        while self.queue.next_ns <= now_ns:
-            self.clock.now_ns = max(self.clock.now_ns, self.queue.next_ns)
-            self.queue.run_due(self.clock)
-        self.clock.now_ns = now_ns
-
-    def run(self, elapsed_ns: int) -> None:
-        self.run_to(self.clock.now_ns + elapsed_ns)
-
     # State and records.
 
     def page(self, vcpu: int = 0) -> bytearray:
@@ -180,9 +112,7 @@ class LapicRig:
 
     def records(self, *events: Event) -> list[tuple[int, ...]]:
         """The fields of the records since the last call, of these events if given."""
-        self.recorder.flush()
-        records, self._records[:] = list(self._records), []
-        return [record[3:] for record in records if not events or record[1] in events]
+        return [record[3:] for record in self.take_records(*events)]
 
     def expiries(self) -> list[int]:
         """When timers expired since the last call."""

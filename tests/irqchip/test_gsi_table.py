@@ -256,7 +256,7 @@ def test_split_scan() -> None:
             msi(4, ADDRESS, 0x44 | LEVEL),
         ]
     )
-    assert [vcpu.scan_wanted for vcpu in apics.vcpus] == [True, True]
+    assert [vcpu.scan_wanted for vcpu in apics.stubs] == [True, True]
     assert [apics.routing.scan_routes(lapic) for lapic in apics.lapics] == [1 << 0x40, 1 << 0x42]
     apics.lapics[0].isr = 1 << 0x42
     assert apics.routing.scan_routes(apics.lapics[0]) == 1 << 0x40 | 1 << 0x42
@@ -271,4 +271,4 @@ def test_split_eoi_leaves_to_user_space() -> None:
     apics.eoi()
     assert apics.take() == 0x40
     apics.eoi()
-    assert apics.vcpus[0].eoi_exits == [0x40]
+    assert apics.stubs[0].eoi_exits == [0x40]

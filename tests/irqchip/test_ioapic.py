@@ -154,7 +154,7 @@ def test_an_nmi_and_what_leaves_no_vector() -> None:
     for mode, nmis in ((NMI, 1), (SMI, 1), (EXTINT, 1)):
         apics.program(PIN, VECTOR | mode)
         apics.lines(PIN, 1, 0)
-        assert apics.vcpus[0].nmis == nmis
+        assert apics.stubs[0].nmis == nmis
         assert apics.irrs() == []
 
 
@@ -384,7 +384,7 @@ def test_any_state_is_taken() -> None:
     assert apics.ioapic.redirtbl == [(1 << 64) - 1] * 24
     assert apics.ioapic.save().irr == 0x00FF_FFFF
     assert apics.ioapic.mmio_read(0xFEC0_0000, 4) is None
-    assert apics.vcpus[0].scan_wanted
+    assert apics.stubs[0].scan_wanted
 
 
 # The trace.
@@ -425,18 +425,18 @@ def test_a_fixed_entry_makes_its_old_and_new_destinations_scan() -> None:
     for vcpu in range(4):
         apics.enter(vcpu)
     apics.write(0x11 + 2 * PIN, 3 << 24)
-    assert [vcpu.scan_wanted for vcpu in apics.vcpus] == [False, False, True, True]
+    assert [vcpu.scan_wanted for vcpu in apics.stubs] == [False, False, True, True]
     for vcpu in range(4):
         apics.enter(vcpu)
     apics.write(0x10 + 2 * PIN, VECTOR | LOWEST)
-    assert all(vcpu.scan_wanted for vcpu in apics.vcpus)
+    assert all(vcpu.scan_wanted for vcpu in apics.stubs)
 
 
 def test_a_change_of_the_table_makes_nobody_scan() -> None:
     apics = Apics()
     apics.enter()
     apics.routing.set_table([pin(0, 2, 2), msi(24, 0xFEE0_0000, 0x51)])
-    assert not apics.vcpus[0].scan_wanted
+    assert not apics.stubs[0].scan_wanted
 
 
 def test_ack_notifiers_make_everybody_scan() -> None:
@@ -449,4 +449,4 @@ def test_ack_notifiers_make_everybody_scan() -> None:
         for vcpu in range(2):
             apics.enter(vcpu)
         change(PIN, ack)
-        assert [vcpu.scan_wanted for vcpu in apics.vcpus] == [True, True]
+        assert [vcpu.scan_wanted for vcpu in apics.stubs] == [True, True]

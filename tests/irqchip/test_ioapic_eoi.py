@@ -269,7 +269,7 @@ def test_who_has_an_interrupt_still_to_end_goes_on_telling_until_then() -> None:
     assert apics.lapics[0].handled_vectors >> VECTOR & 1
     apics.eoi(0)
     assert not remote_irr(apics)
-    assert apics.vcpus[0].scan_wanted
+    assert apics.stubs[0].scan_wanted
     apics.enter(0)
     assert not apics.lapics[0].handled_vectors >> VECTOR & 1
 

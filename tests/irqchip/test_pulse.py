@@ -153,7 +153,7 @@ def test_a_pulse_of_the_ioapic_is_both_edges(
             apics.ioapic.irq_states,
             apics.ioapic.redirtbl,
             apics.lapics[0].irr,
-            apics.vcpus[0].nmis,
+            apics.stubs[0].nmis,
         )
         for apics in (at_once, in_turn)
     ]
