@@ -5,6 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 from eventfds import EventFd, MakeEventFd
+from hypothesis import settings
+
+# The same examples each time, so that a change is judged by what it changed; exploring is for those
+# who have the time to look into what it finds. A busy host is no failure.
+settings.register_profile("steady", deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("explore" if os.environ.get("KVMTICK_EXPLORE") else "steady")
 
 
 @pytest.fixture

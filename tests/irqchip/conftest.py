@@ -1,12 +1,7 @@
 """A PC with irqchip and PIT, and one with both PICs initialised too."""
 
 import pytest
-from hypothesis import settings
 from pc import Pc
-
-# A busy host is no failure; what fails can be repeated from what is printed.
-settings.register_profile("steady", deadline=None, print_blob=True)
-settings.load_profile("steady")
 
 
 @pytest.fixture
