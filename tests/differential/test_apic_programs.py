@@ -81,7 +81,7 @@ from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.vcpu.events import PendingEvents
 
-SEQUENCES = 220
+SEQUENCES = 230
 KERNEL_SEQUENCES = 40
 FAULT_SEQUENCES = 60
 LIMIT_S = 30.0
