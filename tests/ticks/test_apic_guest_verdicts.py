@@ -212,7 +212,7 @@ def test_a_run_names_source_and_path(guest: str, source: str, path: str, drift: 
         (
             "tick-lapic",
             [
-                *("local APIC timer: a tick every 1,000,000 ns (1,000 Hz)", "its clock is off by"),
+                *("the guest asks for a tick every 1,000,000 ns (1,000 Hz)", "its clock is off by"),
                 *("ticks of the lapic timer of vcpu 0:", "hrtimer expiry -> local APIC"),
             ],
             ["worker", "1193182"],

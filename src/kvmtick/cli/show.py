@@ -75,7 +75,10 @@ def _verdicts(report: TickReport) -> Table:
 def _setting(run: Run) -> str:
     period_ns = run.believed_period_ns
     if period_ns:
-        text = f"local APIC timer: a tick every {period_ns:,.10g} ns ({1e9 / period_ns:,.6g} Hz)"
+        text = (
+            f"local APIC timer: the guest asks for a tick every {period_ns:,.10g} ns"
+            f" ({1e9 / period_ns:,.6g} Hz)"
+        )
     else:
         text = _pit_setting(run)
     return (
