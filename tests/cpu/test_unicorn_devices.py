@@ -60,6 +60,16 @@ def test_rep_stos_to_mmio_and_kicks_between_its_rounds() -> None:
     assert cpu.accesses == [("mmio write", LAPIC + 4 * i, 4, 7, 0) for i in range(3)]
 
 
+@pytest.mark.parametrize(("code", "size_bytes"), [("f36c f4", 1), ("f36d f4", 4)])
+def test_rep_ins_to_mmio_writes_once_a_round(code: str, size_bytes: int) -> None:
+    cpu = protected(code, rdi=LAPIC, rdx=0x60, rcx=2)
+    assert cpu.enter() is ExitReason.HLT
+    value = DATA & ((1 << 8 * size_bytes) - 1)
+    written = [access[:4] for access in cpu.accesses if access[0] == "mmio write"]
+    assert written == [("mmio write", LAPIC + size_bytes * i, size_bytes, value) for i in range(2)]
+    assert [access[0] for access in cpu.accesses] == ["in", "mmio write"] * 2
+
+
 def test_rep_movs_from_mmio() -> None:
     cpu = protected("f3a5 f4", rdi=0x4000, rsi=LAPIC, rcx=2)  # rep movsd; hlt
     assert cpu.enter() is ExitReason.HLT
@@ -449,6 +459,20 @@ def test_unicorn_that_was_imported_first_works_on() -> None:
     result = run_python(script)
     value = "8877665544332211"
     assert (result.stdout, result.returncode) == (f"refused\n{value} {value}\n", 0), result.stderr
+
+
+def test_a_library_that_is_not_there_leaves_stock_unicorn_alone() -> None:
+    script = (
+        "from kvmtick.cpu import _shim\n"
+        "try:\n    _shim.load('/no/such/libunicorn.so.2')\n"
+        f"except ImportError:\n    print('refused')\n{STOCK}\nprint(stored(0x8000))"
+    )
+    result = run_python(script)
+    assert (result.stdout, result.returncode) == ("refused\n8877665544332211\n", 0), result.stderr
+
+
+def test_forgetting_the_last_page_there_can_be_ends() -> None:
+    UnicornEngine().ram_written((1 << 64) - 4096, 4095)
 
 
 def test_two_virtual_cpus_share_their_ram() -> None:

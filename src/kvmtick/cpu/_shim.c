@@ -317,6 +317,7 @@ struct Engine {
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
+    uint64_t port_read_by; /* `started` at the last port read: which instruction that was */
     uint64_t near_ram;  /* start of the RAM range that was last accessed the slow way */
     uint64_t near_span; /* addresses from there on with 8 bytes of RAM: of its size, all but 7 */
     Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
@@ -656,6 +657,7 @@ static uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine
     (void)uc;
     Engine *self = engine;
     unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
+    self->port_read_by = self->started;
     take_gil(self);
     uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
     give_gil(self);
@@ -910,6 +912,23 @@ static __attribute__((noinline)) uint64_t load_far(int size, void *env, uint64_t
     return load_around_ram(self, linear, 1u << size);
 }
 
+/* QEMU's INS stores a 0 before it reads the port, to find out whether the store faults. Where no
+ * RAM is it cannot, and a device would see it. */
+static bool is_trial_of_ins(const Engine *self)
+{
+    if (self->port_read_by == self->started) {
+        return false;
+    }
+    uint64_t address = self->last_address;
+    for (int i = 0; i < 14; i++, address++) {
+        const uint8_t *code = code_at(self, address, 1);
+        if (code == NULL || !is_prefix(*code)) {
+            return code != NULL && (*code == 0x6c || *code == 0x6d);
+        }
+    }
+    return false;
+}
+
 static __attribute__((noinline)) void store_far(int size, void *env, uint64_t linear,
                                                 uint64_t value, uint32_t oi,
                                                 uintptr_t return_address)
@@ -919,7 +938,9 @@ static __attribute__((noinline)) void store_far(int size, void *env, uint64_t li
         lib.genuine.store[size](env, linear, value, oi, return_address);
         return;
     }
-    store_around_ram(self, linear, value, 1u << size, oi, return_address);
+    if (!is_trial_of_ins(self)) {
+        store_around_ram(self, linear, value, 1u << size, oi, return_address);
+    }
 }
 
 /* Whether the library does the access in any case, whoever's `env` it is. */
@@ -1456,6 +1477,12 @@ static bool join_global_scope(void)
     return self != NULL;
 }
 
+static void cannot_load(void)
+{
+    PyErr_Format(PyExc_ImportError, "expected Unicorn 2.1.4, cannot load it: %s; %s", dlerror(),
+                 REMEDY);
+}
+
 /* A refused library that calls this module's functions stays loaded, for them to pass on to. */
 static void refuse(void *handle)
 {
@@ -1474,16 +1501,32 @@ static void refuse(void *handle)
     }
 }
 
+/* Joining cannot be taken back, and from then on every library must be passed on to. So look first
+ * whether this one is there and is the version it should be. */
+static bool rehearse(const char *path)
+{
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+    if (handle == NULL) {
+        cannot_load();
+        return false;
+    }
+    Library before = lib;
+    lib.handle = handle;
+    bool right = resolve(path);
+    lib = before;
+    dlclose(handle);
+    return right;
+}
+
 static bool load_library(const char *path)
 {
-    if (!join_global_scope()) {
+    if ((lib.handle == NULL && !rehearse(path)) || !join_global_scope()) {
         return false;
     }
     /* Local: the library exports glib look-alikes that must not answer for anybody else. */
     void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
     if (handle == NULL) {
-        PyErr_Format(PyExc_ImportError, "expected Unicorn 2.1.4, cannot load it: %s; %s",
-                     dlerror(), REMEDY);
+        cannot_load();
         return false;
     }
     Library before = lib;
@@ -1554,6 +1597,7 @@ static void release_engine(Engine *self)
     while (self->ram_count > 0) {
         PyBuffer_Release(&self->ram[--self->ram_count].view);
     }
+    self->near_span = 0;
     self->gap_count = 0;
 }
 
@@ -1759,6 +1803,9 @@ static PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *
     unsigned long long end = gpa + size_bytes;
     while (gpa < end) {
         unsigned long long next = (gpa | (PAGE_BYTES - 1)) + 1;
+        if (next == 0) {
+            break; /* the last page there can be, and no RAM */
+        }
         lib.ctl(self->uc, UC_CTL_REMOVE_CACHE, (uint64_t)gpa, (uint64_t)(next < end ? next : end));
         gpa = next;
     }
@@ -1945,7 +1992,7 @@ static void set_error(Engine *self, const char *reason)
         PyErr_Clear();
         return;
     }
-    Py_SETREF(self->error, text);
+    Py_XSETREF(self->error, text);
 }
 
 /* Why the guest stopped, from what Unicorn's loop left behind. */
@@ -2010,6 +2057,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
         }
     }
     self->started = 0;
+    self->port_read_by = 0;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
     self->intr_info = intr_info;

@@ -12,8 +12,9 @@ after a reset.
 
 The shim puts itself in front of ten of the library's functions: those for RDMSR, WRMSR and the
 loads and stores that translated code cannot do by itself. That works only in a process where
-nothing has loaded the library before the first engine is opened; importing the `unicorn` package
-later does no harm.
+nothing has loaded the library before the first engine is opened; importing the `unicorn` package of
+the same version later does no harm. Another build of the library that is loaded later would call
+the functions of this one: do not.
 
 Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
 (`emulator_read_write`): 1, 2, 4 or 8 bytes at any address, split only where a page of 4096 bytes
@@ -43,6 +44,9 @@ Not modelled:
 * RDRAND and RDSEED are absent (#UD, whatever the CPUID handler says): runs repeat;
 * MSRs outside `engine.MSRS` are Unicorn's: unknown ones read 0 and swallow writes, without #GP;
   IA32_TSC_AUX reads 0 in RDTSCP;
+* a store that rewrites the translated block it is in begins anew: what it read or wrote where no
+  RAM is happens again, and it counts twice;
+* the shadow of MOV SS from memory that is no RAM, in that access's own handler;
 * a handler that rewrites the code right behind the access it answers: the translated block still
   runs on;
 * two engines over the same RAM do not see each other's modified code (`ram_written` mends it);
