@@ -753,13 +753,14 @@ class DeviceError(Exception):
     pass
 
 
+def fail(place: int) -> None:
+    raise DeviceError(place)
+
+
 @pytest.mark.parametrize("release_gil", [False, True])
 def test_an_exception_of_a_handler_ends_enter(build: Build, release_gil: bool) -> None:
     machine = build(OUTS)
     machine.engine.release_gil(release_gil)
-
-    def fail(port: int) -> None:
-        raise DeviceError(port)
 
     machine.on_out = fail
     with pytest.raises(DeviceError):
@@ -777,9 +778,6 @@ def test_an_exception_in_a_read(build: Build) -> None:
         yield Hlt()
 
     machine = build(Guest("e460 e680 f4", routine))  # in al, 0x60; out 0x80, al; hlt
-
-    def fail(port: int) -> None:
-        raise DeviceError(port)
 
     machine.on_out = fail
     with pytest.raises(DeviceError):
@@ -804,9 +802,6 @@ def test_an_exception_of_any_handler_ends_enter(
 ) -> None:
     machine = build(guest)
     machine.engine.release_gil(release_gil)
-
-    def fail(place: int) -> None:
-        raise DeviceError(place)
 
     machine.on_out = fail
     with pytest.raises(DeviceError):
@@ -836,9 +831,6 @@ def test_what_a_read_gives_when_its_handler_raises(
 
     # ...; mov ecx, 0x830; the read; out 0x80, eax; hlt
     machine = build(Guest(f"{FAR_SEGMENT} 66b930080000 {code} 66e780 f4", routine))
-
-    def fail(place: int) -> None:
-        raise DeviceError(place)
 
     machine.on_out = fail
     with pytest.raises(DeviceError):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from differential.programs import Line, SetIrqchip
 from kvmtick.abi.structs import (
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
@@ -66,14 +67,6 @@ class Access:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """KVM_IRQ_LINE_STATUS."""
-
-    gsi: int
-    level: int
-
-
-@dataclass(frozen=True, slots=True)
 class Msi:
     """KVM_SIGNAL_MSI."""
 
@@ -92,14 +85,6 @@ class Routing:
 
     entries: tuple[Route, ...]
     flags: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SetPic:
-    """KVM_SET_IRQCHIP of a PIC: struct kvm_pic_state, any bytes."""
-
-    chip_id: int
-    state: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +142,7 @@ class GetEvents:
 
 
 Call: TypeAlias = (
-    Line | Msi | Routing | SetPic | SetIoapic | SetLapic | Nmi | SetMsr | GetMsr | SetMpState
+    Line | Msi | Routing | SetIrqchip | SetIoapic | SetLapic | Nmi | SetMsr | GetMsr | SetMpState
     | GetEvents
 )  # fmt: skip
 Operation: TypeAlias = Access | Call
@@ -359,7 +344,7 @@ class _Maker:
     def set_pic(self) -> list[Operation]:
         rng = self.rng
         state = bytes(rng.choice((0, rng.randrange(5), rng.getrandbits(8))) for _ in range(16))
-        return [SetPic(rng.getrandbits(1), state)]
+        return [SetIrqchip(rng.getrandbits(1), state)]
 
     def set_ioapic(self) -> list[Operation]:
         rng = self.rng

@@ -39,7 +39,6 @@ from differential.apic_programs import (
     Config,
     GetEvents,
     GetMsr,
-    Line,
     Mailbox,
     Msi,
     Nmi,
@@ -51,7 +50,6 @@ from differential.apic_programs import (
     SetLapic,
     SetMpState,
     SetMsr,
-    SetPic,
     comparable,
     cpuid_entries,
     nmis_taken,
@@ -59,6 +57,7 @@ from differential.apic_programs import (
     sequence,
     show,
 )
+from differential.programs import Line, SetIrqchip
 from differential.search import LateHostError, again, fewest, search, skip_if_too_late
 from kvmtick.abi import HostError, KvmError
 from kvmtick.abi.caps import KVM_CAP_X2APIC_API
@@ -243,7 +242,7 @@ class Side:
                 return (vm.signal_msi(address, data, flags),)
             case Routing(entries, flags):
                 vm.set_gsi_routing([_route(*entry) for entry in entries], flags)
-            case SetPic(chip_id, state):
+            case SetIrqchip(chip_id, state):
                 chip = kvm_irqchip(chip_id=chip_id)
                 chip.chip.pic = kvm_pic_state.from_buffer_copy(state)
                 vm.set_irqchip(chip)

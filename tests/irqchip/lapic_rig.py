@@ -35,9 +35,6 @@ class IoapicStub:
     def restore_rtc_tracking(self, lapic: Lapic) -> None:
         """No RTC here."""
 
-    def handled_vectors(self, lapic: Lapic) -> int:
-        return 0
-
 
 class LapicRig(ApicBoard):
     """`vcpus` local APICs with ids from 0, none enabled by software; the first boots."""

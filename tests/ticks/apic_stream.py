@@ -5,8 +5,9 @@ The tasks have the names the machine gives them; so who sent what can be told.
 
 from stream import PERIOD_NS, PIT_FN, TIMER, WORK, WORK_FN, WORKER, Now
 
-from kvmtick.ticks.life import Tick, TickAssembler
+from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
+from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import IDLE_TASK, Recorder

@@ -27,7 +27,8 @@ from kvmtick.cpu.scripted import (
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.kvm.model import ModelVm
-from kvmtick.ticks.life import Tick, TickAssembler
+from kvmtick.ticks.life import TickAssembler
+from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict, Where
 from kvmtick.timing.hrtimer import HrTimerRestart
 from kvmtick.trace.events import Record

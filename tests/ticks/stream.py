@@ -1,7 +1,8 @@
 """Record streams written by hand: what the kernel would trace, one call a step."""
 
-from kvmtick.ticks.life import Tick, TickAssembler
+from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
+from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import ApicvInhibitReason, Function
 from kvmtick.trace.recorder import Recorder
@@ -72,7 +73,7 @@ class Stream:
         """As `fire`; returns the tick."""
         self.fire(late_ns, queues)
         self.recorder.flush()
-        return self.assembler.lives[-1]
+        return self.assembler.main.lives[-1]
 
     def fire(self, late_ns: int = 0, queues: bool = True) -> None:
         """The timer expires, `late_ns` after its time; the work is queued unless it is already."""

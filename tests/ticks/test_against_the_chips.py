@@ -7,7 +7,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from oracle import HANDLERS, Rig, Step
 
-from kvmtick.ticks.life import Tick
+from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict, Where
 
 MASK, UNMASK = ("out", 0x21, 0xFF), ("out", 0x21, 0x00)
@@ -123,10 +123,10 @@ def check_each(rig: Rig) -> None:
 def check_batches(rig: Rig) -> None:
     """The records one by one give what the batches gave."""
     rig.singly.settle()
-    assert [facts(tick) for tick in rig.singly.lives] == [facts(tick) for tick in rig.lives()]
-    assert rig.singly.extra == rig.vm.assembler.extra
-    for hop, histogram in rig.vm.assembler.latency_ns().items():
-        assert rig.singly.latency_ns()[hop].summary() == histogram.summary()
+    assert [facts(tick) for tick in rig.singly.main.lives] == [facts(tick) for tick in rig.lives()]
+    assert rig.singly.main.extra == rig.vm.assembler.main.extra
+    for hop, histogram in rig.vm.assembler.main.latency_ns().items():
+        assert rig.singly.main.latency_ns()[hop].summary() == histogram.summary()
 
 
 seeds = st.integers(0, 1000)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream import PERIOD_NS, PIT_FN, TIMER, WORK, WORK_FN, Stream
 
-from kvmtick.ticks.life import Tick, TickAssembler
+from kvmtick.ticks.life import TickAssembler
+from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 
 FAULTS = {
@@ -104,10 +105,11 @@ steps: st.SearchStrategy[Step] = st.one_of(
 
 def facts(assembler: TickAssembler) -> object:
     assembler.settle()
-    lives = [{name: getattr(tick, name) for name in Tick.__slots__} for tick in assembler.lives]
-    counts = {verdict: assembler.count(verdict) for verdict in Verdict}
-    hops = {hop: (len(h), h.summary()) for hop, h in assembler.latency_ns().items()}
-    return lives, counts, hops, assembler.expired, assembler.extra, assembler.reached
+    main = assembler.main
+    lives = [{name: getattr(tick, name) for name in Tick.__slots__} for tick in main.lives]
+    counts = {verdict: main.count(verdict) for verdict in Verdict}
+    hops = {hop: (len(h), h.summary()) for hop, h in main.latency_ns().items()}
+    return lives, counts, hops, main.expired, main.extra, main.reached
 
 
 def both_ways(script: list[Step], reinject: bool) -> tuple[object, object]:

@@ -243,7 +243,7 @@ def test_every_vcpu_has_its_own_source() -> None:
     reports = s.reports()
     assert [(r.source, r.vcpu, r.expired) for r in reports] == [("lapic", 0, 2), ("lapic", 2, 3)]
     assert s.assembler.report().vcpu == 2, "the main one is that which expired most"
-    assert (s.assembler.expired, s.assembler.reached, s.assembler.name) == (3, 3, "lapic")
+    assert (s.assembler.expired, s.assembler.reached, s.assembler.main.name) == (3, 3, "lapic")
 
 
 def test_the_pit_is_the_main_source_once_it_expired() -> None:

@@ -49,7 +49,7 @@ def test_lives_are_kept_to_a_bound_and_counts_cover_all() -> None:
     assert report[2_001].index == 2_001
     assert report[KEEP + 2_000].expiry_ns == (KEEP + 2_000) * PERIOD_NS
     assert len(list(report)) == KEEP
-    assert sum(len(h) for h in s.assembler.latency_ns().values()) == 5 * (KEEP + 2_000)
+    assert sum(len(h) for h in s.assembler.main.latency_ns().values()) == 5 * (KEEP + 2_000)
 
 
 def test_nothing_else_grows_with_the_number_of_ticks() -> None:

@@ -100,9 +100,6 @@ class EoiTarget(Protocol):
     def restore_rtc_tracking(self, lapic: Lapic) -> None:
         """`kvm_rtc_eoi_tracking_restore_one`: KVM_SET_LAPIC gave `lapic` another state."""
 
-    def handled_vectors(self, lapic: Lapic) -> int:
-        """`kvm_ioapic_scan_entry`: the vectors (a 256-bit mask) whose EOI it wants from `lapic`."""
-
 
 class ApicMap:
     """struct kvm_apic_map: from destinations to local APICs, where that is one to one."""

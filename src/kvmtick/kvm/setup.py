@@ -6,11 +6,10 @@ from typing import Protocol, TypeVar
 from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
 from kvmtick.guests import Needs, gsi_routing
-from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES
+from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES, LEAF_FEATURES
 
 __all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
 
-LEAF_FEATURES = 0x1
 LEAVES_TOPOLOGY = (0xB, 0x1F)
 APIC_ID_SHIFT = 24
 

@@ -10,17 +10,12 @@ from collections.abc import Callable
 from operator import itemgetter
 
 from kvmtick.ticks.apics import DM_INIT, LocalApics
-from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
-from kvmtick.ticks.tick import Tick
-from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
-
-__all__ = ["Tick", "TickAssembler"]
 
 KEEP = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
@@ -145,11 +140,6 @@ class TickAssembler:
         self._timers.settle()
 
     @property
-    def name(self) -> str:
-        """Which timer the main source is: `pit` or `lapic`."""
-        return self.main.name
-
-    @property
     def expired(self) -> int:
         """How often it expired."""
         return self.main.expired
@@ -158,24 +148,6 @@ class TickAssembler:
     def reached(self) -> int:
         """How many of its ticks reached a vCPU."""
         return self.main.reached
-
-    @property
-    def extra(self) -> int:
-        """Injections that belong to none of its ticks."""
-        return self.main.extra
-
-    @property
-    def lives(self) -> list[Tick]:
-        """Its lives that are kept, in order."""
-        return self.main.lives
-
-    def count(self, verdict: Verdict) -> int:
-        """How many of its ticks have this verdict."""
-        return self.main.count(verdict)
-
-    def latency_ns(self) -> dict[str, Histogram]:
-        """Its latencies."""
-        return self.main.latency_ns()
 
     # Who is concerned.
 

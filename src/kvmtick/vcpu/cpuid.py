@@ -15,7 +15,7 @@ from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 
 __all__ = ["ECX_TSC_DEADLINE", "FEATURES", "Cpuid", "CpuidLeaf", "supported"]
 
-LEAFFEATURES = 1
+LEAF_FEATURES = 1
 LEAF_EXTENDED = 0x8000_0000
 LEAF_ADDRESS_SIZES = 0x8000_0008
 ECX_SSE3 = 1 << 0
@@ -66,7 +66,7 @@ class Cpuid:
 
     def has(self, feature: str) -> bool:
         """Whether the guest was given `x2apic` or `tsc_deadline`."""
-        leaf = self._leaves.get((LEAFFEATURES, None))
+        leaf = self._leaves.get((LEAF_FEATURES, None))
         return leaf is not None and bool(leaf.ecx & FEATURES[feature])
 
     def maxphyaddr(self) -> int:
@@ -83,7 +83,7 @@ class Cpuid:
         if leaf is None:
             return 0, 0, 0, 0
         edx = leaf.edx
-        if function == LEAFFEATURES and not apic_enabled:
+        if function == LEAF_FEATURES and not apic_enabled:
             edx &= ~EDX_APIC
         return leaf.eax, leaf.ebx, leaf.ecx, edx
 
@@ -104,7 +104,7 @@ def supported() -> list[CpuidLeaf]:
     return [
         CpuidLeaf(0, None, 0xB, *_text("Genu", "ntel", "ineI")),
         CpuidLeaf(
-            LEAFFEATURES,
+            LEAF_FEATURES,
             None,
             0x206A1,
             CLFLUSH_64_BYTES,
