@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py src/kvmtick/cpu/_shim.c
+SOURCES := pyproject.toml setup.py $(wildcard src/kvmtick/cpu/shim/*)
 
 .PHONY: run test bench lint clean
 

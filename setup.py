@@ -44,7 +44,8 @@ setup(
     ext_modules=[
         Extension(
             "kvmtick.cpu._shim",
-            ["src/kvmtick/cpu/_shim.c"],
+            sorted(str(source) for source in Path("src/kvmtick/cpu/shim").glob("*.c")),
+            depends=["src/kvmtick/cpu/shim/shim.h"],
             libraries=["dl"],
             extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
         )

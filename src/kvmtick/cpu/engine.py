@@ -14,10 +14,15 @@ to the next VM exit:
   `sti; hlt` ends with HLT even when a window was asked for: look again before sleeping);
 * a kick is used up by the exit it causes; one that comes too late for an exit ends the next entry,
   after that entry's event is delivered, with nothing retired;
-* accesses to ports, to physical memory that is no RAM and to the MSRs in `MSRS` do not leave
-  `enter`: the engine calls the handlers given to `attach`, with the number of instructions retired
-  since the entry, the access itself not counted. To leave after it the handler kicks; the access is
-  done once, and the kick ends the execution at the boundary behind the instruction;
+* a breakpoint ends it with `BREAKPOINT` before the instruction at its address (linear), if nothing
+  above does; the first instruction of an entry is no exception, so whoever goes on from a
+  breakpoint takes it away for one step;
+* PAUSE ends it with `PAUSE`, retired, if `exit_on_pause` asked for that;
+* accesses to ports, to physical memory that is no RAM, to CR8 and to the MSRs that are not in
+  `CPU_MSRS` do not leave `enter`: the engine calls the handlers given to `attach`, with the number
+  of instructions retired since the entry, the access itself not counted. To leave after it the
+  handler kicks; the access is done once, and the kick ends the execution at the boundary behind the
+  instruction;
 * memory accesses have any address and 1 to 8 bytes: one that crosses the end of a page comes as its
   two parts, in the order of their addresses;
 * CPUID answers what the handler says;
@@ -28,20 +33,27 @@ Instructions are the unit of virtual time: one instruction is 1 ns (each iterati
 instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus the instructions
 retired since, or CLOCK_MONOTONIC after `use_host_tsc`.
 
+An engine whose `exact` is False looks at boundaries only where a basic block of guest code begins
+(STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once). A block counts when it
+begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
+budget by one. Either kind is deterministic: the same entries give the same run.
+
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum, IntFlag
 from mmap import mmap
 from typing import Protocol
 
 __all__ = [
+    "CPU_MSRS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
-    "MSRS",
     "Cpuid",
+    "Cr8Read",
+    "Cr8Write",
     "Engine",
     "EventType",
     "ExitReason",
@@ -57,9 +69,22 @@ __all__ = [
 INTR_INFO_DELIVER_CODE = 1 << 11
 INTR_INFO_VALID = 1 << 31
 
-MSRS = frozenset({0x10, 0x1B, 0x6E0, *range(0x800, 0x900)})
-"""The MSRs that handlers answer: IA32_TIME_STAMP_COUNTER, IA32_APIC_BASE, IA32_TSC_DEADLINE and the
-x2APIC's. All others are the CPU's own."""
+CPU_MSRS = {
+    0x174: "sysenter_cs",
+    0x175: "sysenter_esp",
+    0x176: "sysenter_eip",
+    0xC000_0080: "efer",
+    0xC000_0081: "star",
+    0xC000_0082: "lstar",
+    0xC000_0083: "cstar",
+    0xC000_0084: "fmask",
+    0xC000_0100: "fs_base",
+    0xC000_0101: "gs_base",
+    0xC000_0102: "kernel_gs_base",
+    0xC000_0103: "tsc_aux",
+}
+"""The MSRs that are the CPU's own, by the names that `registers` has them under: what instructions
+work with. The handlers answer all others."""
 
 
 class EventType(IntEnum):
@@ -82,16 +107,18 @@ class Interruptibility(IntFlag):
 
 
 class ExitReason(IntEnum):
-    """Basic VM-exit reasons (SDM vol. 3D, appendix C); the last is ours."""
+    """Basic VM-exit reasons (SDM vol. 3D, appendix C); the last two are ours."""
 
     EXTERNAL_INTERRUPT = 1
     TRIPLE_FAULT = 2
     INTERRUPT_WINDOW = 7
     NMI_WINDOW = 8
     HLT = 12
+    PAUSE = 40
     PREEMPTION_TIMER = 52
     INTERNAL_ERROR = 0x1_0000
     """The engine cannot go on: `error` says why (an address nothing answers, a broken decoder)."""
+    BREAKPOINT = 0x1_0001
 
 
 PortOut = Callable[[int, int, int, int], None]
@@ -112,6 +139,12 @@ MsrWrite = Callable[[int, int, int], bool]
 MsrRead = Callable[[int, int], int | None]
 """`(index, retired)`: RDMSR; returns the 64 bits, None: the guest gets #GP(0)."""
 
+Cr8Write = Callable[[int, int], bool]
+"""`(value, retired)`: MOV to CR8; False: the guest gets #GP(0)."""
+
+Cr8Read = Callable[[int], int]
+"""`(retired)`: MOV from CR8; returns the task priority, 0 to 15."""
+
 Cpuid = Callable[[int, int], tuple[int, int, int, int]]
 """`(function, index)` are EAX and ECX; returns EAX, EBX, ECX, EDX."""
 
@@ -120,6 +153,7 @@ class Engine(Protocol):
     """Executes guest instructions for one vCPU."""
 
     name: str
+    exact: bool
     rflags: int
     interruptibility: int
     retired: int
@@ -135,11 +169,13 @@ class Engine(Protocol):
         on_wrmsr: MsrWrite | None = None,
         on_rdmsr: MsrRead | None = None,
         on_cpuid: Cpuid | None = None,
+        on_cr8_write: Cr8Write | None = None,
+        on_cr8_read: Cr8Read | None = None,
     ) -> None:
         """Set who answers the guest's accesses. Must precede the first `enter`.
 
-        Without a handler memory that is no RAM reads all ones and swallows writes, the MSRs of
-        `MSRS` give #GP(0), and CPUID reads 0.
+        Without a handler memory that is no RAM reads all ones and swallows writes, MSRs that are
+        not in `CPU_MSRS` give #GP(0), and CPUID and CR8 read 0.
         """
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
@@ -176,11 +212,31 @@ class Engine(Protocol):
     def use_host_tsc(self, offset_ns: int) -> None:
         """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
 
-    def registers(self) -> dict[str, int]:
-        """General, segment and control registers by SDM name in lower case (`rip`, `cs`, `cr0`)."""
+    def exit_on_pause(self, enabled: bool) -> None:
+        """Whether PAUSE ends an entry: another vCPU could use the time."""
 
-    def set_register(self, name: str, value: int) -> None:
-        """Write one general register, `rip` or `rflags`."""
+    def set_breakpoints(self, addresses: Collection[int]) -> None:
+        """Linear addresses of instructions to stop before; these and no others.
+
+        ValueError if the engine is not exact.
+        """
+
+    def registers(self) -> dict[str, int]:
+        """All registers by SDM name in lower case.
+
+        `rax` to `r15`, `rip`, `rflags`; selectors `es`, `cs`, `ss`, `ds`, `fs`, `gs`, `ldtr`, `tr`
+        and for each `_base`, `_limit` and `_access` (access rights as in a VMCS, SDM 25.4.1);
+        `gdtr_base`, `gdtr_limit`, `idtr_base`, `idtr_limit`; `cr0`, `cr2`, `cr3`, `cr4`; `dr0` to
+        `dr3`, `dr6`, `dr7`; the values of `CPU_MSRS` (`fs_base` and `gs_base` are those of the
+        segments).
+        """
+
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        """Write some of the registers of `registers`, whatever mode that makes: nothing is checked.
+
+        A selector alone is stored and loads no descriptor. ValueError: there is none of that name;
+        nothing is written then.
+        """
 
     def close(self) -> None:
         """Give everything back; harmless when repeated."""

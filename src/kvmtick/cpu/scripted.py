@@ -34,7 +34,7 @@ from typing import TypeAlias
 from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
     INTR_INFO_VALID,
-    MSRS,
+    CPU_MSRS,
     EventType,
     ExitReason,
     Interruptibility,
@@ -477,7 +477,7 @@ class ScriptedEngine:
             frame.answer = value & ones
 
     def _wrmsr(self, operation: Wrmsr) -> int:
-        if operation.index not in MSRS:
+        if operation.index in CPU_MSRS:
             return 0
         on_wrmsr = self._on_wrmsr
         if on_wrmsr is not None and on_wrmsr(operation.index, operation.value, self.retired):
@@ -485,7 +485,7 @@ class ScriptedEngine:
         return self._general_protection()
 
     def _rdmsr(self, frame: _Frame, operation: Rdmsr) -> int:
-        if operation.index not in MSRS:
+        if operation.index in CPU_MSRS:
             return 0
         on_rdmsr = self._on_rdmsr
         value = None if on_rdmsr is None else on_rdmsr(operation.index, self.retired)

@@ -1,0 +1,152 @@
+/* Calls of the handlers, which are Python. */
+
+#include "shim.h"
+
+void take_gil(Engine *self)
+{
+    if (self->released != NULL) {
+        PyEval_RestoreThread(self->released);
+    }
+}
+
+void give_gil(Engine *self)
+{
+    if (self->released != NULL) {
+        self->released = PyEval_SaveThread();
+    }
+}
+
+/* Keeps the current exception for the end of `enter`; the next boundary ends the execution. */
+void keep_exception(Engine *self)
+{
+    if (self->failed) {
+        PyErr_Clear();
+        return;
+    }
+    PyErr_Fetch(&self->exception[0], &self->exception[1], &self->exception[2]);
+    self->failed = true;
+    set_watch(self);
+}
+
+PyObject *call_handler(Engine *self, int which, const unsigned long long *values,
+                              size_t count)
+{
+    PyObject *arguments[4] = {NULL};
+    PyObject *result = NULL;
+    size_t made = 0;
+    while (made < count) {
+        arguments[made] = PyLong_FromUnsignedLongLong(values[made]);
+        if (arguments[made] == NULL) {
+            break;
+        }
+        made++;
+    }
+    if (made == count) {
+        /* The access ends a shadow, so there is none. */
+        self->interruptibility = U32(self->env, ENV_HFLAGS2) & HF2_NMI ? SHADOW_NMI : 0;
+        result = PyObject_Vectorcall(self->handlers[which], arguments, count, NULL);
+    }
+    while (made > 0) {
+        Py_DECREF(arguments[--made]);
+    }
+    return result;
+}
+
+/* Calls a handler that answers nothing; the GIL is held. */
+static void tell(Engine *self, int which, const unsigned long long *values, size_t count)
+{
+    PyObject *result = call_handler(self, which, values, count);
+    if (result == NULL) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+}
+
+/* Calls a handler that answers a number; all ones when it raises. The GIL is held. */
+static uint64_t ask(Engine *self, int which, const unsigned long long *values, size_t count)
+{
+    PyObject *result = call_handler(self, which, values, count);
+    uint64_t value = UINT64_MAX;
+    if (result != NULL) {
+        value = PyLong_AsUnsignedLongLongMask(result);
+        Py_DECREF(result);
+    }
+    if (value == UINT64_MAX && PyErr_Occurred()) {
+        keep_exception(self);
+    }
+    return value;
+}
+
+/* Instructions retired before the running one; none runs while the entry's event is delivered. */
+static uint64_t retired_before(const Engine *self)
+{
+    return self->started > 0 ? self->started - 1 : 0;
+}
+
+void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long long values[] = {port, (unsigned)size_bytes, value, self->started - 1};
+    take_gil(self);
+    tell(self, ON_OUT, values, COUNT(values));
+    give_gil(self);
+}
+
+uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
+    self->port_read_by = self->started;
+    take_gil(self);
+    uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
+    give_gil(self);
+    return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
+}
+
+/* The first part of an access that raised is the last one: `failed` ends the execution. */
+static bool nobody_answers(const Engine *self, int which)
+{
+    return self->handlers[which] == NULL || self->failed;
+}
+
+void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value)
+{
+    unsigned long long values[] = {gpa, size_bytes, value, retired_before(self)};
+    if (nobody_answers(self, ON_MMIO_WRITE)) {
+        return;
+    }
+    take_gil(self);
+    tell(self, ON_MMIO_WRITE, values, COUNT(values));
+    give_gil(self);
+}
+
+/* The caller cuts the answer to the size of the access. */
+uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes)
+{
+    unsigned long long values[] = {gpa, size_bytes, retired_before(self)};
+    if (nobody_answers(self, ON_MMIO_READ)) {
+        return UINT64_MAX;
+    }
+    take_gil(self);
+    uint64_t value = ask(self, ON_MMIO_READ, values, COUNT(values));
+    give_gil(self);
+    return value;
+}
+
+/* Callbacks of a memory region: for what `store_around_ram` and `load_around_ram` leave alone. */
+void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value,
+                          void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    write_mmio(gap->engine, gap->gpa + offset, size_bytes, value);
+}
+
+uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc;
+    const Gap *gap = user;
+    return read_mmio(gap->engine, gap->gpa + offset, size_bytes);
+}

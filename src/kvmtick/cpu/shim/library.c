@@ -1,0 +1,411 @@
+/* The library: finding its functions, proving its layout, putting ours in front.
+ *
+ * Unicorn's public API can run code and hook it, but it cannot raise an interrupt, knows no
+ * interrupt window and never looks into the guest's IVT or IDT. The library exports QEMU's own
+ * functions, though, so this module calls those: it replaces the CPU class's "take an interrupt"
+ * function with one that delivers the event of the VM entry, and it hands exceptions back to
+ * QEMU's delivery. It needs a few fields of structures that no header describes; their offsets are
+ * proven on the loaded library before the first use (`prove_layout`), and any library where they
+ * do not hold is refused.
+ *
+ * RDMSR and WRMSR have no hook, and a memory region's callbacks get wide and unaligned accesses in
+ * pieces, but translated code calls `helper_rdmsr_x86_64`, `helper_le_stl_mmu_x86_64` and the like
+ * through the dynamic linker. This module exports functions of those names and puts itself into the
+ * global scope before it loads the library, so that they are found first; `prove_layout` sees to it
+ * that they were. The library's own stay reachable by `dlsym`.
+ */
+
+#include "shim.h"
+
+Library lib;
+__thread Engine *entered;
+__thread unsigned intercepted;
+
+static const struct {
+    const char *name;
+    size_t offset;
+} SYMBOLS[] = {
+    {"uc_version", offsetof(Library, version)},
+    {"uc_strerror", offsetof(Library, strerror)},
+    {"uc_open", offsetof(Library, open)},
+    {"uc_close", offsetof(Library, close)},
+    {"uc_ctl", offsetof(Library, ctl)},
+    {"uc_hook_add", offsetof(Library, hook_add)},
+    {"uc_emu_start", offsetof(Library, emu_start)},
+    {"uc_emu_stop", offsetof(Library, emu_stop)},
+    {"uc_reg_read", offsetof(Library, reg_read)},
+    {"uc_reg_write", offsetof(Library, reg_write)},
+    {"uc_mem_map", offsetof(Library, mem_map)},
+    {"uc_mem_map_ptr", offsetof(Library, mem_map_ptr)},
+    {"uc_mem_unmap", offsetof(Library, mem_unmap)},
+    {"uc_mmio_map", offsetof(Library, mmio_map)},
+    {"uc_mem_write", offsetof(Library, mem_write)},
+    {"x86_cpu_exec_interrupt_x86_64", offsetof(Library, cpu_exec_interrupt)},
+    {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
+    {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
+    {"helper_cc_compute_all_x86_64", offsetof(Library, cc_compute_all)},
+    {"cpu_x86_update_cr0_x86_64", offsetof(Library, update_cr0)},
+    {"cpu_x86_update_cr3_x86_64", offsetof(Library, update_cr3)},
+    {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
+    {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
+};
+
+/* The engine whose guest runs in `env`, or NULL: somebody else's does. */
+Engine *engine_of(const void *env, int function)
+{
+    Engine *self = entered;
+    if (self != NULL && self->env == env) {
+        return self;
+    }
+    intercepted |= 1u << function;
+    return NULL;
+}
+
+/* ---- proving the layout ---------------------------------------------------------------------- */
+
+static const char CALLS_PASS_BY[] = "calls of its own functions";
+static __thread int probe_request; /* what the probe's interrupt function was called with */
+
+static bool probe_take_interrupt(void *cpu, int request)
+{
+    probe_request = request;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    return false;
+}
+
+typedef struct {
+    char *cpu;
+    char *env;
+    int right; /* exceptions that left what we expect */
+} Probe;
+
+/* `int 0x21` sets every field that describes an exception. */
+static bool int_left_its_marks(const Probe *probe)
+{
+    const char *env = probe->env;
+    return I32(probe->cpu, CPU_EXCEPTION_INDEX) == 0x21 && I32(env, ENV_EXCEPTION_IS_INT) == 1 &&
+           I32(env, ENV_ERROR_CODE) == 0 && U64(env, ENV_EXCEPTION_NEXT_EIP) == 0x1002 &&
+           U64(env, ENV_EIP) == 0x1002 && I32(env, ENV_OLD_EXCEPTION) == -1;
+}
+
+/* A division by zero is a contributory exception: it becomes the exception in flight. */
+static bool division_left_its_marks(const Probe *probe)
+{
+    return I32(probe->env, ENV_EXCEPTION_IS_INT) == 0 && I32(probe->env, ENV_OLD_EXCEPTION) == 0 &&
+           U64(probe->env, ENV_EIP) == 0x1002;
+}
+
+static void probe_exception(void *uc, uint32_t vector, void *user)
+{
+    Probe *probe = user;
+    (void)uc;
+    if (vector == 0x21) {
+        probe->right += int_left_its_marks(probe);
+    } else {
+        probe->right += vector == 0 && division_left_its_marks(probe);
+        U64(probe->env, ENV_EIP) += 2; /* step over the division */
+    }
+}
+
+static bool written_register_is_at(void *uc, int number, const char *place)
+{
+    uint64_t value = 0x1122334455660000ull + (unsigned)number;
+    return lib.reg_write(uc, number, &value) == 0 && *(const uint64_t *)place == value;
+}
+
+static bool idtr_is_at(void *uc, const char *segment)
+{
+    struct {
+        uint16_t selector;
+        uint64_t base;
+        uint32_t limit;
+        uint32_t flags;
+    } idtr = {0, 0x123456789a, 0x5a5a, 0};
+    return lib.reg_write(uc, UC_REG_IDTR, &idtr) == 0 &&
+           U64(segment, SEG_BASE) == 0x123456789a && U32(segment, SEG_LIMIT) == 0x5a5a;
+}
+
+static bool flags_are_at(void *uc, char *env)
+{
+    uint64_t value = FLAGS_IF | FLAGS_DF | 0x41; /* ZF and CF: kept apart, as cc_src */
+    if (lib.reg_write(uc, UC_REG_RFLAGS, &value) != 0) {
+        return false;
+    }
+    return (U64(env, ENV_EFLAGS) & FLAGS_IF) && I32(env, ENV_DF) == -1 &&
+           U64(env, ENV_CC_SRC) == 0x41 && compute_rflags(env) == (value | 2);
+}
+
+/* The first field that is not where we expect it, or NULL. */
+static const char *wrong_register_field(void *uc, char *env)
+{
+    uint16_t selector = 0x1234;
+    /* Unicorn opens the CPU with CS64, LMA, EFER.LME and EFER.LMA set and DR7 at its fixed value. */
+    if ((U32(env, ENV_HFLAGS) & (HF_CS64 | HF_LMA)) != (HF_CS64 | HF_LMA)) return "hflags";
+    if ((U64(env, ENV_EFER) & EFER_LONG_MODE) != EFER_LONG_MODE) return "efer";
+    if (U64(env, ENV_DR + 8 * 7) != 0x400) return "dr7";
+    if (!written_register_is_at(uc, UC_REG_RAX, env + ENV_REGS)) return "rax";
+    if (!written_register_is_at(uc, UC_REG_R15, env + ENV_REGS + 8 * 15)) return "r15";
+    if (!written_register_is_at(uc, UC_REG_RIP, env + ENV_EIP)) return "rip";
+    if (!written_register_is_at(uc, UC_REG_CR2, env + ENV_CR + 8 * 2)) return "cr2";
+    if (!flags_are_at(uc, env)) return "rflags";
+    if (lib.reg_write(uc, UC_REG_CS, &selector) || U32(SEGMENT(env, CS), SEG_SELECTOR) != 0x1234)
+        return "cs";
+    if (!idtr_is_at(uc, env + ENV_IDT)) return "idtr";
+    return NULL;
+}
+
+/* Makes the code that goes through all the functions this module stands in for: an MSR that the
+ * library's own leave alone, and loads and stores where every access takes the slow path. */
+static const uint8_t PROBE_CODE[] = {
+    0xcd, 0x21,                                     /* int 0x21 */
+    0xf7, 0xf3,                                     /* div bx */
+    0x0f, 0x32, 0x0f, 0x30,                         /* rdmsr; wrmsr */
+    0xa0, 0x00, 0x20, 0xa2, 0x00, 0x20,             /* mov al, [0x2000]; mov [0x2000], al */
+    0xa1, 0x00, 0x20, 0xa3, 0x00, 0x20,             /* ax */
+    0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
+    0x0f, 0x6f, 0x06, 0x00, 0x20,                   /* movq mm0, [0x2000] */
+    0x0f, 0x7f, 0x06, 0x00, 0x20,                   /* movq [0x2000], mm0 */
+    0xf4,                                           /* hlt */
+};
+
+static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)user;
+    return 0;
+}
+
+static void probe_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user)
+{
+    (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
+}
+
+/* Runs that code with a pending interrupt and looks at what it left. */
+static const char *wrong_execution_field(void *uc, char *cpu, char *env)
+{
+    Probe probe = {cpu, env, 0};
+    size_t hook;
+    uint64_t flags = 2;
+    probe_request = 0;
+    intercepted = 0;
+    enter_real_mode(env);
+    if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
+        lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
+        lib.mem_write(uc, 0x1000, PROBE_CODE, sizeof PROBE_CODE) ||
+        lib.mmio_map(uc, 0x2000, PAGE_BYTES, probe_read, NULL, probe_write, NULL) ||
+        lib.hook_add(uc, &hook, UC_HOOK_INTR, probe_exception, &probe, 1, 0)) {
+        return "memory or hooks";
+    }
+    POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_take_interrupt;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
+    int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
+    if (error || probe.right != 2) return "exception state";
+    if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
+    uint64_t end = 0x1000 + sizeof PROBE_CODE;
+    if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
+    if (intercepted != (1u << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
+    return NULL;
+}
+
+/* Finds the CPU class's cpu_exec_interrupt by its value. */
+static bool find_class_slot(void *class)
+{
+    for (size_t offset = 0; offset < 512; offset += sizeof(void *)) {
+        if (POINTER(class, offset) == (void *)lib.cpu_exec_interrupt) {
+            lib.class_slot = offset;
+            return true;
+        }
+    }
+    return false;
+}
+
+static const char *wrong_field(void *uc)
+{
+    uint64_t rax;
+    if (lib.reg_read(uc, UC_REG_RAX, &rax)) return "a readable CPU"; /* this creates it */
+    char *cpu = POINTER(uc, UC_CPU);
+    if (cpu == NULL || (uintptr_t)cpu % 8) return "cpu";
+    char *env = POINTER(cpu, CPU_ENV);
+    /* Both structures are one allocation; look no further than it. */
+    if (env < cpu || env > cpu + 65536 || POINTER(cpu, CPU_UC) != uc) return "env";
+    if (!find_class_slot(POINTER(cpu, CPU_CLASS))) return "cpu_exec_interrupt";
+    const char *wrong = wrong_register_field(uc, env);
+    if (wrong != NULL) return wrong;
+    U64(env, ENV_CR + 8 * 2) = 0;
+    I32(env, ENV_OLD_EXCEPTION) = -1;
+    return wrong_execution_field(uc, cpu, env);
+}
+
+static const char REMEDY[] = "install the x86-64 Linux wheel: pip install unicorn==2.1.4";
+
+static bool prove_layout(const char *path)
+{
+    void *uc = NULL;
+    int error = open_cpu(&uc);
+    const char *wrong = error ? lib.strerror(error) : wrong_field(uc);
+    if (uc != NULL) {
+        lib.close(uc);
+    }
+    if (wrong == CALLS_PASS_BY) {
+        PyErr_Format(PyExc_ImportError,
+                     "%s: was loaded before kvmtick could put itself in front of it; open the "
+                     "first kvmtick engine before anything imports unicorn", path);
+    } else if (wrong != NULL) {
+        PyErr_Format(PyExc_ImportError,
+                     "%s: is Unicorn 2.1.4 but not the build expected (checked: %s); %s", path,
+                     wrong, REMEDY);
+    }
+    return wrong == NULL;
+}
+
+/* ---- loading ------------------------------------------------------------------------------------ */
+
+#define STANDS_IN(function, field) {#function, offsetof(Library, genuine.field), function}
+
+static const struct {
+    const char *name;
+    size_t offset;
+    void *ours;
+} INTERPOSED[INTERPOSED_COUNT] = {
+    [LOADS + BYTE] = STANDS_IN(helper_ret_ldub_mmu_x86_64, load[BYTE]),
+    [LOADS + WORD] = STANDS_IN(helper_le_lduw_mmu_x86_64, load[WORD]),
+    [LOADS + LONG] = STANDS_IN(helper_le_ldul_mmu_x86_64, load[LONG]),
+    [LOADS + QUAD] = STANDS_IN(helper_le_ldq_mmu_x86_64, load[QUAD]),
+    [STORES + BYTE] = STANDS_IN(helper_ret_stb_mmu_x86_64, store[BYTE]),
+    [STORES + WORD] = STANDS_IN(helper_le_stw_mmu_x86_64, store[WORD]),
+    [STORES + LONG] = STANDS_IN(helper_le_stl_mmu_x86_64, store[LONG]),
+    [STORES + QUAD] = STANDS_IN(helper_le_stq_mmu_x86_64, store[QUAD]),
+    [RDMSR] = STANDS_IN(helper_rdmsr_x86_64, rdmsr),
+    [WRMSR] = STANDS_IN(helper_wrmsr_x86_64, wrmsr),
+};
+
+static bool resolve_symbol(const char *path, const char *name, size_t offset)
+{
+    void *symbol = dlsym(lib.handle, name);
+    if (symbol == NULL) {
+        PyErr_Format(PyExc_ImportError, "%s: expected Unicorn 2.1.4, found no symbol %s; %s", path,
+                     name, REMEDY);
+        return false;
+    }
+    POINTER(&lib, offset) = symbol;
+    return true;
+}
+
+static bool resolve(const char *path)
+{
+    for (size_t i = 0; i < COUNT(SYMBOLS); i++) {
+        if (!resolve_symbol(path, SYMBOLS[i].name, SYMBOLS[i].offset)) {
+            return false;
+        }
+    }
+    for (size_t i = 0; i < COUNT(INTERPOSED); i++) {
+        if (!resolve_symbol(path, INTERPOSED[i].name, INTERPOSED[i].offset)) {
+            return false;
+        }
+    }
+    unsigned version = lib.version(NULL, NULL);
+    if (version != UNICORN_2_1_4) {
+        PyErr_Format(PyExc_ImportError, "%s: expected Unicorn 2.1.4, found %u.%u.%u; %s", path,
+                     version >> 24, version >> 16 & 255, version >> 8 & 255, REMEDY);
+        return false;
+    }
+    return true;
+}
+
+/* Makes the exported functions of this module win over the library's. */
+static bool join_global_scope(void)
+{
+    static void *self;
+    Dl_info here;
+    if (self == NULL && dladdr(&lib, &here)) {
+        self = dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_GLOBAL);
+    }
+    if (self == NULL) {
+        PyErr_SetString(PyExc_ImportError, "kvmtick.cpu._shim cannot join the global scope");
+    }
+    return self != NULL;
+}
+
+static void cannot_load(void)
+{
+    PyErr_Format(PyExc_ImportError, "expected Unicorn 2.1.4, cannot load it: %s; %s", dlerror(),
+                 REMEDY);
+}
+
+/* A refused library that calls this module's functions stays loaded, for them to pass on to. */
+static void refuse(void *handle)
+{
+    bool calls_ours = false;
+    for (size_t i = 0; i < COUNT(INTERPOSED); i++) {
+        void *symbol = dlsym(handle, INTERPOSED[i].name);
+        if (symbol != NULL && symbol != INTERPOSED[i].ours) {
+            calls_ours = true;
+            if (lib.handle == NULL) {
+                POINTER(&lib, INTERPOSED[i].offset) = symbol;
+            }
+        }
+    }
+    if (!calls_ours) {
+        dlclose(handle);
+    }
+}
+
+/* Joining cannot be taken back, and from then on every library must be passed on to. So look first
+ * whether this one is there and is the version it should be. */
+static bool rehearse(const char *path)
+{
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+    if (handle == NULL) {
+        cannot_load();
+        return false;
+    }
+    Library before = lib;
+    lib.handle = handle;
+    bool right = resolve(path);
+    lib = before;
+    dlclose(handle);
+    return right;
+}
+
+static bool load_library(const char *path)
+{
+    if ((lib.handle == NULL && !rehearse(path)) || !join_global_scope()) {
+        return false;
+    }
+    /* Local: the library exports glib look-alikes that must not answer for anybody else. */
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+    if (handle == NULL) {
+        cannot_load();
+        return false;
+    }
+    Library before = lib;
+    lib.handle = handle;
+    if (!resolve(path) || !prove_layout(path)) {
+        lib = before;
+        refuse(handle);
+        return false;
+    }
+    if (before.handle != NULL && before.handle != handle) {
+        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, before.path);
+        lib = before;
+        dlclose(handle);
+        return false;
+    }
+    snprintf(lib.path, sizeof lib.path, "%s", path);
+    return true;
+}
+
+PyObject *shim_load(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&:load", PyUnicode_FSConverter, &path)) {
+        return NULL;
+    }
+    const char *name = PyBytes_AS_STRING(path);
+    bool loaded = (lib.handle != NULL && strcmp(name, lib.path) == 0) || load_library(name);
+    Py_DECREF(path);
+    if (!loaded) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}

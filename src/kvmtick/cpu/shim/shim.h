@@ -1,0 +1,381 @@
+/*
+ * What the parts of kvmtick.cpu._shim share: the numbers and structures of libunicorn 2.1.4, the
+ * engine's state, and the functions that each part gives the others.
+ *
+ * One `Engine` is one virtual CPU. All state is in the object; the module's only globals are the
+ * resolved functions of the library (`lib`), which never change once loaded, and a thread-local
+ * pointer to the engine that is inside `enter`.
+ */
+
+#ifndef KVMTICK_SHIM_H
+#define KVMTICK_SHIM_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* ---- Unicorn's public API: the values we use --------------------------------------------- */
+
+#define UNICORN_2_1_4 0x020104ffu
+#define UC_ARCH_X86 4
+#define UC_MODE_64 8
+#define UC_PROT_ALL 7
+#define UC_HOOK_INTR (1 << 0)
+#define UC_HOOK_INSN (1 << 1)
+#define UC_HOOK_CODE (1 << 2)
+#define UC_HOOK_INSN_INVALID (1 << 14)
+#define UC_ERR_FETCH_UNMAPPED 8
+#define UC_ERR_FETCH_PROT 14
+#define UC_INS_CPUID 113
+#define UC_INS_IN 218
+#define UC_INS_OUT 500
+#define UC_INS_RDTSC 608
+#define UC_INS_RDTSCP 609
+#define UC_REG_CS 11
+#define UC_REG_RAX 35
+#define UC_REG_RIP 41
+#define UC_REG_CR2 52
+#define UC_REG_R15 113
+#define UC_REG_IDTR 242
+#define UC_REG_RFLAGS 253
+/* The last Intel model of Unicorn's list without RDRAND: with it CPUID says so, RDRAND is #UD and
+ * runs are repeatable. It has RDTSCP, the TSC deadline timer and x2APIC. */
+#define UC_CPU_SANDYBRIDGE 17
+#define SANDYBRIDGE_SIGNATURE 0x206a1u
+
+#define UC_CTL_WRITE(number, arguments) ((number) | ((arguments) << 26) | (1u << 30))
+#define UC_CTL_USE_EXITS UC_CTL_WRITE(4, 1)
+#define UC_CTL_CPU_MODEL UC_CTL_WRITE(7, 1)
+#define UC_CTL_REMOVE_CACHE UC_CTL_WRITE(9, 2)
+#define UC_CTL_FLUSH_TLB UC_CTL_WRITE(11, 0)
+#define UC_CTL_TCG_BUFFER_SIZE UC_CTL_WRITE(13, 1)
+
+/* ---- 2.1.4's structures: offsets in bytes, proven by prove_layout --------------------------
+ * cc_dst, cc_src2, hflags2, ldt, tr and gdt are proven only by the fields around them. */
+
+enum { UC_CPU = 440 }; /* uc_struct -> CPUState */
+
+enum { /* CPUState */
+    CPU_INTERRUPT_REQUEST = 28,
+    CPU_ENV = 296,
+    CPU_HALTED = 33176,
+    CPU_EXCEPTION_INDEX = 33184,
+    CPU_UC = 33192,
+    CPU_CLASS = 33200,
+};
+
+enum { /* CPUX86State; a segment is selector, base, limit, flags */
+    ENV_REGS = 0,
+    ENV_EIP = 128,
+    ENV_EFLAGS = 136,
+    ENV_CC_DST = 144,
+    ENV_CC_SRC = 152,
+    ENV_CC_SRC2 = 160,
+    ENV_CC_OP = 168,
+    ENV_DF = 172,
+    ENV_HFLAGS = 176,
+    ENV_HFLAGS2 = 180,
+    ENV_SEGS = 184,
+    ENV_LDT = 328,
+    ENV_TR = 352,
+    ENV_GDT = 376,
+    ENV_IDT = 400,
+    ENV_CR = 424,
+    ENV_EFER = 592,
+    ENV_ERROR_CODE = 5384,
+    ENV_EXCEPTION_IS_INT = 5388,
+    ENV_EXCEPTION_NEXT_EIP = 5392,
+    ENV_DR = 5400,
+    ENV_OLD_EXCEPTION = 5496,
+};
+
+enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
+enum { ES, CS, SS, DS, FS, GS };
+enum { RAX, RCX, RDX, RBX };
+
+#define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
+#define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
+#define U64(base, offset) (*(uint64_t *)((char *)(base) + (offset)))
+#define POINTER(base, offset) (*(void **)((char *)(base) + (offset)))
+#define REGISTER(env, number) U64(env, ENV_REGS + 8 * (number))
+#define SEGMENT(env, number) ((char *)(env) + ENV_SEGS + SEGMENT_BYTES * (number))
+
+#define CPU_INTERRUPT_HARD 2u
+#define HF_CPL 0x3u
+#define HF_INHIBIT_IRQ (1u << 3) /* the shadow of STI and MOV SS */
+#define HF_CS32 (1u << 4)
+#define HF_SS32 (1u << 5)
+#define HF_ADDSEG (1u << 6)
+#define HF_LMA (1u << 14)
+#define HF_CS64 (1u << 15)
+#define HF2_NMI (1u << 2) /* NMIs are blocked until IRET */
+#define FLAGS_IF (1u << 9)
+#define FLAGS_DF (1u << 10)
+#define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
+#define EFER_LONG_MODE 0x500u   /* LME, LMA */
+#define CR0_RESET 0x60000010u
+#define CR0_PE 1u
+#define CR0_PG (1u << 31)
+#define DOUBLE_FAULT 8
+#define GENERAL_PROTECTION 13
+#define CODE_SEGMENT_FLAGS 0x009b00u /* present, system, code, readable, accessed */
+#define DATA_SEGMENT_FLAGS 0x009300u
+#define FLAT_CODE_FLAGS 0xc09b00u /* the same with 4 KiB granularity, 32 bits */
+#define FLAT_DATA_FLAGS 0xc09300u
+#define FLAT_CODE_SELECTOR 0x08
+#define FLAT_DATA_SELECTOR 0x10
+#define LDT_FLAGS 0x008200u
+#define BUSY_TSS_FLAGS 0x008b00u
+
+/* ---- the contract's numbers (kvmtick.cpu.engine) ------------------------------------------- */
+
+enum {
+    EXIT_NONE = 0, /* never returned: the basic exit reason 0 (an exception) is not ours */
+    EXIT_EXTERNAL_INTERRUPT = 1,
+    EXIT_TRIPLE_FAULT = 2,
+    EXIT_INTERRUPT_WINDOW = 7,
+    EXIT_NMI_WINDOW = 8,
+    EXIT_HLT = 12,
+    EXIT_PREEMPTION_TIMER = 52,
+    EXIT_INTERNAL_ERROR = 0x10000,
+    EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
+};
+
+enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2, SHADOW_NMI = 8 };
+enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_INT3_INTO };
+
+/* CPU_MSRS: those that are the CPU's own. */
+#define MSR_SYSENTER_CS 0x174u
+#define MSR_SYSENTER_EIP 0x176u
+#define MSR_EFER 0xc0000080u
+#define MSR_FMASK 0xc0000084u
+#define MSR_FS_BASE 0xc0000100u
+#define MSR_TSC_AUX 0xc0000103u
+
+#define INTR_INFO_VALID (1u << 31)
+#define INTR_INFO_VECTOR(info) ((info) & 0xff)
+#define INTR_INFO_TYPE(info) (((info) >> 8) & 7)
+
+#define PAGE_BYTES 4096u
+#define FOUR_GIB (1ull << 32)
+#define NO_ADDRESS UINT64_MAX
+#define RAM_RANGES_MAX 32
+#define CODE_CACHE_BYTES (64u << 20)
+
+/* ---- the library ------------------------------------------------------------------------------ */
+
+/* Sizes of memory accesses, as logarithms. */
+enum { BYTE, WORD, LONG, QUAD, SIZES };
+
+/* What translated code calls for accesses it cannot do by itself; `oi` and the return address are
+ * the library's business. Of `value` the low bits count. */
+typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address);
+typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
+                   uintptr_t return_address);
+
+/* The library's own functions that this module stands in front of. */
+typedef struct {
+    void (*rdmsr)(void *env);
+    void (*wrmsr)(void *env);
+    Load *load[SIZES];
+    Store *store[SIZES];
+} Genuine;
+
+typedef struct {
+    void *handle;
+    char path[PATH_MAX];
+    Genuine genuine; /* without a handle: of a library that was refused but stays loaded */
+    unsigned (*version)(unsigned *, unsigned *);
+    const char *(*strerror)(int);
+    int (*open)(int, int, void **);
+    int (*close)(void *);
+    int (*ctl)(void *, uint32_t, ...);
+    int (*hook_add)(void *, size_t *, int, void *, void *, uint64_t, uint64_t, ...);
+    int (*emu_start)(void *, uint64_t, uint64_t, uint64_t, size_t);
+    int (*emu_stop)(void *);
+    int (*reg_read)(void *, int, void *);
+    int (*reg_write)(void *, int, const void *);
+    int (*mem_map)(void *, uint64_t, uint64_t, uint32_t);
+    int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
+    int (*mem_unmap)(void *, uint64_t, uint64_t);
+    int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
+    int (*mem_write)(void *, uint64_t, const void *, uint64_t);
+    /* QEMU's own functions, exported with the target's suffix. */
+    bool (*cpu_exec_interrupt)(void *cpu, int request);
+    void (*do_interrupt)(void *cpu);
+    void (*do_interrupt_hardirq)(void *env, int vector, int is_hardware);
+    uint64_t (*cc_compute_all)(uint64_t dst, uint64_t src, uint64_t src2, int op);
+    void (*update_cr0)(void *env, uint32_t value);
+    void (*update_cr3)(void *env, uint64_t value);
+    void (*update_cr4)(void *env, uint32_t value);
+    void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
+} Library;
+
+extern Library lib;
+
+/* ---- the engine ---------------------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t gpa;
+    uint64_t size_bytes;
+    Py_buffer view;
+} RamRange;
+
+typedef struct Engine Engine;
+
+typedef struct { /* physical memory that is no RAM */
+    Engine *engine;
+    uint64_t gpa;
+    uint64_t size_bytes;
+} Gap;
+
+/* In the order of `attach`; the first two are always there. */
+enum { ON_OUT, ON_IN, ON_MMIO_WRITE, ON_MMIO_READ, ON_WRMSR, ON_RDMSR, ON_CPUID, HANDLERS };
+
+struct Engine {
+    PyObject_HEAD
+    void *uc; /* NULL when closed */
+    char *cpu;
+    char *env;
+
+    /* Looked at before every instruction. */
+    uint64_t started;      /* instructions begun since the entry */
+    uint64_t watch_from;   /* atomic; look closer once `started` is there: the budget, or 0 */
+    uint64_t last_address; /* linear address of the instruction begun last */
+
+    /* Looked at closer. */
+    uint64_t budget;
+    int kicked;  /* atomic; set by any thread */
+    bool failed; /* a callback raised; the exception is in `exception` */
+    bool irq_window;
+    bool nmi_window;
+
+    int exit_reason;
+    uint32_t intr_info; /* the event of this entry until it is delivered */
+    uint64_t tsc;
+    bool host_tsc;
+    int64_t host_tsc_offset_ns;
+
+    bool running;
+    bool releases_gil;
+    PyThreadState *released; /* while the guest runs without the GIL */
+    PyObject *exception[3];
+    PyObject *handlers[HANDLERS];
+
+    RamRange ram[RAM_RANGES_MAX];
+    int ram_count;
+    uint64_t port_read_by; /* `started` at the last port read: which instruction that was */
+    uint64_t near_ram;  /* start of the RAM range that was last accessed the slow way */
+    uint64_t near_span; /* addresses from there on with 8 bytes of RAM: of its size, all but 7 */
+    Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
+    int gap_count;
+    bool gaps_stale;
+
+    /* What the last exit reports. */
+    unsigned long long rflags;
+    unsigned int interruptibility;
+    unsigned long long retired;
+    unsigned int idt_vectoring_info;
+    PyObject *error;
+};
+
+/* The engine inside `enter` on this thread: QEMU's class functions carry no user data. Looked at in
+ * every store, hence without a call of the dynamic linker. */
+extern __thread Engine *entered __attribute__((tls_model("initial-exec")));
+
+/* ---- what each part gives the others ------------------------------------------------------- */
+
+/* library.c */
+PyObject *shim_load(PyObject *module, PyObject *args);
+
+/* engine.c */
+int open_cpu(void **uc);
+void raise_unicorn(const char *what, int error);
+bool check_open(const Engine *self);
+bool check_idle(const Engine *self);
+
+/* state.c */
+uint64_t compute_rflags(const char *env);
+const uint8_t *code_at(const Engine *self, uint64_t linear, uint32_t size_bytes);
+bool is_prefix(uint8_t byte);
+bool steps_over_finished_rep(const Engine *self, uint64_t address, uint32_t size_bytes);
+unsigned compute_interruptibility(const Engine *self);
+
+/* boundary.c */
+void set_watch(Engine *self);
+int boundary_reason(Engine *self);
+void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine);
+
+/* events.c */
+bool take_entry_event(void *cpu, int request);
+void on_exception(void *uc, uint32_t vector, void *engine);
+bool on_invalid_opcode(void *uc, void *engine);
+
+/* callbacks.c */
+void take_gil(Engine *self);
+void give_gil(Engine *self);
+void keep_exception(Engine *self);
+PyObject *call_handler(Engine *self, int which, const unsigned long long *values, size_t count);
+void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine);
+uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine);
+void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value);
+uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes);
+void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user);
+uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user);
+
+/* memory.c */
+int unmap_gaps(Engine *self);
+int map_gaps(Engine *self);
+PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs);
+
+/* system.c */
+int on_cpuid(void *uc, void *engine);
+int on_rdtsc(void *uc, void *engine);
+int on_rdtscp(void *uc, void *engine);
+
+/* registers.c */
+void enter_real_mode(char *env);
+int reset_cpu(Engine *self, uint16_t cs, uint16_t ip);
+int reset_cpu_protected(Engine *self, uint32_t eip);
+PyObject *engine_registers(PyObject *object, PyObject *unused);
+PyObject *engine_set_register(PyObject *object, PyObject *args, PyObject *kwargs);
+
+/* ---- functions that stand in for the library's ------------------------------------------------
+ *
+ * In every engine of the process, ours and others'. Translated code calls them, so their return
+ * address says which instruction runs. */
+
+#define EXPORTED __attribute__((visibility("default"), noinline))
+
+enum { LOADS = 0, STORES = SIZES, RDMSR = 2 * SIZES, WRMSR, INTERPOSED_COUNT };
+
+/* Which of them were called for engines that are not ours; for prove_layout. */
+extern __thread unsigned intercepted;
+
+/* The engine whose guest runs in `env`, or NULL: somebody else's does. */
+Engine *engine_of(const void *env, int function);
+
+/* memory.c */
+EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_ldul_mmu_x86_64,
+    helper_le_ldq_mmu_x86_64;
+EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_stl_mmu_x86_64,
+    helper_le_stq_mmu_x86_64;
+
+/* system.c */
+EXPORTED void helper_rdmsr_x86_64(void *env);
+EXPORTED void helper_wrmsr_x86_64(void *env);
+
+#endif
