@@ -111,7 +111,7 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
 
 enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
 enum { ES, CS, SS, DS, FS, GS };
-enum { RAX, RCX, RDX, RBX };
+enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
@@ -134,17 +134,38 @@ enum { RAX, RCX, RDX, RBX };
 #define FLAGS_IF (1u << 9)
 #define FLAGS_DF (1u << 10)
 #define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
+#define FLAGS_CF 1u
+#define FLAGS_RF (1u << 16)
 #define FLAGS_VM (1u << 17)
+#define EFER_SCE (1u << 0)
+#define EFER_LME (1u << 8)
 #define EFER_LMA (1u << 10)
+#define EFER_DEFINED 0xd01u /* these and NXE */
 #define EFER_LONG_MODE 0x500u /* LME, LMA */
 #define CR0_PE (1u << 0)
 #define CR0_ET (1u << 4)
+#define CR0_NW (1u << 29)
+#define CR0_CD (1u << 30)
 #define CR0_PG (1u << 31)
+#define CR0_DEFINED 0xe005003fu
+#define CR4_PAE (1u << 5)
+#define CR4_LA57 (1u << 12)
+/* What the CPU model executes: TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT LA57 FSGSBASE OSXSAVE
+ * SMEP SMAP PKE. */
+#define CR4_DEFINED 0x7517fcu
+#define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
 #define XCR0_X87 1u
+#define DEBUG_EXCEPTION 1
+#define INVALID_OPCODE 6
 #define DOUBLE_FAULT 8
 #define GENERAL_PROTECTION 13
+#define PAGE_FAULT 14
+#define ERROR_CODE_EXT 1
+#define PAGE_FAULT_WRITE 2
+#define INSTRUCTION_BYTES_MAX 15
+#define OPERAND_64_BITS 2 /* as the helpers have it */
 /* A segment's flags: bits 63:32 of its descriptor. */
 #define SEG_DPL_SHIFT 13
 #define SEG_PRESENT (1u << 15)
@@ -210,6 +231,18 @@ typedef struct {
     void (*wrmsr)(void *env);
     Load *load[SIZES];
     Store *store[SIZES];
+    void (*raise_interrupt)(void *env, int vector, int size_bytes);
+    void (*into)(void *env, int size_bytes);
+    void (*debug)(void *env);
+    void (*iret_real)(void *env, int shift);
+    void (*iret_protected)(void *env, int shift, int next_eip);
+    void (*syscall)(void *env, int size_bytes);
+    void (*sysret)(void *env, int operand_size);
+    void (*sysenter)(void *env, int size_bytes);
+    void (*sysexit)(void *env, int operand_size);
+    uint64_t (*read_cr)(void *env, int number);
+    void (*write_cr)(void *env, int number, uint64_t value);
+    uint64_t (*rdrand)(void *env);
 } Genuine;
 
 typedef struct {
@@ -240,6 +273,7 @@ typedef struct {
     void (*update_cr4)(void *env, uint32_t value);
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
 
@@ -262,7 +296,18 @@ typedef struct { /* physical memory that is no RAM */
 } Gap;
 
 /* In the order of `attach`; the first two are always there. */
-enum { ON_OUT, ON_IN, ON_MMIO_WRITE, ON_MMIO_READ, ON_WRMSR, ON_RDMSR, ON_CPUID, HANDLERS };
+enum {
+    ON_OUT,
+    ON_IN,
+    ON_MMIO_WRITE,
+    ON_MMIO_READ,
+    ON_WRMSR,
+    ON_RDMSR,
+    ON_CPUID,
+    ON_CR8_WRITE,
+    ON_CR8_READ,
+    HANDLERS
+};
 
 struct Engine {
     PyObject_HEAD
@@ -284,6 +329,10 @@ struct Engine {
 
     int exit_reason;
     uint32_t intr_info; /* the event of this entry until it is delivered */
+    int delivering;     /* the event being delivered: of which kind (events.c) */
+    unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
+    uint64_t iret_at;                  /* `started` at the last IRET */
+    uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc;
     bool host_tsc;
     int64_t host_tsc_offset_ns;
@@ -342,6 +391,8 @@ void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engin
 bool take_entry_event(void *cpu, int request);
 void on_exception(void *uc, uint32_t vector, void *engine);
 bool on_invalid_opcode(void *uc, void *engine);
+void drop_stale_rf(Engine *self);
+void carry_rf_over(Engine *self);
 
 /* callbacks.c */
 void take_gil(Engine *self);
@@ -362,6 +413,7 @@ PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs);
 
 /* system.c */
+bool is_canonical(const char *env, uint64_t address);
 int on_cpuid(void *uc, void *engine);
 int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);
@@ -380,7 +432,25 @@ PyObject *engine_set_registers(PyObject *object, PyObject *values);
 
 #define EXPORTED __attribute__((visibility("default"), noinline))
 
-enum { LOADS = 0, STORES = SIZES, RDMSR = 2 * SIZES, WRMSR, INTERPOSED_COUNT };
+enum {
+    LOADS = 0,
+    STORES = SIZES,
+    RDMSR = 2 * SIZES,
+    WRMSR,
+    RAISE_INTERRUPT,
+    INTO,
+    DEBUG_EXIT,
+    IRET_REAL,
+    IRET_PROTECTED,
+    SYSCALL,
+    SYSRET,
+    SYSENTER,
+    SYSEXIT,
+    READ_CR,
+    WRITE_CR,
+    RDRAND,
+    INTERPOSED_COUNT
+};
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
 extern __thread unsigned intercepted;
@@ -394,8 +464,24 @@ EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_l
 EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_stl_mmu_x86_64,
     helper_le_stq_mmu_x86_64;
 
+/* events.c */
+EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
+EXPORTED void helper_into_x86_64(void *env, int size_bytes);
+EXPORTED void helper_debug_x86_64(void *env);
+EXPORTED void helper_iret_real_x86_64(void *env, int shift);
+EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
+
+/* syscall.c */
+EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sysret_x86_64(void *env, int operand_size);
+EXPORTED void helper_sysenter_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sysexit_x86_64(void *env, int operand_size);
+
 /* system.c */
 EXPORTED void helper_rdmsr_x86_64(void *env);
 EXPORTED void helper_wrmsr_x86_64(void *env);
+EXPORTED void helper_write_crN_x86_64(void *env, int number, uint64_t value);
+EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number);
+EXPORTED uint64_t helper_rdrand_x86_64(void *env);
 
 #endif
