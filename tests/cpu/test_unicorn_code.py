@@ -130,9 +130,11 @@ def answer(cpu: Cpu) -> int:
     return cpu.register("rax")
 
 
-def test_code_rewritten_by_another_vcpu() -> None:
+@pytest.mark.parametrize("at", [READER, TARGET + 0x100], ids=["alone", "with its caller"])
+def test_code_rewritten_by_another_vcpu(at: int) -> None:
     ram = shared_ram()
-    writer, reader = vcpu(ram, WRITER), vcpu(ram, READER)
+    write_code(ram, at, looping(call(at, TARGET)))
+    writer, reader = vcpu(ram, WRITER), vcpu(ram, at)
     step(writer)
     for number in range(1, ROUNDS):
         assert answer(reader) == number
