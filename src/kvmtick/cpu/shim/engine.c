@@ -30,14 +30,16 @@ bool check_idle(const Engine *self)
 
 static void release_engine(Engine *self)
 {
+    leave_engines(self);
     if (self->uc != NULL) {
         lib.close(self->uc);
         self->uc = NULL;
     }
     while (self->ram_count > 0) {
-        PyBuffer_Release(&self->ram[--self->ram_count].view);
+        RamRange *range = &self->ram[--self->ram_count];
+        PyBuffer_Release(&range->view);
+        PyMem_Free(range->code);
     }
-    self->near_span = 0;
     self->gap_count = 0;
 }
 
@@ -117,6 +119,7 @@ static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
         release_engine(self);
         return -1;
     }
+    join_engines(self);
     self->gaps_stale = true;
     self->rflags = 2;
     self->random = seed;

@@ -180,10 +180,25 @@ void on_exception(void *uc, uint32_t vector, void *engine)
     deliver_exception(self, software ? SOFTWARE_INTERRUPT : EXTERNAL_EVENT);
 }
 
+/* INT1, which QEMU does not know, is a trap that checks no DPL: #DB with RIP behind it. */
+static bool is_int1(const Engine *self)
+{
+    const uint8_t *code =
+        code_at(self, U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE), 1);
+    return code != NULL && *code == 0xf1;
+}
+
 /* INSN_INVALID hook: #UD. True: go on. */
 bool on_invalid_opcode(void *uc, void *engine)
 {
-    on_exception(uc, 6, engine);
+    Engine *self = engine;
+    int vector = INVALID_OPCODE;
+    if (is_int1(self)) {
+        vector = DEBUG_EXCEPTION;
+        U64(self->env, ENV_EIP) += 1;
+        I32(self->cpu, CPU_EXCEPTION_INDEX) = vector;
+    }
+    on_exception(uc, (uint32_t)vector, engine);
     return true;
 }
 
@@ -206,31 +221,6 @@ EXPORTED void helper_into_x86_64(void *env, int size_bytes)
         self->software_interrupt_bytes = (unsigned)size_bytes;
     }
     lib.genuine.into(env, size_bytes);
-}
-
-static bool at_instruction_breakpoint(const char *env)
-{
-    uint64_t dr7 = U64(env, ENV_DR + 8 * 7);
-    uint64_t linear = U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE);
-    for (int i = 0; i < 4; i++) {
-        bool enabled = dr7 >> (2 * i) & 3;
-        bool executes = (dr7 >> (16 + 4 * i) & 3) == 0;
-        if (enabled && executes && U64(env, ENV_DR + 8 * i) == linear) {
-            return !(U64(env, ENV_EFLAGS) & FLAGS_RF);
-        }
-    }
-    return false;
-}
-
-/* An instruction breakpoint or INT1, which QEMU takes for one. INT1 is a trap that checks no DPL:
- * #DB with RIP behind it. */
-EXPORTED void helper_debug_x86_64(void *env)
-{
-    if (engine_of(env, DEBUG_EXIT) != NULL && !at_instruction_breakpoint(env)) {
-        U64(env, ENV_EIP) += 1;
-        lib.raise_exception(env, DEBUG_EXCEPTION, 0, 0);
-    }
-    lib.genuine.debug(env);
 }
 
 /* IRET ends the blocking of NMIs even when it faults. What it loads into RF holds for the

@@ -56,7 +56,6 @@
 #define UC_CTL_WRITE(number, arguments) ((number) | ((arguments) << 26) | (1u << 30))
 #define UC_CTL_USE_EXITS UC_CTL_WRITE(4, 1)
 #define UC_CTL_CPU_MODEL UC_CTL_WRITE(7, 1)
-#define UC_CTL_REMOVE_CACHE UC_CTL_WRITE(9, 2)
 #define UC_CTL_FLUSH_TLB UC_CTL_WRITE(11, 0)
 #define UC_CTL_TCG_BUFFER_SIZE UC_CTL_WRITE(13, 1)
 
@@ -219,11 +218,14 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 /* Sizes of memory accesses, as logarithms. */
 enum { BYTE, WORD, LONG, QUAD, SIZES };
 
-/* What translated code calls for accesses it cannot do by itself; `oi` and the return address are
- * the library's business. Of `value` the low bits count. */
+/* What translated code calls for accesses it cannot do by itself; the return address is the
+ * library's business, and so is `oi` but for the privilege in it. Of `value` the low bits count. */
 typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address);
 typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
                    uintptr_t return_address);
+#define OI_MMU_INDEX(oi) ((oi) & 15)
+#define MMU_KERNEL 2 /* without SMAP */
+enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
 /* The library's own functions that this module stands in front of. */
 typedef struct {
@@ -233,7 +235,6 @@ typedef struct {
     Store *store[SIZES];
     void (*raise_interrupt)(void *env, int vector, int size_bytes);
     void (*into)(void *env, int size_bytes);
-    void (*debug)(void *env);
     void (*iret_real)(void *env, int shift);
     void (*iret_protected)(void *env, int shift, int next_eip);
     void (*syscall)(void *env, int size_bytes);
@@ -243,6 +244,10 @@ typedef struct {
     uint64_t (*read_cr)(void *env, int number);
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
+    void (*protect_code)(void *uc, uint64_t ram_address);
+    void (*unprotect_code)(void *uc, uint64_t ram_address);
+    void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
+                              uintptr_t return_address);
 } Genuine;
 
 typedef struct {
@@ -259,11 +264,9 @@ typedef struct {
     int (*emu_stop)(void *);
     int (*reg_read)(void *, int, void *);
     int (*reg_write)(void *, int, const void *);
-    int (*mem_map)(void *, uint64_t, uint64_t, uint32_t);
     int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
     int (*mem_unmap)(void *, uint64_t, uint64_t);
     int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
-    int (*mem_write)(void *, uint64_t, const void *, uint64_t);
     void (*cpu_reset)(void *cpu);
     /* QEMU's own functions, exported with the target's suffix. */
     bool (*cpu_exec_interrupt)(void *cpu, int request);
@@ -274,6 +277,11 @@ typedef struct {
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    uint64_t (*ram_address_of)(void *uc, const void *host);
+    void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
+    void (*tlb_set_dirty)(void *cpu, uint64_t linear);
+    void (*tlb_reset_dirty)(void *cpu, uint64_t host, uint64_t size_bytes);
+    char *(*tlb_vaddr_to_host)(void *env, uint64_t linear, int access, int mmu_index);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
 
@@ -285,6 +293,8 @@ typedef struct {
     uint64_t gpa;
     uint64_t size_bytes;
     Py_buffer view;
+    uint64_t ram_address; /* the library's own numbering of RAM */
+    uint8_t *code;        /* a byte a page: whether the engine has translated code there */
 } RamRange;
 
 typedef struct Engine Engine;
@@ -311,7 +321,9 @@ enum {
 
 struct Engine {
     PyObject_HEAD
-    void *uc; /* NULL when closed */
+    Engine *next_opened;
+    Engine *sharing; /* the next one in the ring of those that share RAM; itself when alone */
+    void *uc;        /* NULL when closed */
     char *cpu;
     char *env;
 
@@ -346,8 +358,6 @@ struct Engine {
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
     uint64_t port_read_by; /* `started` at the last port read: which instruction that was */
-    uint64_t near_ram;  /* start of the RAM range that was last accessed the slow way */
-    uint64_t near_span; /* addresses from there on with 8 bytes of RAM: of its size, all but 7 */
     Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
     int gap_count;
     bool gaps_stale;
@@ -406,6 +416,14 @@ uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes);
 void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user);
 uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user);
 
+/* code.c */
+void join_engines(Engine *self);
+void leave_engines(Engine *self);
+bool maps_memory(const Engine *self, const Py_buffer *view);
+void share_memory(Engine *self, const Py_buffer *view);
+void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
+void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
+
 /* memory.c */
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
@@ -439,7 +457,6 @@ enum {
     WRMSR,
     RAISE_INTERRUPT,
     INTO,
-    DEBUG_EXIT,
     IRET_REAL,
     IRET_PROTECTED,
     SYSCALL,
@@ -449,7 +466,10 @@ enum {
     READ_CR,
     WRITE_CR,
     RDRAND,
-    INTERPOSED_COUNT
+    PROTECT_CODE,
+    UNPROTECT_CODE,
+    INVALIDATE_STORED,
+    INTERPOSED_COUNT,
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
@@ -467,7 +487,6 @@ EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_st
 /* events.c */
 EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
 EXPORTED void helper_into_x86_64(void *env, int size_bytes);
-EXPORTED void helper_debug_x86_64(void *env);
 EXPORTED void helper_iret_real_x86_64(void *env, int shift);
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
 
@@ -476,6 +495,12 @@ EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);
 EXPORTED void helper_sysret_x86_64(void *env, int operand_size);
 EXPORTED void helper_sysenter_x86_64(void *env, int size_bytes);
 EXPORTED void helper_sysexit_x86_64(void *env, int operand_size);
+
+/* code.c */
+EXPORTED void tlb_protect_code_x86_64(void *uc, uint64_t ram_address);
+EXPORTED void tlb_unprotect_code_x86_64(void *uc, uint64_t ram_address);
+EXPORTED void tb_invalidate_phys_page_fast_x86_64(void *uc, void *pages, uint64_t ram_address,
+                                                  int size_bytes, uintptr_t return_address);
 
 /* system.c */
 EXPORTED void helper_rdmsr_x86_64(void *env);
