@@ -385,9 +385,9 @@ static bool prepare(Engine *self, uint32_t intr_info)
 static PyObject *finish(Engine *self, int error)
 {
     int reason = classify(self, error);
-    carry_rf_over(self);
-    self->rflags = compute_rflags(self->env);
     self->interruptibility = compute_interruptibility(self);
+    carry_over(self);
+    self->rflags = compute_rflags(self->env);
     self->retired = self->started;
     if (reason == EXIT_CALLBACK_FAILED || self->failed) {
         PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);

@@ -39,11 +39,12 @@ void drop_stale_rf(Engine *self)
     }
 }
 
-/* The exit's flags are those of the next entry, which counts from 0. */
-void carry_rf_over(Engine *self)
+/* The exit's flags and shadow are those of the next entry, which counts from 0. */
+void carry_over(Engine *self)
 {
     drop_stale_rf(self);
     self->iret_at = 0;
+    self->sti_at = self->sti_at == self->started ? 0 : NEVER;
 }
 
 /* Does not return when the delivery faults: QEMU goes on with that exception. */
@@ -184,7 +185,7 @@ void on_exception(void *uc, uint32_t vector, void *engine)
 static bool is_int1(const Engine *self)
 {
     const uint8_t *code =
-        code_at(self, U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE), 1);
+        code_at(self, U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE));
     return code != NULL && *code == 0xf1;
 }
 
@@ -221,6 +222,15 @@ EXPORTED void helper_into_x86_64(void *env, int size_bytes)
         self->software_interrupt_bytes = (unsigned)size_bytes;
     }
     lib.genuine.into(env, size_bytes);
+}
+
+EXPORTED void helper_sti_x86_64(void *env)
+{
+    Engine *self = engine_of(env, STI);
+    if (self != NULL) {
+        self->sti_at = self->started;
+    }
+    lib.genuine.sti(env);
 }
 
 /* IRET ends the blocking of NMIs even when it faults. What it loads into RF holds for the

@@ -47,6 +47,7 @@ static const struct {
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
     {"cpu_restore_state_x86_64", offsetof(Library, restore_state)},
+    {"x86_cpu_get_phys_page_attrs_debug_x86_64", offsetof(Library, page_of)},
     {"qemu_ram_addr_from_host_x86_64", offsetof(Library, ram_address_of)},
     {"tb_invalidate_phys_range_x86_64", offsetof(Library, invalidate_range)},
     {"tlb_set_dirty_x86_64", offsetof(Library, tlb_set_dirty)},
@@ -190,7 +191,7 @@ static const char *wrong_register_field(void *uc, char *env)
 #define NOT_PROBED                                                                               \
     (1u << IRET_REAL | 1u << IRET_PROTECTED | 1u << SYSRET | 1u << SYSENTER | 1u << SYSEXIT)
 #define PROBE_PAGE 0x1000
-#define PROBE_HLT 0x37
+#define PROBE_HLT 0x38
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
@@ -199,6 +200,7 @@ static const uint8_t PROBE_CODE[] = {
     0x0f, 0x05,                                     /* syscall: does nothing */
     0x0f, 0x20, 0xc0, 0x0f, 0x22, 0xc0,             /* mov eax, cr0; mov cr0, eax */
     0x0f, 0xc7, 0xf0,                               /* rdrand ax */
+    0xfb,                                           /* sti */
     0xa0, 0x00, 0x20, 0xa2, 0x00, 0x20,             /* mov al, [0x2000]; mov [0x2000], al */
     0xa1, 0x00, 0x20, 0xa3, 0x00, 0x20,             /* ax */
     0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
@@ -352,6 +354,7 @@ static const struct {
     [READ_CR] = STANDS_IN(helper_read_crN_x86_64, read_cr),
     [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
     [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
+    [STI] = STANDS_IN(helper_sti_x86_64, sti),
     [PROTECT_CODE] = STANDS_IN(tlb_protect_code_x86_64, protect_code),
     [UNPROTECT_CODE] = STANDS_IN(tlb_unprotect_code_x86_64, unprotect_code),
     [INVALIDATE_STORED] = STANDS_IN(tb_invalidate_phys_page_fast_x86_64, invalidate_stored),

@@ -105,14 +105,9 @@ static bool is_trial_of_ins(const Engine *self)
     if (self->port_read_by == self->started) {
         return false;
     }
-    uint64_t address = self->last_address;
-    for (int i = 0; i < 14; i++, address++) {
-        const uint8_t *code = code_at(self, address, 1);
-        if (code == NULL || !is_prefix(*code)) {
-            return code != NULL && (*code == 0x6c || *code == 0x6d);
-        }
-    }
-    return false;
+    Prefixes prefixes;
+    uint8_t opcode = opcode_at(self, self->last_address, &prefixes);
+    return opcode == 0x6c || opcode == 0x6d;
 }
 
 static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,

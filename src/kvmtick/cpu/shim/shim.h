@@ -210,6 +210,7 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 #define PAGE_BYTES 4096u
 #define FOUR_GIB (1ull << 32)
 #define NO_ADDRESS UINT64_MAX
+#define NEVER UINT64_MAX
 #define RAM_RANGES_MAX 32
 #define CODE_CACHE_BYTES (64u << 20)
 
@@ -244,6 +245,7 @@ typedef struct {
     uint64_t (*read_cr)(void *env, int number);
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
+    void (*sti)(void *env);
     void (*protect_code)(void *uc, uint64_t ram_address);
     void (*unprotect_code)(void *uc, uint64_t ram_address);
     void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
@@ -277,6 +279,7 @@ typedef struct {
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    uint64_t (*page_of)(void *cpu, uint64_t linear, void *attributes);
     uint64_t (*ram_address_of)(void *uc, const void *host);
     void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
     void (*tlb_set_dirty)(void *cpu, uint64_t linear);
@@ -344,6 +347,7 @@ struct Engine {
     int delivering;     /* the event being delivered: of which kind (events.c) */
     unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
     uint64_t iret_at;                  /* `started` at the last IRET */
+    uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc;
     bool host_tsc;
@@ -387,9 +391,13 @@ bool check_idle(const Engine *self);
 
 /* state.c */
 uint64_t compute_rflags(const char *env);
-const uint8_t *code_at(const Engine *self, uint64_t linear, uint32_t size_bytes);
-bool is_prefix(uint8_t byte);
-bool steps_over_finished_rep(const Engine *self, uint64_t address, uint32_t size_bytes);
+typedef struct {
+    bool rep;
+    bool address_size;
+} Prefixes;
+const uint8_t *code_at(const Engine *self, uint64_t linear);
+uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
+bool steps_over_finished_rep(const Engine *self, uint64_t address);
 unsigned compute_interruptibility(const Engine *self);
 
 /* boundary.c */
@@ -402,7 +410,7 @@ bool take_entry_event(void *cpu, int request);
 void on_exception(void *uc, uint32_t vector, void *engine);
 bool on_invalid_opcode(void *uc, void *engine);
 void drop_stale_rf(Engine *self);
-void carry_rf_over(Engine *self);
+void carry_over(Engine *self);
 
 /* callbacks.c */
 void take_gil(Engine *self);
@@ -466,6 +474,7 @@ enum {
     READ_CR,
     WRITE_CR,
     RDRAND,
+    STI,
     PROTECT_CODE,
     UNPROTECT_CODE,
     INVALIDATE_STORED,
@@ -487,6 +496,7 @@ EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_st
 /* events.c */
 EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
 EXPORTED void helper_into_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sti_x86_64(void *env);
 EXPORTED void helper_iret_real_x86_64(void *env, int shift);
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
 
