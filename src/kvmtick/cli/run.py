@@ -116,7 +116,11 @@ def parser() -> Parser:
         default=[],
         help="a Multiboot module and its arguments; may be repeated",
     )
-    add("--load-at", metavar="ADDRESS", help="where a flat binary goes (0x8000, boot sectors 0x7c00)")
+    add(
+        "--load-at",
+        metavar="ADDRESS",
+        help="where a flat binary goes (0x8000, boot sectors 0x7c00)",
+    )
     add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
     add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
     add = p.add_argument_group("how").add_argument
