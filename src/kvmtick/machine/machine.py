@@ -229,7 +229,7 @@ class Machine:
         """The machine's time starts now; what was set up before took none of it."""
         self.started_ns = self.clock.now_ns
         for vcpu in self.board.vcpus:
-            vcpu.start_tsc_at(self.started_ns)
+            vcpu.power_on(self.started_ns)
 
     def _loop(
         self,

@@ -242,6 +242,11 @@ class Vcpu:
             # The engine counts from the TSC at the entry.
             self.engine.kick()
 
+    def power_on(self, now_ns: int) -> None:
+        """The machine's time starts, and with it the TSC, unless user space has set it before."""
+        if not self._tsc_offset_ns:
+            self.start_tsc_at(now_ns)
+
     def has_cpuid(self, feature: str) -> bool:
         """Whether user space gave the guest one of `cpuid.FEATURES`."""
         return self.cpuid.has(feature)
