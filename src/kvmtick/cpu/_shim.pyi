@@ -1,8 +1,19 @@
 """The native shim over libunicorn 2.1.4; see `kvmtick.cpu.engine` for the contract."""
 
+from collections.abc import Mapping
 from mmap import mmap
 
-from kvmtick.cpu.engine import Cpuid, MmioRead, MmioWrite, MsrRead, MsrWrite, PortIn, PortOut
+from kvmtick.cpu.engine import (
+    Cpuid,
+    Cr8Read,
+    Cr8Write,
+    MmioRead,
+    MmioWrite,
+    MsrRead,
+    MsrWrite,
+    PortIn,
+    PortOut,
+)
 
 def load(path: str, /) -> None:
     """Load libunicorn from `path` and prove that it is the build the shim knows.
@@ -20,7 +31,7 @@ class Engine:
     idt_vectoring_info: int
     error: str
 
-    def __init__(self) -> None: ...
+    def __init__(self, *, seed: int = 0) -> None: ...
     def attach(
         self,
         on_out: PortOut,
@@ -30,11 +41,12 @@ class Engine:
         on_wrmsr: MsrWrite | None = None,
         on_rdmsr: MsrRead | None = None,
         on_cpuid: Cpuid | None = None,
+        on_cr8_write: Cr8Write | None = None,
+        on_cr8_read: Cr8Read | None = None,
     ) -> None: ...
     def map_ram(self, gpa: int, ram: mmap) -> None: ...
     def ram_written(self, gpa: int, size_bytes: int) -> None: ...
     def reset(self, cs: int, ip: int) -> None: ...
-    def reset_protected(self, eip: int) -> None: ...
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
     ) -> int: ...
@@ -47,5 +59,5 @@ class Engine:
         """
 
     def registers(self) -> dict[str, int]: ...
-    def set_register(self, name: str, value: int) -> None: ...
+    def set_registers(self, values: Mapping[str, int]) -> None: ...
     def close(self) -> None: ...

@@ -30,14 +30,16 @@ bool check_idle(const Engine *self)
 
 static void release_engine(Engine *self)
 {
+    leave_engines(self);
     if (self->uc != NULL) {
         lib.close(self->uc);
         self->uc = NULL;
     }
     while (self->ram_count > 0) {
-        PyBuffer_Release(&self->ram[--self->ram_count].view);
+        RamRange *range = &self->ram[--self->ram_count];
+        PyBuffer_Release(&range->view);
+        PyMem_Free(range->code);
     }
-    self->near_span = 0;
     self->gap_count = 0;
 }
 
@@ -47,7 +49,7 @@ int open_cpu(void **uc)
     if (error) {
         return error;
     }
-    if ((error = lib.ctl(*uc, UC_CTL_CPU_MODEL, UC_CPU_SANDYBRIDGE)) ||
+    if ((error = lib.ctl(*uc, UC_CTL_CPU_MODEL, UC_CPU_ICELAKE_SERVER)) ||
         (error = lib.ctl(*uc, UC_CTL_TCG_BUFFER_SIZE, CODE_CACHE_BYTES)) ||
         /* Without exits enabled, `until` is an exit: leaving then walks page tables and spoils
          * CR2 and the exception in flight. */
@@ -87,10 +89,11 @@ int add_hooks(Engine *self)
 
 static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {NULL};
+    static char *names[] = {"seed", NULL};
     Engine *self = (Engine *)object;
+    unsigned long long seed = 0;
     uint64_t rax;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Engine", names)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$K:Engine", names, &seed)) {
         return -1;
     }
     if (lib.handle == NULL || self->uc != NULL) {
@@ -116,8 +119,10 @@ static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
         release_engine(self);
         return -1;
     }
+    join_engines(self);
     self->gaps_stale = true;
     self->rflags = 2;
+    self->random = seed;
     return 0;
 }
 
@@ -195,14 +200,16 @@ static bool check_handlers(PyObject *const *handlers)
 
 static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read",
-                            "on_wrmsr", "on_rdmsr", "on_cpuid",      NULL};
+    static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read", "on_wrmsr",
+                            "on_rdmsr", "on_cpuid", "on_cr8_write",  "on_cr8_read",  NULL};
     Engine *self = (Engine *)object;
     PyObject *given[HANDLERS] = {NULL};
     if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOO:attach", names, &given[ON_OUT],
-                                     &given[ON_IN], &given[ON_MMIO_WRITE], &given[ON_MMIO_READ],
-                                     &given[ON_WRMSR], &given[ON_RDMSR], &given[ON_CPUID]) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOOOO:attach", names,
+                                     &given[ON_OUT], &given[ON_IN], &given[ON_MMIO_WRITE],
+                                     &given[ON_MMIO_READ], &given[ON_WRMSR], &given[ON_RDMSR],
+                                     &given[ON_CPUID], &given[ON_CR8_WRITE],
+                                     &given[ON_CR8_READ]) ||
         !check_handlers(given)) {
         return NULL;
     }
@@ -210,19 +217,6 @@ static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwarg
         PyObject *handler = given[i] == Py_None ? NULL : given[i];
         Py_XSETREF(self->handlers[i], Py_XNewRef(handler));
     }
-    Py_RETURN_NONE;
-}
-
-static PyObject *after_reset(Engine *self, int error)
-{
-    if (error) {
-        raise_unicorn("reset", error);
-        return NULL;
-    }
-    self->rflags = 2;
-    self->interruptibility = 0;
-    self->retired = 0;
-    self->idt_vectoring_info = 0;
     Py_RETURN_NONE;
 }
 
@@ -235,19 +229,16 @@ static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs
         !PyArg_ParseTupleAndKeywords(args, kwargs, "HH:reset", names, &cs, &ip)) {
         return NULL;
     }
-    return after_reset(self, reset_cpu(self, cs, ip));
-}
-
-static PyObject *engine_reset_protected(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"eip", NULL};
-    Engine *self = (Engine *)object;
-    unsigned eip;
-    if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "I:reset_protected", names, &eip)) {
+    int error = reset_cpu(self, cs, ip);
+    if (error) {
+        raise_unicorn("reset", error);
         return NULL;
     }
-    return after_reset(self, reset_cpu_protected(self, eip));
+    self->rflags = 2;
+    self->interruptibility = 0;
+    self->retired = 0;
+    self->idt_vectoring_info = 0;
+    Py_RETURN_NONE;
 }
 
 static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -383,6 +374,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
     self->port_read_by = 0;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
+    self->delivering = 0;
     self->intr_info = intr_info;
     set_watch(self);
     I32(self->env, ENV_OLD_EXCEPTION) = -1;
@@ -393,8 +385,9 @@ static bool prepare(Engine *self, uint32_t intr_info)
 static PyObject *finish(Engine *self, int error)
 {
     int reason = classify(self, error);
-    self->rflags = compute_rflags(self->env);
     self->interruptibility = compute_interruptibility(self);
+    carry_over(self);
+    self->rflags = compute_rflags(self->env);
     self->retired = self->started;
     if (reason == EXIT_CALLBACK_FAILED || self->failed) {
         PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);
@@ -481,14 +474,13 @@ static PyMethodDef engine_methods[] = {
     {"map_ram", WITH_KEYWORDS(engine_map_ram), "Put RAM at a guest-physical address."},
     {"ram_written", WITH_KEYWORDS(engine_ram_written), "The host wrote guest RAM."},
     {"reset", WITH_KEYWORDS(engine_reset), "Real mode at cs:ip, as after RESET."},
-    {"reset_protected", WITH_KEYWORDS(engine_reset_protected), "32-bit protected mode at eip."},
     {"enter", (PyCFunction)(void (*)(void))engine_enter, METH_FASTCALL | METH_KEYWORDS,
      "Run the guest until the next VM exit."},
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
     {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
     {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},
     {"registers", engine_registers, METH_NOARGS, "The guest's registers by name."},
-    {"set_register", WITH_KEYWORDS(engine_set_register), "Write one register."},
+    {"set_registers", engine_set_registers, METH_O, "Write some of the guest's registers."},
     {"close", engine_close, METH_NOARGS, "Give everything back."},
     {NULL, NULL, 0, NULL},
 };
