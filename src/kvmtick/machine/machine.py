@@ -96,6 +96,11 @@ class Machine:
         vcpus = self.board.vcpus
         return vcpus[0] if vcpus else None
 
+    @property
+    def current_vcpu(self) -> Vcpu:
+        """The vCPU whose turn it is, or was last; IndexError if there is none."""
+        return self.board.vcpus[self._current]
+
     def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
         """Wire up a vCPU over `engine`; the caller checks that the id is free."""
         task = self.recorder.add_task(f"CPU {vcpu_id}/KVM-{self.board.new_tid()}")
@@ -199,6 +204,12 @@ class Machine:
             if self._kicker is not None:
                 self._kicker.disarm()
             self.recorder.flush()
+
+    def stop(self, exit_: Exit) -> None:
+        """End the run, from within it: a debugger's last word."""
+        self._exit = exit_
+        for vcpu in self.board.vcpus:
+            vcpu.engine.kick()
 
     def _power_on(self) -> None:
         """The machine's time starts now; what was set up before took none of it."""
