@@ -183,7 +183,7 @@ def _description(name: str, core: list[Register], system: list[Register]) -> str
     types.append(_flags("x86_efer", 8, EFER))
     return (
         '<?xml version="1.0"?>\n<!DOCTYPE target SYSTEM "gdb-target.dtd">\n<target>\n'
-        f"<architecture>{name}</architecture>\n"
+        f"<architecture>{name}</architecture>\n<osabi>none</osabi>\n"
         + _feature("org.gnu.gdb.i386.core", _flags("i386_eflags", 4, EFLAGS), core)
         + _feature("org.gnu.gdb.i386.segments", "", segments)
         + _feature("org.kvmtick.system", "\n".join(types), system[len(segments) :])
