@@ -332,6 +332,8 @@ class GdbServer:
         if name != "target.xml":
             return "E00"
         offset, size_bytes = _range(where)
+        if not offset:
+            target.choose_architecture(self._thread)
         description = target.architecture.description
         part = description[offset : offset + min(size_bytes, PACKET_BYTES // 2)]
         return f"{'l' if offset + len(part) >= len(description) else 'm'}{part}"

@@ -31,7 +31,7 @@ class Target:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.breakpoints: set[int] = set()
-        self.architecture = architecture_of(self._vcpu(1).engine.registers())
+        self.choose_architecture(1)
 
     @property
     def threads(self) -> range:
@@ -94,6 +94,10 @@ class Target:
         return linear_rip(self._vcpu(thread).engine.registers()) in self.breakpoints
 
     # Registers.
+
+    def choose_architecture(self, thread: int) -> None:
+        """From now on registers are described as in the present mode of a vCPU."""
+        self.architecture = architecture_of(self._vcpu(thread).engine.registers())
 
     def read_registers(self, thread: int) -> str:
         """All of them in hex digits."""
