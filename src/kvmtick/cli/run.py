@@ -23,6 +23,7 @@ from kvmtick.timing.host import parse_duration_ns
 from kvmtick.trace.ftrace import FtraceWriter
 
 if TYPE_CHECKING:
+    from kvmtick.machine.crash import CrashReport
     from kvmtick.machine.gdb import GdbServer
 
 __all__ = ["main"]
@@ -154,10 +155,11 @@ def main(argv: list[str]) -> int:
             )
         if gdb is not None:
             gdb.finish(run.exit)
-        _report(options, run, teller)
-        if run.exit.is_failure:
+        crash = _crash(vm, run)
+        _report(options, run, teller, crash)
+        if crash is not None:
             print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
-            print(vm.machine.crash_report(), file=sys.stderr)
+            print(crash.text(), file=sys.stderr)
             return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
 
@@ -419,9 +421,25 @@ def _progress(
 # The report.
 
 
-def _report(options: argparse.Namespace, run: Run, teller: StoryTeller | None) -> None:
+def _crash(vm: ModelVm, run: Run) -> CrashReport | None:
+    """What is left to see of a guest that failed."""
+    if not run.exit.is_failure:
+        return None
+    from kvmtick.machine.crash import crash_report
+
+    return crash_report(vm.machine)
+
+
+def _report(
+    options: argparse.Namespace,
+    run: Run,
+    teller: StoryTeller | None,
+    crash: CrashReport | None,
+) -> None:
     if options.json:
         result = run.as_dict()
+        if crash is not None:
+            result["crash"] = crash.as_dict()
         if teller is not None:
             result["story"] = teller.as_dict()
         print(json.dumps(result))

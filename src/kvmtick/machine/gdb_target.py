@@ -138,7 +138,7 @@ class Target:
     def read_memory(self, thread: int, address: int, size_bytes: int) -> bytes:
         """Up to `size_bytes`: less, or nothing, where no page or no RAM is."""
         registers = self._vcpu(thread).engine.registers()
-        return read_linear(registers, self._read_physical, address, size_bytes)
+        return read_linear(registers, self.machine.read_ram, address, size_bytes)
 
     def write_memory(self, thread: int, address: int, data: bytes) -> bool:
         """Write all of `data`, or nothing and return false. The guest's code may change by it."""
@@ -147,20 +147,14 @@ class Target:
         at = 0
         while at < len(data):
             length_bytes = min(len(data) - at, PAGE_BYTES - (address + at) % PAGE_BYTES)
-            gpa = translate(registers, self._read_physical, address + at)
-            if gpa is None or self._read_physical(gpa, length_bytes) is None:
+            gpa = translate(registers, self.machine.read_ram, address + at)
+            if gpa is None or self.machine.read_ram(gpa, length_bytes) is None:
                 return False
             parts.append((gpa, data[at : at + length_bytes]))
             at += length_bytes
         for gpa, part in parts:
             self.machine.write_memory(gpa, part)
         return True
-
-    def _read_physical(self, gpa: int, size_bytes: int) -> bytes | None:
-        try:
-            return self.machine.read_memory(gpa, size_bytes)
-        except ValueError:
-            return None
 
     # For people.
 
