@@ -41,6 +41,7 @@ kvmtick.guests.build`` assembles them into the ``.bin`` files.
 import difflib
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
@@ -110,6 +111,8 @@ _DESCRIPTIONS: Final = {
     "tick-x2apic": "the local APIC's timer, periodic, in x2APIC mode: all registers are MSRs",
     "nmi-watchdog": "the PIT through LVT0 as an NMI, IF=0 all the time; the handler polls the PIC",
     "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
+    "tick-long": "64-bit mode: the PIT's tick (IOAPIC) and the local APIC's, an interrupt stack each",
+    "exceptions": "64-bit mode: every exception from rings 0 and 3, between and under the PIT's ticks",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)
@@ -120,6 +123,8 @@ _NEEDS: Final = {
     "tick-lapic": Needs(tick_source="lapic", cpuid=()),
     "tick-x2apic": Needs(tick_source="lapic", cpuid=("x2apic",)),
     "ipi-tick": Needs(vcpus=2),
+    "exceptions": Needs(cpuid=()),
+    "tick-long": Needs(gsi0="ioapic-pin-2", cpuid=()),
 }
 """Of the guests that need more than the default."""
 
@@ -219,7 +224,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A flat image, ready to be put into guest memory and started."""
+    """What goes into guest memory, and how the vCPU that boots starts on it."""
 
     name: str
     image: bytes
@@ -227,11 +232,16 @@ class Guest:
     load_at: int
     """Guest-physical address."""
     entry: tuple[int, int]
-    """Real-mode (cs, ip) of the first instruction."""
+    """Real-mode (cs, ip) of the first instruction; unused if there is a `start`."""
     parameters: ParameterOffsets | None
     """Where to read the guest's own tick count; None for a foreign image."""
     needs: Needs = DEFAULT_NEEDS
     """What the VMM must set up before it starts."""
+    pieces: tuple[tuple[int, bytes], ...] = ()
+    """More bytes for guest memory, each with its guest-physical address."""
+    start: Mapping[str, int] | None = None
+    """The state it starts in: registers as `Engine.set_registers` takes them, over those of a reset
+    (`kvmtick.guests.start`). None: real mode at `entry`."""
 
 
 def names() -> dict[str, str]:
