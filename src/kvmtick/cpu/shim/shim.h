@@ -228,6 +228,10 @@ typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
 #define MMU_KERNEL 2 /* without SMAP */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
+typedef uint64_t In(void *env, uint32_t port);
+typedef void Out(void *env, uint32_t port, uint32_t value);
+enum { PORT_SIZES = QUAD };
+
 /* The library's own functions that this module stands in front of. */
 typedef struct {
     void (*rdmsr)(void *env);
@@ -246,6 +250,8 @@ typedef struct {
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
     void (*sti)(void *env);
+    In *in[PORT_SIZES];
+    Out *out[PORT_SIZES];
     void (*protect_code)(void *uc, uint64_t ram_address);
     void (*unprotect_code)(void *uc, uint64_t ram_address);
     void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
@@ -279,6 +285,7 @@ typedef struct {
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    void (*check_port[PORT_SIZES])(void *env, uint32_t port); /* #GP unless the TSS allows it */
     uint64_t (*page_of)(void *cpu, uint64_t linear, void *attributes);
     uint64_t (*ram_address_of)(void *uc, const void *host);
     void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
@@ -476,6 +483,9 @@ enum {
     WRITE_CR,
     RDRAND,
     STI,
+    INS,
+    OUTS = INS + PORT_SIZES,
+    OUTS_END = OUTS + PORT_SIZES - 1,
     PROTECT_CODE,
     UNPROTECT_CODE,
     INVALIDATE_STORED,
@@ -483,7 +493,7 @@ enum {
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
-extern __thread unsigned intercepted;
+extern __thread uint64_t intercepted;
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
 Engine *engine_of(const void *env, int function);
@@ -500,6 +510,10 @@ EXPORTED void helper_into_x86_64(void *env, int size_bytes);
 EXPORTED void helper_sti_x86_64(void *env);
 EXPORTED void helper_iret_real_x86_64(void *env, int shift);
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
+
+/* ports.c */
+EXPORTED In helper_inb_x86_64, helper_inw_x86_64, helper_inl_x86_64;
+EXPORTED Out helper_outb_x86_64, helper_outw_x86_64, helper_outl_x86_64;
 
 /* syscall.c */
 EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);
