@@ -140,7 +140,11 @@ static bool faulted_on_fetch(const Engine *self, int vector)
 /* The boundary before an instruction that could not be read. True: leave there. */
 static bool leave_before_fetch(Engine *self)
 {
+    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     self->exit_reason = boundary_reason(self);
+    if (self->exit_reason == EXIT_NONE && is_breakpoint(self, linear)) {
+        self->exit_reason = EXIT_BREAKPOINT;
+    }
     if (self->exit_reason == EXIT_NONE) {
         self->started++; /* counts like any instruction that faults */
         return false;
