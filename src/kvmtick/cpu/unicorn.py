@@ -58,10 +58,30 @@ from pathlib import Path
 
 from kvmtick.cpu import _shim
 
-__all__ = ["UnicornEngine", "find_library"]
+__all__ = ["FEATURES", "UnicornEngine", "find_library"]
 
 _LIBRARY = "libunicorn.so.2"
 _REMEDY = "pip install unicorn==2.1.4"
+
+FEATURES = {
+    # FPU DE PSE TSC MSR PAE MCE CX8 SEP PGE CMOV PSE-36 CLFSH MMX FXSR SSE SSE2
+    (0x1, 0, "edx"): 0x078A_A9FD,
+    # SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE RDRAND
+    (0x1, 0, "ecx"): 0x46D8_2203,
+    # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT CLWB
+    (0x7, 0, "ebx"): 0x019C_0389,
+    # PKU LA57
+    (0x7, 0, "ecx"): 0x0001_0008,
+    # XSAVEOPT, XGETBV with ECX = 1
+    (0xD, 1, "eax"): 0x0000_0005,
+    # LAHF in 64-bit mode, LZCNT, PREFETCHW
+    (0x8000_0001, 0, "ecx"): 0x0000_0121,
+    # SYSCALL NX 1-GiB-pages RDTSCP long-mode
+    (0x8000_0001, 0, "edx"): 0x2C10_0800,
+}
+"""The CPUID bits (leaf, subleaf, register) of what the engine executes; physical addresses have 40
+bits, XCR0 has x87, SSE and PKRU. The bits of APICs, MTRRs, machine checks and the like are the
+machine's; OSXSAVE and OSPKE follow CR4."""
 
 
 def find_library() -> str:
