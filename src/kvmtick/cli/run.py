@@ -139,6 +139,12 @@ def parser() -> Parser:
         " CLOCK_MONOTONIC (virtual)",
     )
     add(
+        "--fast",
+        action="store_true",
+        help="interrupts only where a basic block begins: several times the instructions a second,"
+        " and runs still repeat",
+    )
+    add(
         "--quantum",
         metavar="DURATION",
         help="how long a vCPU runs at most while another one waits (100us)",
@@ -214,6 +220,7 @@ def _build(
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
+        fast=options.fast,
     )
     stack.callback(vm.close)
     if counter is not None and counter + 4 > len(vm.machine.ram):
