@@ -28,7 +28,6 @@ from kvmtick.timing.clock import MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
-from kvmtick.trace.ftrace import format_line
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
@@ -119,6 +118,11 @@ class Machine:
         vcpus = self.board.vcpus
         return vcpus[0] if vcpus else None
 
+    @property
+    def current_vcpu(self) -> Vcpu:
+        """The vCPU whose turn it is, or was last; IndexError if there is none."""
+        return self.board.vcpus[self._current]
+
     def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
         """Wire up a vCPU over `engine`; the caller checks that the id is free."""
         task = self.recorder.add_task(f"CPU {vcpu_id}/KVM-{self.board.new_tid()}")
@@ -162,6 +166,12 @@ class Machine:
         """Read guest RAM; ValueError if the range is not all RAM."""
         if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
             raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {len(self.ram):#x}")
+        return self.ram[gpa : gpa + size_bytes]
+
+    def read_ram(self, gpa: int, size_bytes: int) -> bytes | None:
+        """As `read_memory`, but None if the range is not all RAM: for page walks."""
+        if gpa + size_bytes > len(self.ram):
+            return None
         return self.ram[gpa : gpa + size_bytes]
 
     def close(self) -> None:
@@ -224,6 +234,12 @@ class Machine:
             if self._kicker is not None:
                 self._kicker.disarm()
             self.recorder.flush()
+
+    def stop(self, exit_: Exit) -> None:
+        """End the run, from within it: a debugger's last word."""
+        self._exit = exit_
+        for vcpu in self.board.vcpus:
+            vcpu.engine.kick()
 
     def _power_on(self) -> None:
         """The machine's time starts now; what was set up before took none of it."""
@@ -492,20 +508,10 @@ class Machine:
         return state
 
     def crash_report(self) -> str:
-        """Registers and the last events, for a guest that failed."""
-        lines = []
-        for vcpu in self.board.vcpus:
-            registers = vcpu.engine.registers()
-            cells = [f"{name:>6} {value:08x}" for name, value in registers.items()]
-            several = f" of vCPU {vcpu.vcpu_id}" if len(self.board.vcpus) > 1 else ""
-            lines.append(f"registers{several}:")
-            lines += ["  " + "  ".join(cells[row : row + 6]) for row in range(0, len(cells), 6)]
-        lines.append("last events:")
-        tail = self.recorder.tail()
-        lines += [f"  {format_line(record, self.recorder.tasks)}" for record in tail]
-        if not tail:
-            lines.append("  none")
-        return "\n".join(lines)
+        """Registers, code, stack and the last events, for a guest that failed."""
+        from kvmtick.machine.crash import crash_report
+
+        return crash_report(self).text()
 
 
 def _nothing() -> None:

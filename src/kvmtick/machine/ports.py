@@ -43,7 +43,8 @@ class PortMap:
     """User space's side of ports, MMIO and IOAPIC EOIs. What the guest prints is in `console` and
     `serial`.
 
-    Each keeps its first MiB and counts the rest in `dropped_bytes`.
+    Each keeps its first MiB and counts the rest in `dropped_bytes`. `on_text` gets every byte of
+    both when the guest prints it.
     """
 
     def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
@@ -54,6 +55,7 @@ class PortMap:
         self.devices: dict[int, PortHandler] = {}
         """The board's own, by port."""
         self.on_ioapic_eoi: Callable[[int], None] | None = None
+        self.on_text: Callable[[int], None] | None = None
         self.on_unknown_msr: Callable[[int, str, int, int], None] | None = None
         self.console = bytearray()
         self.serial = bytearray()
@@ -119,6 +121,8 @@ class PortMap:
             self._uart[register] = value
 
     def _print(self, text: bytearray, byte: int) -> None:
+        if self.on_text is not None:
+            self.on_text(byte)
         if len(text) < CONSOLE_LIMIT_BYTES:
             text.append(byte)
         else:

@@ -9,7 +9,7 @@ Not modelled: SMM, nested guests, APICv (the local APIC is always emulated in so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
@@ -77,9 +77,13 @@ _INIT_RECEIVED = int(MpState.INIT_RECEIVED)
 _UNINITIALIZED = int(MpState.UNINITIALIZED)
 _SIPI_RECEIVED = int(MpState.SIPI_RECEIVED)
 _AWAIT_SIPI = (_UNINITIALIZED, _INIT_RECEIVED)
+_EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
+_EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 _EXIT_HLT = int(ExitReason.HLT)
 _EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 _EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
+_EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
+_FATAL_EXITS = (int(ExitReason.TRIPLE_FAULT), int(ExitReason.INTERNAL_ERROR))
 
 
 class VcpuBoard(LapicBoard, Protocol):
@@ -121,6 +125,7 @@ class Vcpu:
         "_exits_on_pause",
         "_pic",
         "_recorder",
+        "_step_over",
         "_tsc_offset_ns",
         "cpuid",
         "engine",
@@ -133,9 +138,11 @@ class Vcpu:
         "mp_state",
         "msrs",
         "off_until_ns",
+        "on_debug",
         "pending",
         "pending_external_vector",
         "requests",
+        "single_step",
         "slept_from_ns",
         "task",
         "vcpu_id",
@@ -167,6 +174,10 @@ class Vcpu:
         self.instructions = 0
         self.off_until_ns = 0
         self.slept_from_ns = 0
+        # KVM_EXIT_DEBUG: a breakpoint, or after KVM_GUESTDBG_SINGLESTEP an instruction or an event.
+        self.on_debug: Callable[[Vcpu], None] | None = None
+        self.single_step = False
+        self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
         self._tsc_offset_ns = 0
@@ -398,13 +409,37 @@ class Vcpu:
         if recorder.detail:
             recorder.kvm_entry(self.vcpu_id, engine.registers()["rip"], vmcs.entry_intr_info)
         self.kicked = False
-        clock = self._clock
+        on_debug = self.on_debug
+        if on_debug is None:
+            reason = self._enter_guest(vmcs.entry_intr_info, budget)
+        else:
+            reason = self._enter_debugged(vmcs.entry_intr_info, budget, on_debug)
+        vmcs.exit_reason = reason
+        vmcs.guest_rflags = engine.rflags
+        vmcs.guest_interruptibility = engine.interruptibility
+        vmcs.entry_intr_info = 0
+        vmcs.idt_vectoring_info = engine.idt_vectoring_info
+        if recorder.detail:
+            self.record_exit(reason, 0)
+        if reason == _EXIT_HLT:
+            self.mp_state = _HALTED
+            self.slept_from_ns = self._clock.now_ns
+        else:
+            self._handle_exit(reason)
+        if self._step_over and on_debug is not None:
+            self._step_over = False
+            on_debug(self)
+        return reason
+
+    def _enter_guest(self, intr_info: int, budget: int) -> int:
+        """Let the engine run, and the clock with it."""
+        vmcs, engine, clock = self.vmcs, self.engine, self._clock
         entered_ns = clock.now_ns
         self.exits.entered_ns = entered_ns
         self.in_guest = True
         try:
-            reason = engine.enter(
-                vmcs.entry_intr_info,
+            return engine.enter(
+                intr_info,
                 vmcs.intr_window_exiting,
                 vmcs.nmi_window_exiting,
                 budget,
@@ -418,19 +453,37 @@ class Vcpu:
                 clock.refresh()
             else:
                 clock.now_ns = entered_ns + retired
-        vmcs.exit_reason = reason
-        vmcs.guest_rflags = engine.rflags
-        vmcs.guest_interruptibility = engine.interruptibility
-        vmcs.entry_intr_info = 0
-        vmcs.idt_vectoring_info = engine.idt_vectoring_info
-        if recorder.detail:
-            self.record_exit(reason, 0)
-        if reason == _EXIT_HLT:
-            self.mp_state = _HALTED
-            self.slept_from_ns = clock.now_ns
-        else:
-            self._handle_exit(reason)
-        return reason
+
+    # A debugger (KVM_SET_GUEST_DEBUG).
+
+    def _enter_debugged(self, intr_info: int, budget: int, on_debug: Callable[[Vcpu], None]) -> int:
+        """One entry, however often a breakpoint or a step interrupts it: `on_debug` has the vCPU
+        meanwhile. So time, slices and trace are those of a run without a debugger.
+        """
+        engine = self.engine
+        while True:
+            steps = self.single_step
+            # With an event to deliver, a step leads to the first instruction of its handler. A
+            # budget of 1 may have come with a kick of the machine's own, which must not be lost,
+            # and neither must one from the kicker's thread.
+            delivers = steps and intr_info != 0 and budget > 1 and not self._clock.live
+            if delivers:
+                engine.kick()
+            reason = self._enter_guest(intr_info, 1 if steps else budget)
+            if steps and (intr_info or engine.retired) and reason not in _FATAL_EXITS:
+                self._step_over = not engine.idt_vectoring_info
+            intr_info = 0
+            budget -= engine.retired
+            if reason == _EXIT_PREEMPTION_TIMER:
+                is_ours = steps and budget > 0
+            elif reason == _EXIT_EXTERNAL_INTERRUPT:
+                is_ours = delivers and self._step_over
+            else:
+                is_ours = reason == _EXIT_BREAKPOINT
+            if not is_ours:
+                return reason
+            self._step_over = False
+            on_debug(self)
 
     def serve_requests(self) -> None:
         """The first part of vcpu_enter_guest. It may create an earlier deadline: an automatic EOI
