@@ -115,8 +115,8 @@ _DESCRIPTIONS: Final = {
     "tick-x2apic": "the local APIC's timer, periodic, in x2APIC mode: all registers are MSRs",
     "nmi-watchdog": "the PIT through LVT0 as an NMI, IF=0 all the time; the handler polls the PIC",
     "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
-    "tick-long": "64-bit mode: the PIT's tick (IOAPIC) and the local APIC's, an interrupt stack each",
-    "exceptions": "64-bit mode: every exception from rings 0 and 3, between and under the PIT's ticks",
+    "tick-long": "64-bit mode: the PIT's ticks by IOAPIC and the local APIC's, on interrupt stacks",
+    "exceptions": "64-bit mode: every exception from rings 0 and 3, while the PIT ticks",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)
