@@ -10,6 +10,7 @@ import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmtick import guests
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
@@ -22,12 +23,17 @@ from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
 from kvmtick.trace.ftrace import FtraceWriter
 
+if TYPE_CHECKING:
+    from kvmtick.machine.crash import CrashReport
+    from kvmtick.machine.gdb import GdbServer
+
 __all__ = ["main"]
 
 DEFAULT_GUEST = "tick-pic"
 DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
 MAX_HOLD_MS = 3_600_000
+MAX_PORT = 0xFFFF
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
 FILE_OPTIONS = ("ram", "vcpus", "append", "module", "load-at", "entry", "counter")
@@ -147,6 +153,12 @@ def parser() -> Parser:
     )
     add("--seed", metavar="N", default="0", help="seed of the faults (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
+    add(
+        "--gdb",
+        metavar="PORT",
+        help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
+        " unless you give one",
+    )
     add = p.add_argument_group("what to show").add_argument
     add("--story", metavar="N", help="tell the life of tick N, step by step")
     add("--trace", metavar="FILE", help="write the events as ftrace text")
@@ -159,22 +171,28 @@ def main(argv: list[str]) -> int:
     options = parser().parse_command_line(argv)
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
-    limit_s = _limit_s(options.limit)
+    gdb_port = _port(options.gdb)
+    limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
     guest = _guest(options)
     ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
     with contextlib.ExitStack() as stack:
         vm, teller = _build(options, guest, stack)
+        gdb = None if gdb_port is None else _gdb(gdb_port, vm, stack)
         with _progress(options, vm, guest, for_ns, ticks), _live_text(options, vm, guest):
             run = vm.run(
+                until=None if gdb is None else gdb.poll,
                 ticks=ticks if guest.parameters is None else None,
                 for_ns=for_ns,
                 limit_s=limit_s,
                 counter=_address("--counter", options.counter),
             )
-        _report(options, guest, run, teller)
-        if run.exit.is_failure:
+        if gdb is not None:
+            gdb.finish(run.exit)
+        crash = _crash(vm, run)
+        _report(options, guest, run, teller, crash)
+        if crash is not None:
             print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
-            print(vm.machine.crash_report(), file=sys.stderr)
+            print(crash.text(), file=sys.stderr)
             return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
 
@@ -383,7 +401,37 @@ def _address(option: str, text: str | None) -> int | None:
     return address
 
 
+def _port(text: str | None) -> int | None:
+    if text is None:
+        return None
+    port = _integer("--gdb", text)
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"--gdb {text}: no TCP port; give 1 to {MAX_PORT}, or 0 for any")
+    return port
+
+
 # Around the run.
+
+
+def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
+    """gdb is connected, and has let the guest run."""
+    from kvmtick.machine.gdb import GdbServer
+
+    if not all(vcpu.engine.exact for vcpu in vm.machine.board.vcpus):
+        raise UsageError(f"--gdb {port}: steps and breakpoints are exact; leave --fast out")
+    server = GdbServer(vm.machine, lambda: vm.ticks().summary())
+    stack.callback(server.close)
+    try:
+        number = server.listen(port)
+    except OSError as error:
+        raise UsageError(
+            f"--gdb {port}: {error.strerror}; give another port, or 0 for any"
+        ) from None
+    print(
+        f"kvmtick: waiting for gdb: target remote 127.0.0.1:{number}", file=sys.stderr, flush=True
+    )
+    server.wait()
+    return server
 
 
 @contextlib.contextmanager
@@ -482,11 +530,26 @@ def _live_text(options: argparse.Namespace, vm: ModelVm, guest: Guest) -> Iterat
 # The report.
 
 
+def _crash(vm: ModelVm, run: Run) -> CrashReport | None:
+    """What is left to see of a guest that failed."""
+    if not run.exit.is_failure:
+        return None
+    from kvmtick.machine.crash import crash_report
+
+    return crash_report(vm.machine)
+
+
 def _report(
-    options: argparse.Namespace, guest: Guest, run: Run, teller: StoryTeller | None
+    options: argparse.Namespace,
+    guest: Guest,
+    run: Run,
+    teller: StoryTeller | None,
+    crash: CrashReport | None,
 ) -> None:
     if options.json:
         result = run.as_dict()
+        if crash is not None:
+            result["crash"] = crash.as_dict()
         if teller is not None:
             result["story"] = teller.as_dict()
         print(json.dumps(result))
