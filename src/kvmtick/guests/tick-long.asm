@@ -13,7 +13,6 @@
 %define PERIOD_NS 700000
 %define GUEST_NAME "tick-long"
 %include "common.inc"
-%include "apic.inc"
 %include "long.inc"
 
 VECTOR_PIT      equ 0x40

@@ -14,7 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import Protocol
 
 from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
-from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP
+from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
@@ -28,6 +28,7 @@ from kvmtick.vcpu.events import (
     nmi_allowed,
 )
 from kvmtick.vcpu.exits import ExitHandlers, UserSpace
+from kvmtick.vcpu.msr import Msrs
 from kvmtick.vcpu.vmcs import Vmcs, intr_info
 
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
@@ -92,6 +93,7 @@ class VcpuBoard(LapicBoard, Protocol):
     bus: IoBus
     ports: UserSpace
     pic: Pic | None
+    running: Vcpu | None
 
     @property
     def irqchip_in_kernel(self) -> bool:
@@ -120,6 +122,7 @@ class Vcpu:
         "_board",
         "_clock",
         "_eoi_exit_vector",
+        "_exits_on_pause",
         "_pic",
         "_recorder",
         "_step_over",
@@ -133,6 +136,7 @@ class Vcpu:
         "kicked",
         "lapic",
         "mp_state",
+        "msrs",
         "off_until_ns",
         "on_debug",
         "pending",
@@ -175,11 +179,13 @@ class Vcpu:
         self.single_step = False
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
+        self._exits_on_pause = False
         self._tsc_offset_ns = 0
         self.cpuid = Cpuid()
         self.lapic: Lapic | None = None
         if board.irqchip_in_kernel:
             self.lapic = Lapic(board, self, is_bsp)
+        self.msrs = Msrs(self)
         self.exits = ExitHandlers(board, self)
 
     # Requests and kicks.
@@ -187,9 +193,7 @@ class Vcpu:
     def request_event(self) -> None:
         """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
         self.requests |= _REQ_EVENT
-        self.kicked = True
-        if self.in_guest:
-            self.engine.kick()
+        self.kick()
 
     def request_unblock(self) -> None:
         """`kvm_make_request(KVM_REQ_UNBLOCK)` and `kvm_vcpu_kick`: a timer has expired."""
@@ -213,10 +217,14 @@ class Vcpu:
         self.kick()
 
     def kick(self) -> None:
-        """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
+        """`kvm_vcpu_kick`: out of the guest, or awake from HLT. Where it waits for its turn, the
+        one that runs has to make room soon.
+        """
         self.kicked = True
         if self.in_guest:
             self.engine.kick()
+        elif self._board.running is not None:
+            self._board.running.engine.kick()
 
     def queue_nmi(self) -> None:
         """`kvm_inject_nmi` and `process_nmi`; never called while guest code runs, at most from
@@ -230,7 +238,7 @@ class Vcpu:
 
     def guest_tsc(self) -> int:
         """The guest's time stamp counter: 1 GHz, from 0 at power-on unless the guest wrote it."""
-        return self._clock.now_ns - self._tsc_offset_ns
+        return self._clock.now_ns - self._tsc_offset_ns & U64
 
     def set_guest_tsc(self, value: int) -> None:
         """The guest, or KVM_SET_MSRS, wrote IA32_TIME_STAMP_COUNTER."""
@@ -241,9 +249,17 @@ class Vcpu:
         self._tsc_offset_ns = zero_ns
         if self._clock.live:
             self.engine.use_host_tsc(zero_ns)
+        elif self.in_guest:
+            # The engine counts from the TSC at the entry.
+            self.engine.kick()
+
+    def power_on(self, now_ns: int) -> None:
+        """The machine's time starts, and with it the TSC, unless user space has set it before."""
+        if not self._tsc_offset_ns:
+            self.start_tsc_at(now_ns)
 
     def has_cpuid(self, feature: str) -> bool:
-        """Whether user space gave the guest `x2apic` or `tsc_deadline`."""
+        """Whether user space gave the guest one of `cpuid.FEATURES`."""
         return self.cpuid.has(feature)
 
     # External interrupts (irq.c).
@@ -378,6 +394,12 @@ class Vcpu:
 
     # One entry and exit.
 
+    def exit_on_pause(self, enabled: bool) -> None:
+        """PAUSE exiting (SDM vol. 3C, 25.6.2): whether another vCPU could use the time."""
+        if enabled != self._exits_on_pause:
+            self._exits_on_pause = enabled
+            self.engine.exit_on_pause(enabled)
+
     def enter(self, budget: int) -> int:
         """`vcpu_enter_guest`: at most `budget` instructions; returns the `ExitReason`."""
         if self.requests and not self.vmcs.entry_intr_info:
@@ -421,7 +443,7 @@ class Vcpu:
                 vmcs.intr_window_exiting,
                 vmcs.nmi_window_exiting,
                 budget,
-                entered_ns - self._tsc_offset_ns,
+                entered_ns - self._tsc_offset_ns & U64,
             )
         finally:
             self.in_guest = False
