@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import mmap
+import os
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
@@ -439,7 +440,7 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
         number = server.listen(port)
     except OSError as error:
         raise UsageError(
-            f"--gdb {port}: {error.strerror}; give another port, or 0 for any"
+            f"--gdb {port}: {os.strerror(error.errno or 0)}; give another port, or 0 for any"
         ) from None
     print(
         f"kvmtick: waiting for gdb: target remote 127.0.0.1:{number}", file=sys.stderr, flush=True
