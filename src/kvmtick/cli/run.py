@@ -185,6 +185,8 @@ def main(argv: list[str]) -> int:
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
     gdb_port = _port(options.gdb)
+    if options.fast and options.gdb:
+        raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
     guest = _guest(options)
     ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
