@@ -154,9 +154,20 @@ static bool leave_before_fetch(Engine *self)
     return true;
 }
 
+/* A gate's error code is vector * 8 + IDT (SDM vol. 3A, 6.13). QEMU has 16 instead, the bytes of a
+ * gate in long mode. */
+static void mend_gate_error_code(Engine *self, int vector)
+{
+    int32_t code = I32(self->env, ENV_ERROR_CODE);
+    if ((U32(self->env, ENV_HFLAGS) & HF_LMA) && tells_ext(vector) && (code & ERROR_CODE_IDT)) {
+        I32(self->env, ENV_ERROR_CODE) = (code >> 1 & ~7) | ERROR_CODE_IDT;
+    }
+}
+
 static bool begin_exception(Engine *self, int vector)
 {
     int interrupted = self->delivering;
+    mend_gate_error_code(self, vector);
     if (interrupted == NOTHING && faulted_on_fetch(self, vector) && leave_before_fetch(self)) {
         return false;
     }

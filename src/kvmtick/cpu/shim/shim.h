@@ -179,6 +179,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define GENERAL_PROTECTION 13
 #define PAGE_FAULT 14
 #define ERROR_CODE_EXT 1
+#define ERROR_CODE_IDT 2
 #define PAGE_FAULT_WRITE 2
 #define INSTRUCTION_BYTES_MAX 15
 #define OPERAND_64_BITS 2 /* as the helpers have it */
