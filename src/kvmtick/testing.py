@@ -36,7 +36,7 @@ class GuestMachine(Closing):
         *,
         seed: int = 0,
         clock: str = "virtual",
-        fast: bool = False,
+        fast: bool | None = None,
         reinject: bool = True,
         faults: dict[str, str] | None = None,
         **parameters: Any,

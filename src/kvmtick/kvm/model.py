@@ -86,21 +86,20 @@ class ModelVm(Closing):
         detail: bool = False,
         engine: Callable[[], Engine] | None = None,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
-        fast: bool = False,
         quantum_ns: int = QUANTUM_NS,
+        fast: bool | None = None,
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults and the CPU's random
         numbers. `detail`: record the events that only traces need. `engine`: who executes the
         guest, the unicorn engine if None. `ram_bytes`: a multiple of 4096, `Guest.needs` says how
-        many. `fast`: interrupts come where the next block of code begins, not at the next
-        instruction; in real time they always do. `quantum_ns`: how long a vCPU runs at most while
-        another one waits.
+        many. `quantum_ns`: how long a vCPU runs at most while another one waits. `fast`: interrupts
+        come where the next basic block begins, not at the next instruction; None: in real time.
         """
         self.machine = Machine(clock, seed, detail, ram_bytes, quantum_ns)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
         self._engine = engine
-        self._exact = not fast and self.machine.virtual
+        self._exact = self.machine.virtual if fast is None else not fast
 
     # The irqchip.
 
