@@ -223,7 +223,7 @@ def _build(
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
-        fast=options.fast,
+        fast=options.fast or (False if options.gdb else None),
     )
     stack.callback(vm.close)
     if counter is not None and counter + 4 > len(vm.machine.ram):
