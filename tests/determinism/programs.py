@@ -5,23 +5,22 @@ long mode, and 64 KiB for itself (`Region`): descriptor tables, stacks, handlers
 begins as it is given, without INIT and SIPI; programs may send both.
 
 A program is a prologue that sets up the chips at random, and a loop over random operations. Before
-each operation the program notes where the next one is; the handler of an exception goes on there, so
-that a fault costs the rest of its operation and no more. The handlers of interrupts count, write
+each operation the program notes where the next one is; the handler of an exception goes on there,
+so that a fault costs the rest of its operation and no more. The handlers of interrupts count, write
 EOIs and return. All may still crash or hang: an operation may well break what others need.
 
-Operations keep nothing in registers from one to the next but what a program likes to: what they
-read is stored, so that it shows in RAM.
+What operations read is stored, so that it shows in RAM.
 """
 
 import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kvmtick.guests import Needs
 
-__all__ = ["INTERRUPTS", "ROUNDS", "REGION_BYTES", "System", "Vcpu", "system"]
+__all__ = ["INTERRUPTS", "MODES", "ROUNDS", "System", "Vcpu", "system"]
 
 MODES: Final = ("real", "protected", "long")
 OPERATIONS: Final = (12, 48)
@@ -55,6 +54,23 @@ CR0_WP, CR0_AM, CR0_PG = 1 << 16, 1 << 18, 1 << 31
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 
 PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x40, 0x41, 0x42, 0x43, 0x61, 0x80, 0xE9, 0x3F8, 0x3FD, 0x4D0)
+WRITES = (
+    *((0x20, 0x20), (0xA0, 0x20), (0x20, 0x0B), (0x21, 0x00), (0x21, 0xFF), (0x21, 0xFE)),
+    *(
+        (0x43, 0x00),
+        (0x43, 0xC2),
+        (0x61, 0x01),
+        (0x61, 0x03),
+        (0x80, 0xAA),
+        (0xE9, 0x2E),
+        (0x3F8, 0x41),
+    ),
+)
+"""To ports."""
+LAPIC_WRITES = (
+    *((0xB0, 0), (0xB0, 0), (0x80, 0), (0x80, 0x30), (0xF0, 0x1FF), (0xF0, 0xFF), (0x280, 0)),
+    *((0x350, 0x700), (0x350, 0x1_0000), (0x350, 0x400), (0xD0, 1 << 24), (0x370, 0xFE)),
+)
 LAPIC_READ = (0x20, 0x30, 0x80, 0xA0, 0xD0, 0xF0, 0x100, 0x200, 0x210, 0x280, 0x300, 0x320, 0x390)
 MSRS = (
     *(
@@ -132,8 +148,9 @@ def system(seed: int) -> System:
         program = _Program(rng, rng.choice(MODES), FIRST_REGION + number * REGION_BYTES)
         pieces.append((program.region, program.image()))
         vcpus.append(Vcpu(program.mode, program.registers(), program.region))
-    gsi0 = rng.choice(("default", "ioapic-pin-2"))
-    needs = Needs(vcpus=len(vcpus), gsi0=gsi0, cpuid=())
+    needs = Needs(vcpus=len(vcpus), cpuid=())
+    if rng.random() < 0.5:
+        needs = replace(needs, gsi0="ioapic-pin-2")
     return System(needs, rng.random() < 0.7, tuple(pieces), tuple(vcpus))
 
 
@@ -230,10 +247,7 @@ class _Program:
         """An instruction whose memory operand is at an offset in the region."""
         if self.real:
             return opcode + bytes((register << 3 | 6,)) + struct.pack("<H", offset)
-        if self.long:
-            where = bytes((register << 3 | 4, 0x25))
-        else:
-            where = bytes((register << 3 | 5,))
+        where = bytes((register << 3 | 4, 0x25) if self.long else (register << 3 | 5,))
         return opcode + where + struct.pack("<I", self.base + offset)
 
     def store(self, register: int = 0) -> bytes:
@@ -549,18 +563,7 @@ class _Program:
 
     def port_out(self) -> bytes:
         rng = self.rng
-        port, value = rng.choice(
-            ((0x20, 0x20), (0xA0, 0x20), (0x20, 0x0B), (0x21, 0), (0x21, 0xFF), (0x21, 0xFE))
-            + (
-                (0x43, 0),
-                (0x43, 0xC2),
-                (0x61, 1),
-                (0x61, 3),
-                (0x80, 0xAA),
-                (0xE9, 0x2E),
-                (0x3F8, 0x41),
-            )
-        )
+        port, value = rng.choice(WRITES)
         return self.load(2, port) + self.load(0, value) + rng.choice((b"\xee", b"\xee", b"\xef"))
 
     def pit(self) -> bytes:
@@ -573,10 +576,7 @@ class _Program:
         return self.device(0x8B, LAPIC + self.rng.choice(LAPIC_READ)) + self.store()
 
     def lapic_write(self) -> bytes:
-        register, value = self.rng.choice(
-            ((0xB0, 0), (0xB0, 0), (0x80, 0), (0x80, 0x30), (0xF0, 0x1FF), (0xF0, 0xFF), (0x280, 0))
-            + ((0x350, 0x700), (0x350, 0x1_0000), (0x350, 0x400), (0xD0, 1 << 24), (0x370, 0xFE))
-        )
+        register, value = self.rng.choice(LAPIC_WRITES)
         return self.write_device(LAPIC + register, value)
 
     def one_shot(self) -> bytes:
@@ -689,9 +689,13 @@ class _Program:
     def registers(self) -> dict[str, int]:
         region = self.region
         registers = {
-            **{"rip": self.address(CODE_AT), "rsp": self.address(STACK_AT), "rflags": 2},
-            **{"idtr_base": region, "idtr_limit": self.idt_limit},
-            **{"gdtr_base": region + GDT_AT, "gdtr_limit": GDT_LIMIT},
+            "rip": self.address(CODE_AT),
+            "rsp": self.address(STACK_AT),
+            "rflags": 2,
+            "idtr_base": region,
+            "idtr_limit": self.idt_limit,
+            "gdtr_base": region + GDT_AT,
+            "gdtr_limit": GDT_LIMIT,
         }
         if self.real:
             for name in ("cs", "ss", "ds", "es"):

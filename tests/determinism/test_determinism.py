@@ -7,7 +7,6 @@ import difflib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from differential.search import again, seeds
 from determinism.outcome import Outcome, as_json, play
 from determinism.programs import MODES, system
 
-SYSTEMS = int(os.environ.get("KVMTICK_SYSTEMS", "40"))
+SYSTEMS = int(os.environ.get("KVMTICK_SYSTEMS", "32"))
 PROCESS_LIMIT_S = 600
 LINES_SHOWN = 12
 
@@ -50,8 +49,8 @@ def test_a_system_runs_alike_again(speed: str, outcomes: dict[int, Outcome]) -> 
             )
 
 
-def in_a_fresh_process(numbers: Iterator[int] | list[int], speed: str) -> list[str]:
-    """What `determinism.outcome` prints; with another hash seed, so that no order of a set tells."""
+def in_a_fresh_process(numbers: list[int], speed: str) -> list[str]:
+    """What `determinism.outcome` prints; with another hash seed: no order of a set may tell."""
     done = subprocess.run(
         [sys.executable, "-m", "determinism.outcome", speed, *map(str, numbers)],
         cwd=Path(__file__).parents[1],
