@@ -89,7 +89,7 @@ class UnicornEngine(_shim.Engine):
 
     name = "unicorn"
 
-    def __init__(self, *, seed: int = 0) -> None:
-        """`seed` is that of RDRAND and RDSEED."""
+    def __init__(self, *, seed: int = 0, exact: bool = True) -> None:
+        """`seed` is that of RDRAND and RDSEED; not `exact`: boundaries are those of blocks."""
         _shim.load(find_library())
-        super().__init__(seed=seed)
+        super().__init__(seed=seed, exact=exact)
