@@ -161,10 +161,17 @@ class Cpu(Machine):
     """A Unicorn engine with one program and code for some vectors."""
 
     def __init__(
-        self, code: str, handlers: dict[int, str] | None = None, ram: mmap | None = None
+        self,
+        code: str,
+        handlers: dict[int, str] | None = None,
+        ram: mmap | None = None,
+        *,
+        exact: bool = True,
+        seed: int = 0,
     ) -> None:
         vectors = {vector: (text, no_routine) for vector, text in (handlers or {}).items()}
-        super().__init__(UnicornEngine(), Guest(code, no_routine, vectors), ram)
+        engine = UnicornEngine(exact=exact, seed=seed)
+        super().__init__(engine, Guest(code, no_routine, vectors), ram)
 
     def word(self, address: int) -> int:
         return int.from_bytes(self.ram[address : address + 2], "little")

@@ -70,8 +70,10 @@ class LongCpu(Cpu):
         *,
         ring: int = 0,
         ist: dict[int, int] | None = None,
+        exact: bool = True,
+        seed: int = 0,
     ) -> None:
-        super().__init__(code)
+        super().__init__(code, exact=exact, seed=seed)
         self._write_page_tables()
         for selector, descriptor in DESCRIPTORS.items():
             self.set_quad(GDT + selector, descriptor)

@@ -30,6 +30,7 @@ DB, BP, UD, NM, DF, TS, NP, SS, GP, PF, MF = 1, 3, 6, 7, 8, 10, 11, 12, 13, 14, 
 FLAGS_TF, FLAGS_RF = 1 << 8, 1 << 16
 HALTS = dict.fromkeys(range(21), "f4") | {VECTOR: "f4", 0x42: "f4"}  # hlt
 NO_CODE = -1
+either_engine = pytest.mark.parametrize("exact", [True, False], ids=["exact", "blocks"])
 SKIP_2 = "48 83042402 48cf"  # add qword [rsp], 2; iretq
 
 
@@ -68,15 +69,16 @@ EXCEPTIONS = [
 ]
 
 
+@either_engine
 @pytest.mark.parametrize("ring", [0, 3])
 @pytest.mark.parametrize(
     ("vector", "code", "pushed", "error_code", "resume_flag"),
     [pytest.param(*case[1:], id=case[0]) for case in EXCEPTIONS],
 )
 def test_exceptions(
-    ring: int, vector: int, code: str, pushed: int, error_code: int, resume_flag: bool
+    ring: int, vector: int, code: str, pushed: int, error_code: int, resume_flag: bool, exact: bool
 ) -> None:
-    cpu = LongCpu(code, HALTS, ring=ring)
+    cpu = LongCpu(code, HALTS, ring=ring, exact=exact)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.vector == vector
     top, cs, rsp, ss = stack_of(ring)
@@ -95,6 +97,7 @@ def test_exceptions(
     assert not cpu.interrupts_enabled
 
 
+@either_engine
 @pytest.mark.parametrize(
     ("code", "linear", "error_code", "ring"),
     [
@@ -108,8 +111,10 @@ def test_exceptions(
         pytest.param("b8fe0f0400 8908", ABSENT_PAGE, 6, 0, id="a store over two pages"),
     ],
 )
-def test_page_faults_tell_where(code: str, linear: int, error_code: int, ring: int) -> None:
-    cpu = LongCpu(code, HALTS, ring=ring)
+def test_page_faults_tell_where(
+    code: str, linear: int, error_code: int, ring: int, exact: bool
+) -> None:
+    cpu = LongCpu(code, HALTS, ring=ring, exact=exact)
     if linear == ABSENT_PAGE and error_code == 6:
         cpu.set_page(SUPERVISOR_PAGE, SUPERVISOR_PAGE | 7)
         error_code = 2
@@ -135,9 +140,10 @@ def test_a_page_fault_is_mended_and_the_instruction_runs_again() -> None:
     assert cpu.engine.retired == 1 + 4 + 1 + 1
 
 
+@either_engine
 @pytest.mark.parametrize("ring", [0, 3])
-def test_device_not_available(ring: int) -> None:
-    cpu = LongCpu("90 d9d0", HALTS, ring=ring)  # nop; fnop
+def test_device_not_available(ring: int, exact: bool) -> None:
+    cpu = LongCpu("90 d9d0", HALTS, ring=ring, exact=exact)  # nop; fnop
     cpu.set_registers(cr0=CR0 | 8)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.vector == NM
@@ -153,6 +159,7 @@ def test_floating_point_error() -> None:
     assert cpu.frame()["rip"] == CODE + 15
 
 
+@either_engine
 @pytest.mark.parametrize(
     ("code", "name"),
     [
@@ -173,20 +180,21 @@ def test_floating_point_error() -> None:
         ("0f35", "sysexit"),
     ],
 )
-def test_ring_3_may_not(code: str, name: str) -> None:
-    cpu = LongCpu(code, HALTS, ring=3)
+def test_ring_3_may_not(code: str, name: str, exact: bool) -> None:
+    cpu = LongCpu(code, HALTS, ring=3, exact=exact)
     assert cpu.enter() is ExitReason.HLT, name
     assert (cpu.vector, cpu.frame_with_code()[0]) == (GP, 0), name
     assert cpu.accesses == []
 
 
+@either_engine
 @pytest.mark.parametrize(
     ("port", "size_bytes", "allowed"),
     [(0x20, 1, True), (0x21, 1, False), (0x1F, 2, True), (0x20, 2, False), (0x1E, 4, False)],
 )
-def test_the_tss_allows_ports(port: int, size_bytes: int, allowed: bool) -> None:
+def test_the_tss_allows_ports(port: int, size_bytes: int, allowed: bool, exact: bool) -> None:
     # out dx, al - ax - eax
-    cpu = LongCpu({1: "ee", 2: "66ef", 4: "ef"}[size_bytes] + "0f0b", HALTS, ring=3)
+    cpu = LongCpu({1: "ee", 2: "66ef", 4: "ef"}[size_bytes] + "0f0b", HALTS, ring=3, exact=exact)
     cpu.ram[TSS + 0x68 : TSS + 0x70] = bytes([0, 0, 0, 0, 0b10, 0, 0, 0xFF])  # port 0x21 is denied
     cpu.set_registers(tr_limit=0x6F, rdx=port)
     assert cpu.enter() is ExitReason.HLT
@@ -220,10 +228,11 @@ def test_a_gate_of_ring_0_is_no_way_for_int_n_in_ring_3() -> None:
 # ---- interrupts and stacks ----------------------------------------------------------------------
 
 
+@either_engine
 @pytest.mark.parametrize("ring", [0, 3])
 @pytest.mark.parametrize("info", [IRQ, NMI], ids=["interrupt", "nmi"])
-def test_an_injected_event_pushes_its_frame(ring: int, info: int) -> None:
-    cpu = LongCpu("90 ebfe", {2: "f4", VECTOR: "f4"}, ring=ring)  # nop; jmp $
+def test_an_injected_event_pushes_its_frame(ring: int, info: int, exact: bool) -> None:
+    cpu = LongCpu("90 ebfe", {2: "f4", VECTOR: "f4"}, ring=ring, exact=exact)  # nop; jmp $
     cpu.set_registers(rflags=FLAGS_IF | 3)
     assert cpu.enter(budget=1) is ExitReason.PREEMPTION_TIMER
     assert cpu.enter(info) is ExitReason.HLT
@@ -288,9 +297,12 @@ def test_nmis_are_blocked_until_iretq() -> None:
     assert (cpu.engine.retired, cpu.engine.interruptibility) == (1, 0)
 
 
-def test_an_iretq_that_faults_ends_the_blocking_of_nmis() -> None:
+@either_engine
+def test_an_iretq_that_faults_ends_the_blocking_of_nmis(exact: bool) -> None:
     # The NMI handler returns to a selector beyond the GDT: #GP (SDM vol. 3A, 6.7.1).
-    cpu = LongCpu("ebfe", {2: "66c74424080010 48cf", GP: "f4"})  # mov word [rsp+8], 0x1000; iretq
+    cpu = LongCpu(
+        "ebfe", {2: "66c74424080010 48cf", GP: "f4"}, exact=exact
+    )  # mov word [rsp+8], 0x1000; iretq
     assert cpu.enter(NMI) is ExitReason.HLT
     assert cpu.vector == GP
     assert cpu.engine.interruptibility == 0
@@ -339,8 +351,9 @@ def test_a_fault_while_an_interrupt_is_delivered_has_ext() -> None:
     assert cpu.frame_with_code()[0] == UD * 8 * 2 + 3
 
 
-def test_a_software_interrupt_that_faults_stands_on_itself() -> None:
-    cpu = LongCpu("90 f3cd42 f4", {GP: "f4"}, ring=3)  # nop; rep int 0x42
+@either_engine
+def test_a_software_interrupt_that_faults_stands_on_itself(exact: bool) -> None:
+    cpu = LongCpu("90 f3cd42 f4", {GP: "f4"}, ring=3, exact=exact)  # nop; rep int 0x42
     assert cpu.enter() is ExitReason.HLT
     code, frame = cpu.frame_with_code()
     assert (code, frame["rip"]) == (0x42 * 8 * 2 + 2, CODE + 1)
@@ -355,9 +368,10 @@ def test_invalid_tss() -> None:
     assert (cpu.vector, cpu.frame_with_code()[0]) == (TS, TASK)
 
 
-def test_a_stack_that_is_absent_is_a_double_fault() -> None:
+@either_engine
+def test_a_stack_that_is_absent_is_a_double_fault(exact: bool) -> None:
     # push rax: #PF; its frame has no stack either: #DF, on IST 1
-    cpu = LongCpu("50", {PF: "f4", DF: "f4"}, ist={DF: 1})
+    cpu = LongCpu("50", {PF: "f4", DF: "f4"}, ist={DF: 1}, exact=exact)
     cpu.set_registers(rsp=ABSENT_PAGE + 0x800)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.vector == DF
@@ -399,10 +413,11 @@ def test_injected_exceptions_on_an_interrupt_stack() -> None:
     assert cpu.frame()["rflags"] & FLAGS_RF
 
 
+@either_engine
 @pytest.mark.parametrize("target", ["absent", "not canonical"])
-def test_handlers_that_cannot_be_fetched_use_up_the_budget(target: str) -> None:
+def test_handlers_that_cannot_be_fetched_use_up_the_budget(target: str, exact: bool) -> None:
     # The frames go to the same stack for ever: nothing but the budget ends it.
-    cpu = LongCpu("90 0f0b", {UD: "f4"}, ist={UD: 1})
+    cpu = LongCpu("90 0f0b", {UD: "f4"}, ist={UD: 1}, exact=exact)
     handler = ABSENT_PAGE if target == "absent" else 1 << 63
     for vector in (UD, GP, PF):
         cpu.set_gate(vector, handler, ist=1)
@@ -428,9 +443,12 @@ def test_the_boundary_before_a_fetch_that_faults() -> None:
 # ---- RF, TF and breakpoints ----------------------------------------------------------------------
 
 
-def test_an_instruction_breakpoint_and_rf() -> None:
+@either_engine
+def test_an_instruction_breakpoint_and_rf(exact: bool) -> None:
     # nop; nop; hlt with a breakpoint at the second nop. Its handler sets RF and returns.
-    cpu = LongCpu("90 90 f4", {DB: "48ffc3 814c241000000100 48cf"})  # inc rbx; or [rsp+16], RF
+    cpu = LongCpu(
+        "90 90 f4", {DB: "48ffc3 814c241000000100 48cf"}, exact=exact
+    )  # inc rbx; or [rsp+16], RF
     cpu.set_registers(dr0=CODE + 1, dr7=0x401, rbx=0)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rbx") == 1
@@ -468,9 +486,10 @@ def test_rf_is_in_the_frame_of_an_interrupt_right_behind_iret() -> None:
     assert not cpu.frame()["rflags"] & FLAGS_RF
 
 
+@either_engine
 @pytest.mark.parametrize("ring", [0, 3])
-def test_single_step(ring: int) -> None:
-    cpu = LongCpu("90 90 ebfe", {DB: "48ffc3 48cf"}, ring=ring)  # inc rbx; iretq
+def test_single_step(ring: int, exact: bool) -> None:
+    cpu = LongCpu("90 90 ebfe", {DB: "48ffc3 48cf"}, ring=ring, exact=exact)  # inc rbx; iretq
     cpu.set_registers(rflags=2 | FLAGS_TF, rbx=0)
     assert cpu.enter(budget=3 * 5) is ExitReason.PREEMPTION_TIMER
     assert cpu.register("rbx") == 5
@@ -480,6 +499,7 @@ def test_single_step(ring: int) -> None:
 # ---- REP in 64-bit code -------------------------------------------------------------------------
 
 
+@either_engine
 @pytest.mark.parametrize(
     ("code", "count", "rounds"),
     [
@@ -490,8 +510,8 @@ def test_single_step(ring: int) -> None:
     ],
 )
 @pytest.mark.parametrize("budget", [1, 3, 100])
-def test_rep_rounds(code: str, count: int, rounds: int, budget: int) -> None:
-    cpu = LongCpu(code + "f4")
+def test_rep_rounds(code: str, count: int, rounds: int, budget: int, exact: bool) -> None:
+    cpu = LongCpu(code + "f4", exact=exact)
     cpu.set_registers(rcx=count, rdi=DATA_PAGE, rsi=DATA_PAGE)
     total = 0
     while total < 100 and cpu.enter(budget=min(budget, 100 - total)) is not ExitReason.HLT:
