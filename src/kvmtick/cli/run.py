@@ -167,6 +167,11 @@ def parser() -> Parser:
     add("--seed", metavar="N", default="0", help="seed of the faults (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
+        "--strict",
+        action="store_true",
+        help="an access to an MSR that does not exist ends the run; else the guest gets #GP",
+    )
+    add(
         "--gdb",
         metavar="PORT",
         help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
@@ -226,6 +231,7 @@ def _build(
         fast=options.fast or (False if options.gdb else None),
     )
     stack.callback(vm.close)
+    vm.machine.strict = options.strict
     if counter is not None and counter + 4 > len(vm.machine.ram):
         raise UsageError(f"--counter {counter:#x}: RAM ends at {len(vm.machine.ram):#x}")
     for fault in options.fault:
