@@ -11,6 +11,7 @@ from images import TRIPLE_FAULT as TRIPLE_FAULT_AT_8000
 
 from kvmtick import guests
 from kvmtick.cli import EXIT_USAGE, main
+from kvmtick.cpu.unicorn import UnicornEngine
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.gdb_packets import PACKET_BYTES, PacketStream
@@ -421,3 +422,12 @@ def test_a_port_that_is_taken_is_one_line_with_the_remedy(
     assert (
         err == f"kvmtick: --gdb {port}: Address already in use; give another port, or 0 for any\n"
     )
+
+
+def test_the_fast_engine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvmtick.kvm.model._unicorn_engine", lambda: UnicornEngine(exact=False))
+    assert main(["run", "--gdb", "0"]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert err == "kvmtick: --gdb 0: steps and breakpoints are exact; leave --fast out\n"
