@@ -10,8 +10,10 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from determinism.programs import INTERRUPTS, ROUNDS, System, Vcpu, system
+from kvmtick.cpu.unicorn import UnicornEngine
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
 from kvmtick.trace.ftrace import FtraceWriter
@@ -19,7 +21,7 @@ from kvmtick.vcpu.vcpu import MpState
 
 __all__ = ["FOR_NS", "Outcome", "play"]
 
-FOR_NS = 1_000_000
+FOR_NS = 300_000
 LIMIT_S = 60.0
 
 
@@ -44,7 +46,8 @@ class Outcome:
 def play(seed: int, fast: bool) -> tuple[Outcome, str]:
     """Run a system; its outcome, and its trace as text."""
     plan = system(seed)
-    with ModelVm(seed=seed, detail=True) as vm:
+    engine = partial(UnicornEngine, seed=seed, exact=not fast)
+    with ModelVm(seed=seed, detail=True, engine=engine) as vm:
         machine = vm.machine
         vm.prepare(plan.needs, plan.reinject)
         text = io.StringIO()

@@ -5,23 +5,22 @@ long mode, and 64 KiB for itself (`Region`): descriptor tables, stacks, handlers
 begins as it is given, without INIT and SIPI; programs may send both.
 
 A program is a prologue that sets up the chips at random, and a loop over random operations. Before
-each operation the program notes where the next one is; the handler of an exception goes on there, so
-that a fault costs the rest of its operation and no more. The handlers of interrupts count, write
+each operation the program notes where the next one is; the handler of an exception goes on there,
+so that a fault costs the rest of its operation and no more. The handlers of interrupts count, write
 EOIs and return. All may still crash or hang: an operation may well break what others need.
 
-Operations keep nothing in registers from one to the next but what a program likes to: what they
-read is stored, so that it shows in RAM.
+What operations read is stored, so that it shows in RAM.
 """
 
 import random
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kvmtick.guests import Needs
 
-__all__ = ["INTERRUPTS", "ROUNDS", "REGION_BYTES", "System", "Vcpu", "system"]
+__all__ = ["INTERRUPTS", "MODES", "ROUNDS", "System", "Vcpu", "system"]
 
 MODES: Final = ("real", "protected", "long")
 OPERATIONS: Final = (12, 48)
@@ -55,14 +54,68 @@ CR0_WP, CR0_AM, CR0_PG = 1 << 16, 1 << 18, 1 << 31
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 
 PORTS = (0x20, 0x21, 0xA0, 0xA1, 0x40, 0x41, 0x42, 0x43, 0x61, 0x80, 0xE9, 0x3F8, 0x3FD, 0x4D0)
+WRITES = (
+    *((0x20, 0x20), (0xA0, 0x20), (0x20, 0x0B), (0x21, 0x00), (0x21, 0xFF), (0x21, 0xFE)),
+    *(
+        (0x43, 0x00),
+        (0x43, 0xC2),
+        (0x61, 0x01),
+        (0x61, 0x03),
+        (0x80, 0xAA),
+        (0xE9, 0x2E),
+        (0x3F8, 0x41),
+    ),
+)
+"""To ports."""
+LAPIC_WRITES = (
+    *((0xB0, 0), (0xB0, 0), (0x80, 0), (0x80, 0x30), (0xF0, 0x1FF), (0xF0, 0xFF), (0x280, 0)),
+    *((0x350, 0x700), (0x350, 0x1_0000), (0x350, 0x400), (0xD0, 1 << 24), (0x370, 0xFE)),
+)
 LAPIC_READ = (0x20, 0x30, 0x80, 0xA0, 0xD0, 0xF0, 0x100, 0x200, 0x210, 0x280, 0x300, 0x320, 0x390)
 MSRS = (
-    *(0x10, 0x1B, 0x174, 0x175, 0x176, 0x1A0, 0x277, 0xFE, 0x200, 0x6E0, 0x802, 0x808, 0x80B, 0x80D),
+    *(
+        0x10,
+        0x1B,
+        0x174,
+        0x175,
+        0x176,
+        0x1A0,
+        0x277,
+        0xFE,
+        0x200,
+        0x6E0,
+        0x802,
+        0x808,
+        0x80B,
+        0x80D,
+    ),
     *(0x80F, 0x828, 0x830, 0x838, 0x839, 0x83F, 0xC000_0080, 0xC000_0081, 0xC000_0082),
     *(0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103, 0x4B56_4D00, 0x1234_5678),
 )
-HARMLESS_MSRS = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102, 0xC000_0103)
-FLAGS = (0x002, 0x202, 0x202, 0x203, 0x246, 0x302, 0x602, 0x3202, 0x4202, 0x4_0202, 0x20_0202, 0x8D5)
+HARMLESS_MSRS = (
+    0x174,
+    0x175,
+    0x176,
+    0xC000_0081,
+    0xC000_0082,
+    0xC000_0084,
+    0xC000_0102,
+    0xC000_0103,
+)
+FLAGS = (
+    0x002,
+    0x202,
+    0x202,
+    0x203,
+    0x246,
+    0x302,
+    0x602,
+    0x3202,
+    0x4202,
+    0x4_0202,
+    0x20_0202,
+    0x8D5,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +148,9 @@ def system(seed: int) -> System:
         program = _Program(rng, rng.choice(MODES), FIRST_REGION + number * REGION_BYTES)
         pieces.append((program.region, program.image()))
         vcpus.append(Vcpu(program.mode, program.registers(), program.region))
-    gsi0 = rng.choice(("default", "ioapic-pin-2"))
-    needs = Needs(vcpus=len(vcpus), gsi0=gsi0, cpuid=())
+    needs = Needs(vcpus=len(vcpus), cpuid=())
+    if rng.random() < 0.5:
+        needs = replace(needs, gsi0="ioapic-pin-2")
     return System(needs, rng.random() < 0.7, tuple(pieces), tuple(vcpus))
 
 
@@ -140,8 +194,7 @@ class _Program:
         every: list[tuple[int, Callable[[], bytes]]] = [
             (3, lambda: b"\xfa"),  # cli
             (5, lambda: b"\xfb"),  # sti
-            (5, lambda: b"\xfb\xf4"),  # sti; hlt
-            (1, lambda: b"\xf4"),  # hlt
+            (8, self.sleep),
             (5, self.interrupt),
             (1, lambda: b"\xcc"),  # int3
             (1, lambda: b"\xf1"),  # int1
@@ -194,10 +247,7 @@ class _Program:
         """An instruction whose memory operand is at an offset in the region."""
         if self.real:
             return opcode + bytes((register << 3 | 6,)) + struct.pack("<H", offset)
-        if self.long:
-            where = bytes((register << 3 | 4, 0x25))
-        else:
-            where = bytes((register << 3 | 5,))
+        where = bytes((register << 3 | 4, 0x25) if self.long else (register << 3 | 5,))
         return opcode + where + struct.pack("<I", self.base + offset)
 
     def store(self, register: int = 0) -> bytes:
@@ -223,7 +273,9 @@ class _Program:
         return b"\xb0" + bytes((value & 0xFF,)) + b"\xe6" + bytes((port,))
 
     def push_value(self, value: int) -> bytes:
-        return b"\x68" + struct.pack("<H" if self.real else "<I", value)
+        return b"\x68" + (
+            struct.pack("<H", value & 0xFFFF) if self.real else struct.pack("<I", value)
+        )
 
     # The region.
 
@@ -300,7 +352,9 @@ class _Program:
         if self.real:  # push bp; mov bp, sp; push ax; mov ax, [RESUME]; mov [bp + 2], ax
             code = b"\x55\x89\xe5\x50\x2e\xa1" + struct.pack("<H", RESUME_AT) + b"\x89\x46\x02"
             return code + b"\x81\x66\x06\xff\xbe\x58\x5d\xcf"  # and word [bp + 6], ...; pop; iret
-        if self.long:  # push rax; mov rax, [RESUME]; mov [rsp + 8], rax; and dword [rsp + 24]; iretq
+        if (
+            self.long
+        ):  # push rax; mov rax, [RESUME]; mov [rsp + 8], rax; and dword [rsp + 24]; iretq
             code = b"\x50\x48" + self.memory(b"\x8b", 0, RESUME_AT) + b"\x48\x89\x44\x24\x08"
             return code + b"\x81\x64\x24\x18\xff\xbe\xfb\xff\x58\x48\xcf"
         code = b"\x50\x2e" + self.memory(b"\x8b", 0, RESUME_AT) + b"\x89\x44\x24\x04"
@@ -334,7 +388,7 @@ class _Program:
         first = self.at
         for _ in range(self.rng.randint(*OPERATIONS)):
             self.add(self.rng.choices(self.operations, self.weights)[0])
-        self.add(lambda: b"")
+        self.add(lambda: self.spin((1000, 3000, 6000)))
         self.put(self.wide(self.memory(b"\xff", 0, ROUNDS)))  # inc dword [ROUNDS]
         jump = 3 if self.real else 5
         self.put(b"\xe9" + struct.pack("<h" if self.real else "<i", first - (self.at + jump)))
@@ -360,7 +414,9 @@ class _Program:
             store = b"\x2e\xc7\x06" + struct.pack("<HH", RESUME_AT, resume)
             return store + b"\xbc" + struct.pack("<H", STACK_AT)
         prefix = b"\x48" if self.long else b""
-        store = prefix + self.memory(b"\xc7", 0, RESUME_AT) + struct.pack("<I", self.address(resume))
+        store = (
+            prefix + self.memory(b"\xc7", 0, RESUME_AT) + struct.pack("<I", self.address(resume))
+        )
         return store + self.load(4, self.address(STACK_AT))
 
     def next(self, code: bytes) -> int:
@@ -391,8 +447,15 @@ class _Program:
 
     # Operations.
 
+    def sleep(self) -> bytes:
+        """STI, HLT, mostly with a timer that ends it; now and then without STI."""
+        wake = self.one_shot() if self.rng.random() < 0.95 else b""
+        return wake + (b"\xfb\xf4" if self.rng.random() < 0.95 else b"\xf4")
+
     def interrupt(self) -> bytes:
-        return b"\xcd" + bytes((self.rng.choice((0, 3, 4, 13, 0x20, 0x30, 0x41, 0x80, 0x80, 0xFF)),))
+        return b"\xcd" + bytes(
+            (self.rng.choice((0, 3, 4, 13, 0x20, 0x30, 0x41, 0x80, 0x80, 0xFF)),)
+        )
 
     def ring(self) -> bytes:
         """IRET to ring 3, or an interrupt back to ring 0."""
@@ -419,13 +482,19 @@ class _Program:
 
     def flags(self) -> bytes:
         if self.rng.random() < 0.5:
-            return b"\x9c" + (b"\x58" if not self.real else b"\x66\x58") + self.store()  # pushf; pop
+            return (
+                b"\x9c" + (b"\x58" if not self.real else b"\x66\x58") + self.store()
+            )  # pushf; pop
         return self.push_value(self.rng.choice(FLAGS)) + b"\x9d"  # popf
 
     def shadow(self) -> bytes:
         """MOV SS or POP SS, and what comes in its shadow."""
         load = b"\x8c\xd0\x8e\xd0" if self.long or self.rng.random() < 0.7 else b"\x16\x17"
-        return load + self.rng.choice((b"\xfb\x90", b"\xf4", b"\xcc", b"\xfb\xf4", b"\x90", b"\x9c"))
+        if self.rng.random() < 0.3:
+            return self.one_shot() + b"\xfb" + load + b"\xf4"
+        return load + self.rng.choice(
+            (b"\xfb\x90", b"\xcc", b"\xfa", b"\x90", b"\x9c", b"\xcd\x30")
+        )
 
     def descriptor_tables(self) -> bytes:
         """LGDT or LIDT of what is there, SGDT or SIDT, LTR."""
@@ -438,7 +507,9 @@ class _Program:
 
     def control_register(self) -> bytes:
         rng = self.rng
-        number = rng.choice((0, 0, 0, 2, 3, 4, 4, 8)) if self.long else rng.choice((0, 0, 2, 3, 4, 4))
+        number = (
+            rng.choice((0, 0, 0, 2, 3, 4, 4, 8)) if self.long else rng.choice((0, 0, 2, 3, 4, 4))
+        )
         read = b"\x44\x0f\x20\xc0" if number == 8 else bytes((0x0F, 0x20, 0xC0 | number << 3))
         write = read.replace(b"\x0f\x20", b"\x0f\x22")
         kind = rng.randrange(6)
@@ -472,7 +543,9 @@ class _Program:
         ahead = self.rng.choice((1, 500, 5_000, 60_000))
         add = self.wide(b"\x05" + struct.pack("<I", ahead))  # add eax, ahead
         mode = self.write_device(LAPIC + 0x320, 0x4_0044)
-        return mode + b"\x0f\x31" + add + self.wide(b"\x83\xd2\0") + self.load(1, 0x6E0) + b"\x0f\x30"
+        return (
+            mode + b"\x0f\x31" + add + self.wide(b"\x83\xd2\0") + self.load(1, 0x6E0) + b"\x0f\x30"
+        )
 
     def random_number(self) -> bytes:
         """RDRAND or RDSEED."""
@@ -490,10 +563,7 @@ class _Program:
 
     def port_out(self) -> bytes:
         rng = self.rng
-        port, value = rng.choice(
-            ((0x20, 0x20), (0xA0, 0x20), (0x20, 0x0B), (0x21, 0), (0x21, 0xFF), (0x21, 0xFE))
-            + ((0x43, 0), (0x43, 0xC2), (0x61, 1), (0x61, 3), (0x80, 0xAA), (0xE9, 0x2E), (0x3F8, 0x41))
-        )
+        port, value = rng.choice(WRITES)
         return self.load(2, port) + self.load(0, value) + rng.choice((b"\xee", b"\xee", b"\xef"))
 
     def pit(self) -> bytes:
@@ -506,15 +576,17 @@ class _Program:
         return self.device(0x8B, LAPIC + self.rng.choice(LAPIC_READ)) + self.store()
 
     def lapic_write(self) -> bytes:
-        register, value = self.rng.choice(
-            ((0xB0, 0), (0xB0, 0), (0x80, 0), (0x80, 0x30), (0xF0, 0x1FF), (0xF0, 0xFF), (0x280, 0))
-            + ((0x350, 0x700), (0x350, 0x1_0000), (0x350, 0x400), (0xD0, 1 << 24), (0x370, 0xFE))
-        )
+        register, value = self.rng.choice(LAPIC_WRITES)
         return self.write_device(LAPIC + register, value)
+
+    def one_shot(self) -> bytes:
+        """An interrupt of the local APIC's timer in a while."""
+        count = self.rng.choice((1, 20, 300, 4_000, 20_000))
+        return self.write_device(LAPIC + 0x320, 0x44) + self.write_device(LAPIC + 0x380, count)
 
     def lapic_timer(self) -> bytes:
         mode = self.rng.choice((0x44, 0x44, 0x2_0045, 0x1_0044))
-        count = self.rng.choice((1, 20, 300, 4_000, 50_000, 250_000))
+        count = self.rng.choice((1, 20, 300, 4_000, 20_000, 100_000))
         divide = self.write_device(LAPIC + 0x3E0, self.rng.choice((0xB, 0xB, 0)))
         start = self.write_device(LAPIC + 0x320, mode) + self.write_device(LAPIC + 0x380, count)
         return divide + start
@@ -565,8 +637,14 @@ class _Program:
         """REP STOS, MOVS, SCAS, INS, OUTS, some rounds of it, within the data."""
         rng = self.rng
         prefix = rng.choice((b"\xf3", b"\xf3", b"\xf2", b""))
-        opcode = rng.choice((b"\xaa", b"\xab", b"\xa4", b"\xa5", b"\xae", b"\xac", b"\x6c", b"\x6e"))
-        count = rng.choice((0, 1, 7, 300)) if opcode not in (b"\x6c", b"\x6e") else rng.choice((0, 1, 3))
+        opcode = rng.choice(
+            (b"\xaa", b"\xab", b"\xa4", b"\xa5", b"\xae", b"\xac", b"\x6c", b"\x6e")
+        )
+        count = (
+            rng.choice((0, 1, 7, 300))
+            if opcode not in (b"\x6c", b"\x6e")
+            else rng.choice((0, 1, 3))
+        )
         code = self.load(1, count) + self.load(2, rng.choice((0x21, 0x80, 0x40)))
         code += self.load(6, self.address(DATA_AT + rng.randrange(0x1000)))
         code += self.load(7, self.address(DATA_AT + 0x1000 + rng.randrange(0x1000)))
@@ -580,11 +658,12 @@ class _Program:
         increment = override + self.memory(b"\xfe", 0, self.at + length + 1)
         return increment + between + b"\xb0\0" + self.store()  # inc byte [...]; mov al, 0
 
-    def spin(self) -> bytes:
+    def spin(self, counts: Sequence[int] = (5, 100, 2000)) -> bytes:
         """Some time passes."""
-        if self.real:
-            return self.load(1, self.rng.choice((5, 100, 2000))) + b"\xe2\xfe"  # loop $
-        return self.load(1, self.rng.choice((5, 100, 2000))) + b"\x90\xe2\xfd"  # nop; loop
+        body = self.rng.choice((b"", b"\x90", b"\x43\xfe\xc8"))  # nop; in 32 bits inc ebx; dec al
+        return (
+            self.load(1, self.rng.choice(counts)) + body + b"\xe2" + bytes((-2 - len(body) & 0xFF,))
+        )
 
     def debug_register(self) -> bytes:
         number = self.rng.choice((0, 6, 7))
@@ -593,7 +672,9 @@ class _Program:
         return self.load(0, 0) + bytes((0x0F, 0x23, 0xC0 | number << 3))
 
     def floating_point(self) -> bytes:
-        return self.rng.choice((b"\xdb\xe3", b"\xd9\xe8\xdd\xd8", b"\x9b", b"\x0f\x57\xc0", b"\x0f\x77"))
+        return self.rng.choice(
+            (b"\xdb\xe3", b"\xd9\xe8\xdd\xd8", b"\x9b", b"\x0f\x57\xc0", b"\x0f\x77")
+        )
 
     def locked(self) -> bytes:
         """LOCK INC or XCHG of what both vCPUs see: the first word of the first region's data."""
@@ -608,9 +689,13 @@ class _Program:
     def registers(self) -> dict[str, int]:
         region = self.region
         registers = {
-            **{"rip": self.address(CODE_AT), "rsp": self.address(STACK_AT), "rflags": 2},
-            **{"idtr_base": region, "idtr_limit": self.idt_limit},
-            **{"gdtr_base": region + GDT_AT, "gdtr_limit": GDT_LIMIT},
+            "rip": self.address(CODE_AT),
+            "rsp": self.address(STACK_AT),
+            "rflags": 2,
+            "idtr_base": region,
+            "idtr_limit": self.idt_limit,
+            "gdtr_base": region + GDT_AT,
+            "gdtr_limit": GDT_LIMIT,
         }
         if self.real:
             for name in ("cs", "ss", "ds", "es"):

@@ -140,6 +140,12 @@ def parser() -> Parser:
         " CLOCK_MONOTONIC (virtual)",
     )
     add(
+        "--fast",
+        action="store_true",
+        help="interrupts only where a basic block begins: several times the instructions a second,"
+        " and runs still repeat",
+    )
+    add(
         "--quantum",
         metavar="DURATION",
         help="how long a vCPU runs at most while another one waits (100us)",
@@ -184,6 +190,8 @@ def main(argv: list[str]) -> int:
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
     gdb_port = _port(options.gdb)
+    if options.fast and options.gdb:
+        raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
     guest = _guest(options)
     ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
@@ -220,6 +228,7 @@ def _build(
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
+        fast=options.fast or (False if options.gdb else None),
     )
     stack.callback(vm.close)
     vm.machine.strict = options.strict

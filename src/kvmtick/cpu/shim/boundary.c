@@ -75,7 +75,7 @@ void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engin
         return;
     }
     if (is_time_to_look(self) && leave_at_boundary(self, address)) {
-        return;
+        lib.loop_exit_restore(self->cpu, (uintptr_t)__builtin_return_address(0));
     }
     self->started++;
     self->last_address = address;
@@ -106,12 +106,14 @@ EXPORTED void helper_pause_x86_64(void *env, int size_bytes)
     lib.genuine.pause(env, size_bytes);
 }
 
-/* ---- blocks -----------------------------------------------------------------------------------
+/* ---- translation ------------------------------------------------------------------------------
  *
- * An engine that is not exact has no CODE hook. Every block begins with a call of
- * `check_exit_request`, of which the library's second argument is a constant 0; behind the
- * translation of a block the constants are replaced by the engine and by what the call has to know
- * of the block. */
+ * Every block begins with a call of `check_exit_request`, and there is another one behind every
+ * access to memory and every hook. They ask whether somebody wants the library to stop. With an
+ * engine nobody does but at boundaries, so the others are taken away.
+ *
+ * An engine that is not exact has no CODE hook. The call at the start of a block is its boundary:
+ * the arguments, which are constants, become the engine and what it has to know of the block. */
 
 enum {
     BLOCK_INSTRUCTIONS = 0x3ff, /* how many there are; the library makes no more than 512 */
@@ -131,34 +133,55 @@ static bool steps_over_finished_rep_block(const Engine *self, uint32_t block)
            (REGISTER(self->env, RCX) & mask) == 0;
 }
 
-static void begin_block(Engine *self, uint32_t block, uintptr_t return_address)
+static void begin_block(Engine *self, uint32_t block)
 {
-    if (unlikely(block & BLOCK_REP) && steps_over_finished_rep_block(self, block)) {
-        return;
-    }
-    if (is_time_to_look(self) && leave_at_boundary(self, NO_ADDRESS)) {
-        lib.loop_exit_restore(self->cpu, return_address);
-    }
     self->started += block & BLOCK_INSTRUCTIONS;
     self->last_block = block;
 }
 
-/* `uc` and 0, or what `tell_of_block` made of them. */
-EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t block)
+static __attribute__((noinline)) void look_at_block(Engine *self, uint32_t block,
+                                                    uintptr_t return_address)
 {
-    if (block == 0) {
-        lib.genuine.check_exit_request(uc, 0);
-    } else if (likely(!(block & BLOCK_PROBED))) {
-        begin_block(uc, block, (uintptr_t)__builtin_return_address(0));
-    } else {
+    if (block & BLOCK_PROBED) {
         intercepted |= 1ull << CHECK_EXIT_REQUEST;
         probed_instructions += block & BLOCK_INSTRUCTIONS;
+    } else if (!(block & BLOCK_REP) || !steps_over_finished_rep_block(self, block)) {
+        if (is_time_to_look(self) && leave_at_boundary(self, NO_ADDRESS)) {
+            lib.loop_exit_restore(self->cpu, return_address);
+        }
+        begin_block(self, block);
     }
 }
 
-/* The two constants of the call that a block begins with: operations that move them, then the call.
- * False: it begins otherwise. */
-static bool find_constants(void *uc, uint64_t **pointer, uint64_t **number)
+/* `uc` and 0, or an engine and the BLOCK_ bits. */
+EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t block)
+{
+    bool is_plain = block - 1 < BLOCK_REP - 1;
+    if (likely(is_plain) && likely(!is_time_to_look(uc))) {
+        begin_block(uc, block);
+    } else if (block != 0) {
+        look_at_block(uc, block, (uintptr_t)__builtin_return_address(0));
+    } else {
+        /* It looks for its return address, which must be ours: this is a jump. */
+        lib.genuine.check_exit_request(uc, 0);
+    }
+}
+
+/* What the call at the start of the block being translated consists of: operations that move its
+ * arguments, and itself. */
+typedef struct {
+    char *call;
+    uint64_t *pointer;
+    uint64_t *number;
+} BlockStart;
+
+static uint64_t *arguments(char *operation)
+{
+    return (uint64_t *)(operation + OP_ARGUMENTS);
+}
+
+/* False: it begins otherwise. */
+static bool find_block_start(void *uc, BlockStart *start)
 {
     char *first = POINTER(POINTER(uc, UC_TCG), TCG_OPS);
     char *second = first != NULL ? POINTER(first, OP_NEXT) : NULL;
@@ -166,14 +189,24 @@ static bool find_constants(void *uc, uint64_t **pointer, uint64_t **number)
     if (call == NULL) {
         return false;
     }
-    const uint64_t *arguments = (uint64_t *)(call + OP_ARGUMENTS);
-    uint64_t *first_moved = (uint64_t *)(first + OP_ARGUMENTS);
-    uint64_t *second_moved = (uint64_t *)(second + OP_ARGUMENTS);
-    *pointer = &first_moved[1];
-    *number = &second_moved[1];
-    return **pointer == (uintptr_t)uc && **number == 0 && arguments[0] == first_moved[0] &&
-           arguments[1] == second_moved[0] &&
-           arguments[2] == (uintptr_t)helper_check_exit_request_x86_64;
+    *start = (BlockStart){call, &arguments(first)[1], &arguments(second)[1]};
+    return *start->pointer == (uintptr_t)uc && *start->number == 0 &&
+           arguments(call)[0] == arguments(first)[0] &&
+           arguments(call)[1] == arguments(second)[0] &&
+           arguments(call)[2] == (uintptr_t)helper_check_exit_request_x86_64;
+}
+
+static void remove_further_calls(void *uc, const BlockStart *start)
+{
+    char *next = POINTER(start->call, OP_NEXT);
+    while (next != NULL) {
+        char *operation = next;
+        next = POINTER(operation, OP_NEXT);
+        if (U16(operation, OP_KIND) == U16(start->call, OP_KIND) &&
+            arguments(operation)[2] == arguments(start->call)[2]) {
+            lib.remove_operation(POINTER(uc, UC_TCG), operation);
+        }
+    }
 }
 
 static uint32_t block_bits(const Engine *self, const char *block)
@@ -189,33 +222,34 @@ static uint32_t block_bits(const Engine *self, const char *block)
     return bits;
 }
 
-static void tell_of_block(Engine *self, const char *block)
+static void refuse_block(Engine *self)
 {
-    uint64_t *pointer, *number;
-    if (!find_constants(self->uc, &pointer, &number)) {
-        take_gil(self);
-        PyErr_SetString(PyExc_RuntimeError, "unicorn: a block does not begin as expected");
-        keep_exception(self);
-        give_gil(self);
-        self->exit_reason = EXIT_CALLBACK_FAILED;
-        lib.emu_stop(self->uc);
-        return;
-    }
-    *pointer = (uintptr_t)self;
-    *number = block_bits(self, block);
+    take_gil(self);
+    PyErr_SetString(PyExc_RuntimeError, "unicorn: a block does not begin as expected");
+    keep_exception(self);
+    give_gil(self);
+    lib.emu_stop(self->uc);
 }
 
 EXPORTED void gen_intermediate_code_x86_64(void *cpu, void *block, int instructions_max)
 {
     lib.genuine.translate(cpu, block, instructions_max);
     Engine *self = entered;
-    uint64_t *pointer, *number;
-    if (self == NULL || self->cpu != cpu) {
+    void *uc = POINTER(cpu, CPU_UC);
+    BlockStart start;
+    if (self == NULL || self->uc != uc) {
         intercepted |= 1ull << TRANSLATE;
-        if (probing && find_constants(POINTER(cpu, CPU_UC), &pointer, &number)) {
-            *number = BLOCK_PROBED | U16(block, TB_INSTRUCTIONS);
+        if (probing && find_block_start(uc, &start)) {
+            remove_further_calls(uc, &start);
+            *start.number = BLOCK_PROBED | U16(block, TB_INSTRUCTIONS);
         }
-    } else if (!self->exact) {
-        tell_of_block(self, block);
+    } else if (!find_block_start(uc, &start)) {
+        refuse_block(self);
+    } else {
+        remove_further_calls(uc, &start);
+        if (!self->exact) {
+            *start.pointer = (uintptr_t)self;
+            *start.number = block_bits(self, block);
+        }
     }
 }

@@ -48,6 +48,7 @@ static const struct {
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
+    {"tcg_op_remove_x86_64", offsetof(Library, remove_operation)},
     {"cpu_loop_exit_restore_x86_64", offsetof(Library, loop_exit_restore)},
     {"cpu_restore_state_x86_64", offsetof(Library, restore_state)},
     {"helper_check_iob_x86_64", offsetof(Library, check_port[BYTE])},

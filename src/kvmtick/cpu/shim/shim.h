@@ -69,6 +69,7 @@ enum { /* uc_struct */
 
 enum { /* TCGContext, and the operations of the block being translated */
     TCG_OPS = 29576,
+    OP_KIND = 0,
     OP_NEXT = 8,
     OP_ARGUMENTS = 24,
 };
@@ -307,6 +308,7 @@ typedef struct {
     void (*update_cr4)(void *env, uint32_t value);
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    void (*remove_operation)(void *tcg, void *operation);
     void (*loop_exit_restore)(void *cpu, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
     void (*check_port[PORT_SIZES])(void *env, uint32_t port); /* #GP unless the TSS allows it */
