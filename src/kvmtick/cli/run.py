@@ -440,8 +440,6 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
     """gdb is connected, and has let the guest run."""
     from kvmtick.machine.gdb import GdbServer
 
-    if not all(vcpu.engine.exact for vcpu in vm.machine.board.vcpus):
-        raise UsageError(f"--gdb {port}: steps and breakpoints are exact; leave --fast out")
     server = GdbServer(vm.machine, lambda: vm.ticks().summary())
     stack.callback(server.close)
     try:
