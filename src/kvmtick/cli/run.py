@@ -206,9 +206,9 @@ def main(argv: list[str]) -> int:
                 limit_s=limit_s,
                 counter=_address("--counter", options.counter),
             )
+        crash = _crash(vm, run)
         if gdb is not None:
             gdb.finish(run.exit)
-        crash = _crash(vm, run)
         _report(options, guest, run, teller, crash)
         if crash is not None:
             print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
