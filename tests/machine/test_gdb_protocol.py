@@ -421,3 +421,10 @@ def test_a_port_that_is_taken_is_one_line_with_the_remedy(
     assert (
         err == f"kvmtick: --gdb {port}: Address already in use; give another port, or 0 for any\n"
     )
+
+
+def test_the_fast_engine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--gdb", "0", "--fast"]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert err.startswith("kvmtick: --fast: ")
+    assert err.count("\n") == 1

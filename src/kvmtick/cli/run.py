@@ -206,9 +206,9 @@ def main(argv: list[str]) -> int:
                 limit_s=limit_s,
                 counter=_address("--counter", options.counter),
             )
+        crash = _crash(vm, run)
         if gdb is not None:
             gdb.finish(run.exit)
-        crash = _crash(vm, run)
         _report(options, guest, run, teller, crash)
         if crash is not None:
             print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
@@ -440,8 +440,6 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
     """gdb is connected, and has let the guest run."""
     from kvmtick.machine.gdb import GdbServer
 
-    if not all(vcpu.engine.exact for vcpu in vm.machine.board.vcpus):
-        raise UsageError(f"--gdb {port}: steps and breakpoints are exact; leave --fast out")
     server = GdbServer(vm.machine, lambda: vm.ticks().summary())
     stack.callback(server.close)
     try:
