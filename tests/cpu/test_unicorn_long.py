@@ -216,7 +216,7 @@ def test_a_gate_of_ring_0_is_no_way_for_int_n_in_ring_3() -> None:
     assert cpu.enter() is ExitReason.HLT
     assert cpu.vector == GP
     code, frame = cpu.frame_with_code()
-    assert code == 0x42 * 8 * 2 + 2  # IDT; no EXT: a software interrupt
+    assert code == 0x42 * 8 + 2  # IDT; no EXT: a software interrupt
     assert frame["rip"] == CODE
     # INT1 does not look at the DPL, nor does anything but INT n, INT3 and INTO.
     cpu = LongCpu("f1", HALTS, ring=3)
@@ -345,10 +345,10 @@ def test_a_fault_while_an_interrupt_is_delivered_has_ext() -> None:
     cpu = LongCpu("f4", {GP: "f4"})
     assert cpu.enter(IRQ) is ExitReason.HLT  # no gate
     assert cpu.vector == GP
-    assert cpu.frame_with_code()[0] == VECTOR * 8 * 2 + 3  # IDT, EXT
+    assert cpu.frame_with_code()[0] == VECTOR * 8 + 3  # IDT, EXT
     cpu = LongCpu("0f0b", {GP: "f4"})  # ud2
     assert cpu.enter() is ExitReason.HLT
-    assert cpu.frame_with_code()[0] == UD * 8 * 2 + 3
+    assert cpu.frame_with_code()[0] == UD * 8 + 3
 
 
 @either_engine
@@ -356,7 +356,7 @@ def test_a_software_interrupt_that_faults_stands_on_itself(exact: bool) -> None:
     cpu = LongCpu("90 f3cd42 f4", {GP: "f4"}, ring=3, exact=exact)  # nop; rep int 0x42
     assert cpu.enter() is ExitReason.HLT
     code, frame = cpu.frame_with_code()
-    assert (code, frame["rip"]) == (0x42 * 8 * 2 + 2, CODE + 1)
+    assert (code, frame["rip"]) == (0x42 * 8 + 2, CODE + 1)
     assert frame["rflags"] & FLAGS_RF
 
 
