@@ -8,8 +8,9 @@ double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 
 OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET,
 SYSENTER, SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B
 and 4; vol. 3A, 2.5), VM-entry event injection, interrupt-window and NMI-window exiting (vol. 3C,
-27.6 and 26.2). Accesses to memory that is no RAM, CPUID (vol. 2A), CR8 and all other MSRs are answered by
-the handlers; a refused access is #GP(0). RDRAND and RDSEED give splitmix64 of the machine's seed.
+27.6 and 26.2). Accesses to memory that is no RAM, CPUID (vol. 2A), CR8 and all other MSRs are
+answered by the handlers; a refused access is #GP(0). RDRAND and RDSEED give splitmix64 of the
+machine's seed.
 
 The shim puts itself in front of some of the library's functions: helpers of such instructions, and
 the loads and stores that translated code cannot do by itself. That works only in a process where
