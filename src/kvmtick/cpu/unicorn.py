@@ -4,12 +4,13 @@ Implements, in every CPU mode (real and unreal, protected with 16 and 32 bits, v
 delivery of external interrupts, NMIs, exceptions and software interrupts through the IVT (Intel SDM
 vol. 3A, 6.12; vol. 3B, 21.1.4) or the IDT with error codes, stack switches by TSS and IST, RF and
 EXT (vol. 3A, 6.10 to 6.14), the shadows of STI and MOV SS (6.8.3), NMI blocking until IRET (6.7.1),
-double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 and 5), HLT, IN, OUT,
-INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET, SYSENTER,
-SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B and 4;
-vol. 3A, 2.5), VM-entry event injection, interrupt-window and NMI-window exiting (vol. 3C, 27.6 and
-26.2). Accesses to memory that is no RAM, CPUID (vol. 2A), CR8 and all other MSRs are answered by
-the handlers; a refused access is #GP(0). RDRAND and RDSEED give splitmix64 of the machine's seed.
+double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 and 5), HLT, IN,
+OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET,
+SYSENTER, SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B
+and 4; vol. 3A, 2.5), VM-entry event injection, interrupt-window and NMI-window exiting (vol. 3C,
+27.6 and 26.2). Accesses to memory that is no RAM, CPUID (vol. 2A), CR8 and all other MSRs are
+answered by the handlers; a refused access is #GP(0). RDRAND and RDSEED give splitmix64 of the
+machine's seed.
 
 The shim puts itself in front of some of the library's functions: helpers of such instructions, and
 the loads and stores that translated code cannot do by itself. That works only in a process where
