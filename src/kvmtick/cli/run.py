@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import mmap
+import os
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from kvmtick.cli.options import Parser
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
 from kvmtick.machine.loader import LoadError, load_file
+from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
@@ -138,6 +140,17 @@ def parser() -> Parser:
         " CLOCK_MONOTONIC (virtual)",
     )
     add(
+        "--fast",
+        action="store_true",
+        help="interrupts only where a basic block begins: several times the instructions a second,"
+        " and runs still repeat",
+    )
+    add(
+        "--quantum",
+        metavar="DURATION",
+        help="how long a vCPU runs at most while another one waits (100us)",
+    )
+    add(
         "--reinject",
         action=BooleanOptionalAction,
         default=None,
@@ -172,6 +185,8 @@ def main(argv: list[str]) -> int:
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
     gdb_port = _port(options.gdb)
+    if options.fast and options.gdb:
+        raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
     guest = _guest(options)
     ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
@@ -207,6 +222,8 @@ def _build(
         seed=_integer("--seed", options.seed),
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
+        quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
+        fast=options.fast,
     )
     stack.callback(vm.close)
     if counter is not None and counter + 4 > len(vm.machine.ram):
@@ -425,7 +442,7 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
         number = server.listen(port)
     except OSError as error:
         raise UsageError(
-            f"--gdb {port}: {error.strerror}; give another port, or 0 for any"
+            f"--gdb {port}: {os.strerror(error.errno or 0)}; give another port, or 0 for any"
         ) from None
     print(
         f"kvmtick: waiting for gdb: target remote 127.0.0.1:{number}", file=sys.stderr, flush=True

@@ -16,8 +16,11 @@ delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
 
     engine = ScriptedEngine(main, {0x20: tick})
 
-A refused MSR access is #GP: it starts the handler of vector 13, and counts as an instruction. When
-the handler ends, the routine goes on behind the access.
+A refused access to an MSR or to CR8 is #GP: it starts the handler of vector 13, and counts as an
+instruction. When the handler ends, the routine goes on behind the access.
+
+No code is at an address, but a routine may say where its next instruction would be (`At`): RIP
+tells it, and a breakpoint there stops before that instruction.
 
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
 guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
@@ -27,7 +30,7 @@ read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; 
 change what was pushed.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from mmap import mmap
 from typing import TypeAlias
 
@@ -44,8 +47,11 @@ from kvmtick.cpu.engine import (
 from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
+    "At",
     "Cli",
     "Cpuid",
+    "Cr8Read",
+    "Cr8Write",
     "Hlt",
     "In",
     "MmioRead",
@@ -53,6 +59,7 @@ __all__ = [
     "MovSs",
     "Operation",
     "Out",
+    "Pause",
     "Program",
     "Rdmsr",
     "Rdtsc",
@@ -101,6 +108,8 @@ EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
 EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
 EXIT_HLT = int(ExitReason.HLT)
+EXIT_PAUSE = int(ExitReason.PAUSE)
+EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
@@ -168,6 +177,21 @@ class Rdmsr:
         self.index = index
 
 
+class Cr8Write:
+    """MOV to CR8: writes `value`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Cr8Read:
+    """MOV from CR8: the `yield` returns the task priority."""
+
+    __slots__ = ()
+
+
 class Cpuid:
     """CPUID: the `yield` returns EAX | EBX << 32 | ECX << 64 | EDX << 96."""
 
@@ -176,6 +200,15 @@ class Cpuid:
     def __init__(self, function: int, index: int = 0) -> None:
         self.function = function
         self.index = index
+
+
+class At:
+    """No instruction: the next one is at the linear `address`."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
 
 
 class Spin:
@@ -189,6 +222,12 @@ class Spin:
 
 class Hlt:
     """HLT: wait for an event."""
+
+    __slots__ = ()
+
+
+class Pause:
+    """PAUSE: a turn of a loop that waits for another CPU."""
 
     __slots__ = ()
 
@@ -218,7 +257,23 @@ class Rdtsc:
 
 
 Operation: TypeAlias = (
-    Out | In | MmioWrite | MmioRead | Wrmsr | Rdmsr | Cpuid | Spin | Hlt | Cli | Sti | MovSs | Rdtsc
+    Out
+    | In
+    | MmioWrite
+    | MmioRead
+    | Wrmsr
+    | Rdmsr
+    | Cr8Write
+    | Cr8Read
+    | Cpuid
+    | At
+    | Spin
+    | Hlt
+    | Pause
+    | Cli
+    | Sti
+    | MovSs
+    | Rdtsc
 )
 Program: TypeAlias = Generator[Operation, int, None]
 """A running routine. A `yield` returns 0 for operations that read nothing."""
@@ -228,13 +283,14 @@ Routine: TypeAlias = Callable[[], Program]
 class _Frame:
     """A routine that was started: the running one, or one that an event interrupted."""
 
-    __slots__ = ("answer", "interrupted_rflags", "program", "spin_left")
+    __slots__ = ("address", "answer", "interrupted_rflags", "program", "spin_left")
 
     def __init__(self, program: Program, interrupted_rflags: int) -> None:
         self.program = program
         self.interrupted_rflags = interrupted_rflags
         self.answer: int | None = None  # a generator must be started with None
         self.spin_left = 0
+        self.address: int | None = None  # of the next instruction, as far as `At` said
 
 
 class ScriptedEngine:
@@ -246,11 +302,13 @@ class ScriptedEngine:
 
     def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
         self.name = "scripted"
+        self.exact = True
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
         self.idt_vectoring_info = 0
         self.error = ""
+        self._exits_on_pause = False
         self._guest = guest
         self._handlers = dict(handlers or {})
         self._on_out: PortOut | None = None
@@ -260,6 +318,9 @@ class ScriptedEngine:
         self._on_wrmsr: contract.MsrWrite | None = None
         self._on_rdmsr: contract.MsrRead | None = None
         self._on_cpuid: contract.Cpuid | None = None
+        self._on_cr8_write: contract.Cr8Write | None = None
+        self._on_cr8_read: contract.Cr8Read | None = None
+        self._breakpoints: frozenset[int] = frozenset()
         self._ram: list[tuple[int, mmap]] = []
         self._registers = dict(RESET_REGISTERS)
         self._kicked = False
@@ -279,6 +340,8 @@ class ScriptedEngine:
         on_wrmsr: contract.MsrWrite | None = None,
         on_rdmsr: contract.MsrRead | None = None,
         on_cpuid: contract.Cpuid | None = None,
+        on_cr8_write: contract.Cr8Write | None = None,
+        on_cr8_read: contract.Cr8Read | None = None,
     ) -> None:
         self._on_out = on_out
         self._on_in = on_in
@@ -287,6 +350,8 @@ class ScriptedEngine:
         self._on_wrmsr = on_wrmsr
         self._on_rdmsr = on_rdmsr
         self._on_cpuid = on_cpuid
+        self._on_cr8_write = on_cr8_write
+        self._on_cr8_read = on_cr8_read
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
         self._ram.append((gpa, ram))
@@ -316,6 +381,12 @@ class ScriptedEngine:
 
     def kick(self) -> None:
         self._kicked = True
+
+    def exit_on_pause(self, enabled: bool) -> None:
+        self._exits_on_pause = enabled
+
+    def set_breakpoints(self, addresses: Collection[int]) -> None:
+        self._breakpoints = frozenset(addresses)
 
     def use_host_tsc(self, offset_ns: int) -> None:
         self._host_tsc_offset_ns = offset_ns
@@ -399,6 +470,8 @@ class ScriptedEngine:
             if left <= 0:
                 return EXIT_PREEMPTION_TIMER
             frame = self._frames[-1]
+            if frame.address is not None and frame.address in self._breakpoints:
+                return EXIT_BREAKPOINT
             if frame.spin_left:
                 self._spin(frame, left)
             else:
@@ -408,6 +481,7 @@ class ScriptedEngine:
 
     def _spin(self, frame: _Frame, left: int) -> None:
         """As much of a spin as changes nothing that a boundary looks at."""
+        frame.address = None
         count = 1 if self.interruptibility & ~SHADOW_NMI else min(frame.spin_left, left)
         frame.spin_left -= count
         self.retired += count
@@ -416,7 +490,7 @@ class ScriptedEngine:
     def _step(self, frame: _Frame) -> int:
         """Execute one instruction; an exit reason when it has one, else 0.
 
-        A Spin only begins, and counts nothing.
+        A Spin only begins, and counts nothing; neither does `At`.
         """
         try:
             operation: Operation = (
@@ -430,6 +504,12 @@ class ScriptedEngine:
             assert isinstance(operation, Spin)
             frame.spin_left = operation.instructions
             return 0
+        if kind is At:
+            assert isinstance(operation, At)
+            frame.address = operation.address
+            self._registers["rip"] = operation.address - self._registers["cs_base"]
+            return 0
+        frame.address = None
         shadow = self.interruptibility & ~SHADOW_NMI
         self.interruptibility &= SHADOW_NMI
         try:
@@ -443,6 +523,8 @@ class ScriptedEngine:
             self._on_out(operation.port, operation.size_bytes, operation.value, self.retired)
         elif isinstance(operation, Hlt):
             return EXIT_HLT
+        elif isinstance(operation, Pause):
+            return EXIT_PAUSE if self._exits_on_pause else 0
         elif isinstance(operation, In):
             assert self._on_in is not None
             ones = (1 << (8 * operation.size_bytes)) - 1
@@ -470,6 +552,11 @@ class ScriptedEngine:
             return self._wrmsr(operation)
         elif isinstance(operation, Rdmsr):
             return self._rdmsr(frame, operation)
+        elif isinstance(operation, Cr8Write):
+            return self._write_cr8(operation)
+        elif isinstance(operation, Cr8Read):
+            if self._on_cr8_read is not None:
+                frame.answer = self._on_cr8_read(self.retired)
         elif isinstance(operation, Cpuid):
             if self._on_cpuid is not None:
                 eax, ebx, ecx, edx = self._on_cpuid(operation.function, operation.index)
@@ -503,6 +590,14 @@ class ScriptedEngine:
         frame.answer = value
         return 0
 
+    def _write_cr8(self, operation: Cr8Write) -> int:
+        if operation.value > 15:
+            return self._general_protection()
+        on_cr8_write = self._on_cr8_write
+        if on_cr8_write is None or on_cr8_write(operation.value, self.retired):
+            return 0
+        return self._general_protection()
+
     def _general_protection(self) -> int:
         """#GP of the running instruction; an exit reason when nothing handles it, else 0."""
         handler = self._handlers.get(GP_VECTOR)
@@ -519,6 +614,7 @@ class ScriptedEngine:
     def _return(self, frame: _Frame) -> int:
         """A routine ended: IRET in a handler (0), HLT in the program (its exit reason)."""
         self.retired += 1
+        frame.address = None
         self.interruptibility &= SHADOW_NMI
         if len(self._frames) == 1:
             return EXIT_HLT

@@ -344,6 +344,13 @@ one_to_four:
         BOTH_RAISE V_NP, 8 * VECTOR_ABSENT + ERROR_IDT, "a gate that is not present"
 
         CASE
+        SAVED_RIP
+        ud2
+        END_CASE
+%define case_gate GATE_OF(V_UD)
+        BOTH_RAISE V_NP, 8 * V_UD + ERROR_IDT + ERROR_EXT, "#UD with an absent gate"
+
+        CASE
         mov     eax, ABSENT_DATA
         SAVED_RIP
         mov     ss, eax
@@ -770,7 +777,11 @@ check_frame:
         or      ecx, [rbx + A_CASE.rf]
         mov     edi, [rbp + A_FRAME.rflags]
         and     edi, FLAGS_CHECKED
-        MUST_BE rdi, rcx, "the saved RFLAGS"
+        cmp     byte [rbx + A_CASE.vector], V_DF
+        jne     .flags
+        and     edi, ~FLAGS_RF          ; an abort: the SDM does not say
+        and     ecx, ~FLAGS_RF
+.flags: MUST_BE rdi, rcx, "the saved RFLAGS"
         mov     ecx, [rbx + A_CASE.cr2]
         mov     rdi, cr2
         MUST_BE rdi, rcx, "CR2"

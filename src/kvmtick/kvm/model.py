@@ -47,7 +47,7 @@ from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
 from kvmtick.kvm.setup import prepare
-from kvmtick.machine.machine import Exit, Machine
+from kvmtick.machine.machine import QUANTUM_NS, Exit, Machine
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.ticks.life import TickAssembler
@@ -82,15 +82,19 @@ class ModelVm(Closing):
         detail: bool = False,
         engine: Callable[[], Engine] | None = None,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
+        quantum_ns: int = QUANTUM_NS,
+        fast: bool = False,
     ) -> None:
-        """`clock`: `virtual` or `real`. `seed`: for the host model's faults. `detail`: record the
-        events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
-        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many.
+        """`clock`: `virtual` or `real`. `seed`: of the host model's faults and of RDRAND. `detail`:
+        record the events that only traces need. `engine`: who executes the guest, the unicorn
+        engine if None; `fast`: that one takes interrupts only where a basic block begins.
+        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how long a vCPU
+        runs at most while another one waits.
         """
-        self.machine = Machine(clock, seed, detail, ram_bytes)
+        self.machine = Machine(clock, seed, detail, ram_bytes, quantum_ns)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
-        self._engine = engine or _unicorn_engine
+        self._engine = engine or (lambda: _unicorn_engine(seed, fast))
 
     # The irqchip.
 
@@ -481,8 +485,8 @@ def _pic_of(pic: Pic, chip_id: int) -> PicState:
     return pic.slave if chip_id == KVM_IRQCHIP_PIC_SLAVE else pic.master
 
 
-def _unicorn_engine() -> Engine:
+def _unicorn_engine(seed: int, fast: bool) -> Engine:
     # Loading the native library takes time that scripted guests need not pay.
     from kvmtick.cpu.unicorn import UnicornEngine
 
-    return UnicornEngine()
+    return UnicornEngine(seed=seed, exact=not fast)

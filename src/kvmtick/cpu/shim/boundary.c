@@ -86,7 +86,7 @@ EXPORTED void cpu_loop_exit_noexc_x86_64(void *cpu)
 {
     Engine *self = entered;
     if (self == NULL || self->cpu != cpu) {
-        intercepted |= 1u << LOOP_EXIT_NOEXC;
+        intercepted |= 1ull << LOOP_EXIT_NOEXC;
     } else if (self->exact) {
         self->started--;
     }
@@ -143,7 +143,7 @@ static __attribute__((noinline)) void look_at_block(Engine *self, uint32_t block
                                                     uintptr_t return_address)
 {
     if (block & BLOCK_PROBED) {
-        intercepted |= 1u << CHECK_EXIT_REQUEST;
+        intercepted |= 1ull << CHECK_EXIT_REQUEST;
         probed_instructions += block & BLOCK_INSTRUCTIONS;
     } else if (!(block & BLOCK_REP) || !steps_over_finished_rep_block(self, block)) {
         if (is_time_to_look(self) && leave_at_boundary(self, NO_ADDRESS)) {
@@ -238,7 +238,7 @@ EXPORTED void gen_intermediate_code_x86_64(void *cpu, void *block, int instructi
     void *uc = POINTER(cpu, CPU_UC);
     BlockStart start;
     if (self == NULL || self->uc != uc) {
-        intercepted |= 1u << TRANSLATE;
+        intercepted |= 1ull << TRANSLATE;
         if (probing && find_block_start(uc, &start)) {
             remove_further_calls(uc, &start);
             *start.number = BLOCK_PROBED | U16(block, TB_INSTRUCTIONS);

@@ -140,7 +140,11 @@ static bool faulted_on_fetch(const Engine *self, int vector)
 /* The boundary before an instruction that could not be read. True: leave there. */
 static bool leave_before_fetch(Engine *self)
 {
+    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     self->exit_reason = boundary_reason(self);
+    if (self->exit_reason == EXIT_NONE && is_breakpoint(self, linear)) {
+        self->exit_reason = EXIT_BREAKPOINT;
+    }
     if (self->exit_reason == EXIT_NONE) {
         self->started++; /* counts like any instruction that faults */
         return false;
@@ -150,9 +154,20 @@ static bool leave_before_fetch(Engine *self)
     return true;
 }
 
+/* A gate's error code is vector * 8 + IDT (SDM vol. 3A, 6.13). QEMU has 16 instead, the bytes of a
+ * gate in long mode. */
+static void mend_gate_error_code(Engine *self, int vector)
+{
+    int32_t code = I32(self->env, ENV_ERROR_CODE);
+    if ((U32(self->env, ENV_HFLAGS) & HF_LMA) && tells_ext(vector) && (code & ERROR_CODE_IDT)) {
+        I32(self->env, ENV_ERROR_CODE) = (code >> 1 & ~7) | ERROR_CODE_IDT;
+    }
+}
+
 static bool begin_exception(Engine *self, int vector)
 {
     int interrupted = self->delivering;
+    mend_gate_error_code(self, vector);
     if (interrupted == NOTHING && faulted_on_fetch(self, vector) && leave_before_fetch(self)) {
         return false;
     }
@@ -165,12 +180,22 @@ static bool begin_exception(Engine *self, int vector)
     return true;
 }
 
+/* A fault in IRET: the library looked for the instruction by its return address, which was ours. */
+static void find_faulting_iret(Engine *self)
+{
+    if (self->iret_return_address != 0) {
+        lib.restore_state(self->cpu, self->iret_return_address, false);
+        self->iret_return_address = 0;
+    }
+}
+
 /* INTR hook: an exception or a software interrupt of the guest. */
 void on_exception(void *uc, uint32_t vector, void *engine)
 {
     (void)uc;
     Engine *self = engine;
     bool software = I32(self->env, ENV_EXCEPTION_IS_INT);
+    find_faulting_iret(self);
     drop_stale_rf(self);
     if (software) {
         begin_software_interrupt(self);
@@ -237,25 +262,31 @@ EXPORTED void helper_sti_x86_64(void *env)
  * instruction behind it. */
 static void begin_iret(Engine *self, void *return_address)
 {
-    lib.restore_state(self->cpu, (uintptr_t)return_address, false);
-    U32(self->env, ENV_HFLAGS2) &= ~HF2_NMI;
+    self->iret_return_address = (uintptr_t)return_address;
     self->iret_at = self->started;
+    U32(self->env, ENV_HFLAGS2) &= ~HF2_NMI;
 }
 
 EXPORTED void helper_iret_real_x86_64(void *env, int shift)
 {
     Engine *self = engine_of(env, IRET_REAL);
-    if (self != NULL) {
-        begin_iret(self, __builtin_return_address(0));
+    if (self == NULL) {
+        lib.genuine.iret_real(env, shift);
+        return;
     }
+    begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_real(env, shift);
+    self->iret_return_address = 0;
 }
 
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip)
 {
     Engine *self = engine_of(env, IRET_PROTECTED);
-    if (self != NULL) {
-        begin_iret(self, __builtin_return_address(0));
+    if (self == NULL) {
+        lib.genuine.iret_protected(env, shift, next_eip);
+        return;
     }
+    begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_protected(env, shift, next_eip);
+    self->iret_return_address = 0;
 }

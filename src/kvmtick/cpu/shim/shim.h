@@ -179,6 +179,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define GENERAL_PROTECTION 13
 #define PAGE_FAULT 14
 #define ERROR_CODE_EXT 1
+#define ERROR_CODE_IDT 2
 #define PAGE_FAULT_WRITE 2
 #define INSTRUCTION_BYTES_MAX 15
 #define OPERAND_64_BITS 2 /* as the helpers have it */
@@ -247,6 +248,10 @@ typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
 #define MMU_KERNEL 2 /* without SMAP */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
+typedef uint64_t In(void *env, uint32_t port);
+typedef void Out(void *env, uint32_t port, uint32_t value);
+enum { PORT_SIZES = QUAD };
+
 /* The library's own functions that this module stands in front of. */
 typedef struct {
     void (*rdmsr)(void *env);
@@ -265,6 +270,8 @@ typedef struct {
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
     void (*sti)(void *env);
+    In *in[PORT_SIZES];
+    Out *out[PORT_SIZES];
     void (*pause)(void *env, int size_bytes);
     void (*check_exit_request)(void *uc, uint32_t in_delay_slot);
     void (*translate)(void *cpu, void *block, int instructions_max);
@@ -304,6 +311,7 @@ typedef struct {
     void (*remove_operation)(void *tcg, void *operation);
     void (*loop_exit_restore)(void *cpu, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    void (*check_port[PORT_SIZES])(void *env, uint32_t port); /* #GP unless the TSS allows it */
     uint64_t (*page_of)(void *cpu, uint64_t linear, void *attributes);
     uint64_t (*ram_address_of)(void *uc, const void *host);
     void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
@@ -377,6 +385,7 @@ struct Engine {
     int delivering;     /* the event being delivered: of which kind (events.c) */
     unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
     uint64_t iret_at;                  /* `started` at the last IRET */
+    uintptr_t iret_return_address;     /* 0 outside of IRET */
     uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc;
@@ -509,6 +518,9 @@ enum {
     WRITE_CR,
     RDRAND,
     STI,
+    INS,
+    OUTS = INS + PORT_SIZES,
+    OUTS_END = OUTS + PORT_SIZES - 1,
     PAUSE,
     CHECK_EXIT_REQUEST,
     TRANSLATE,
@@ -520,7 +532,7 @@ enum {
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
-extern __thread unsigned intercepted;
+extern __thread uint64_t intercepted;
 extern __thread bool probing;
 extern __thread uint64_t probed_instructions; /* in the blocks begun */
 
@@ -545,6 +557,10 @@ EXPORTED void helper_into_x86_64(void *env, int size_bytes);
 EXPORTED void helper_sti_x86_64(void *env);
 EXPORTED void helper_iret_real_x86_64(void *env, int shift);
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
+
+/* ports.c */
+EXPORTED In helper_inb_x86_64, helper_inw_x86_64, helper_inl_x86_64;
+EXPORTED Out helper_outb_x86_64, helper_outw_x86_64, helper_outl_x86_64;
 
 /* syscall.c */
 EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);
