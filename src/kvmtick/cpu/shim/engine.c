@@ -40,7 +40,7 @@ static void release_engine(Engine *self)
         PyBuffer_Release(&range->view);
         PyMem_Free(range->code);
     }
-    self->gap_count = 0;
+    self->gap_count = self->high_gap_count = 0;
 }
 
 int open_cpu(void **uc)

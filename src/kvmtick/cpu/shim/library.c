@@ -59,6 +59,8 @@ static const struct {
     {"tb_invalidate_phys_range_x86_64", offsetof(Library, invalidate_range)},
     {"tlb_set_dirty_x86_64", offsetof(Library, tlb_set_dirty)},
     {"tlb_reset_dirty_x86_64", offsetof(Library, tlb_reset_dirty)},
+    {"probe_access_x86_64", offsetof(Library, probe_access)},
+    {"tlb_vaddr_to_paddr_x86_64", offsetof(Library, tlb_vaddr_to_paddr)},
     {"tlb_vaddr_to_host_x86_64", offsetof(Library, tlb_vaddr_to_host)},
 };
 

@@ -6,8 +6,20 @@
  *
  * The library's slow path. There it would split accesses as its memory regions have them: 8 bytes
  * into dwords, unaligned ones into bytes or the two aligned reads around them. KVM's emulator
- * (emulator_read_write) splits them where a page ends and nowhere else; so does this, without
- * paging. All stores to RAM that may hold code come here too. */
+ * (emulator_read_write) splits them where a page ends and nowhere else; so does this. The first
+ * store to a page and all stores to pages with code come here, too. */
+
+/* Where an access of translated code goes: to one page or to two. */
+typedef struct {
+    Engine *self;
+    uint64_t linear;
+    unsigned size_bytes;
+    int access;
+    uint32_t oi;
+    uintptr_t return_address;
+    unsigned first_bytes; /* on the first page */
+    uint64_t gpa[2];
+} Access;
 
 static const RamRange *ram_at(const Engine *self, uint64_t gpa)
 {
@@ -19,21 +31,36 @@ static const RamRange *ram_at(const Engine *self, uint64_t gpa)
     return NULL;
 }
 
-/* Without paging the address is physical, of 32 bits (A20 is always on). */
-static bool is_ram_or_paged(Engine *self, uint64_t linear, unsigned size_bytes)
+/* Addresses have 32 bits outside of 64-bit code. */
+static uint64_t linear_at(const Access *access, unsigned offset)
 {
-    if (U64(self->env, ENV_CR) & CR0_PG) {
-        return true;
-    }
-    return ram_at(self, (uint32_t)linear) != NULL &&
-           ram_at(self, (uint32_t)(linear + size_bytes - 1)) != NULL;
+    uint64_t linear = access->linear + offset;
+    return U32(access->self->env, ENV_HFLAGS) & HF_CS64 ? linear : (uint32_t)linear;
 }
 
-/* The bytes of an access from `linear` on that are on its page. */
-static unsigned bytes_on_page(uint64_t linear, unsigned size_bytes)
+/* Does not return when the guest may not do that: QEMU goes on with the page fault. */
+static uint64_t find_gpa(const Access *access, uint64_t linear)
 {
-    unsigned left = PAGE_BYTES - linear % PAGE_BYTES;
-    return left < size_bytes ? left : size_bytes;
+    char *env = access->self->env;
+    int index = OI_MMU_INDEX(access->oi);
+    uint64_t gpa = 0;
+    lib.probe_access(env, linear, 0, access->access, index, access->return_address);
+    lib.tlb_vaddr_to_paddr(env, linear, access->access, index, &gpa);
+    return gpa;
+}
+
+/* True: to RAM and nothing else. All faults come before the access has any effect. */
+static bool goes_to_ram(Access *access)
+{
+    unsigned left = PAGE_BYTES - access->linear % PAGE_BYTES;
+    access->first_bytes = left < access->size_bytes ? left : access->size_bytes;
+    access->gpa[0] = find_gpa(access, access->linear);
+    bool ram = ram_at(access->self, access->gpa[0]) != NULL;
+    if (unlikely(left < access->size_bytes)) {
+        access->gpa[1] = find_gpa(access, linear_at(access, left));
+        ram &= ram_at(access->self, access->gpa[1]) != NULL;
+    }
+    return ram;
 }
 
 static uint64_t low_bytes(uint64_t value, unsigned size_bytes)
@@ -41,65 +68,64 @@ static uint64_t low_bytes(uint64_t value, unsigned size_bytes)
     return size_bytes == 8 ? value : value & ((1ull << (8 * size_bytes)) - 1);
 }
 
-/* A load of which some or all bytes are no RAM. */
-static uint64_t load_around_ram(Engine *self, uint64_t linear, unsigned size_bytes)
+static uint64_t load_part(Engine *self, uint64_t gpa, unsigned size_bytes)
 {
+    const RamRange *ram = ram_at(self, gpa);
     uint64_t value = 0;
-    unsigned done = 0;
-    while (done < size_bytes) {
-        uint32_t gpa = (uint32_t)(linear + done);
-        unsigned count = bytes_on_page(gpa, size_bytes - done);
-        const RamRange *ram = ram_at(self, gpa);
-        uint64_t part = 0;
-        if (ram != NULL) {
-            memcpy(&part, (const char *)ram->view.buf + (gpa - ram->gpa), count);
-        } else {
-            part = low_bytes(read_mmio(self, gpa, count), count);
-        }
-        value |= part << (8 * done);
-        done += count;
+    if (ram == NULL) {
+        return low_bytes(read_mmio(self, gpa, size_bytes), size_bytes);
+    }
+    memcpy(&value, (const char *)ram->view.buf + (gpa - ram->gpa), size_bytes);
+    return value;
+}
+
+/* A load of which some or all bytes are no RAM. */
+static uint64_t load_around_ram(const Access *access)
+{
+    unsigned first = access->first_bytes;
+    uint64_t value = load_part(access->self, access->gpa[0], first);
+    if (first < access->size_bytes) {
+        value |= load_part(access->self, access->gpa[1], access->size_bytes - first) << (8 * first);
     }
     return value;
 }
 
-/* Puts bytes into RAM as the library does with a store over two pages: it may hold code. */
-static void store_bytes(Engine *self, uint64_t linear, uint64_t value, unsigned count, uint32_t oi,
-                        uintptr_t return_address)
+/* Bytes of RAM are put there as the library does it with a store over two pages: it may be code. */
+static void store_part(const Access *access, int part, uint64_t value, unsigned size_bytes)
 {
-    for (unsigned i = 0; i < count; i++) {
-        lib.genuine.store[BYTE](self->env, linear + i, (uint8_t)(value >> (8 * i)), oi,
-                                return_address);
+    Engine *self = access->self;
+    if (ram_at(self, access->gpa[part]) == NULL) {
+        write_mmio(self, access->gpa[part], size_bytes, low_bytes(value, size_bytes));
+        return;
+    }
+    for (unsigned i = 0; i < size_bytes; i++) {
+        uint64_t linear = linear_at(access, i + (part ? access->first_bytes : 0));
+        lib.genuine.store[BYTE](self->env, linear, (uint8_t)(value >> (8 * i)), access->oi,
+                                access->return_address);
     }
 }
 
-static void store_around_ram(Engine *self, uint64_t linear, uint64_t value, unsigned size_bytes,
-                             uint32_t oi, uintptr_t return_address)
+static void store_around_ram(const Access *access, uint64_t value)
 {
-    unsigned done = 0;
-    while (done < size_bytes) {
-        uint32_t gpa = (uint32_t)(linear + done);
-        unsigned count = bytes_on_page(gpa, size_bytes - done);
-        uint64_t part = low_bytes(value >> (8 * done), count);
-        if (ram_at(self, gpa) != NULL) {
-            store_bytes(self, gpa, part, count, oi, return_address);
-        } else {
-            write_mmio(self, gpa, count, part);
-        }
-        done += count;
+    unsigned first = access->first_bytes;
+    store_part(access, 0, value, first);
+    if (first < access->size_bytes) {
+        store_part(access, 1, value >> (8 * first), access->size_bytes - first);
     }
 }
 
 static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
 {
     Engine *self = engine_of(env, LOADS + size);
-    if (self == NULL || is_ram_or_paged(self, linear, 1u << size)) {
+    Access access = {self, linear, 1u << size, ACCESS_LOAD, oi, return_address, 0, {0, 0}};
+    if (self == NULL || goes_to_ram(&access)) {
         return lib.genuine.load[size](env, linear, oi, return_address);
     }
-    return load_around_ram(self, linear, 1u << size);
+    return load_around_ram(&access);
 }
 
 /* QEMU's INS stores a 0 before it reads the port, to find out whether the store faults. Where no
- * RAM is it cannot, and a device would see it. */
+ * RAM is a device would see it. */
 static bool is_trial_of_ins(Engine *self, uintptr_t return_address)
 {
     Prefixes prefixes;
@@ -113,13 +139,14 @@ static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t
                   uintptr_t return_address)
 {
     Engine *self = engine_of(env, STORES + size);
+    Access access = {self, linear, 1u << size, ACCESS_STORE, oi, return_address, 0, {0, 0}};
     if (self == NULL) {
         lib.genuine.store[size](env, linear, value, oi, return_address);
-    } else if (is_ram_or_paged(self, linear, 1u << size)) {
+    } else if (goes_to_ram(&access)) {
         lib.genuine.store[size](env, linear, value, oi, return_address);
         let_stores_be_fast(self, linear, oi);
     } else if (!is_trial_of_ins(self, return_address)) {
-        store_around_ram(self, linear, value, 1u << size, oi, return_address);
+        store_around_ram(&access, value);
     }
 }
 
@@ -147,9 +174,10 @@ STAND_IN_FOR_STORE(helper_le_stq_mmu_x86_64, QUAD)
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
+/* Those below 4 GiB: the library flushes page by page, which takes too long for more. */
 int unmap_gaps(Engine *self)
 {
-    while (self->gap_count > 0) {
+    while (self->gap_count > self->high_gap_count) {
         const Gap *gap = &self->gaps[self->gap_count - 1];
         int error = lib.mem_unmap(self->uc, gap->gpa, gap->size_bytes);
         if (error) {
@@ -174,18 +202,30 @@ static int map_gap(Engine *self, uint64_t start, uint64_t end)
     return error;
 }
 
-/* The handlers answer for every physical address below 4 GiB that is not RAM (`ram` is sorted). */
+/* The handlers answer for every physical address that is not RAM (`ram` is sorted). */
+static int map_gaps_between(Engine *self, uint64_t start, uint64_t end)
+{
+    int error = 0;
+    for (int i = 0; i < self->ram_count && start < end && !error; i++) {
+        uint64_t ram_start = self->ram[i].gpa;
+        uint64_t ram_end = ram_start + self->ram[i].size_bytes;
+        if (ram_end > start) {
+            error = map_gap(self, start, ram_start < end ? ram_start : end);
+            start = ram_end;
+        }
+    }
+    return error ? error : map_gap(self, start, end);
+}
+
 int map_gaps(Engine *self)
 {
-    uint64_t start = 0;
     int error = 0;
-    for (int i = 0; i < self->ram_count && start < FOUR_GIB && !error; i++) {
-        uint64_t ram_start = self->ram[i].gpa;
-        error = map_gap(self, start, ram_start < FOUR_GIB ? ram_start : FOUR_GIB);
-        start = ram_start + self->ram[i].size_bytes;
+    if (self->high_gap_count == 0) {
+        error = map_gaps_between(self, FOUR_GIB, PHYSICAL_END);
+        self->high_gap_count = self->gap_count;
     }
     self->gaps_stale = false;
-    return error ? error : map_gap(self, start, FOUR_GIB);
+    return error ? error : map_gaps_between(self, 0, FOUR_GIB);
 }
 
 /* ---- for Python ---------------------------------------------------------------------------- */
@@ -197,8 +237,11 @@ static const char *ram_mistake(const Engine *self, uint64_t gpa, const Py_buffer
         (uintptr_t)view->buf % PAGE_BYTES) {
         return "RAM must start and end on a page of 4096 bytes";
     }
-    if (gpa + size_bytes < gpa) {
+    if (gpa > PHYSICAL_END || size_bytes > PHYSICAL_END - gpa) {
         return "RAM ends above the last address";
+    }
+    if (self->high_gap_count > 0 && gpa + size_bytes > FOUR_GIB) {
+        return "RAM from 4 GiB on must be mapped before the first enter";
     }
     for (int i = 0; i < self->ram_count; i++) {
         const RamRange *other = &self->ram[i];

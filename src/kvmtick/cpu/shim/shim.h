@@ -229,6 +229,7 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 
 #define PAGE_BYTES 4096u
 #define FOUR_GIB (1ull << 32)
+#define PHYSICAL_END (1ull << PHYSICAL_ADDRESS_BITS)
 #define NO_ADDRESS UINT64_MAX
 #define NEVER UINT64_MAX
 #define RAM_RANGES_MAX 32
@@ -317,6 +318,10 @@ typedef struct {
     void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
     void (*tlb_set_dirty)(void *cpu, uint64_t linear);
     void (*tlb_reset_dirty)(void *cpu, uint64_t host, uint64_t size_bytes);
+    void *(*probe_access)(void *env, uint64_t linear, int size_bytes, int access, int mmu_index,
+                          uintptr_t return_address);
+    bool (*tlb_vaddr_to_paddr)(void *env, uint64_t linear, int access, int mmu_index,
+                               uint64_t *gpa);
     char *(*tlb_vaddr_to_host)(void *env, uint64_t linear, int access, int mmu_index);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
@@ -401,8 +406,9 @@ struct Engine {
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
     bool ins_has_tried; /* INS has made its trial store (memory.c) */
-    Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
+    Gap gaps[RAM_RANGES_MAX + 2]; /* up to PHYSICAL_END */
     int gap_count;
+    int high_gap_count; /* of those, from 4 GiB on: the first ones */
     bool gaps_stale;
 
     /* What the last exit reports. */
