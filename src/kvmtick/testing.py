@@ -50,6 +50,7 @@ class GuestMachine(Closing):
         self.guest = guest
         self.vm = ModelVm(clock=clock, seed=seed, fast=fast, ram_bytes=guest.needs.ram_bytes)
         self.last: Run | None = None
+        self._fast = fast
         self._parameters = parameters
         self._reinject = reinject
         self._faults = dict(faults or {})
@@ -115,6 +116,8 @@ class GuestMachine(Closing):
         words = ["kvmtick", "run", self._source, "--seed", str(self.seed)]
         if not self.vm.machine.virtual:
             words += ["--clock", "real"]
+        if self._fast:
+            words.append("--fast")
         if self._parameters.get("divisor"):
             words += ["--hz", str(guests.PIT_HZ / self._parameters["divisor"])]
         if self._parameters.get("ticks") == 0:

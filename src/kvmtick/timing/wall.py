@@ -5,7 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from kvmtick.timing.queue import NEVER_NS
+
 __all__ = ["Kicker", "Stopwatch", "sleep_ns"]
+
+REARM_NS = 250_000
+"""Who was called back arms the next time within that, if it arms one at all."""
 
 
 class Stopwatch:
@@ -37,12 +42,17 @@ class Kicker:
 
     It is what the host timer's interrupt is to a real vCPU: it gets the guest out. The thread
     starts with the first `arm` and ends with `close`.
+
+    To wake the thread costs more than many a guest runs. So `arm` does so only for a time before
+    the one the thread will wake at anyway, and having called back the thread looks once more
+    before it sleeps for good: the next time is armed by then.
     """
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._changed = threading.Condition()
         self._due_ns: int | None = None
+        self._wakes_ns = 0
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -50,7 +60,8 @@ class Kicker:
         """Call back at `due_ns`, in place of whatever was armed before."""
         with self._changed:
             self._due_ns = due_ns
-            self._changed.notify()
+            if due_ns < self._wakes_ns:
+                self._changed.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kvmtick-kicker", daemon=True)
             self._thread.start()
@@ -70,14 +81,19 @@ class Kicker:
             self._thread = None
 
     def _run(self) -> None:
+        called_back = False
         with self._changed:
             while not self._closed:
-                if self._due_ns is None:
+                due_ns, now_ns = self._due_ns, time.monotonic_ns()
+                if due_ns is not None and due_ns <= now_ns:
+                    self._due_ns = None
+                    self._callback()
+                    called_back = True
+                    continue
+                if due_ns is None and not called_back:
+                    self._wakes_ns = NEVER_NS
                     self._changed.wait()
                     continue
-                wait_ns = self._due_ns - time.monotonic_ns()
-                if wait_ns > 0:
-                    self._changed.wait(wait_ns / 1e9)
-                    continue
-                self._due_ns = None
-                self._callback()
+                self._wakes_ns = now_ns + REARM_NS if due_ns is None else due_ns
+                called_back = False
+                self._changed.wait((self._wakes_ns - now_ns) / 1e9)
