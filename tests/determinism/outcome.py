@@ -10,10 +10,8 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from determinism.programs import INTERRUPTS, ROUNDS, System, Vcpu, system
-from kvmtick.cpu.unicorn import UnicornEngine
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
 from kvmtick.trace.ftrace import FtraceWriter
@@ -46,8 +44,7 @@ class Outcome:
 def play(seed: int, fast: bool) -> tuple[Outcome, str]:
     """Run a system; its outcome, and its trace as text."""
     plan = system(seed)
-    engine = partial(UnicornEngine, seed=seed, exact=not fast)
-    with ModelVm(seed=seed, detail=True, engine=engine) as vm:
+    with ModelVm(seed=seed, detail=True, fast=fast) as vm:
         machine = vm.machine
         vm.prepare(plan.needs, plan.reinject)
         text = io.StringIO()

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from differential.search import again, seeds
 
+import kvmtick.cpu.unicorn
 from determinism.outcome import Outcome, as_json, play
 from determinism.programs import MODES, system
+from kvmtick.cpu.unicorn import UnicornEngine
 
 SYSTEMS = int(os.environ.get("KVMTICK_SYSTEMS", "32"))
+FAULT_SYSTEMS = 6
 PROCESS_LIMIT_S = 600
 LINES_SHOWN = 12
 
@@ -83,6 +86,18 @@ def test_the_systems_are_worth_running(outcomes: dict[int, Outcome]) -> None:
     vcpus = [vcpu for seed in outcomes for vcpu in system(seed).vcpus]
     assert {vcpu.mode for vcpu in vcpus} == set(MODES)
     assert count < len(vcpus) < 2 * count
+
+
+def test_a_random_number_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RDRAND from another seed: some of the systems must look at it."""
+    monkeypatch.delenv("KVMTICK_SEED", raising=False)
+    before = {seed: play(seed, fast=False)[0] for seed in seeds(FAULT_SYSTEMS)}
+
+    def engine(seed: int, exact: bool) -> UnicornEngine:
+        return UnicornEngine(seed=seed + 1, exact=exact)
+
+    monkeypatch.setattr(kvmtick.cpu.unicorn, "UnicornEngine", engine)
+    assert any(play(seed, fast=False)[0] != outcome for seed, outcome in before.items())
 
 
 def test_another_system_is_told_apart() -> None:

@@ -12,7 +12,6 @@ import pytest
 from kvmtick import guests
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import kvm_cpuid_entry2
-from kvmtick.cpu.unicorn import UnicornEngine
 from kvmtick.guests import Guest, Parameters
 from kvmtick.host.kvmdev import open_kvm
 from kvmtick.kvm.kernel import KernelVm
@@ -75,7 +74,7 @@ def make_vm(request: pytest.FixtureRequest) -> MakeVm:
     if request.param == "model":
         return ModelVm
     if request.param == "model, fast":
-        return lambda: ModelVm(engine=partial(UnicornEngine, exact=False))
+        return partial(ModelVm, fast=True)
     try:
         open_kvm().close()
     except HostError as error:
