@@ -47,7 +47,7 @@ class GuestMachine(Closing):
             guest = guests.load(guest, **parameters)
         self.seed = seed
         self.guest = guest
-        self.vm = ModelVm(clock=clock, seed=seed)
+        self.vm = ModelVm(clock=clock, seed=seed, ram_bytes=guest.needs.ram_bytes)
         self.last: Run | None = None
         self._parameters = parameters
         self._reinject = reinject

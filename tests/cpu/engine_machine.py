@@ -22,6 +22,26 @@ MMIO = 0x10_0000
 """Behind the RAM; real mode reaches it as 0xffff:0x0010."""
 MSR = 0x830
 """The x2APIC's ICR: any of the MSRs that handlers answer."""
+FLAT_CODE_ACCESS = 0xC09B
+FLAT_DATA_ACCESS = 0xC093
+"""32 bits wide, with 4 KiB granularity."""
+
+
+def flat_segment(name: str, selector: int, access: int) -> dict[str, int]:
+    return {
+        name: selector,
+        f"{name}_base": 0,
+        f"{name}_limit": 0xFFFF_FFFF,
+        f"{name}_access": access,
+    }
+
+
+def protected_mode(eip: int) -> dict[str, int]:
+    """32-bit protected mode without paging at `eip`: flat segments, empty GDT and IDT."""
+    registers = {"rip": eip, "cr0": 0x6000_0011, "gdtr_limit": 0, "idtr_limit": 0}
+    for name in ("es", "ss", "ds", "fs", "gs"):
+        registers |= flat_segment(name, 0x10, FLAT_DATA_ACCESS)
+    return registers | flat_segment("cs", 8, FLAT_CODE_ACCESS)
 
 
 class Guest(NamedTuple):
@@ -146,8 +166,11 @@ class Cpu(Machine):
         return self.engine.registers()[name]
 
     def set_registers(self, **values: int) -> None:
-        for name, value in values.items():
-            self.engine.set_register(name, value)
+        self.engine.set_registers(values)
+
+    def reset_protected(self, eip: int) -> None:
+        self.engine.reset(0, 0)
+        self.engine.set_registers(protected_mode(eip))
 
 
 def write_code(ram: mmap, address: int, code: str) -> None:

@@ -8,7 +8,18 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from engine_machine import CODE, IRQ, MMIO, MSR, NMI, PLENTY, VECTOR, Guest, Machine
+from engine_machine import (
+    CODE,
+    IRQ,
+    MMIO,
+    MSR,
+    NMI,
+    PLENTY,
+    VECTOR,
+    Guest,
+    Machine,
+    protected_mode,
+)
 
 from kvmtick.cpu.engine import CPU_MSRS, Engine, ExitReason, Interruptibility
 from kvmtick.cpu.scripted import (
@@ -909,31 +920,83 @@ def test_host_tsc_runs_by_itself(build: Build) -> None:
     assert 0 < (second - first) % (1 << 32) < 60 * 10**9 % (1 << 32) + (1 << 31)
 
 
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+REGISTER_NAMES = {
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags"),
+    *(f"r{number}" for number in range(8, 16)),
+    *(name + part for name in SEGMENTS for part in ("", "_base", "_limit", "_access")),
+    *("gdtr_base", "gdtr_limit", "idtr_base", "idtr_limit"),
+    *("cr0", "cr2", "cr3", "cr4", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7"),
+    *CPU_MSRS.values(),
+}
+
+
 def test_registers(build: Build) -> None:
     machine = build(SPIN)
     registers = machine.engine.registers()
+    assert registers.keys() == REGISTER_NAMES
     assert registers["rip"] == CODE
     assert registers["rflags"] == 2
-    assert {"rax", "r15", "rsp", "cs", "ss", "cr0", "cr3"} <= registers.keys()
-    machine.engine.set_register("rsi", 0x1234_5678_9ABC)
-    machine.engine.set_register("rflags", 0x202)
-    assert machine.engine.registers()["rsi"] == 0x1234_5678_9ABC
+    machine.engine.set_registers({"rsi": 0x1234_5678_9ABC, "rflags": 0x202})
+    assert machine.engine.rflags == 0x202
+    assert machine.engine.registers() == registers | {"rsi": 0x1234_5678_9ABC, "rflags": 0x202}
     assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
-    with pytest.raises(ValueError, match="cr3"):
-        machine.engine.set_register("cr3", 0)
 
 
-def test_reset_protected(build: Build) -> None:
+def odd_registers() -> dict[str, int]:
+    """A value for each register that no other has, as far as its bits go."""
+    values = {name: 0x1234_5678_9ABC_0000 + 7 * i for i, name in enumerate(sorted(REGISTER_NAMES))}
+    for i, name in enumerate(SEGMENTS):
+        values |= {name: 8 * i + 3, f"{name}_limit": 0xF_0000 + i, f"{name}_access": 0xA093 | i}
+    for name in ("gdtr_limit", "idtr_limit", "sysenter_cs", "cr3"):
+        values[name] &= 0xFFFF
+    return values | {
+        "rflags": 0x46,
+        "cr0": 0x8001_0033,
+        "cr4": 0x0006_06B0,
+        "efer": 0x0D01,
+        "dr6": 0xFFFF_4FF1,
+        "dr7": 0x400,
+        "tsc_aux": 0x1234,
+    }
+
+
+def test_set_registers_takes_them_all(build: Build) -> None:
     machine = build(HALT)
-    machine.engine.reset_protected(CODE)
+    before = machine.engine.registers()
+    values = odd_registers()
+    machine.engine.set_registers(values)
+    assert machine.engine.registers() == values
+    # What was read can be written: the guest goes on as if nothing had been.
+    machine.engine.set_registers(before)
+    assert machine.engine.registers() == before
+    assert machine.enter() is ExitReason.HLT
+
+
+def test_set_registers_writes_all_or_nothing(build: Build) -> None:
+    machine = build(HALT)
+    before = machine.engine.registers()
+    with pytest.raises(ValueError, match="xyz"):
+        machine.engine.set_registers({"rax": 1, "xyz": 2, "rbx": 3})
+    assert machine.engine.registers() == before
+
+
+def test_a_selector_alone_loads_no_descriptor(build: Build) -> None:
+    machine = build(HALT)
+    before = machine.engine.registers()
+    machine.engine.set_registers({"ds": 0x1234})
+    assert machine.engine.registers() == before | {"ds": 0x1234}
+
+
+def test_protected_mode(build: Build) -> None:
+    machine = build(HALT)
+    machine.engine.set_registers(protected_mode(CODE))
     registers = machine.engine.registers()
     assert registers["rip"] == CODE
-    assert registers["rflags"] == 2
     assert registers["cr0"] & 0x8000_0001 == 1  # protected mode without paging
     assert machine.enter() is ExitReason.HLT
     assert machine.engine.retired == 1
-    # The IDT is empty.
-    assert machine.enter(NMI) is ExitReason.TRIPLE_FAULT
+    # reset leaves nothing of it behind.
     machine.engine.reset(0, CODE)
     assert machine.engine.registers()["cr0"] & 1 == 0
     assert machine.enter() is ExitReason.HLT

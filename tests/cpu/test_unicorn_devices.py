@@ -19,7 +19,7 @@ def protected(code: str, **registers: int) -> Cpu:
     """A CPU in flat 32-bit mode with the registers set; reads answer DATA."""
     cpu = Cpu(code)
     cpu.input = DATA
-    cpu.engine.reset_protected(CODE)
+    cpu.reset_protected(CODE)
     cpu.set_registers(**registers)
     return cpu
 
@@ -416,7 +416,7 @@ def ours(answer=lambda: 0):
         on_rdmsr=lambda index, retired: log.append(index) or index,
     )
     engine.reset(0, 0)
-    engine.set_register("rcx", 0x830)
+    engine.set_registers({"rcx": 0x830})
     assert engine.enter(0, False, False, 100, 0) == 12
     assert log == [0x830, 0xfffc]
 """

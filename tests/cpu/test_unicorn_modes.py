@@ -52,26 +52,12 @@ class FlatCpu(Cpu):
             gates[vector] = gate(HANDLERS + 0x100 * number)
             write_code(self.ram, HANDLERS + 0x100 * number, text)
         write_table(self, IDTR, IDT, gates)
-        self.engine.reset_protected(CODE)
+        self.reset_protected(CODE)
         assert self.enter(budget=START_STEPS) is ExitReason.PREEMPTION_TIMER
 
     @property
     def eip(self) -> int:
         return self.register("rip") - CODE - len(bytes.fromhex(START))
-
-
-def test_reset_protected_state() -> None:
-    cpu = Cpu("f4")
-    cpu.engine.reset_protected(0x1_2345)
-    registers = cpu.engine.registers()
-    assert registers.pop("rdx") == 0x206A1
-    assert {name: value for name, value in registers.items() if value} == {
-        "rip": 0x1_2345,
-        "rflags": 2,
-        "cr0": 0x6000_0011,
-        "cs": 8,
-        **dict.fromkeys(("ds", "es", "ss", "fs", "gs"), 0x10),
-    }
 
 
 def test_flat_segments_reach_everything() -> None:
@@ -89,18 +75,18 @@ def test_flat_segments_reach_everything() -> None:
 
 def test_descriptor_tables_are_empty_after_reset() -> None:
     cpu = Cpu("66b80800 8ed8 f4")  # mov ax, 8; mov ds, ax: #GP, and no IDT
-    cpu.engine.reset_protected(CODE)
+    cpu.reset_protected(CODE)
     assert cpu.enter() is ExitReason.TRIPLE_FAULT
     assert cpu.engine.retired == 2
     cpu = Cpu("0f010500400000 0f010d08400000 f4")  # sgdt [0x4000]; sidt [0x4008]; hlt
-    cpu.engine.reset_protected(CODE)
+    cpu.reset_protected(CODE)
     assert cpu.enter() is ExitReason.HLT
     assert bytes(cpu.ram[0x4000:0x4010]) == bytes(16)
 
 
 def test_the_stack_is_32_bits_wide_after_reset() -> None:
     cpu = Cpu("50 e800000000 f4")  # push eax; call the next; hlt
-    cpu.engine.reset_protected(CODE)
+    cpu.reset_protected(CODE)
     cpu.set_registers(rsp=0x2_0002, rax=0x1234_5678)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.long(0x1_FFFE) == 0x1234_5678
@@ -120,7 +106,7 @@ def test_reset_leaves_no_mode_behind() -> None:
     # From 16-bit mode back to 32 bits.
     write_code(cpu.ram, CODE, "b878563412 f4")  # mov eax, 0x12345678; hlt
     cpu.engine.ram_written(CODE, 16)
-    cpu.engine.reset_protected(CODE)
+    cpu.reset_protected(CODE)
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rax") == 0x1234_5678
     assert cpu.engine.retired == 2

@@ -190,11 +190,6 @@ class Engine(Protocol):
     def reset(self, cs: int, ip: int) -> None:
         """Registers as after RESET (SDM table 10-1), but starting at `cs`:`ip` in real mode."""
 
-    def reset_protected(self, eip: int) -> None:
-        """As `reset`, but in 32-bit protected mode without paging, at `eip`: CS and the data
-        segments are flat (base 0, limit 4 GiB), GDTR and IDTR are empty, IF is clear.
-        """
-
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
     ) -> int:

@@ -24,7 +24,7 @@ guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `
 `MmioRead` always go to the handlers), code in RAM, stack, error codes, exceptions other than that
 #GP, software interrupts of the guest itself, SYSCALL, string I/O; MSRs that handlers do not answer
 read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; a routine cannot
-change what was pushed. After `reset_protected` only the registers differ.
+change what was pushed.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -33,8 +33,8 @@ from typing import TypeAlias
 
 from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
-    INTR_INFO_VALID,
     CPU_MSRS,
+    INTR_INFO_VALID,
     EventType,
     ExitReason,
     Interruptibility,
@@ -67,17 +67,34 @@ FLAGS_FIXED = 1 << 1
 FLAGS_IF = 1 << 9
 NMI_VECTOR = 2
 GP_VECTOR = 13
-CR0_RESET = 0x6000_0010
-CR0_PE = 1
-FLAT_CODE = 0x08
-FLAT_DATA = 0x10
 
-REGISTERS = (
-    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
-    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
-    *("rip", "es", "cs", "ss", "ds", "fs", "gs", "cr0", "cr2", "cr3", "cr4"),
-)
-WRITABLE = frozenset({*REGISTERS[:16], "rip"})
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+CODE_ACCESS = 0x9B
+DATA_ACCESS = 0x93
+RESET_REGISTERS = {
+    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
+    **{f"r{number}": 0 for number in range(8, 16)},
+    "rip": 0,
+    **dict.fromkeys(SEGMENTS, 0),
+    **{f"{name}_base": 0 for name in (*SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_limit": 0xFFFF for name in (*SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_access": DATA_ACCESS for name in SEGMENTS},
+    "cs_access": CODE_ACCESS,
+    "ldtr_access": 0x82,
+    "tr_access": 0x8B,
+    "cr0": 0x6000_0010,
+    "cr2": 0,
+    "cr3": 0,
+    "cr4": 0,
+    "dr0": 0,
+    "dr1": 0,
+    "dr2": 0,
+    "dr3": 0,
+    "dr6": 0xFFFF_0FF0,
+    "dr7": 0x400,
+    **dict.fromkeys(CPU_MSRS.values(), 0),
+}
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
@@ -244,7 +261,7 @@ class ScriptedEngine:
         self._on_rdmsr: contract.MsrRead | None = None
         self._on_cpuid: contract.Cpuid | None = None
         self._ram: list[tuple[int, mmap]] = []
-        self._registers = dict.fromkeys(REGISTERS, 0)
+        self._registers = dict(RESET_REGISTERS)
         self._kicked = False
         self._running = False
         self._closed = False
@@ -289,20 +306,13 @@ class ScriptedEngine:
         self._cuts_left = injections
 
     def reset(self, cs: int, ip: int) -> None:
-        self._registers = dict.fromkeys(REGISTERS, 0)
-        self._registers["cs"] = cs
-        self._registers["rip"] = ip
+        self._registers = dict(RESET_REGISTERS)
+        self._registers.update(cs=cs, cs_base=cs << 4, rip=ip)
         self._frames = [_Frame(self._guest(), FLAGS_FIXED)]
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
         self.idt_vectoring_info = 0
-
-    def reset_protected(self, eip: int) -> None:
-        self.reset(FLAT_CODE, eip)
-        for name in ("es", "ss", "ds", "fs", "gs"):
-            self._registers[name] = FLAT_DATA
-        self._registers["cr0"] = CR0_RESET | CR0_PE
 
     def kick(self) -> None:
         self._kicked = True
@@ -313,13 +323,12 @@ class ScriptedEngine:
     def registers(self) -> dict[str, int]:
         return {**self._registers, "rflags": self.rflags}
 
-    def set_register(self, name: str, value: int) -> None:
-        if name == "rflags":
-            self.rflags = value | FLAGS_FIXED
-        elif name in WRITABLE:
-            self._registers[name] = value
-        else:
-            raise ValueError(f"no such register: {name}")
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        unknown = sorted(values.keys() - RESET_REGISTERS.keys() - {"rflags"})
+        if unknown:
+            raise ValueError(f"no such register: {unknown[0]}")
+        self._registers.update(values)
+        self.rflags = self._registers.pop("rflags", self.rflags) | FLAGS_FIXED
 
     def close(self) -> None:
         self._closed = True

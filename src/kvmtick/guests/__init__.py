@@ -41,6 +41,7 @@ kvmtick.guests.build`` assembles them into the ``.bin`` files.
 import difflib
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
@@ -219,7 +220,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A flat image, ready to be put into guest memory and started."""
+    """What goes into guest memory, and how the vCPU that boots starts on it."""
 
     name: str
     image: bytes
@@ -227,11 +228,16 @@ class Guest:
     load_at: int
     """Guest-physical address."""
     entry: tuple[int, int]
-    """Real-mode (cs, ip) of the first instruction."""
+    """Real-mode (cs, ip) of the first instruction; unused if there is a `start`."""
     parameters: ParameterOffsets | None
     """Where to read the guest's own tick count; None for a foreign image."""
     needs: Needs = DEFAULT_NEEDS
     """What the VMM must set up before it starts."""
+    pieces: tuple[tuple[int, bytes], ...] = ()
+    """More bytes for guest memory, each with its guest-physical address."""
+    start: Mapping[str, int] | None = None
+    """The state it starts in: registers as `Engine.set_registers` takes them, over those of a reset
+    (`kvmtick.guests.start`). None: real mode at `entry`."""
 
 
 def names() -> dict[str, str]:

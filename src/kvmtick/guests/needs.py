@@ -27,6 +27,9 @@ _TIMER_PIN: Final = 2
 class Needs:
     """What a guest needs of its VMM. The defaults are a PC with one CPU, as KVM sets it up."""
 
+    ram_bytes: int = 2 << 20
+    """RAM from guest-physical 0 on; the default is all that real mode can address, and room."""
+
     vcpus: int = 1
     """vCPUs with the ids 0 .. `vcpus` - 1; the guest starts all but 0 itself."""
     gsi0: Literal["default", "ioapic-pin-2", "msi"] = "default"

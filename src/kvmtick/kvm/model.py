@@ -38,7 +38,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.cpu.engine import Engine
-from kvmtick.guests import Guest, Needs, Parameters
+from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs, Parameters
 from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, Pit, nominal_period_ns
 from kvmtick.irqchip.i8259 import Pic, PicState
@@ -72,7 +72,7 @@ MAX_APIC_BUS_CYCLE_NS = ((1 << 64) - 1) // (0xFFFF_FFFF * 128)
 
 
 class ModelVm(Closing):
-    """One VM of the model, with 2 MiB of RAM at guest-physical 0. A context manager."""
+    """One VM of the model, with RAM at guest-physical 0. A context manager."""
 
     def __init__(
         self,
@@ -81,11 +81,13 @@ class ModelVm(Closing):
         seed: int = 0,
         detail: bool = False,
         engine: Callable[[], Engine] | None = None,
+        ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults. `detail`: record the
         events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
+        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many.
         """
-        self.machine = Machine(clock, seed, detail)
+        self.machine = Machine(clock, seed, detail, ram_bytes)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
         self._engine = engine or _unicorn_engine

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mmap import mmap
 
 from kvmtick.cpu.engine import Engine, ExitReason
-from kvmtick.guests import Guest
+from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.ports import PortMap
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
@@ -29,10 +29,7 @@ from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
-__all__ = ["RAM_BYTES", "Exit", "Machine"]
-
-RAM_BYTES = 2 << 20
-"""All that real mode can address, with room behind it."""
+__all__ = ["Exit", "Machine"]
 
 SLICE_INSTRUCTIONS = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
@@ -67,7 +64,13 @@ class Exit:
 class Machine:
     """One PC."""
 
-    def __init__(self, clock: str = "virtual", seed: int = 0, detail: bool = False) -> None:
+    def __init__(
+        self,
+        clock: str = "virtual",
+        seed: int = 0,
+        detail: bool = False,
+        ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
+    ) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need."""
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
@@ -79,7 +82,7 @@ class Machine:
         self.host = HostModel(seed)
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
-        self.ram: mmap = mmap(-1, RAM_BYTES)
+        self.ram: mmap = mmap(-1, ram_bytes)
         self.loaded: list[Guest] = []
         self.loaded_ns = 0
         self._exit: Exit | None = None
@@ -111,8 +114,9 @@ class Machine:
         return vcpu
 
     def load(self, guest: Guest) -> None:
-        """Copy an image into RAM and let the vCPU that boots start at its entry."""
-        self.write_memory(guest.load_at, guest.image)
+        """Copy a guest into RAM and let the vCPU that boots start on it."""
+        for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
+            self.write_memory(gpa, data)
         self.loaded.append(guest)
         self.loaded_ns = self.clock.now_ns
         self._exit = None
@@ -121,7 +125,8 @@ class Machine:
 
     def _place(self, vcpu: Vcpu) -> None:
         if vcpu.is_bsp:
-            vcpu.start_at(*self.loaded[-1].entry)
+            guest = self.loaded[-1]
+            vcpu.start_at(*guest.entry, guest.start)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest RAM; ValueError if it does not fit."""

@@ -9,6 +9,7 @@ Not modelled: SMM, nested guests, APICv (the local APIC is always emulated in so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
@@ -322,9 +323,13 @@ class Vcpu:
         self.engine.reset(*RESET_CS_IP)
         self._take_over_state()
 
-    def start_at(self, cs: int, ip: int) -> None:
-        """Real mode at `cs`:`ip`, as user space starts a vCPU (KVM_SET_SREGS, KVM_SET_REGS)."""
+    def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
+        """Real mode at `cs`:`ip`, or the state that `registers` make of it, as user space starts a
+        vCPU (KVM_SET_SREGS, KVM_SET_REGS).
+        """
         self.engine.reset(cs, ip)
+        if registers is not None:
+            self.engine.set_registers(registers)
         self._take_over_state()
         self.make_runnable()
 

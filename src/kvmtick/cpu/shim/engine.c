@@ -47,7 +47,7 @@ int open_cpu(void **uc)
     if (error) {
         return error;
     }
-    if ((error = lib.ctl(*uc, UC_CTL_CPU_MODEL, UC_CPU_SANDYBRIDGE)) ||
+    if ((error = lib.ctl(*uc, UC_CTL_CPU_MODEL, UC_CPU_ICELAKE_SERVER)) ||
         (error = lib.ctl(*uc, UC_CTL_TCG_BUFFER_SIZE, CODE_CACHE_BYTES)) ||
         /* Without exits enabled, `until` is an exit: leaving then walks page tables and spoils
          * CR2 and the exception in flight. */
@@ -213,19 +213,6 @@ static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwarg
     Py_RETURN_NONE;
 }
 
-static PyObject *after_reset(Engine *self, int error)
-{
-    if (error) {
-        raise_unicorn("reset", error);
-        return NULL;
-    }
-    self->rflags = 2;
-    self->interruptibility = 0;
-    self->retired = 0;
-    self->idt_vectoring_info = 0;
-    Py_RETURN_NONE;
-}
-
 static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"cs", "ip", NULL};
@@ -235,19 +222,16 @@ static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs
         !PyArg_ParseTupleAndKeywords(args, kwargs, "HH:reset", names, &cs, &ip)) {
         return NULL;
     }
-    return after_reset(self, reset_cpu(self, cs, ip));
-}
-
-static PyObject *engine_reset_protected(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"eip", NULL};
-    Engine *self = (Engine *)object;
-    unsigned eip;
-    if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "I:reset_protected", names, &eip)) {
+    int error = reset_cpu(self, cs, ip);
+    if (error) {
+        raise_unicorn("reset", error);
         return NULL;
     }
-    return after_reset(self, reset_cpu_protected(self, eip));
+    self->rflags = 2;
+    self->interruptibility = 0;
+    self->retired = 0;
+    self->idt_vectoring_info = 0;
+    Py_RETURN_NONE;
 }
 
 static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -481,14 +465,13 @@ static PyMethodDef engine_methods[] = {
     {"map_ram", WITH_KEYWORDS(engine_map_ram), "Put RAM at a guest-physical address."},
     {"ram_written", WITH_KEYWORDS(engine_ram_written), "The host wrote guest RAM."},
     {"reset", WITH_KEYWORDS(engine_reset), "Real mode at cs:ip, as after RESET."},
-    {"reset_protected", WITH_KEYWORDS(engine_reset_protected), "32-bit protected mode at eip."},
     {"enter", (PyCFunction)(void (*)(void))engine_enter, METH_FASTCALL | METH_KEYWORDS,
      "Run the guest until the next VM exit."},
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
     {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
     {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},
     {"registers", engine_registers, METH_NOARGS, "The guest's registers by name."},
-    {"set_register", WITH_KEYWORDS(engine_set_register), "Write one register."},
+    {"set_registers", engine_set_registers, METH_O, "Write some of the guest's registers."},
     {"close", engine_close, METH_NOARGS, "Give everything back."},
     {NULL, NULL, 0, NULL},
 };

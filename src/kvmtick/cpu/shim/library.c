@@ -44,9 +44,9 @@ static const struct {
     {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
     {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
     {"helper_cc_compute_all_x86_64", offsetof(Library, cc_compute_all)},
-    {"cpu_x86_update_cr0_x86_64", offsetof(Library, update_cr0)},
-    {"cpu_x86_update_cr3_x86_64", offsetof(Library, update_cr3)},
+    {"cpu_reset", offsetof(Library, cpu_reset)},
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
+    {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
 };
 
@@ -135,6 +135,31 @@ static bool flags_are_at(void *uc, char *env)
            U64(env, ENV_CC_SRC) == 0x41 && compute_rflags(env) == (value | 2);
 }
 
+static bool msr_is_at(void *uc, uint32_t index, uint64_t value, const char *place)
+{
+    struct {
+        uint32_t index;
+        uint64_t value;
+    } msr = {index, value};
+    return lib.reg_write(uc, UC_REG_MSR, &msr) == 0 && U64(place, 0) == value;
+}
+
+static const char *wrong_msr(void *uc, char *env)
+{
+    if (U64(env, ENV_XCR0) != 0x203) return "xcr0"; /* all that the CPU model has */
+    if (!msr_is_at(uc, MSR_SYSENTER_CS, 0x1234, env + ENV_SYSENTER_CS)) return "sysenter_cs";
+    if (!msr_is_at(uc, MSR_SYSENTER_ESP, 0x12345, env + ENV_SYSENTER_ESP)) return "sysenter_esp";
+    if (!msr_is_at(uc, MSR_SYSENTER_EIP, 0x12346, env + ENV_SYSENTER_EIP)) return "sysenter_eip";
+    if (!msr_is_at(uc, MSR_STAR, 0x12347, env + ENV_STAR)) return "star";
+    if (!msr_is_at(uc, MSR_LSTAR, 0x12348, env + ENV_LSTAR)) return "lstar";
+    if (!msr_is_at(uc, MSR_CSTAR, 0x12349, env + ENV_CSTAR)) return "cstar";
+    if (!msr_is_at(uc, MSR_FMASK, 0x1234a, env + ENV_FMASK)) return "fmask";
+    if (!msr_is_at(uc, MSR_KERNEL_GS_BASE, 0x1234b, env + ENV_KERNEL_GS_BASE))
+        return "kernel_gs_base";
+    if (!msr_is_at(uc, MSR_TSC_AUX, 0x1234c, env + ENV_TSC_AUX)) return "tsc_aux";
+    return NULL;
+}
+
 /* The first field that is not where we expect it, or NULL. */
 static const char *wrong_register_field(void *uc, char *env)
 {
@@ -151,7 +176,7 @@ static const char *wrong_register_field(void *uc, char *env)
     if (lib.reg_write(uc, UC_REG_CS, &selector) || U32(SEGMENT(env, CS), SEG_SELECTOR) != 0x1234)
         return "cs";
     if (!idtr_is_at(uc, env + ENV_IDT)) return "idtr";
-    return NULL;
+    return wrong_msr(uc, env);
 }
 
 /* Makes the code that goes through all the functions this module stands in for: an MSR that the
@@ -187,7 +212,7 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     uint64_t flags = 2;
     probe_request = 0;
     intercepted = 0;
-    enter_real_mode(env);
+    enter_real_mode(cpu);
     if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
         lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
         lib.mem_write(uc, 0x1000, PROBE_CODE, sizeof PROBE_CODE) ||

@@ -48,11 +48,10 @@
 #define UC_REG_CR2 52
 #define UC_REG_R15 113
 #define UC_REG_IDTR 242
+#define UC_REG_MSR 248
 #define UC_REG_RFLAGS 253
-/* The last Intel model of Unicorn's list without RDRAND: with it CPUID says so, RDRAND is #UD and
- * runs are repeatable. It has RDTSCP, the TSC deadline timer and x2APIC. */
-#define UC_CPU_SANDYBRIDGE 17
-#define SANDYBRIDGE_SIGNATURE 0x206a1u
+/* The model of Unicorn's list that executes the most of what an Intel processor has. */
+#define UC_CPU_ICELAKE_SERVER 26
 
 #define UC_CTL_WRITE(number, arguments) ((number) | ((arguments) << 26) | (1u << 30))
 #define UC_CTL_USE_EXITS UC_CTL_WRITE(4, 1)
@@ -93,6 +92,16 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
     ENV_IDT = 400,
     ENV_CR = 424,
     ENV_EFER = 592,
+    ENV_SYSENTER_CS = 4800,
+    ENV_SYSENTER_ESP = 4808,
+    ENV_SYSENTER_EIP = 4816,
+    ENV_STAR = 4824,
+    ENV_LSTAR = 4840,
+    ENV_CSTAR = 4848,
+    ENV_FMASK = 4856,
+    ENV_KERNEL_GS_BASE = 4864,
+    ENV_TSC_AUX = 4896,
+    ENV_XCR0 = 4904,
     ENV_ERROR_CODE = 5384,
     ENV_EXCEPTION_IS_INT = 5388,
     ENV_EXCEPTION_NEXT_EIP = 5392,
@@ -117,26 +126,31 @@ enum { RAX, RCX, RDX, RBX };
 #define HF_CS32 (1u << 4)
 #define HF_SS32 (1u << 5)
 #define HF_ADDSEG (1u << 6)
+#define HF_PE (1u << 7)
+#define HF_MP_EM_TS (7u << 9)
 #define HF_LMA (1u << 14)
 #define HF_CS64 (1u << 15)
 #define HF2_NMI (1u << 2) /* NMIs are blocked until IRET */
 #define FLAGS_IF (1u << 9)
 #define FLAGS_DF (1u << 10)
 #define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
-#define EFER_LONG_MODE 0x500u   /* LME, LMA */
-#define CR0_RESET 0x60000010u
-#define CR0_PE 1u
+#define FLAGS_VM (1u << 17)
+#define EFER_LMA (1u << 10)
+#define EFER_LONG_MODE 0x500u /* LME, LMA */
+#define CR0_PE (1u << 0)
+#define CR0_ET (1u << 4)
 #define CR0_PG (1u << 31)
+#define DR6_FIXED 0xffff0ff0u
+#define DR7_FIXED 0x400u
+#define XCR0_X87 1u
 #define DOUBLE_FAULT 8
 #define GENERAL_PROTECTION 13
-#define CODE_SEGMENT_FLAGS 0x009b00u /* present, system, code, readable, accessed */
-#define DATA_SEGMENT_FLAGS 0x009300u
-#define FLAT_CODE_FLAGS 0xc09b00u /* the same with 4 KiB granularity, 32 bits */
-#define FLAT_DATA_FLAGS 0xc09300u
-#define FLAT_CODE_SELECTOR 0x08
-#define FLAT_DATA_SELECTOR 0x10
-#define LDT_FLAGS 0x008200u
-#define BUSY_TSS_FLAGS 0x008b00u
+/* A segment's flags: bits 63:32 of its descriptor. */
+#define SEG_DPL_SHIFT 13
+#define SEG_PRESENT (1u << 15)
+#define SEG_LONG (1u << 21)
+#define SEG_BIG (1u << 22)
+#define CODE_SEGMENT_FLAGS 0x009b00u /* present, code, readable, accessed */
 
 /* ---- the contract's numbers (kvmtick.cpu.engine) ------------------------------------------- */
 
@@ -157,10 +171,16 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 
 /* CPU_MSRS: those that are the CPU's own. */
 #define MSR_SYSENTER_CS 0x174u
+#define MSR_SYSENTER_ESP 0x175u
 #define MSR_SYSENTER_EIP 0x176u
 #define MSR_EFER 0xc0000080u
+#define MSR_STAR 0xc0000081u
+#define MSR_LSTAR 0xc0000082u
+#define MSR_CSTAR 0xc0000083u
 #define MSR_FMASK 0xc0000084u
 #define MSR_FS_BASE 0xc0000100u
+#define MSR_GS_BASE 0xc0000101u
+#define MSR_KERNEL_GS_BASE 0xc0000102u
 #define MSR_TSC_AUX 0xc0000103u
 
 #define INTR_INFO_VALID (1u << 31)
@@ -211,14 +231,14 @@ typedef struct {
     int (*mem_unmap)(void *, uint64_t, uint64_t);
     int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
     int (*mem_write)(void *, uint64_t, const void *, uint64_t);
+    void (*cpu_reset)(void *cpu);
     /* QEMU's own functions, exported with the target's suffix. */
     bool (*cpu_exec_interrupt)(void *cpu, int request);
     void (*do_interrupt)(void *cpu);
     void (*do_interrupt_hardirq)(void *env, int vector, int is_hardware);
     uint64_t (*cc_compute_all)(uint64_t dst, uint64_t src, uint64_t src2, int op);
-    void (*update_cr0)(void *env, uint32_t value);
-    void (*update_cr3)(void *env, uint64_t value);
     void (*update_cr4)(void *env, uint32_t value);
+    void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
@@ -347,11 +367,11 @@ int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);
 
 /* registers.c */
-void enter_real_mode(char *env);
+void update_hflags(char *env);
+void enter_real_mode(char *cpu);
 int reset_cpu(Engine *self, uint16_t cs, uint16_t ip);
-int reset_cpu_protected(Engine *self, uint32_t eip);
 PyObject *engine_registers(PyObject *object, PyObject *unused);
-PyObject *engine_set_register(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *engine_set_registers(PyObject *object, PyObject *values);
 
 /* ---- functions that stand in for the library's ------------------------------------------------
  *
