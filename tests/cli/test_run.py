@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import elf_images
 import pytest
 from terminal import Terminal
 
@@ -193,11 +194,12 @@ def test_a_boot_sector_runs_and_what_it_prints_is_shown(
     result = kvmtick("run", str(boot_sector))
     assert result.code == 0
     assert result.out.startswith(
-        "boot.img on the unicorn CPU with the model's chips, virtual time\n"
+        "B\n\nboot.img on the unicorn CPU with the model's chips, virtual time\n"
     )
-    assert result.out.endswith("debug console:\nB\n")
+    assert "debug console" not in result.out, "it was shown when it came"
     told = run_json(kvmtick, str(boot_sector))
     assert (told["guest"], told["guest_ticks"], told["drift_ppm"]) == ("boot.img", None, None)
+    assert (told["console"], told["serial"]) == ("B", "")
 
 
 def test_a_flat_image_at_its_own_place_with_its_own_counter(
@@ -272,8 +274,47 @@ def test_a_guest_without_ticks_needs_no_table_of_latencies(
 ) -> None:
     result = kvmtick("run", str(boot_sector))
     assert result.code == 0
-    assert "debug console:" in result.out
     assert "hop" not in result.out
+
+
+def test_text_of_a_file_comes_as_it_is_before_the_report(kvmtick: Terminal, tmp_path: Path) -> None:
+    path = tmp_path / "hello.bin"
+    # 'o' to 0xe9, 'k' to 0x3f8, \n to 0xe9, then 3 to the debug exit port
+    path.write_bytes(bytes.fromhex("b06f e6e9 baf803 b06b ee b00a e6e9 b003 e6f4 f4"))
+    result = kvmtick("run", str(path))
+    assert result.code == 4
+    assert result.out.startswith("ok\n\nhello.bin on ")
+    told = run_json(kvmtick, str(path), code=4)
+    assert told["exit"] == {"reason": "guest-error", "code": 3}
+    assert (told["console"], told["serial"]) == ("o\n", "k")
+
+
+def test_what_a_built_in_guest_prints_stands_in_the_report(kvmtick: Terminal) -> None:
+    result = kvmtick("run", "pit-registers")
+    assert "\n\ndebug console:\n" in result.out
+    assert result.out.startswith("pit-registers on ")
+
+
+def test_a_kernel_gets_its_vcpus_command_line_and_modules(
+    kvmtick: Terminal, tmp_path: Path
+) -> None:
+    path, module = tmp_path / "kernel.elf", tmp_path / "module"
+    path.write_bytes(elf_images.kernel())
+    module.write_bytes(b"content")
+    options = ("--append", "one two", "--module", f"{module}:three", "--vcpus", "4", "--ram", "8M")
+    told = run_json(kvmtick, str(path), *options)
+    assert (told["exit"]["reason"], told["console"]) == ("done", "kernel.elf one two")
+    assert told["guest_ticks"] is None
+
+
+def test_a_kernel_is_not_about_ticks_unless_told_so(kvmtick: Terminal, tmp_path: Path) -> None:
+    """It programs the PIT, and spins."""
+    path = tmp_path / "spin.elf"
+    pit = "b034 e643 b0a9 e640 b004 e640"
+    path.write_bytes(elf_images.kernel(bytes.fromhex(pit + "ebfe")))
+    assert run_json(kvmtick, str(path), "--limit", "100ms", code=4)["exit"]["reason"] == "limit"
+    told = run_json(kvmtick, str(path), "--ticks", "3")
+    assert told["exit"]["reason"] == "time", "none of them reached it"
 
 
 def test_the_story_follows_the_report(kvmtick: Terminal) -> None:

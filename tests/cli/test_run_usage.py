@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import elf_images
 import pytest
 from terminal import Terminal
 
@@ -61,6 +62,10 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["--load-at", "0x1000"], "--load-at", "leave it out"),
     (["--entry", "0x1000"], "--entry", "leave it out"),
     (["--counter", "0x1000"], "--counter", "leave it out"),
+    (["--ram", "64M"], "--ram", "leave it out"),
+    (["--vcpus", "2"], "--vcpus", "leave it out"),
+    (["--append", "x"], "--append", "leave it out"),
+    (["--module", "x"], "--module", "leave it out"),
     (["--no-such-option"], "--no-such-option", "see kvmtick run --help"),
     (["--tick", "5"], "--tick", "see kvmtick run --help"),
     (["tick-pic", "tick-if0"], "tick-if0", "see kvmtick run --help"),
@@ -88,8 +93,10 @@ def test_images_that_cannot_be_run(kvmtick: Terminal, tmp_path: Path, json: list
     empty.write_bytes(b"")
     big.write_bytes(bytes(0xF_8001))
     small.write_bytes(b"\xfa\xf4")
+    mb = tmp_path / "mb.elf"
+    mb.write_bytes(elf_images.kernel())
     for arguments, names, remedy in (
-        ([str(empty)], f"'{empty}' is empty", "give a flat binary or a 512-byte boot sector"),
+        ([str(empty)], f"'{empty}' is empty", "give a flat binary, a boot sector, a Multiboot"),
         ([str(big)], "1015809 bytes and does not fit at 0x8000", "choose a lower --load-at"),
         ([str(small), "--load-at", "0xfffff"], "does not fit at 0xfffff", "or a smaller image"),
         ([str(small), "--load-at", "0x100000"], "--load-at 0x100000", "give 0 to 0xfffff"),
@@ -97,6 +104,30 @@ def test_images_that_cannot_be_run(kvmtick: Terminal, tmp_path: Path, json: list
         ([str(small), "--entry", "1048576"], "--entry 0x100000", "give 0 to 0xfffff"),
         ([str(small), "--counter", "0x1ffffd"], "--counter 0x1ffffd", "RAM ends at 0x200000"),
         ([str(small), "--hz", "100"], "--hz 100", "leave it out"),
+        ([str(small), "--append", "x"], "takes no --append", "leave it out"),
+        ([str(small), "--module", str(big)], "takes no --module", "leave it out"),
+        ([str(small), "--ram", "128"], "--ram '128'", "such as 128M"),
+        ([str(small), "--ram", ""], "--ram ''", "such as 128M"),
+        ([str(small), "--ram", "M"], "--ram 'M'", "such as 128M"),
+        ([str(small), "--ram", "-1M"], "--ram '-1M'", "such as 128M"),
+        ([str(small), "--ram", "1.5G"], "--ram '1.5G'", "such as 128M"),
+        ([str(small), "--ram", "1023K"], "--ram 1023K", "give 1M to 3G"),
+        ([str(small), "--ram", "4G"], "--ram 4G", "give 1M to 3G"),
+        ([str(small), "--ram", "2049K"], "--ram 2049K", "a multiple of 4K"),
+        ([str(small), "--vcpus", "0"], "--vcpus 0", "give 1 to 8"),
+        ([str(small), "--vcpus", "9"], "--vcpus 9", "give 1 to 8"),
+        ([str(small), "--vcpus", "two"], "'two'", "give digits only"),
+        ([str(small), "--module", ":x"], "':x'", "give FILE or FILE:TEXT"),
+        ([str(small), "--ram", "1M", "--counter", "0x100000"], "0x100000", "RAM ends at 0x100000"),
+        ([str(mb), "--module", "/no/such"], "'/no/such'", "give a readable file"),
+        ([str(mb), "--ram", "1M"], "RAM ends at 0x100000", "give more --ram"),
+        (
+            [str(mb), "--ram", "2M", "--module", str(big), "--module", str(big)],
+            "has its module at 0x1fa000 to 0x2f2001",
+            "give more --ram",
+        ),
+        ([str(mb), "--load-at", "0x8000"], "has its addresses", "leave --load-at out"),
+        ([str(mb), "--entry", "0x8000"], "has its addresses", "leave --entry out"),
         ([str(small), "--hold", "5ms"], "--hold 5ms", "leave it out"),
         ([str(tmp_path)], f"'{tmp_path}'", "give a readable file"),
     ):

@@ -1,6 +1,7 @@
 """Fixtures of the engine tests."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,8 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     opened: list[UnicornEngine] = []
     init = UnicornEngine.__init__
 
-    def opening(self: UnicornEngine) -> None:
-        init(self)
+    def opening(self: UnicornEngine, **options: Any) -> None:
+        init(self, **options)
         opened.append(self)
 
     monkeypatch.setattr(UnicornEngine, "__init__", opening)

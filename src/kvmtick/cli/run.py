@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import mmap
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmtick import guests
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
@@ -21,14 +23,23 @@ from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
 from kvmtick.trace.ftrace import FtraceWriter
 
+if TYPE_CHECKING:
+    from kvmtick.machine.crash import CrashReport
+    from kvmtick.machine.gdb import GdbServer
+
 __all__ = ["main"]
 
 DEFAULT_GUEST = "tick-pic"
 DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
 MAX_HOLD_MS = 3_600_000
+MAX_PORT = 0xFFFF
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
+FILE_OPTIONS = ("ram", "vcpus", "append", "module", "load-at", "entry", "counter")
+RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LEAST_RAM_BYTES, MOST_RAM_BYTES = 1 << 20, 3 << 30
+MAX_VCPUS = 8
 
 EPILOG = """\
 delays (for --fault):
@@ -46,9 +57,21 @@ verdicts (every expiry gets one):
   dropped      the count it was owed a pulse by was thrown away (unmask, reprogramming)
   outstanding  still under way when the run ended
 
+files (told apart by what is in them):
+  boot sector  512 bytes that end in 55 aa; real mode at 0000:7c00
+  flat binary  real mode at 0x8000, or at --load-at and --entry
+  Multiboot 1  a kernel: an ELF of 32 or 64 bits, or any file whose header has address fields;
+               32-bit protected mode, with command line, modules and memory map
+  ELF          any other; flat segments and a stack of 64 KiB: 64 bits in long mode with the first
+               4 GiB mapped to themselves, 32 bits in protected mode without paging
+
+A file gets a PC with PIT, PICs, IOAPIC and local APICs. It starts on vCPU 0; the others wait for
+INIT and SIPI. What it prints to the serial line (port 0x3f8) and to the debug console (port 0xe9)
+comes to stdout as it is. It leaves by a write to port 0xf4: 0 is success, all else exit code 4.
+
 The run ends when the guest is done, after --for, or after --limit of wall time. A guest that cannot
-get its ticks ends after ten times the time they should take. A file must be a flat real-mode image
-or a 512-byte boot sector; it ends when --ticks ticks have reached it.
+get its ticks ends after ten times the time they should take. A file ends when --ticks ticks have
+reached it: 1000 if it starts in real mode, Multiboot kernels and ELF files only if that is asked.
 """
 
 
@@ -60,7 +83,7 @@ def parser() -> Parser:
         usage="kvmtick run [GUEST] [OPTION ...]",
         description="Boot a guest and follow its timer ticks through KVM's chips.\n\nguests:\n"
         + listing
-        + "\n  FILE           a flat binary or a boot sector of your own",
+        + "\n  FILE           a flat binary, boot sector, Multiboot kernel or ELF of your own",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -88,9 +111,24 @@ def parser() -> Parser:
         action="store_true",
         help="nmi-watchdog leaves its ticks unacknowledged: with reinject on one NMI comes",
     )
-    add("--load-at", metavar="ADDRESS", help="where a file goes (0x8000, boot sectors 0x7c00)")
-    add("--entry", metavar="ADDRESS", help="where a file starts (where it was loaded)")
-    add("--counter", metavar="ADDRESS", help="where a file keeps its own 32-bit tick count")
+    add = p.add_argument_group("a file of your own").add_argument
+    add("--ram", metavar="SIZE", help="its RAM, 1M to 3G (128M; 2M if it starts in real mode)")
+    add("--vcpus", metavar="N", help="how many vCPUs it has, 1 to 8 (1)")
+    add("--append", metavar="TEXT", help="a Multiboot kernel's command line, behind its file name")
+    add(
+        "--module",
+        metavar="FILE[:TEXT]",
+        action="append",
+        default=[],
+        help="a Multiboot module and its arguments; may be repeated",
+    )
+    add(
+        "--load-at",
+        metavar="ADDRESS",
+        help="where a flat binary goes (0x8000, boot sectors 0x7c00)",
+    )
+    add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
+    add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
     add = p.add_argument_group("how").add_argument
     add(
         "--clock",
@@ -115,6 +153,12 @@ def parser() -> Parser:
     )
     add("--seed", metavar="N", default="0", help="seed of the faults (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
+    add(
+        "--gdb",
+        metavar="PORT",
+        help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
+        " unless you give one",
+    )
     add = p.add_argument_group("what to show").add_argument
     add("--story", metavar="N", help="tell the life of tick N, step by step")
     add("--trace", metavar="FILE", help="write the events as ftrace text")
@@ -127,32 +171,43 @@ def main(argv: list[str]) -> int:
     options = parser().parse_command_line(argv)
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
-    limit_s = _limit_s(options.limit)
-    ticks = _ticks(options)
+    gdb_port = _port(options.gdb)
+    limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
+    guest = _guest(options)
+    ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
     with contextlib.ExitStack() as stack:
-        vm, guest, teller = _build(options, stack)
-        with _progress(options, vm, guest, for_ns):
+        vm, teller = _build(options, guest, stack)
+        gdb = None if gdb_port is None else _gdb(gdb_port, vm, stack)
+        with _progress(options, vm, guest, for_ns, ticks), _live_text(options, vm, guest):
             run = vm.run(
+                until=None if gdb is None else gdb.poll,
                 ticks=ticks if guest.parameters is None else None,
                 for_ns=for_ns,
                 limit_s=limit_s,
                 counter=_address("--counter", options.counter),
             )
-        _report(options, run, teller)
-        if run.exit.is_failure:
+        if gdb is not None:
+            gdb.finish(run.exit)
+        crash = _crash(vm, run)
+        _report(options, guest, run, teller, crash)
+        if crash is not None:
             print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
-            print(vm.machine.crash_report(), file=sys.stderr)
+            print(crash.text(), file=sys.stderr)
             return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
 
 
 def _build(
-    options: argparse.Namespace, stack: contextlib.ExitStack
-) -> tuple[ModelVm, Guest, StoryTeller | None]:
-    guest = _guest(options)
+    options: argparse.Namespace, guest: Guest, stack: contextlib.ExitStack
+) -> tuple[ModelVm, StoryTeller | None]:
     counter = _address("--counter", options.counter)
     detail = bool(options.trace or options.story)
-    vm = ModelVm(clock=options.clock, seed=_integer("--seed", options.seed), detail=detail)
+    vm = ModelVm(
+        clock=options.clock,
+        seed=_integer("--seed", options.seed),
+        detail=detail,
+        ram_bytes=guest.needs.ram_bytes,
+    )
     stack.callback(vm.close)
     if counter is not None and counter + 4 > len(vm.machine.ram):
         raise UsageError(f"--counter {counter:#x}: RAM ends at {len(vm.machine.ram):#x}")
@@ -171,7 +226,7 @@ def _build(
     stack.enter_context(_trace(options, vm))
     vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
-    return vm, guest, teller
+    return vm, teller
 
 
 # Reading the options.
@@ -200,19 +255,26 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
             )
     load_at = _address("--load-at", options.load_at)
     entry = _address("--entry", options.entry)
+    ram_bytes, vcpus = _ram_bytes(options.ram), _vcpus(options.vcpus)
+    modules = [_module(text) for text in options.module]
     try:
-        return load_file(path, load_at, entry)
+        return load_file(
+            path,
+            load_at,
+            entry,
+            ram_bytes=ram_bytes,
+            vcpus=vcpus,
+            append=options.append or "",
+            modules=modules,
+        )
     except LoadError as error:
         raise UsageError(str(error)) from None
 
 
 def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:
-    for option in ("load_at", "entry", "counter"):
-        if getattr(options, option) is not None:
-            raise UsageError(
-                f"--{option.replace('_', '-')}: {name!r} is a built-in guest and has its place;"
-                " leave it out"
-            )
+    for option in FILE_OPTIONS:
+        if vars(options)[option.replace("-", "_")] not in (None, []):
+            raise UsageError(f"--{option}: {name!r} is a built-in guest, no file; leave it out")
     if options.hold is not None and name in guests.names() and name not in HOLDERS:
         raise UsageError(
             f"--hold {options.hold}: {name!r} holds nothing; use {' or '.join(HOLDERS)}"
@@ -241,14 +303,45 @@ def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:
     return guest
 
 
-def _ticks(options: argparse.Namespace) -> int | None:
+def _is_kernel(guest: Guest) -> bool:
+    """A file that does not start in real mode: one that need not be about ticks."""
+    return guest.parameters is None and guest.start is not None
+
+
+def _ticks(options: argparse.Namespace, default: int | None = DEFAULT_TICKS) -> int | None:
     """How many ticks end the run; None with `--for` alone."""
     if options.ticks is None:
-        return None if vars(options)["for"] else DEFAULT_TICKS
+        return None if vars(options)["for"] else default
     ticks = _integer("--ticks", options.ticks)
     if not 1 <= ticks <= MAX_TICKS:
         raise UsageError(f"--ticks {ticks}: give 1 to {MAX_TICKS}, or --for DURATION instead")
     return ticks
+
+
+def _ram_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in RAM_UNITS or not (number.isascii() and number.isdigit()):
+        raise UsageError(f"--ram {text!r} is no size: give a number and K, M or G, such as 128M")
+    ram_bytes = int(number) * RAM_UNITS[unit]
+    if not LEAST_RAM_BYTES <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % mmap.PAGESIZE:
+        raise UsageError(f"--ram {text}: give 1M to 3G, a multiple of 4K")
+    return ram_bytes
+
+
+def _vcpus(text: str | None) -> int:
+    vcpus = 1 if text is None else _integer("--vcpus", text)
+    if not 1 <= vcpus <= MAX_VCPUS:
+        raise UsageError(f"--vcpus {vcpus}: give 1 to {MAX_VCPUS}")
+    return vcpus
+
+
+def _module(text: str) -> tuple[Path, str]:
+    name, _, arguments = text.partition(":")
+    if not name:
+        raise UsageError(f"--module {text!r} names no file: give FILE or FILE:TEXT")
+    return Path(name), arguments
 
 
 def _hz(text: str | None) -> float | None:
@@ -308,7 +401,37 @@ def _address(option: str, text: str | None) -> int | None:
     return address
 
 
+def _port(text: str | None) -> int | None:
+    if text is None:
+        return None
+    port = _integer("--gdb", text)
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"--gdb {text}: no TCP port; give 1 to {MAX_PORT}, or 0 for any")
+    return port
+
+
 # Around the run.
+
+
+def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
+    """gdb is connected, and has let the guest run."""
+    from kvmtick.machine.gdb import GdbServer
+
+    if not all(vcpu.engine.exact for vcpu in vm.machine.board.vcpus):
+        raise UsageError(f"--gdb {port}: steps and breakpoints are exact; leave --fast out")
+    server = GdbServer(vm.machine, lambda: vm.ticks().summary())
+    stack.callback(server.close)
+    try:
+        number = server.listen(port)
+    except OSError as error:
+        raise UsageError(
+            f"--gdb {port}: {error.strerror}; give another port, or 0 for any"
+        ) from None
+    print(
+        f"kvmtick: waiting for gdb: target remote 127.0.0.1:{number}", file=sys.stderr, flush=True
+    )
+    server.wait()
+    return server
 
 
 @contextlib.contextmanager
@@ -338,16 +461,23 @@ def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:
 
 @contextlib.contextmanager
 def _progress(
-    options: argparse.Namespace, vm: ModelVm, guest: Guest, for_ns: int | None
+    options: argparse.Namespace,
+    vm: ModelVm,
+    guest: Guest,
+    for_ns: int | None,
+    wanted: int | None,
 ) -> Iterator[None]:
-    """A bar on the terminal for runs that take long; nothing when nobody watches."""
-    if options.json or not sys.stderr.isatty():
+    """A bar on the terminal for runs that take long; nothing when nobody watches, or where a file
+    prints.
+    """
+    prints = guest.parameters is None and sys.stdout.isatty()
+    if options.json or prints or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    machine, wanted = vm.machine, _ticks(options)
+    machine = vm.machine
     with Progress(
         TextColumn(guest.name),
         BarColumn(),
@@ -370,19 +500,63 @@ def _progress(
             machine.recorder.remove_consumer(show)
 
 
+@contextlib.contextmanager
+def _live_text(options: argparse.Namespace, vm: ModelVm, guest: Guest) -> Iterator[None]:
+    """What a file prints goes to stdout, byte for byte, as it comes; a blank line ends it."""
+    if options.json or guest.parameters is not None:
+        yield
+        return
+    stdout = sys.stdout.buffer
+    at_once = sys.stdout.isatty()
+    last = b""
+
+    def show(byte: int) -> None:
+        nonlocal last
+        last = bytes((byte,))
+        stdout.write(last)
+        if at_once or last == b"\n":
+            stdout.flush()
+
+    vm.machine.ports.on_text = show
+    try:
+        yield
+    finally:
+        vm.machine.ports.on_text = None
+    if last:
+        stdout.write(b"\n" if last == b"\n" else b"\n\n")
+        stdout.flush()
+
+
 # The report.
 
 
-def _report(options: argparse.Namespace, run: Run, teller: StoryTeller | None) -> None:
+def _crash(vm: ModelVm, run: Run) -> CrashReport | None:
+    """What is left to see of a guest that failed."""
+    if not run.exit.is_failure:
+        return None
+    from kvmtick.machine.crash import crash_report
+
+    return crash_report(vm.machine)
+
+
+def _report(
+    options: argparse.Namespace,
+    guest: Guest,
+    run: Run,
+    teller: StoryTeller | None,
+    crash: CrashReport | None,
+) -> None:
     if options.json:
         result = run.as_dict()
+        if crash is not None:
+            result["crash"] = crash.as_dict()
         if teller is not None:
             result["story"] = teller.as_dict()
         print(json.dumps(result))
         return
     from kvmtick.cli.show import show_run
 
-    show_run(run)
+    show_run(run, with_text=guest.parameters is not None)
     if teller is not None:
         print()
         print(teller.text())

@@ -37,8 +37,8 @@ class ReportConsole(Console):
         raise BrokenPipeError
 
 
-def show_run(run: Run, console: Console | None = None) -> None:
-    """Print the report."""
+def show_run(run: Run, console: Console | None = None, *, with_text: bool = True) -> None:
+    """Print the report; `with_text`: and what the guest printed."""
     console = console or ReportConsole()
     show = console.print
     show(
@@ -57,7 +57,7 @@ def show_run(run: Run, console: Console | None = None) -> None:
     show()
     show(_speed(run))
     for name, text in (("debug console", run.console), ("serial line", run.serial)):
-        if text:
+        if text and with_text:
             show(f"\n{name}:")
             console.out(text.rstrip("\n"), highlight=False)
 

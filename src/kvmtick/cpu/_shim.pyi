@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from mmap import mmap
 
-from kvmtick.cpu.engine import Cpuid, MmioRead, MmioWrite, MsrRead, MsrWrite, PortIn, PortOut
+from kvmtick.cpu.engine import (
+    Cpuid,
+    Cr8Read,
+    Cr8Write,
+    MmioRead,
+    MmioWrite,
+    MsrRead,
+    MsrWrite,
+    PortIn,
+    PortOut,
+)
 
 def load(path: str, /) -> None:
     """Load libunicorn from `path` and prove that it is the build the shim knows.
@@ -21,7 +31,7 @@ class Engine:
     idt_vectoring_info: int
     error: str
 
-    def __init__(self) -> None: ...
+    def __init__(self, *, seed: int = 0) -> None: ...
     def attach(
         self,
         on_out: PortOut,
@@ -31,6 +41,8 @@ class Engine:
         on_wrmsr: MsrWrite | None = None,
         on_rdmsr: MsrRead | None = None,
         on_cpuid: Cpuid | None = None,
+        on_cr8_write: Cr8Write | None = None,
+        on_cr8_read: Cr8Read | None = None,
     ) -> None: ...
     def map_ram(self, gpa: int, ram: mmap) -> None: ...
     def ram_written(self, gpa: int, size_bytes: int) -> None: ...

@@ -89,6 +89,7 @@ class UnicornEngine(_shim.Engine):
 
     name = "unicorn"
 
-    def __init__(self) -> None:
+    def __init__(self, *, seed: int = 0) -> None:
+        """`seed` is that of RDRAND and RDSEED."""
         _shim.load(find_library())
-        super().__init__()
+        super().__init__(seed=seed)

@@ -111,6 +111,8 @@ _DESCRIPTIONS: Final = {
     "tick-x2apic": "the local APIC's timer, periodic, in x2APIC mode: all registers are MSRs",
     "nmi-watchdog": "the PIT through LVT0 as an NMI, IF=0 all the time; the handler polls the PIC",
     "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
+    "tick-long": "64-bit mode: the PIT's tick (IOAPIC) and the local APIC's, an interrupt stack each",
+    "exceptions": "64-bit mode: every exception from rings 0 and 3, between and under the PIT's ticks",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)
@@ -121,6 +123,8 @@ _NEEDS: Final = {
     "tick-lapic": Needs(tick_source="lapic", cpuid=()),
     "tick-x2apic": Needs(tick_source="lapic", cpuid=("x2apic",)),
     "ipi-tick": Needs(vcpus=2),
+    "exceptions": Needs(cpuid=()),
+    "tick-long": Needs(gsi0="ioapic-pin-2", cpuid=()),
 }
 """Of the guests that need more than the default."""
 

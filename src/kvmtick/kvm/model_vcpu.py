@@ -190,7 +190,7 @@ class ModelVcpu:
         """KVM_GET_MSRS: values by index, up to the first MSR there is none of."""
         values: dict[int, int] = {}
         for index in indices:
-            value = self.vcpu.exits.get_msr(index)
+            value = self.vcpu.msrs.get(index, host_initiated=True)
             if value is None:
                 break
             values[index] = value
@@ -200,7 +200,7 @@ class ModelVcpu:
         """KVM_SET_MSRS, in order, up to the first that is refused; returns how many were set."""
         done = 0
         for index, value in values.items():
-            if not self.vcpu.exits.set_msr(index, value, host_initiated=True):
+            if not self.vcpu.msrs.set(index, value, host_initiated=True):
                 break
             done += 1
         return done

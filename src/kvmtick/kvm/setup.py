@@ -6,11 +6,10 @@ from typing import Protocol, TypeVar
 from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
 from kvmtick.guests import Needs, gsi_routing
-from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES, LEAF_FEATURES
+from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES, LEAF_FEATURES, LEAVES_TOPOLOGY
 
 __all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
 
-LEAVES_TOPOLOGY = (0xB, 0x1F)
 APIC_ID_SHIFT = 24
 
 
@@ -82,7 +81,8 @@ def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
 
 
 def _check_offered(entries: Iterable[kvm_cpuid_entry2], features: Iterable[str]) -> None:
-    ecx = sum(entry.ecx for entry in entries if entry.function == LEAF_FEATURES)
+    offered = list(entries)
     for feature in features:
-        if not ecx & FEATURES[feature]:
+        function, register, mask = FEATURES[feature]
+        if not any(getattr(e, register) & mask for e in offered if e.function == function):
             raise HostError(f"KVM offers no {feature} here", "choose a guest that does without")

@@ -18,7 +18,7 @@ from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.irqfd import IoEventFds, IrqFds
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.notifiers import Notifiers
-from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
+from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID, IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
@@ -62,6 +62,8 @@ class Board:
         self.ioeventfds = IoEventFds()
         self.source_ids = IrqSourceIds()
         self.vcpus: list[Vcpu] = []
+        self.running: Vcpu | None = None
+        """Of several vCPUs the one whose turn it is."""
         self.pic: Pic | None = None
         self.ioapic: Ioapic | None = None
         self.pit: Pit | None = None
@@ -180,6 +182,11 @@ class Board:
         if self.ioapic is not None:
             messages += self.ioapic.messages()
         return any(irq.delivery_mode in (DM_NMI, DM_INIT) for irq in messages)
+
+    def set_irq_line(self, gsi: int, level: int) -> None:
+        """A device in user space drives a GSI (KVM_IRQ_LINE); without an irqchip nobody listens."""
+        if self.irqchip_in_kernel:
+            self.routing.set_irq(USERSPACE_IRQ_SOURCE_ID, gsi, level, False)
 
     def _accepts_extint(self) -> bool:
         return any(vcpu.accepts_extint() for vcpu in self.vcpus)

@@ -6,8 +6,10 @@ the time it sleeps; in real time the guest is kicked at the deadline by a thread
 sleeps.
 
 Several vCPUs share the machine's one host CPU: each runs for a quantum, round robin, and gives up
-the rest of it when it halts. So at any moment only one of them runs, an event that one causes finds
-the others where they stopped, and a run repeats exactly.
+the rest of it when it halts, or with PAUSE while another one could run. So at any moment only one
+of them runs, an event that one causes finds the others where they stopped, and a run repeats
+exactly. Who sends a message to another vCPU often waits for what comes of it: the message cuts the
+quantum short, and quanta grow back as long as none comes.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from mmap import mmap
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.machine.board import VMM_PID, Board
+from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.ports import PortMap
+from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
-from kvmtick.trace.ftrace import format_line
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
@@ -40,9 +43,12 @@ BLOCK_PASSES = 16
 """How many deadlines may pass over a halted vCPU before the loop looks up."""
 UNLIMITED_INSTRUCTIONS = 1 << 40
 QUANTUM_NS = 100_000
-"""How long a vCPU runs while another one waits for the host CPU."""
+"""How long a vCPU runs while another one waits for the host CPU, at most."""
+SHORT_QUANTUM_NS = 2_000
+"""The same, from when one vCPU has sent another a message."""
 
 _EXIT_HLT = int(ExitReason.HLT)
+_EXIT_PAUSE = int(ExitReason.PAUSE)
 _HALTED = int(MpState.HALTED)
 _RUNNABLE = int(MpState.RUNNABLE)
 
@@ -70,10 +76,15 @@ class Machine:
         seed: int = 0,
         detail: bool = False,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
+        quantum_ns: int = QUANTUM_NS,
     ) -> None:
-        """`clock` is `virtual` or `real`; `detail` records the events only traces need."""
+        """`clock` is `virtual` or `real`; `detail` records the events only traces need;
+        `quantum_ns` is the longest turn of one of several vCPUs.
+        """
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
+        if quantum_ns <= 0:
+            raise ValueError(f"quantum_ns={quantum_ns}: give more than 0")
         self.virtual = clock == "virtual"
         self.clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
@@ -81,12 +92,20 @@ class Machine:
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
+        self.ports.on_unknown_msr = self._unknown_msr
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
+        self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
+        self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
+        self.strict = False
+        """An access to an unknown MSR ends the run."""
         self.ram: mmap = mmap(-1, ram_bytes)
         self.loaded: list[Guest] = []
         self.loaded_ns = 0
         self._exit: Exit | None = None
         self._current = 0
+        self._longest_quantum_ns = quantum_ns
+        self._shortest_quantum_ns = min(quantum_ns, SHORT_QUANTUM_NS)
+        self._quantum_ns = quantum_ns
         self._quantum_end_ns = NEVER_NS
         self._slice_over = False
         self._kicker: Kicker | None = None
@@ -98,6 +117,11 @@ class Machine:
         """The first vCPU that was created; None before that."""
         vcpus = self.board.vcpus
         return vcpus[0] if vcpus else None
+
+    @property
+    def current_vcpu(self) -> Vcpu:
+        """The vCPU whose turn it is, or was last; IndexError if there is none."""
+        return self.board.vcpus[self._current]
 
     def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
         """Wire up a vCPU over `engine`; the caller checks that the id is free."""
@@ -142,6 +166,12 @@ class Machine:
         """Read guest RAM; ValueError if the range is not all RAM."""
         if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
             raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {len(self.ram):#x}")
+        return self.ram[gpa : gpa + size_bytes]
+
+    def read_ram(self, gpa: int, size_bytes: int) -> bytes | None:
+        """As `read_memory`, but None if the range is not all RAM: for page walks."""
+        if gpa + size_bytes > len(self.ram):
+            return None
         return self.ram[gpa : gpa + size_bytes]
 
     def close(self) -> None:
@@ -194,7 +224,7 @@ class Machine:
         if self.started_ns == NEVER_NS:
             self._power_on()
         if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
-            self._quantum_end_ns = self.clock.now_ns + QUANTUM_NS
+            self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
             return self._loop(end_ns, limit_s, until, stopwatch)
@@ -205,11 +235,17 @@ class Machine:
                 self._kicker.disarm()
             self.recorder.flush()
 
+    def stop(self, exit_: Exit) -> None:
+        """End the run, from within it: a debugger's last word."""
+        self._exit = exit_
+        for vcpu in self.board.vcpus:
+            vcpu.engine.kick()
+
     def _power_on(self) -> None:
         """The machine's time starts now; what was set up before took none of it."""
         self.started_ns = self.clock.now_ns
         for vcpu in self.board.vcpus:
-            vcpu.start_tsc_at(self.started_ns)
+            vcpu.power_on(self.started_ns)
 
     def _loop(
         self,
@@ -267,7 +303,7 @@ class Machine:
         vcpu = self._schedule()
         if vcpu is not None:
             if vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
-                self._enter(vcpu, end_ns)
+                self._enter_one_of_several(vcpu, end_ns)
         elif self._is_deadlocked(end_ns):
             return True
         else:
@@ -277,18 +313,37 @@ class Machine:
     def _schedule(self) -> Vcpu | None:
         """Round robin: the current vCPU until its quantum is over or it halts, then the next."""
         vcpus, now_ns = self.board.vcpus, self.clock.now_ns
+        current = vcpus[self._current]
         for vcpu in vcpus:
             if vcpu.kicked:
                 self._meet_busy_host(vcpu)
-        if now_ns < self._quantum_end_ns and self._is_ready(vcpus[self._current]):
-            return vcpus[self._current]
+                if vcpu is not current:
+                    self._quantum_ns = self._shortest_quantum_ns
+                    self._quantum_end_ns = min(self._quantum_end_ns, now_ns + self._quantum_ns)
+        if self._is_ready(current):
+            if now_ns < self._quantum_end_ns:
+                return current
+            self._quantum_ns = min(2 * self._quantum_ns, self._longest_quantum_ns)
         for step in range(1, len(vcpus) + 1):
             index = (self._current + step) % len(vcpus)
             if self._is_ready(vcpus[index]):
                 self._current = index
-                self._quantum_end_ns = now_ns + QUANTUM_NS
+                self._quantum_end_ns = now_ns + self._quantum_ns
                 return vcpus[index]
         return None
+
+    def _enter_one_of_several(self, vcpu: Vcpu, end_ns: int) -> None:
+        """A kick of another vCPU ends its stay in the guest, so does PAUSE while another could run
+        (`kvm_vcpu_on_spin`).
+        """
+        vcpu.exit_on_pause(
+            any(other is not vcpu and self._is_ready(other) for other in self.board.vcpus)
+        )
+        self.board.running = vcpu
+        try:
+            self._enter(vcpu, end_ns)
+        finally:
+            self.board.running = None
 
     def _is_ready(self, vcpu: Vcpu) -> bool:
         if self.clock.now_ns < vcpu.off_until_ns:
@@ -326,6 +381,8 @@ class Machine:
             return
         if reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
             self._slice_over = True
+        elif reason == _EXIT_PAUSE:
+            self._quantum_end_ns = self.clock.now_ns
         elif reason == ExitReason.TRIPLE_FAULT:
             self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
         elif reason == ExitReason.INTERNAL_ERROR:
@@ -420,6 +477,13 @@ class Machine:
                 self.take_vcpu_off(microseconds * 1000, vcpu)
         self._kick_running()
 
+    def _unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
+        """The guest gets #GP; if that shall not pass unseen, the run ends."""
+        if self.strict:
+            what = f"vCPU {vcpu_id} at {rip:#x}: {access} of the unknown MSR {index:#x}"
+            self._exit = Exit("guest-error", detail=f"{what}; without strict it gets #GP")
+            self._kick_running()
+
     # For people.
 
     def snapshot(self) -> dict[str, str]:
@@ -444,20 +508,10 @@ class Machine:
         return state
 
     def crash_report(self) -> str:
-        """Registers and the last events, for a guest that failed."""
-        lines = []
-        for vcpu in self.board.vcpus:
-            registers = vcpu.engine.registers()
-            cells = [f"{name:>6} {value:08x}" for name, value in registers.items()]
-            several = f" of vCPU {vcpu.vcpu_id}" if len(self.board.vcpus) > 1 else ""
-            lines.append(f"registers{several}:")
-            lines += ["  " + "  ".join(cells[row : row + 6]) for row in range(0, len(cells), 6)]
-        lines.append("last events:")
-        tail = self.recorder.tail()
-        lines += [f"  {format_line(record, self.recorder.tasks)}" for record in tail]
-        if not tail:
-            lines.append("  none")
-        return "\n".join(lines)
+        """Registers, code, stack and the last events, for a guest that failed."""
+        from kvmtick.machine.crash import crash_report
+
+        return crash_report(self).text()
 
 
 def _nothing() -> None:

@@ -5,6 +5,8 @@
 * 0xe9, debug console (Bochs, QEMU's isa-debugcon): reads 0xe9, writes a byte of text;
 * 0x3f8-0x3ff, a 16550A UART (National Semiconductor PC16550D datasheet) that sends at once: the
   transmitter is always empty, nothing is ever received;
+* 0x510-0x511, QEMU's firmware configuration (`fw_cfg`), and 0xe0-0xe3 and 0x2000-0x2017, ports of
+  its pc-testdev (`testdev`): every machine has them, for no guest finds them but who looks there;
 * everything else, ports and memory alike, reads all ones, as an undriven bus does.
 
 `handlers` come before all of these: a program that runs the VM answers ports of its own with them.
@@ -41,7 +43,8 @@ class PortMap:
     """User space's side of ports, MMIO and IOAPIC EOIs. What the guest prints is in `console` and
     `serial`.
 
-    Each keeps its first MiB and counts the rest in `dropped_bytes`.
+    Each keeps its first MiB and counts the rest in `dropped_bytes`. `on_text` gets every byte of
+    both when the guest prints it.
     """
 
     def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
@@ -49,7 +52,11 @@ class PortMap:
         self._on_exit = on_exit
         self._on_sleep = on_sleep
         self.handlers: Mapping[int, PortHandler] = {}
+        self.devices: dict[int, PortHandler] = {}
+        """The board's own, by port."""
         self.on_ioapic_eoi: Callable[[int], None] | None = None
+        self.on_text: Callable[[int], None] | None = None
+        self.on_unknown_msr: Callable[[int, str, int, int], None] | None = None
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
@@ -58,7 +65,7 @@ class PortMap:
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
         ones = (1 << 8 * size_bytes) - 1
-        if handler := self.handlers.get(port):
+        if handler := self.handlers.get(port) or self.devices.get(port):
             answer = handler(port, size_bytes, None)
             return ones if answer is None else answer & ones
         if size_bytes == 1:
@@ -70,7 +77,7 @@ class PortMap:
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value`."""
-        if handler := self.handlers.get(port):
+        if handler := self.handlers.get(port) or self.devices.get(port):
             handler(port, size_bytes, value)
         elif port == PORT_DEBUG_EXIT:
             self._on_exit(value)
@@ -93,6 +100,11 @@ class PortMap:
         if self.on_ioapic_eoi is not None:
             self.on_ioapic_eoi(vector)
 
+    def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
+        """KVM_EXIT_X86_RDMSR and _WRMSR: tell who wants to know of unknown MSRs."""
+        if self.on_unknown_msr is not None:
+            self.on_unknown_msr(vcpu_id, access, index, rip)
+
     def _read_uart(self, register: int) -> int:
         if register == UART_LINE_STATUS:
             return LSR_TRANSMITTER_EMPTY
@@ -109,6 +121,8 @@ class PortMap:
             self._uart[register] = value
 
     def _print(self, text: bytearray, byte: int) -> None:
+        if self.on_text is not None:
+            self.on_text(byte)
         if len(text) < CONSOLE_LIMIT_BYTES:
             text.append(byte)
         else:

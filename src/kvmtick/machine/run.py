@@ -83,6 +83,8 @@ class Run:
             "wall_s": self.wall_s,
             "instructions": self.instructions,
             "exit": {"reason": self.exit.reason, "code": self.exit.code},
+            "console": self.console,
+            "serial": self.serial,
             "pit": pit
             and {"count": pit.count, "period_ns": pit.period_ns, "reinject": pit.reinject},
             "guest_ticks": self.guest_ticks,

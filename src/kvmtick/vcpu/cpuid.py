@@ -2,22 +2,42 @@
 
 A vCPU has no CPUID until user space gives it one (KVM_SET_CPUID2): every leaf then reads 0 and
 features that need a bit (x2APIC, the TSC-deadline timer) are absent. `supported` is what the model
-offers (KVM_GET_SUPPORTED_CPUID): the CPU that the unicorn engine executes, with KVM's signature.
+offers (KVM_GET_SUPPORTED_CPUID): the CPU that the unicorn engine executes, the model's local APIC
+and clocks, KVM's signature.
 
-Not modelled: the answer to a leaf out of range (0 here; Intel's highest basic leaf on some hosts),
-the bits that follow CR4 and XCR0, KVM's paravirtual features.
+The clocks are told in leaf 0x15 (TSC and local APIC timer: a crystal of 1 GHz, ratio 1) and, as
+VMMs do, in leaf 0x40000010 (both in kHz), so a guest need not measure them. With another
+KVM_CAP_X86_APIC_BUS_CYCLES_NS the VMM has to change both, as with KVM.
+
+Of the bits that follow the vCPU's state only that of the APIC is there to do so: neither XSAVE nor
+MWAIT nor protection keys are offered.
+
+Not modelled: caches (leaf 4 reads 0), cores and threads (each vCPU is a package of its own), KVM's
+paravirtual features.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 
-__all__ = ["ECX_TSC_DEADLINE", "FEATURES", "Cpuid", "CpuidLeaf", "supported"]
+__all__ = ["ECX_TSC_DEADLINE", "FEATURES", "Cpuid", "CpuidLeaf", "Feature", "supported"]
 
+LEAF_VENDOR = 0
 LEAF_FEATURES = 1
+LEAF_EXTENDED_FEATURES = 7
+LEAF_TOPOLOGY = 0xB
+LEAVES_TOPOLOGY = (LEAF_TOPOLOGY, 0x1F)
+LEAF_CRYSTAL_CLOCK = 0x15
+LEAF_HYPERVISOR = 0x4000_0000
+LEAF_HYPERVISOR_CLOCKS = 0x4000_0010
 LEAF_EXTENDED = 0x8000_0000
+LEAF_BRAND = 0x8000_0002
+LEAF_INVARIANT_TSC = 0x8000_0007
 LEAF_ADDRESS_SIZES = 0x8000_0008
+LEAF_CENTAUR = 0xC000_0000
+
 ECX_SSE3 = 1 << 0
 ECX_SSSE3 = 1 << 9
 ECX_CX16 = 1 << 13
@@ -29,12 +49,14 @@ ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_APIC = 1 << 9
 EDX_BASELINE = 0x0783_FBFD
-"""FPU to SSE2 without VME and MCE's machine checks: what every x86-64 processor has, APIC too."""
-
-FEATURES = {"x2apic": ECX_X2APIC, "tsc_deadline": ECX_TSC_DEADLINE}
-"""The bits of leaf 1's ECX that the model looks at."""
+"""FPU to SSE2 without VME and CLFLUSH: what every x86-64 processor has, APIC too."""
+EBX_TSC_ADJUST = 1 << 1
+EDX_INVARIANT_TSC = 1 << 8
 
 CLFLUSH_64_BYTES = 0x800
+BRAND = "kvmtick virtual CPU @ 1.00GHz"
+AMD_OR_HYGON = ("Auth", "AMDi", "Hygo")
+"""How the vendors' names begin whose CPUs answer a leaf out of range with 0."""
 
 
 class CpuidLeaf(NamedTuple):
@@ -46,6 +68,22 @@ class CpuidLeaf(NamedTuple):
     ebx: int
     ecx: int
     edx: int
+
+
+class Feature(NamedTuple):
+    """A bit of a leaf."""
+
+    function: int
+    register: str
+    mask: int
+
+
+FEATURES = {
+    "x2apic": Feature(LEAF_FEATURES, "ecx", ECX_X2APIC),
+    "tsc_deadline": Feature(LEAF_FEATURES, "ecx", ECX_TSC_DEADLINE),
+    "tsc_adjust": Feature(LEAF_EXTENDED_FEATURES, "ebx", EBX_TSC_ADJUST),
+}
+"""What the model looks at."""
 
 
 class Cpuid:
@@ -65,9 +103,10 @@ class Cpuid:
         return list(self._leaves.values())
 
     def has(self, feature: str) -> bool:
-        """Whether the guest was given `x2apic` or `tsc_deadline`."""
-        leaf = self._leaves.get((LEAF_FEATURES, None))
-        return leaf is not None and bool(leaf.ecx & FEATURES[feature])
+        """Whether the guest was given that one of `FEATURES`."""
+        function, register, mask = FEATURES[feature]
+        leaf = self._find(function, 0)
+        return leaf is not None and getattr(leaf, register) & mask != 0
 
     def maxphyaddr(self) -> int:
         """Bits of a guest-physical address (`cpuid_query_maxphyaddr`)."""
@@ -79,13 +118,37 @@ class Cpuid:
 
     def answer(self, function: int, index: int, apic_enabled: bool) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of a leaf; the APIC bit shows whether IA32_APIC_BASE enables it."""
-        leaf = self._leaves.get((function, None)) or self._leaves.get((function, index))
+        leaf = self._find(function, index)
+        if leaf is None and self._is_out_of_range(function):
+            function = self._leaves[LEAF_VENDOR, None].eax
+            leaf = self._find(function, index)
         if leaf is None:
-            return 0, 0, 0, 0
+            # Below the levels there are, topology tells the subleaf asked for and the APIC id.
+            level = self._find(function, 1) if function in LEAVES_TOPOLOGY else None
+            return (0, 0, index & 0xFF, level.edx) if level is not None else (0, 0, 0, 0)
         edx = leaf.edx
         if function == LEAF_FEATURES and not apic_enabled:
             edx &= ~EDX_APIC
         return leaf.eax, leaf.ebx, leaf.ecx, edx
+
+    def _find(self, function: int, index: int) -> CpuidLeaf | None:
+        return self._leaves.get((function, None)) or self._leaves.get((function, index))
+
+    def _is_out_of_range(self, function: int) -> bool:
+        """Whether Intel's CPUs answer with the highest basic leaf: beyond the highest leaf of its
+        range, or in a range that is not there.
+        """
+        basic = self._leaves.get((LEAF_VENDOR, None))
+        if basic is None or basic.ebx.to_bytes(4, "little").decode("latin-1") in AMD_OR_HYGON:
+            return False
+        if function >> 28 == LEAF_HYPERVISOR >> 28:
+            first = function & ~0xFF
+        elif function >= LEAF_CENTAUR:
+            first = LEAF_CENTAUR
+        else:
+            first = function & LEAF_EXTENDED
+        highest = self._leaves.get((first, None))
+        return highest is None or function > highest.eax
 
 
 def supported() -> list[CpuidLeaf]:
@@ -101,24 +164,29 @@ def supported() -> list[CpuidLeaf]:
         | ECX_TSC_DEADLINE
         | ECX_HYPERVISOR
     )
+    clock_khz = GUEST_TSC_KHZ
     return [
-        CpuidLeaf(0, None, 0xB, *_text("Genu", "ntel", "ineI")),
-        CpuidLeaf(
-            LEAF_FEATURES,
-            None,
-            0x206A1,
-            CLFLUSH_64_BYTES,
-            features,
-            EDX_BASELINE,
-        ),
-        CpuidLeaf(0xB, 0, 0, 1, 0x100, 0),
-        CpuidLeaf(0xB, 1, 0, 0, 0x201, 0),
-        CpuidLeaf(0x4000_0000, None, 0x4000_0001, *_text("KVMK", "VMKV", "M\0\0\0")),
-        CpuidLeaf(0x4000_0001, None, 0, 0, 0, 0),
+        CpuidLeaf(LEAF_VENDOR, None, LEAF_CRYSTAL_CLOCK, *_text("Genu", "ntel", "ineI")),
+        CpuidLeaf(LEAF_FEATURES, None, 0x206A1, CLFLUSH_64_BYTES, features, EDX_BASELINE),
+        CpuidLeaf(LEAF_EXTENDED_FEATURES, 0, 0, EBX_TSC_ADJUST, 0, 0),
+        CpuidLeaf(LEAF_TOPOLOGY, 0, 0, 1, 0x100, 0),
+        CpuidLeaf(LEAF_TOPOLOGY, 1, 0, 1, 0x201, 0),
+        CpuidLeaf(LEAF_CRYSTAL_CLOCK, None, 1, 1, clock_khz * 1000, 0),
+        CpuidLeaf(LEAF_HYPERVISOR, None, LEAF_HYPERVISOR_CLOCKS, *_text("KVMK", "VMKV", "M\0\0\0")),
+        CpuidLeaf(LEAF_HYPERVISOR + 1, None, 0, 0, 0, 0),
+        CpuidLeaf(LEAF_HYPERVISOR_CLOCKS, None, clock_khz, clock_khz, 0, 0),
         CpuidLeaf(LEAF_EXTENDED, None, LEAF_ADDRESS_SIZES, 0, 0, 0),
-        CpuidLeaf(0x8000_0001, None, 0, 0, 0x1, 0x2810_0800),
+        CpuidLeaf(LEAF_EXTENDED + 1, None, 0, 0, 0x1, 0x2810_0800),
+        *_brand(),
+        CpuidLeaf(LEAF_INVARIANT_TSC, None, 0, 0, 0, EDX_INVARIANT_TSC),
         CpuidLeaf(LEAF_ADDRESS_SIZES, None, 0x3028, 0, 0, 0),
     ]
+
+
+def _brand() -> list[CpuidLeaf]:
+    """The brand string: 48 bytes, 16 a leaf."""
+    words = memoryview(BRAND.encode().ljust(48, b"\0")).cast("I")
+    return [CpuidLeaf(LEAF_BRAND + n, None, *words[4 * n : 4 * n + 4]) for n in range(3)]
 
 
 def _text(*parts: str) -> tuple[int, int, int]:

@@ -1,9 +1,10 @@
 """What the guest's accesses lead to while the engine is inside: exits KVM handles itself.
 
 Ports (kvm_fast_pio, kernel_pio), memory that is no RAM (vcpu_mmio_read, vcpu_mmio_write: the local
-APIC, then the devices on the bus, then user space), the MSRs of time and of the local APIC
-(kvm_get_msr_common, kvm_set_msr_common) and CPUID. The engine calls these with the instructions
-retired since the entry, so the time of an access is exact.
+APIC, then the devices on the bus, then user space), MSRs (`kvmtick.vcpu.msr`), CR8 and CPUID. The
+engine calls these with the instructions retired since the entry, so the time of an access is exact.
+
+CR8 is the local APIC's task priority; as with a TPR shadow its accesses leave no trace.
 
 Whoever wants the vCPU's attention makes a request and kicks it; an access that armed an earlier
 timer than the slice was cut for kicks too.
@@ -16,9 +17,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE, MSR_IA32_TSC_DEADLINE, U64
-from kvmtick.irqchip.lapic import is_valid_apic_base
-
 if TYPE_CHECKING:
     from kvmtick.vcpu.vcpu import Vcpu, VcpuBoard
 
@@ -30,13 +28,7 @@ EXIT_MSR_READ = 31
 EXIT_MSR_WRITE = 32
 EXIT_EPT_MISCONFIG = 49
 
-MSR_IA32_TSC = 0x10
-MSR_IA32_TSC_ADJUST = 0x3B
-MSR_KVM_SYSTEM_TIME_NEW = 0x4B56_4D01
-MSR_KVM_PV_EOI_EN = 0x4B56_4D04
-_ABSENT = frozenset({MSR_IA32_TSC_ADJUST, MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_PV_EOI_EN})
-"""User space may read them, CPUID offers none to the guest."""
-APIC_BASE_WITHOUT_LAPIC = 0xFEE0_0900
+CR8_RESERVED = ~0xF
 
 MMIO_READ_UNSATISFIED, MMIO_READ, MMIO_WRITE = range(3)
 
@@ -61,12 +53,14 @@ class UserSpace(Protocol):
     def ioapic_eoi(self, vector: int) -> None:
         """KVM_EXIT_IOAPIC_EOI: the guest ended an interrupt of the IOAPIC in user space."""
 
+    def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
+        """KVM_EXIT_X86_RDMSR (`access` is "read") or _WRMSR ("write"), reason UNKNOWN: #GP."""
+
 
 class ExitHandlers:
     """The handlers of one vCPU; `entered_ns` is when it entered the guest last."""
 
     __slots__ = (
-        "_apic_base",
         "_board",
         "_bus",
         "_clock",
@@ -75,6 +69,7 @@ class ExitHandlers:
         "_queue",
         "_recorder",
         "_vcpu",
+        "cr8",
         "entered_ns",
     )
 
@@ -87,8 +82,8 @@ class ExitHandlers:
         self._bus = board.bus
         self._ports = board.ports
         self._pio_data = 0
-        # IA32_APIC_BASE of a vCPU whose local APIC is user space's business.
-        self._apic_base = APIC_BASE_WITHOUT_LAPIC
+        self.cr8 = 0
+        """CR8 of a vCPU whose local APIC is user space's business."""
         self.entered_ns = 0
         vcpu.engine.attach(
             self.pio_out,
@@ -98,6 +93,8 @@ class ExitHandlers:
             self.wrmsr,
             self.rdmsr,
             self.cpuid,
+            self.write_cr8,
+            self.read_cr8,
         )
 
     def _set_clock(self, retired: int) -> None:
@@ -212,7 +209,9 @@ class ExitHandlers:
         if recorder.detail:
             self._record_exit(EXIT_MSR_WRITE, 0)
         deadline_ns = self._queue.next_ns
-        done = self.set_msr(index, value)
+        done = self._vcpu.msrs.set(index, value)
+        if not done:
+            self._refused("write", index)
         if recorder.detail:
             recorder.kvm_msr(1, index, value, not done)
         self._after_access(deadline_ns)
@@ -224,46 +223,38 @@ class ExitHandlers:
         recorder = self._recorder
         if recorder.detail:
             self._record_exit(EXIT_MSR_READ, 0)
-        value = self.get_msr(index)
+        value = self._vcpu.msrs.get(index)
+        if value is None:
+            self._refused("read", index)
         if recorder.detail:
             recorder.kvm_msr(0, index, value or 0, value is None)
             self._record_entry()
         return value
 
-    def set_msr(self, index: int, value: int, host_initiated: bool = False) -> bool:
-        """`kvm_set_msr_common`, as far as time and the local APIC go; False: refused."""
+    def _refused(self, access: str, index: int) -> None:
+        """`kvm_msr_ignored_check`: user space hears of an MSR that the guest has not."""
         vcpu = self._vcpu
-        lapic = vcpu.lapic
-        if index == MSR_IA32_TSC:
-            vcpu.set_guest_tsc(value)
-            return True
-        if index in _ABSENT:
-            # Taken from user space, and without effect as long as CPUID does not have it.
-            return host_initiated and index == MSR_IA32_TSC_ADJUST
-        if index == MSR_IA32_APICBASE:
-            if lapic is not None:
-                return lapic.set_base(value, host_initiated)
-            if not is_valid_apic_base(value, vcpu.has_cpuid("x2apic"), vcpu.cpuid.maxphyaddr()):
-                return False
-            self._apic_base = value
-            return True
-        if lapic is None:
-            return index == MSR_IA32_TSC_DEADLINE
-        return lapic.write_msr(index, value)
+        if not vcpu.msrs.is_known(index):
+            self._ports.unknown_msr(vcpu.vcpu_id, access, index, vcpu.engine.registers()["rip"])
 
-    def get_msr(self, index: int) -> int | None:
-        """`kvm_get_msr_common`, as far as time and the local APIC go; None: refused."""
-        vcpu = self._vcpu
-        lapic = vcpu.lapic
-        if index == MSR_IA32_TSC:
-            return vcpu.guest_tsc() & U64
-        if index in _ABSENT:
-            return 0
-        if index == MSR_IA32_APICBASE:
-            return self._apic_base if lapic is None else lapic.apic_base
+    # CR8.
+
+    def write_cr8(self, value: int, retired: int) -> bool:
+        """`kvm_set_cr8`; False: #GP."""
+        if value & CR8_RESERVED:
+            return False
+        self._set_clock(retired)
+        lapic = self._vcpu.lapic
         if lapic is None:
-            return 0 if index == MSR_IA32_TSC_DEADLINE else None
-        return lapic.read_msr(index)
+            self.cr8 = value
+        else:
+            lapic.set_tpr(value)
+        return True
+
+    def read_cr8(self, retired: int) -> int:
+        """`kvm_get_cr8`."""
+        lapic = self._vcpu.lapic
+        return self.cr8 if lapic is None else lapic.get_cr8()
 
     # CPUID.
 

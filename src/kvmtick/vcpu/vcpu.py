@@ -9,12 +9,12 @@ Not modelled: SMM, nested guests, APICv (the local APIC is always emulated in so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
 from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
-from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP
+from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
@@ -28,6 +28,7 @@ from kvmtick.vcpu.events import (
     nmi_allowed,
 )
 from kvmtick.vcpu.exits import ExitHandlers, UserSpace
+from kvmtick.vcpu.msr import Msrs
 from kvmtick.vcpu.vmcs import Vmcs, intr_info
 
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
@@ -76,9 +77,13 @@ _INIT_RECEIVED = int(MpState.INIT_RECEIVED)
 _UNINITIALIZED = int(MpState.UNINITIALIZED)
 _SIPI_RECEIVED = int(MpState.SIPI_RECEIVED)
 _AWAIT_SIPI = (_UNINITIALIZED, _INIT_RECEIVED)
+_EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
+_EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 _EXIT_HLT = int(ExitReason.HLT)
 _EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 _EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
+_EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
+_FATAL_EXITS = (int(ExitReason.TRIPLE_FAULT), int(ExitReason.INTERNAL_ERROR))
 
 
 class VcpuBoard(LapicBoard, Protocol):
@@ -88,6 +93,7 @@ class VcpuBoard(LapicBoard, Protocol):
     bus: IoBus
     ports: UserSpace
     pic: Pic | None
+    running: Vcpu | None
 
     @property
     def irqchip_in_kernel(self) -> bool:
@@ -116,8 +122,10 @@ class Vcpu:
         "_board",
         "_clock",
         "_eoi_exit_vector",
+        "_exits_on_pause",
         "_pic",
         "_recorder",
+        "_step_over",
         "_tsc_offset_ns",
         "cpuid",
         "engine",
@@ -128,10 +136,13 @@ class Vcpu:
         "kicked",
         "lapic",
         "mp_state",
+        "msrs",
         "off_until_ns",
+        "on_debug",
         "pending",
         "pending_external_vector",
         "requests",
+        "single_step",
         "slept_from_ns",
         "task",
         "vcpu_id",
@@ -163,12 +174,18 @@ class Vcpu:
         self.instructions = 0
         self.off_until_ns = 0
         self.slept_from_ns = 0
+        # KVM_EXIT_DEBUG: a breakpoint, or after KVM_GUESTDBG_SINGLESTEP an instruction or an event.
+        self.on_debug: Callable[[Vcpu], None] | None = None
+        self.single_step = False
+        self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
+        self._exits_on_pause = False
         self._tsc_offset_ns = 0
         self.cpuid = Cpuid()
         self.lapic: Lapic | None = None
         if board.irqchip_in_kernel:
             self.lapic = Lapic(board, self, is_bsp)
+        self.msrs = Msrs(self)
         self.exits = ExitHandlers(board, self)
 
     # Requests and kicks.
@@ -176,9 +193,7 @@ class Vcpu:
     def request_event(self) -> None:
         """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
         self.requests |= _REQ_EVENT
-        self.kicked = True
-        if self.in_guest:
-            self.engine.kick()
+        self.kick()
 
     def request_unblock(self) -> None:
         """`kvm_make_request(KVM_REQ_UNBLOCK)` and `kvm_vcpu_kick`: a timer has expired."""
@@ -202,10 +217,14 @@ class Vcpu:
         self.kick()
 
     def kick(self) -> None:
-        """`kvm_vcpu_kick`: out of the guest, or awake from HLT."""
+        """`kvm_vcpu_kick`: out of the guest, or awake from HLT. Where it waits for its turn, the
+        one that runs has to make room soon.
+        """
         self.kicked = True
         if self.in_guest:
             self.engine.kick()
+        elif self._board.running is not None:
+            self._board.running.engine.kick()
 
     def queue_nmi(self) -> None:
         """`kvm_inject_nmi` and `process_nmi`; never called while guest code runs, at most from
@@ -219,7 +238,7 @@ class Vcpu:
 
     def guest_tsc(self) -> int:
         """The guest's time stamp counter: 1 GHz, from 0 at power-on unless the guest wrote it."""
-        return self._clock.now_ns - self._tsc_offset_ns
+        return self._clock.now_ns - self._tsc_offset_ns & U64
 
     def set_guest_tsc(self, value: int) -> None:
         """The guest, or KVM_SET_MSRS, wrote IA32_TIME_STAMP_COUNTER."""
@@ -230,9 +249,17 @@ class Vcpu:
         self._tsc_offset_ns = zero_ns
         if self._clock.live:
             self.engine.use_host_tsc(zero_ns)
+        elif self.in_guest:
+            # The engine counts from the TSC at the entry.
+            self.engine.kick()
+
+    def power_on(self, now_ns: int) -> None:
+        """The machine's time starts, and with it the TSC, unless user space has set it before."""
+        if not self._tsc_offset_ns:
+            self.start_tsc_at(now_ns)
 
     def has_cpuid(self, feature: str) -> bool:
-        """Whether user space gave the guest `x2apic` or `tsc_deadline`."""
+        """Whether user space gave the guest one of `cpuid.FEATURES`."""
         return self.cpuid.has(feature)
 
     # External interrupts (irq.c).
@@ -367,6 +394,12 @@ class Vcpu:
 
     # One entry and exit.
 
+    def exit_on_pause(self, enabled: bool) -> None:
+        """PAUSE exiting (SDM vol. 3C, 25.6.2): whether another vCPU could use the time."""
+        if enabled != self._exits_on_pause:
+            self._exits_on_pause = enabled
+            self.engine.exit_on_pause(enabled)
+
     def enter(self, budget: int) -> int:
         """`vcpu_enter_guest`: at most `budget` instructions; returns the `ExitReason`."""
         if self.requests and not self.vmcs.entry_intr_info:
@@ -376,26 +409,11 @@ class Vcpu:
         if recorder.detail:
             recorder.kvm_entry(self.vcpu_id, engine.registers()["rip"], vmcs.entry_intr_info)
         self.kicked = False
-        clock = self._clock
-        entered_ns = clock.now_ns
-        self.exits.entered_ns = entered_ns
-        self.in_guest = True
-        try:
-            reason = engine.enter(
-                vmcs.entry_intr_info,
-                vmcs.intr_window_exiting,
-                vmcs.nmi_window_exiting,
-                budget,
-                entered_ns - self._tsc_offset_ns,
-            )
-        finally:
-            self.in_guest = False
-            retired = engine.retired
-            self.instructions += retired
-            if clock.live:
-                clock.refresh()
-            else:
-                clock.now_ns = entered_ns + retired
+        on_debug = self.on_debug
+        if on_debug is None:
+            reason = self._enter_guest(vmcs.entry_intr_info, budget)
+        else:
+            reason = self._enter_debugged(vmcs.entry_intr_info, budget, on_debug)
         vmcs.exit_reason = reason
         vmcs.guest_rflags = engine.rflags
         vmcs.guest_interruptibility = engine.interruptibility
@@ -405,10 +423,67 @@ class Vcpu:
             self.record_exit(reason, 0)
         if reason == _EXIT_HLT:
             self.mp_state = _HALTED
-            self.slept_from_ns = clock.now_ns
+            self.slept_from_ns = self._clock.now_ns
         else:
             self._handle_exit(reason)
+        if self._step_over and on_debug is not None:
+            self._step_over = False
+            on_debug(self)
         return reason
+
+    def _enter_guest(self, intr_info: int, budget: int) -> int:
+        """Let the engine run, and the clock with it."""
+        vmcs, engine, clock = self.vmcs, self.engine, self._clock
+        entered_ns = clock.now_ns
+        self.exits.entered_ns = entered_ns
+        self.in_guest = True
+        try:
+            return engine.enter(
+                intr_info,
+                vmcs.intr_window_exiting,
+                vmcs.nmi_window_exiting,
+                budget,
+                entered_ns - self._tsc_offset_ns & U64,
+            )
+        finally:
+            self.in_guest = False
+            retired = engine.retired
+            self.instructions += retired
+            if clock.live:
+                clock.refresh()
+            else:
+                clock.now_ns = entered_ns + retired
+
+    # A debugger (KVM_SET_GUEST_DEBUG).
+
+    def _enter_debugged(self, intr_info: int, budget: int, on_debug: Callable[[Vcpu], None]) -> int:
+        """One entry, however often a breakpoint or a step interrupts it: `on_debug` has the vCPU
+        meanwhile. So time, slices and trace are those of a run without a debugger.
+        """
+        engine = self.engine
+        while True:
+            steps = self.single_step
+            # With an event to deliver, a step leads to the first instruction of its handler. A
+            # budget of 1 may have come with a kick of the machine's own, which must not be lost,
+            # and neither must one from the kicker's thread.
+            delivers = steps and intr_info != 0 and budget > 1 and not self._clock.live
+            if delivers:
+                engine.kick()
+            reason = self._enter_guest(intr_info, 1 if steps else budget)
+            if steps and (intr_info or engine.retired) and reason not in _FATAL_EXITS:
+                self._step_over = not engine.idt_vectoring_info
+            intr_info = 0
+            budget -= engine.retired
+            if reason == _EXIT_PREEMPTION_TIMER:
+                is_ours = steps and budget > 0
+            elif reason == _EXIT_EXTERNAL_INTERRUPT:
+                is_ours = delivers and self._step_over
+            else:
+                is_ours = reason == _EXIT_BREAKPOINT
+            if not is_ours:
+                return reason
+            self._step_over = False
+            on_debug(self)
 
     def serve_requests(self) -> None:
         """The first part of vcpu_enter_guest. It may create an earlier deadline: an automatic EOI

@@ -47,10 +47,10 @@ static bool leave_at_boundary(Engine *self)
 /* CODE hook: before every instruction. */
 void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine)
 {
-    (void)uc;
+    (void)uc, (void)size_bytes;
     Engine *self = engine;
     if (unlikely(address == self->last_address) &&
-        steps_over_finished_rep(self, address, size_bytes)) {
+        steps_over_finished_rep(self, address)) {
         return;
     }
     uint64_t started = self->started;

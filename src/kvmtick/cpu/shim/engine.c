@@ -30,14 +30,16 @@ bool check_idle(const Engine *self)
 
 static void release_engine(Engine *self)
 {
+    leave_engines(self);
     if (self->uc != NULL) {
         lib.close(self->uc);
         self->uc = NULL;
     }
     while (self->ram_count > 0) {
-        PyBuffer_Release(&self->ram[--self->ram_count].view);
+        RamRange *range = &self->ram[--self->ram_count];
+        PyBuffer_Release(&range->view);
+        PyMem_Free(range->code);
     }
-    self->near_span = 0;
     self->gap_count = 0;
 }
 
@@ -87,10 +89,11 @@ int add_hooks(Engine *self)
 
 static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {NULL};
+    static char *names[] = {"seed", NULL};
     Engine *self = (Engine *)object;
+    unsigned long long seed = 0;
     uint64_t rax;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Engine", names)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$K:Engine", names, &seed)) {
         return -1;
     }
     if (lib.handle == NULL || self->uc != NULL) {
@@ -116,8 +119,10 @@ static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
         release_engine(self);
         return -1;
     }
+    join_engines(self);
     self->gaps_stale = true;
     self->rflags = 2;
+    self->random = seed;
     return 0;
 }
 
@@ -195,14 +200,16 @@ static bool check_handlers(PyObject *const *handlers)
 
 static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read",
-                            "on_wrmsr", "on_rdmsr", "on_cpuid",      NULL};
+    static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read", "on_wrmsr",
+                            "on_rdmsr", "on_cpuid", "on_cr8_write",  "on_cr8_read",  NULL};
     Engine *self = (Engine *)object;
     PyObject *given[HANDLERS] = {NULL};
     if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOO:attach", names, &given[ON_OUT],
-                                     &given[ON_IN], &given[ON_MMIO_WRITE], &given[ON_MMIO_READ],
-                                     &given[ON_WRMSR], &given[ON_RDMSR], &given[ON_CPUID]) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOOOO:attach", names,
+                                     &given[ON_OUT], &given[ON_IN], &given[ON_MMIO_WRITE],
+                                     &given[ON_MMIO_READ], &given[ON_WRMSR], &given[ON_RDMSR],
+                                     &given[ON_CPUID], &given[ON_CR8_WRITE],
+                                     &given[ON_CR8_READ]) ||
         !check_handlers(given)) {
         return NULL;
     }
@@ -367,6 +374,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
     self->port_read_by = 0;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
+    self->delivering = 0;
     self->intr_info = intr_info;
     set_watch(self);
     I32(self->env, ENV_OLD_EXCEPTION) = -1;
@@ -377,8 +385,9 @@ static bool prepare(Engine *self, uint32_t intr_info)
 static PyObject *finish(Engine *self, int error)
 {
     int reason = classify(self, error);
-    self->rflags = compute_rflags(self->env);
     self->interruptibility = compute_interruptibility(self);
+    carry_over(self);
+    self->rflags = compute_rflags(self->env);
     self->retired = self->started;
     if (reason == EXIT_CALLBACK_FAILED || self->failed) {
         PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);

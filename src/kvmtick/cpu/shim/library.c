@@ -35,11 +35,9 @@ static const struct {
     {"uc_emu_stop", offsetof(Library, emu_stop)},
     {"uc_reg_read", offsetof(Library, reg_read)},
     {"uc_reg_write", offsetof(Library, reg_write)},
-    {"uc_mem_map", offsetof(Library, mem_map)},
     {"uc_mem_map_ptr", offsetof(Library, mem_map_ptr)},
     {"uc_mem_unmap", offsetof(Library, mem_unmap)},
     {"uc_mmio_map", offsetof(Library, mmio_map)},
-    {"uc_mem_write", offsetof(Library, mem_write)},
     {"x86_cpu_exec_interrupt_x86_64", offsetof(Library, cpu_exec_interrupt)},
     {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
     {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
@@ -48,6 +46,13 @@ static const struct {
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
+    {"cpu_restore_state_x86_64", offsetof(Library, restore_state)},
+    {"x86_cpu_get_phys_page_attrs_debug_x86_64", offsetof(Library, page_of)},
+    {"qemu_ram_addr_from_host_x86_64", offsetof(Library, ram_address_of)},
+    {"tb_invalidate_phys_range_x86_64", offsetof(Library, invalidate_range)},
+    {"tlb_set_dirty_x86_64", offsetof(Library, tlb_set_dirty)},
+    {"tlb_reset_dirty_x86_64", offsetof(Library, tlb_reset_dirty)},
+    {"tlb_vaddr_to_host_x86_64", offsetof(Library, tlb_vaddr_to_host)},
 };
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
@@ -179,19 +184,34 @@ static const char *wrong_register_field(void *uc, char *env)
     return wrong_msr(uc, env);
 }
 
-/* Makes the code that goes through all the functions this module stands in for: an MSR that the
- * library's own leave alone, and loads and stores where every access takes the slow path. */
+/* Makes the code that goes through the functions this module stands in for: an MSR that the
+ * library's own leave alone, loads and stores where every access takes the slow path, and a store
+ * that rewrites its own block. Those for instructions of protected mode stand in the same table of
+ * the library, filled by the same loader. */
+#define NOT_PROBED                                                                               \
+    (1u << IRET_REAL | 1u << IRET_PROTECTED | 1u << SYSRET | 1u << SYSENTER | 1u << SYSEXIT)
+#define PROBE_PAGE 0x1000
+#define PROBE_HLT 0x38
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
     0x0f, 0x32, 0x0f, 0x30,                         /* rdmsr; wrmsr */
+    0xce,                                           /* into */
+    0x0f, 0x05,                                     /* syscall: does nothing */
+    0x0f, 0x20, 0xc0, 0x0f, 0x22, 0xc0,             /* mov eax, cr0; mov cr0, eax */
+    0x0f, 0xc7, 0xf0,                               /* rdrand ax */
+    0xfb,                                           /* sti */
     0xa0, 0x00, 0x20, 0xa2, 0x00, 0x20,             /* mov al, [0x2000]; mov [0x2000], al */
     0xa1, 0x00, 0x20, 0xa3, 0x00, 0x20,             /* ax */
     0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
     0x0f, 0x6f, 0x06, 0x00, 0x20,                   /* movq mm0, [0x2000] */
     0x0f, 0x7f, 0x06, 0x00, 0x20,                   /* movq [0x2000], mm0 */
+    0xc6, 0x06, PROBE_HLT, 0x10, 0xf4,              /* mov byte [0x1000 + PROBE_HLT], 0xf4 */
     0xf4,                                           /* hlt */
 };
+_Static_assert(sizeof PROBE_CODE == PROBE_HLT + 1, "the code rewrites its hlt");
+
+static _Alignas(PAGE_BYTES) uint8_t probe_page[PAGE_BYTES];
 
 static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
 {
@@ -204,6 +224,27 @@ static void probe_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t
     (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
 }
 
+static bool stores_are_fast(char *env, bool expected)
+{
+    const void *host = lib.tlb_vaddr_to_host(env, PROBE_PAGE, ACCESS_STORE, MMU_KERNEL);
+    return host == (expected ? probe_page : NULL);
+}
+
+/* What holds code is slow to store to, until it is made fast, until it is made slow. */
+static bool dirty_pages_work(void *uc, char *cpu, char *env)
+{
+    uint64_t ram_address = lib.ram_address_of(uc, probe_page);
+    uintptr_t host = (uintptr_t)probe_page;
+    bool slow = stores_are_fast(env, false);
+    lib.tlb_set_dirty(cpu, PROBE_PAGE);
+    bool fast = stores_are_fast(env, true);
+    lib.tlb_reset_dirty(cpu, host, PAGE_BYTES);
+    bool again = stores_are_fast(env, false);
+    lib.invalidate_range(uc, ram_address, ram_address + PAGE_BYTES);
+    return slow && fast && again &&
+           lib.tlb_vaddr_to_host(env, PROBE_PAGE, ACCESS_LOAD, MMU_KERNEL) == (char *)host;
+}
+
 /* Runs that code with a pending interrupt and looks at what it left. */
 static const char *wrong_execution_field(void *uc, char *cpu, char *env)
 {
@@ -213,21 +254,22 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     probe_request = 0;
     intercepted = 0;
     enter_real_mode(cpu);
+    memcpy(probe_page, PROBE_CODE, sizeof PROBE_CODE);
     if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
-        lib.mem_map(uc, 0x1000, PAGE_BYTES, UC_PROT_ALL) ||
-        lib.mem_write(uc, 0x1000, PROBE_CODE, sizeof PROBE_CODE) ||
+        lib.mem_map_ptr(uc, PROBE_PAGE, PAGE_BYTES, UC_PROT_ALL, probe_page) ||
         lib.mmio_map(uc, 0x2000, PAGE_BYTES, probe_read, NULL, probe_write, NULL) ||
         lib.hook_add(uc, &hook, UC_HOOK_INTR, probe_exception, &probe, 1, 0)) {
         return "memory or hooks";
     }
     POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_take_interrupt;
     U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
-    int error = lib.emu_start(uc, 0x1000, 0, 0, 0);
+    int error = lib.emu_start(uc, PROBE_PAGE, 0, 0, 0);
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    uint64_t end = 0x1000 + sizeof PROBE_CODE;
+    uint64_t end = PROBE_PAGE + sizeof PROBE_CODE;
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
-    if (intercepted != (1u << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
+    if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
+    if ((intercepted | NOT_PROBED) != (1u << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     return NULL;
 }
 
@@ -301,6 +343,21 @@ static const struct {
     [STORES + QUAD] = STANDS_IN(helper_le_stq_mmu_x86_64, store[QUAD]),
     [RDMSR] = STANDS_IN(helper_rdmsr_x86_64, rdmsr),
     [WRMSR] = STANDS_IN(helper_wrmsr_x86_64, wrmsr),
+    [RAISE_INTERRUPT] = STANDS_IN(helper_raise_interrupt_x86_64, raise_interrupt),
+    [INTO] = STANDS_IN(helper_into_x86_64, into),
+    [IRET_REAL] = STANDS_IN(helper_iret_real_x86_64, iret_real),
+    [IRET_PROTECTED] = STANDS_IN(helper_iret_protected_x86_64, iret_protected),
+    [SYSCALL] = STANDS_IN(helper_syscall_x86_64, syscall),
+    [SYSRET] = STANDS_IN(helper_sysret_x86_64, sysret),
+    [SYSENTER] = STANDS_IN(helper_sysenter_x86_64, sysenter),
+    [SYSEXIT] = STANDS_IN(helper_sysexit_x86_64, sysexit),
+    [READ_CR] = STANDS_IN(helper_read_crN_x86_64, read_cr),
+    [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
+    [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
+    [STI] = STANDS_IN(helper_sti_x86_64, sti),
+    [PROTECT_CODE] = STANDS_IN(tlb_protect_code_x86_64, protect_code),
+    [UNPROTECT_CODE] = STANDS_IN(tlb_unprotect_code_x86_64, unprotect_code),
+    [INVALIDATE_STORED] = STANDS_IN(tb_invalidate_phys_page_fast_x86_64, invalidate_stored),
 };
 
 static bool resolve_symbol(const char *path, const char *name, size_t offset)

@@ -25,13 +25,8 @@ static bool is_ram_or_paged(Engine *self, uint64_t linear, unsigned size_bytes)
     if (U64(self->env, ENV_CR) & CR0_PG) {
         return true;
     }
-    const RamRange *first = ram_at(self, (uint32_t)linear);
-    if (first == NULL || ram_at(self, (uint32_t)(linear + size_bytes - 1)) == NULL) {
-        return false;
-    }
-    self->near_ram = first->gpa;
-    self->near_span = first->size_bytes - 7;
-    return true;
+    return ram_at(self, (uint32_t)linear) != NULL &&
+           ram_at(self, (uint32_t)(linear + size_bytes - 1)) != NULL;
 }
 
 /* The bytes of an access from `linear` on that are on its page. */
@@ -94,8 +89,7 @@ static void store_around_ram(Engine *self, uint64_t linear, uint64_t value, unsi
     }
 }
 
-static __attribute__((noinline)) uint64_t load_far(int size, void *env, uint64_t linear,
-                                                   uint32_t oi, uintptr_t return_address)
+static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
 {
     Engine *self = engine_of(env, LOADS + size);
     if (self == NULL || is_ram_or_paged(self, linear, 1u << size)) {
@@ -111,53 +105,36 @@ static bool is_trial_of_ins(const Engine *self)
     if (self->port_read_by == self->started) {
         return false;
     }
-    uint64_t address = self->last_address;
-    for (int i = 0; i < 14; i++, address++) {
-        const uint8_t *code = code_at(self, address, 1);
-        if (code == NULL || !is_prefix(*code)) {
-            return code != NULL && (*code == 0x6c || *code == 0x6d);
-        }
-    }
-    return false;
+    Prefixes prefixes;
+    uint8_t opcode = opcode_at(self, self->last_address, &prefixes);
+    return opcode == 0x6c || opcode == 0x6d;
 }
 
-static __attribute__((noinline)) void store_far(int size, void *env, uint64_t linear,
-                                                uint64_t value, uint32_t oi,
-                                                uintptr_t return_address)
+static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
+                  uintptr_t return_address)
 {
     Engine *self = engine_of(env, STORES + size);
-    if (self == NULL || is_ram_or_paged(self, linear, 1u << size)) {
+    if (self == NULL) {
         lib.genuine.store[size](env, linear, value, oi, return_address);
-        return;
-    }
-    if (!is_trial_of_ins(self)) {
+    } else if (is_ram_or_paged(self, linear, 1u << size)) {
+        lib.genuine.store[size](env, linear, value, oi, return_address);
+        let_stores_be_fast(self, linear, oi);
+    } else if (!is_trial_of_ins(self)) {
         store_around_ram(self, linear, value, 1u << size, oi, return_address);
     }
-}
-
-/* Whether the library does the access in any case, whoever's `env` it is. */
-static bool is_near(uint64_t linear)
-{
-    const Engine *self = entered;
-    return likely(self != NULL && linear - self->near_ram < self->near_span);
 }
 
 #define STAND_IN_FOR_LOAD(name, size)                                                            \
     EXPORTED uint64_t name(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)    \
     {                                                                                            \
-        return is_near(linear) ? lib.genuine.load[size](env, linear, oi, return_address)         \
-                               : load_far(size, env, linear, oi, return_address);                \
+        return load(size, env, linear, oi, return_address);                                      \
     }
 
 #define STAND_IN_FOR_STORE(name, size)                                                           \
     EXPORTED void name(void *env, uint64_t linear, uint64_t value, uint32_t oi,                  \
                        uintptr_t return_address)                                                 \
     {                                                                                            \
-        if (is_near(linear)) {                                                                   \
-            lib.genuine.store[size](env, linear, value, oi, return_address);                     \
-        } else {                                                                                 \
-            store_far(size, env, linear, value, oi, return_address);                             \
-        }                                                                                        \
+        store(size, env, linear, value, oi, return_address);                                     \
     }
 
 STAND_IN_FOR_LOAD(helper_ret_ldub_mmu_x86_64, BYTE)
@@ -230,16 +207,21 @@ static const char *ram_mistake(const Engine *self, uint64_t gpa, const Py_buffer
             return "RAM overlaps RAM that is mapped";
         }
     }
+    if (maps_memory(self, view)) {
+        return "this memory is mapped already: map it once";
+    }
     return self->ram_count == RAM_RANGES_MAX ? "too many RAM ranges" : NULL;
 }
 
-static void insert_ram(Engine *self, uint64_t gpa, const Py_buffer *view)
+static void insert_ram(Engine *self, uint64_t gpa, const Py_buffer *view, uint8_t *code)
 {
+    share_memory(self, view);
     int i = self->ram_count++;
     for (; i > 0 && self->ram[i - 1].gpa > gpa; i--) {
         self->ram[i] = self->ram[i - 1];
     }
-    self->ram[i] = (RamRange){gpa, (uint64_t)view->len, *view};
+    uint64_t ram_address = lib.ram_address_of(self->uc, view->buf);
+    self->ram[i] = (RamRange){gpa, (uint64_t)view->len, *view, ram_address, code};
     self->gaps_stale = true;
 }
 
@@ -261,6 +243,11 @@ PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs)
         PyBuffer_Release(&view);
         return NULL;
     }
+    uint8_t *code = PyMem_Calloc((size_t)view.len / PAGE_BYTES, 1);
+    if (code == NULL) {
+        PyBuffer_Release(&view);
+        return PyErr_NoMemory();
+    }
     int error = unmap_gaps(self);
     if (!error) {
         error = lib.mem_map_ptr(self->uc, gpa, (uint64_t)view.len, UC_PROT_ALL, view.buf);
@@ -269,9 +256,10 @@ PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs)
     if (error) {
         raise_unicorn("map_ram", error);
         PyBuffer_Release(&view);
+        PyMem_Free(code);
         return NULL;
     }
-    insert_ram(self, gpa, &view);
+    insert_ram(self, gpa, &view, code);
     Py_RETURN_NONE;
 }
 
@@ -284,15 +272,6 @@ PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs)
         !PyArg_ParseTupleAndKeywords(args, kwargs, "KK:ram_written", names, &gpa, &size_bytes)) {
         return NULL;
     }
-    /* Page by page: Unicorn looks up only where a range starts. */
-    unsigned long long end = gpa + size_bytes;
-    while (gpa < end) {
-        unsigned long long next = (gpa | (PAGE_BYTES - 1)) + 1;
-        if (next == 0) {
-            break; /* the last page there can be, and no RAM */
-        }
-        lib.ctl(self->uc, UC_CTL_REMOVE_CACHE, (uint64_t)gpa, (uint64_t)(next < end ? next : end));
-        gpa = next;
-    }
+    forget_written(self, gpa, size_bytes);
     Py_RETURN_NONE;
 }

@@ -286,6 +286,7 @@ static int write_registers(Engine *self, const Write *writes, Py_ssize_t count)
         write_debug_registers(self, writes, count); /* finds the breakpoints' pages: comes last */
     }
     self->last_address = NO_ADDRESS;
+    self->iret_at = 0; /* RF counts for the first instruction */
     self->rflags = compute_rflags(self->env);
     return error;
 }

@@ -56,7 +56,6 @@
 #define UC_CTL_WRITE(number, arguments) ((number) | ((arguments) << 26) | (1u << 30))
 #define UC_CTL_USE_EXITS UC_CTL_WRITE(4, 1)
 #define UC_CTL_CPU_MODEL UC_CTL_WRITE(7, 1)
-#define UC_CTL_REMOVE_CACHE UC_CTL_WRITE(9, 2)
 #define UC_CTL_FLUSH_TLB UC_CTL_WRITE(11, 0)
 #define UC_CTL_TCG_BUFFER_SIZE UC_CTL_WRITE(13, 1)
 
@@ -111,7 +110,7 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
 
 enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
 enum { ES, CS, SS, DS, FS, GS };
-enum { RAX, RCX, RDX, RBX };
+enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
@@ -134,17 +133,38 @@ enum { RAX, RCX, RDX, RBX };
 #define FLAGS_IF (1u << 9)
 #define FLAGS_DF (1u << 10)
 #define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
+#define FLAGS_CF 1u
+#define FLAGS_RF (1u << 16)
 #define FLAGS_VM (1u << 17)
+#define EFER_SCE (1u << 0)
+#define EFER_LME (1u << 8)
 #define EFER_LMA (1u << 10)
+#define EFER_DEFINED 0xd01u /* these and NXE */
 #define EFER_LONG_MODE 0x500u /* LME, LMA */
 #define CR0_PE (1u << 0)
 #define CR0_ET (1u << 4)
+#define CR0_NW (1u << 29)
+#define CR0_CD (1u << 30)
 #define CR0_PG (1u << 31)
+#define CR0_DEFINED 0xe005003fu
+#define CR4_PAE (1u << 5)
+#define CR4_LA57 (1u << 12)
+/* What the CPU model executes: TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT LA57 FSGSBASE OSXSAVE
+ * SMEP SMAP PKE. */
+#define CR4_DEFINED 0x7517fcu
+#define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
 #define XCR0_X87 1u
+#define DEBUG_EXCEPTION 1
+#define INVALID_OPCODE 6
 #define DOUBLE_FAULT 8
 #define GENERAL_PROTECTION 13
+#define PAGE_FAULT 14
+#define ERROR_CODE_EXT 1
+#define PAGE_FAULT_WRITE 2
+#define INSTRUCTION_BYTES_MAX 15
+#define OPERAND_64_BITS 2 /* as the helpers have it */
 /* A segment's flags: bits 63:32 of its descriptor. */
 #define SEG_DPL_SHIFT 13
 #define SEG_PRESENT (1u << 15)
@@ -190,6 +210,7 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 #define PAGE_BYTES 4096u
 #define FOUR_GIB (1ull << 32)
 #define NO_ADDRESS UINT64_MAX
+#define NEVER UINT64_MAX
 #define RAM_RANGES_MAX 32
 #define CODE_CACHE_BYTES (64u << 20)
 
@@ -198,11 +219,14 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 /* Sizes of memory accesses, as logarithms. */
 enum { BYTE, WORD, LONG, QUAD, SIZES };
 
-/* What translated code calls for accesses it cannot do by itself; `oi` and the return address are
- * the library's business. Of `value` the low bits count. */
+/* What translated code calls for accesses it cannot do by itself; the return address is the
+ * library's business, and so is `oi` but for the privilege in it. Of `value` the low bits count. */
 typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address);
 typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
                    uintptr_t return_address);
+#define OI_MMU_INDEX(oi) ((oi) & 15)
+#define MMU_KERNEL 2 /* without SMAP */
+enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
 /* The library's own functions that this module stands in front of. */
 typedef struct {
@@ -210,6 +234,22 @@ typedef struct {
     void (*wrmsr)(void *env);
     Load *load[SIZES];
     Store *store[SIZES];
+    void (*raise_interrupt)(void *env, int vector, int size_bytes);
+    void (*into)(void *env, int size_bytes);
+    void (*iret_real)(void *env, int shift);
+    void (*iret_protected)(void *env, int shift, int next_eip);
+    void (*syscall)(void *env, int size_bytes);
+    void (*sysret)(void *env, int operand_size);
+    void (*sysenter)(void *env, int size_bytes);
+    void (*sysexit)(void *env, int operand_size);
+    uint64_t (*read_cr)(void *env, int number);
+    void (*write_cr)(void *env, int number, uint64_t value);
+    uint64_t (*rdrand)(void *env);
+    void (*sti)(void *env);
+    void (*protect_code)(void *uc, uint64_t ram_address);
+    void (*unprotect_code)(void *uc, uint64_t ram_address);
+    void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
+                              uintptr_t return_address);
 } Genuine;
 
 typedef struct {
@@ -226,11 +266,9 @@ typedef struct {
     int (*emu_stop)(void *);
     int (*reg_read)(void *, int, void *);
     int (*reg_write)(void *, int, const void *);
-    int (*mem_map)(void *, uint64_t, uint64_t, uint32_t);
     int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
     int (*mem_unmap)(void *, uint64_t, uint64_t);
     int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
-    int (*mem_write)(void *, uint64_t, const void *, uint64_t);
     void (*cpu_reset)(void *cpu);
     /* QEMU's own functions, exported with the target's suffix. */
     bool (*cpu_exec_interrupt)(void *cpu, int request);
@@ -240,6 +278,13 @@ typedef struct {
     void (*update_cr4)(void *env, uint32_t value);
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    uint64_t (*page_of)(void *cpu, uint64_t linear, void *attributes);
+    uint64_t (*ram_address_of)(void *uc, const void *host);
+    void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
+    void (*tlb_set_dirty)(void *cpu, uint64_t linear);
+    void (*tlb_reset_dirty)(void *cpu, uint64_t host, uint64_t size_bytes);
+    char *(*tlb_vaddr_to_host)(void *env, uint64_t linear, int access, int mmu_index);
     size_t class_slot; /* offset of cpu_exec_interrupt in the CPU class */
 } Library;
 
@@ -251,6 +296,8 @@ typedef struct {
     uint64_t gpa;
     uint64_t size_bytes;
     Py_buffer view;
+    uint64_t ram_address; /* the library's own numbering of RAM */
+    uint8_t *code;        /* a byte a page: whether the engine has translated code there */
 } RamRange;
 
 typedef struct Engine Engine;
@@ -262,11 +309,24 @@ typedef struct { /* physical memory that is no RAM */
 } Gap;
 
 /* In the order of `attach`; the first two are always there. */
-enum { ON_OUT, ON_IN, ON_MMIO_WRITE, ON_MMIO_READ, ON_WRMSR, ON_RDMSR, ON_CPUID, HANDLERS };
+enum {
+    ON_OUT,
+    ON_IN,
+    ON_MMIO_WRITE,
+    ON_MMIO_READ,
+    ON_WRMSR,
+    ON_RDMSR,
+    ON_CPUID,
+    ON_CR8_WRITE,
+    ON_CR8_READ,
+    HANDLERS
+};
 
 struct Engine {
     PyObject_HEAD
-    void *uc; /* NULL when closed */
+    Engine *next_opened;
+    Engine *sharing; /* the next one in the ring of those that share RAM; itself when alone */
+    void *uc;        /* NULL when closed */
     char *cpu;
     char *env;
 
@@ -284,6 +344,11 @@ struct Engine {
 
     int exit_reason;
     uint32_t intr_info; /* the event of this entry until it is delivered */
+    int delivering;     /* the event being delivered: of which kind (events.c) */
+    unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
+    uint64_t iret_at;                  /* `started` at the last IRET */
+    uint64_t sti_at;                   /* the same of STI */
+    uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc;
     bool host_tsc;
     int64_t host_tsc_offset_ns;
@@ -297,8 +362,6 @@ struct Engine {
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
     uint64_t port_read_by; /* `started` at the last port read: which instruction that was */
-    uint64_t near_ram;  /* start of the RAM range that was last accessed the slow way */
-    uint64_t near_span; /* addresses from there on with 8 bytes of RAM: of its size, all but 7 */
     Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
     int gap_count;
     bool gaps_stale;
@@ -328,9 +391,13 @@ bool check_idle(const Engine *self);
 
 /* state.c */
 uint64_t compute_rflags(const char *env);
-const uint8_t *code_at(const Engine *self, uint64_t linear, uint32_t size_bytes);
-bool is_prefix(uint8_t byte);
-bool steps_over_finished_rep(const Engine *self, uint64_t address, uint32_t size_bytes);
+typedef struct {
+    bool rep;
+    bool address_size;
+} Prefixes;
+const uint8_t *code_at(const Engine *self, uint64_t linear);
+uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
+bool steps_over_finished_rep(const Engine *self, uint64_t address);
 unsigned compute_interruptibility(const Engine *self);
 
 /* boundary.c */
@@ -342,6 +409,8 @@ void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engin
 bool take_entry_event(void *cpu, int request);
 void on_exception(void *uc, uint32_t vector, void *engine);
 bool on_invalid_opcode(void *uc, void *engine);
+void drop_stale_rf(Engine *self);
+void carry_over(Engine *self);
 
 /* callbacks.c */
 void take_gil(Engine *self);
@@ -355,6 +424,14 @@ uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes);
 void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user);
 uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user);
 
+/* code.c */
+void join_engines(Engine *self);
+void leave_engines(Engine *self);
+bool maps_memory(const Engine *self, const Py_buffer *view);
+void share_memory(Engine *self, const Py_buffer *view);
+void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
+void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
+
 /* memory.c */
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
@@ -362,6 +439,7 @@ PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs);
 
 /* system.c */
+bool is_canonical(const char *env, uint64_t address);
 int on_cpuid(void *uc, void *engine);
 int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);
@@ -380,7 +458,28 @@ PyObject *engine_set_registers(PyObject *object, PyObject *values);
 
 #define EXPORTED __attribute__((visibility("default"), noinline))
 
-enum { LOADS = 0, STORES = SIZES, RDMSR = 2 * SIZES, WRMSR, INTERPOSED_COUNT };
+enum {
+    LOADS = 0,
+    STORES = SIZES,
+    RDMSR = 2 * SIZES,
+    WRMSR,
+    RAISE_INTERRUPT,
+    INTO,
+    IRET_REAL,
+    IRET_PROTECTED,
+    SYSCALL,
+    SYSRET,
+    SYSENTER,
+    SYSEXIT,
+    READ_CR,
+    WRITE_CR,
+    RDRAND,
+    STI,
+    PROTECT_CODE,
+    UNPROTECT_CODE,
+    INVALIDATE_STORED,
+    INTERPOSED_COUNT,
+};
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
 extern __thread unsigned intercepted;
@@ -394,8 +493,30 @@ EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_l
 EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_stl_mmu_x86_64,
     helper_le_stq_mmu_x86_64;
 
+/* events.c */
+EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
+EXPORTED void helper_into_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sti_x86_64(void *env);
+EXPORTED void helper_iret_real_x86_64(void *env, int shift);
+EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
+
+/* syscall.c */
+EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sysret_x86_64(void *env, int operand_size);
+EXPORTED void helper_sysenter_x86_64(void *env, int size_bytes);
+EXPORTED void helper_sysexit_x86_64(void *env, int operand_size);
+
+/* code.c */
+EXPORTED void tlb_protect_code_x86_64(void *uc, uint64_t ram_address);
+EXPORTED void tlb_unprotect_code_x86_64(void *uc, uint64_t ram_address);
+EXPORTED void tb_invalidate_phys_page_fast_x86_64(void *uc, void *pages, uint64_t ram_address,
+                                                  int size_bytes, uintptr_t return_address);
+
 /* system.c */
 EXPORTED void helper_rdmsr_x86_64(void *env);
 EXPORTED void helper_wrmsr_x86_64(void *env);
+EXPORTED void helper_write_crN_x86_64(void *env, int number, uint64_t value);
+EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number);
+EXPORTED uint64_t helper_rdrand_x86_64(void *env);
 
 #endif

@@ -10,19 +10,28 @@ uint64_t compute_rflags(const char *env)
     return rest | arithmetic | (I32(env, ENV_DF) & FLAGS_DF) | 2;
 }
 
-/* The bytes the guest has at `linear`, or NULL. Paging is off: linear is physical. */
-const uint8_t *code_at(const Engine *self, uint64_t linear, uint32_t size_bytes)
+/* The byte the guest has at `linear`, or NULL. Looks at no rights and sets no accessed bits. */
+const uint8_t *code_at(const Engine *self, uint64_t linear)
 {
+    uint64_t gpa = (uint32_t)linear;
+    uint64_t attributes[2]; /* MemTxAttrs, and more */
+    if (U64(self->env, ENV_CR) & CR0_PG) {
+        uint64_t page = lib.page_of(self->cpu, linear, attributes);
+        if (page == NO_ADDRESS) {
+            return NULL;
+        }
+        gpa = page | linear % PAGE_BYTES;
+    }
     for (int i = 0; i < self->ram_count; i++) {
         const RamRange *ram = &self->ram[i];
-        if (linear >= ram->gpa && linear + size_bytes <= ram->gpa + ram->size_bytes) {
-            return (const uint8_t *)ram->view.buf + (linear - ram->gpa);
+        if (gpa - ram->gpa < ram->size_bytes) {
+            return (const uint8_t *)ram->view.buf + (gpa - ram->gpa);
         }
     }
     return NULL;
 }
 
-bool is_prefix(uint8_t byte)
+static bool is_prefix(const Engine *self, uint8_t byte)
 {
     switch (byte) {
     case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: /* segments */
@@ -30,8 +39,26 @@ bool is_prefix(uint8_t byte)
     case 0xf0: case 0xf2: case 0xf3:                                  /* LOCK, REPNE, REP */
         return true;
     default:
-        return false;
+        return (byte & 0xf0) == 0x40 && (U32(self->env, ENV_HFLAGS) & HF_CS64); /* REX */
     }
+}
+
+/* The first byte of the instruction at `linear` that is no prefix, 0 when there is none. */
+uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes)
+{
+    *prefixes = (Prefixes){false, false};
+    for (int i = 0; i < INSTRUCTION_BYTES_MAX; i++) {
+        const uint8_t *code = code_at(self, linear + i);
+        if (code == NULL) {
+            return 0;
+        }
+        if (!is_prefix(self, *code)) {
+            return *code;
+        }
+        prefixes->rep |= *code == 0xf2 || *code == 0xf3;
+        prefixes->address_size |= *code == 0x67;
+    }
+    return 0;
 }
 
 static bool is_string_operation(uint8_t opcode)
@@ -40,47 +67,35 @@ static bool is_string_operation(uint8_t opcode)
            (opcode >= 0xaa && opcode <= 0xaf);
 }
 
+/* The bits of RCX that count the rounds of a REP. */
+static uint64_t count_mask(const Engine *self, bool address_size_prefix)
+{
+    uint32_t hflags = U32(self->env, ENV_HFLAGS);
+    if (hflags & HF_CS64) {
+        return address_size_prefix ? UINT32_MAX : UINT64_MAX;
+    }
+    return !(hflags & HF_CS32) == address_size_prefix ? UINT32_MAX : UINT16_MAX;
+}
+
 /* QEMU runs a REP string instruction once more with the count at zero, only to step over it. The
  * processor has no such step: it is neither counted nor a boundary. */
-bool steps_over_finished_rep(const Engine *self, uint64_t address, uint32_t size_bytes)
+bool steps_over_finished_rep(const Engine *self, uint64_t address)
 {
     uint64_t count = REGISTER(self->env, RCX);
+    Prefixes prefixes;
     if (likely(count & 0xffff)) {
         return false;
     }
-    const uint8_t *code = code_at(self, address, size_bytes);
-    bool repeated = false;
-    bool wide = (U32(self->env, ENV_HFLAGS) & HF_CS32) != 0;
-    if (code == NULL || size_bytes > 15) {
-        return false;
-    }
-    uint32_t i = 0;
-    for (; i < size_bytes && is_prefix(code[i]); i++) {
-        repeated |= code[i] == 0xf2 || code[i] == 0xf3;
-        wide ^= code[i] == 0x67;
-    }
-    return repeated && i < size_bytes && is_string_operation(code[i]) &&
-           (!wide || (uint32_t)count == 0);
+    return is_string_operation(opcode_at(self, address, &prefixes)) && prefixes.rep &&
+           (count & count_mask(self, prefixes.address_size)) == 0;
 }
 
 /* QEMU has one flag for both shadows; the instruction that cast it tells which. */
-static unsigned shadow_kind(const Engine *self)
-{
-    uint64_t address = self->last_address;
-    for (int i = 0; i < 14; i++, address++) {
-        const uint8_t *code = code_at(self, address, 1);
-        if (code == NULL || !is_prefix(*code)) {
-            return code != NULL && *code == 0xfb ? SHADOW_STI : SHADOW_MOV_SS;
-        }
-    }
-    return SHADOW_MOV_SS;
-}
-
 unsigned compute_interruptibility(const Engine *self)
 {
     unsigned state = U32(self->env, ENV_HFLAGS2) & HF2_NMI ? SHADOW_NMI : 0;
     if (U32(self->env, ENV_HFLAGS) & HF_INHIBIT_IRQ) {
-        state |= shadow_kind(self);
+        state |= self->started == self->sti_at ? SHADOW_STI : SHADOW_MOV_SS;
     }
     return state;
 }

@@ -1,27 +1,21 @@
-/* Model-specific registers, CPUID and the time stamp counter. */
+/* Model-specific registers, control registers, CPUID, random numbers and the time stamp counter. */
 
 #include "shim.h"
 
-/* ---- model-specific registers --------------------------------------------------------------- */
-
-/* CPU_MSRS of the contract: the library's own. */
-static bool handlers_answer_msr(uint32_t index)
+/* Addresses have 48 bits, or 57 with CR4.LA57; the ones above repeat the highest. */
+bool is_canonical(const char *env, uint64_t address)
 {
-    bool sysenter = index >= MSR_SYSENTER_CS && index <= MSR_SYSENTER_EIP;
-    bool long_mode = index >= MSR_EFER && index <= MSR_FMASK;
-    bool base_or_aux = index >= MSR_FS_BASE && index <= MSR_TSC_AUX;
-    return !sysenter && !long_mode && !base_or_aux;
+    int unused_bits = U64(env, ENV_CR + 8 * 4) & CR4_LA57 ? 64 - 57 : 64 - 48;
+    return (uint64_t)((int64_t)(address << unused_bits) >> unused_bits) == address;
 }
 
+/* ---- handlers that may refuse --------------------------------------------------------------- */
+
 /* False: #GP. After an exception the instruction counts as done and the execution ends. */
-static bool write_msr(Engine *self, uint32_t index, uint64_t value)
+static bool handler_takes(Engine *self, int which, const unsigned long long *values, size_t count)
 {
-    unsigned long long values[] = {index, value, self->started - 1};
-    if (self->handlers[ON_WRMSR] == NULL) {
-        return false;
-    }
     take_gil(self);
-    PyObject *result = call_handler(self, ON_WRMSR, values, COUNT(values));
+    PyObject *result = call_handler(self, which, values, count);
     int taken = result != NULL ? PyObject_IsTrue(result) : -1;
     Py_XDECREF(result);
     if (taken < 0) {
@@ -31,14 +25,12 @@ static bool write_msr(Engine *self, uint32_t index, uint64_t value)
     return taken != 0;
 }
 
-static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
+/* False: the handler answered None. */
+static bool handler_answers(Engine *self, int which, const unsigned long long *values,
+                            size_t count, uint64_t *value)
 {
-    unsigned long long values[] = {index, self->started - 1};
-    if (self->handlers[ON_RDMSR] == NULL) {
-        return false;
-    }
     take_gil(self);
-    PyObject *result = call_handler(self, ON_RDMSR, values, COUNT(values));
+    PyObject *result = call_handler(self, which, values, count);
     bool answered = result != Py_None;
     if (result != NULL && answered) {
         *value = PyLong_AsUnsignedLongLongMask(result);
@@ -51,12 +43,97 @@ static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
     return answered;
 }
 
+/* ---- model-specific registers --------------------------------------------------------------- */
+
+/* CPU_MSRS of the contract, and what the SDM says of their values. */
+static const struct {
+    uint32_t index;
+    unsigned offset;
+    bool is_address; /* must be canonical */
+    uint64_t reserved;
+} CPU_MSRS[] = {
+    {MSR_SYSENTER_CS, ENV_SYSENTER_CS, false, 0},
+    {MSR_SYSENTER_ESP, ENV_SYSENTER_ESP, true, 0},
+    {MSR_SYSENTER_EIP, ENV_SYSENTER_EIP, true, 0},
+    {MSR_EFER, ENV_EFER, false, ~(uint64_t)EFER_DEFINED},
+    {MSR_STAR, ENV_STAR, false, 0},
+    {MSR_LSTAR, ENV_LSTAR, true, 0},
+    {MSR_CSTAR, ENV_CSTAR, true, 0},
+    {MSR_FMASK, ENV_FMASK, false, ~(uint64_t)UINT32_MAX},
+    {MSR_FS_BASE, ENV_SEGS + SEGMENT_BYTES * FS + SEG_BASE, true, 0},
+    {MSR_GS_BASE, ENV_SEGS + SEGMENT_BYTES * GS + SEG_BASE, true, 0},
+    {MSR_KERNEL_GS_BASE, ENV_KERNEL_GS_BASE, true, 0},
+    {MSR_TSC_AUX, ENV_TSC_AUX, false, ~(uint64_t)UINT32_MAX},
+};
+enum { NO_CPU_MSR = COUNT(CPU_MSRS) };
+
+static size_t find_cpu_msr(uint32_t index)
+{
+    size_t i = 0;
+    while (i < COUNT(CPU_MSRS) && CPU_MSRS[i].index != index) {
+        i++;
+    }
+    return i;
+}
+
+/* False: #GP. LME may not change while paging is on; LMA is read-only. */
+static bool write_efer(char *env, uint64_t value)
+{
+    uint64_t old = U64(env, ENV_EFER);
+    if ((U64(env, ENV_CR) & CR0_PG) && ((old ^ value) & EFER_LME)) {
+        return false;
+    }
+    U64(env, ENV_EFER) = (value & ~(uint64_t)EFER_LMA) | (old & EFER_LMA);
+    return true;
+}
+
+static bool write_cpu_msr(char *env, size_t i, uint64_t value)
+{
+    if ((value & CPU_MSRS[i].reserved) ||
+        (CPU_MSRS[i].is_address && !is_canonical(env, value))) {
+        return false;
+    }
+    switch (CPU_MSRS[i].index) {
+    case MSR_EFER:
+        return write_efer(env, value);
+    case MSR_SYSENTER_CS:
+        U32(env, ENV_SYSENTER_CS) = (uint32_t)value;
+        return true;
+    default:
+        U64(env, CPU_MSRS[i].offset) = value;
+        return true;
+    }
+}
+
+static bool write_msr(Engine *self, uint32_t index, uint64_t value)
+{
+    unsigned long long values[] = {index, value, self->started - 1};
+    size_t i = find_cpu_msr(index);
+    if (i != NO_CPU_MSR) {
+        return write_cpu_msr(self->env, i, value);
+    }
+    return self->handlers[ON_WRMSR] != NULL &&
+           handler_takes(self, ON_WRMSR, values, COUNT(values));
+}
+
+static bool read_msr(Engine *self, uint32_t index, uint64_t *value)
+{
+    unsigned long long values[] = {index, self->started - 1};
+    size_t i = find_cpu_msr(index);
+    if (i != NO_CPU_MSR) {
+        *value = index == MSR_SYSENTER_CS ? U32(self->env, ENV_SYSENTER_CS)
+                                          : U64(self->env, CPU_MSRS[i].offset);
+        return true;
+    }
+    return self->handlers[ON_RDMSR] != NULL &&
+           handler_answers(self, ON_RDMSR, values, COUNT(values), value);
+}
 
 EXPORTED void helper_rdmsr_x86_64(void *env)
 {
     Engine *self = engine_of(env, RDMSR);
     uint64_t value = 0;
-    if (self == NULL || !handlers_answer_msr((uint32_t)REGISTER(env, RCX))) {
+    if (self == NULL) {
         lib.genuine.rdmsr(env);
         return;
     }
@@ -71,13 +148,135 @@ EXPORTED void helper_wrmsr_x86_64(void *env)
 {
     Engine *self = engine_of(env, WRMSR);
     uint64_t value = REGISTER(env, RDX) << 32 | (uint32_t)REGISTER(env, RAX);
-    if (self == NULL || !handlers_answer_msr((uint32_t)REGISTER(env, RCX))) {
+    if (self == NULL) {
         lib.genuine.wrmsr(env);
         return;
     }
     if (!write_msr(self, (uint32_t)REGISTER(env, RCX), value)) {
         lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
     }
+}
+
+/* ---- control registers (SDM vol. 3A, 2.5; vol. 2B, MOV to control registers) ------------------ */
+
+/* Whether CR0 may become this: it may not disagree with itself, nor with the mode it leads to. */
+static bool cr0_is_right(const char *env, uint64_t value)
+{
+    bool pages = U64(env, ENV_CR) & CR0_PG, shall_page = value & CR0_PG;
+    bool code_is_64bit = U32(SEGMENT(env, CS), SEG_FLAGS) & SEG_LONG;
+    if (value > UINT32_MAX || (shall_page && !(value & CR0_PE)) ||
+        ((value & CR0_NW) && !(value & CR0_CD))) {
+        return false;
+    }
+    if (!pages && shall_page && (U64(env, ENV_EFER) & EFER_LME)) {
+        return (U64(env, ENV_CR + 8 * 4) & CR4_PAE) && !code_is_64bit;
+    }
+    return shall_page || !(U32(env, ENV_HFLAGS) & HF_CS64);
+}
+
+static bool cr3_is_right(const char *env, uint64_t value)
+{
+    return !(U32(env, ENV_HFLAGS) & HF_LMA) || value >> PHYSICAL_ADDRESS_BITS == 0;
+}
+
+static bool cr4_is_right(const char *env, uint64_t value)
+{
+    uint64_t changed = U64(env, ENV_CR + 8 * 4) ^ value;
+    bool leaves_mode = (U32(env, ENV_HFLAGS) & HF_LMA) && (changed & (CR4_PAE | CR4_LA57));
+    return (value & ~(uint64_t)CR4_DEFINED) == 0 && !leaves_mode;
+}
+
+/* False: #GP. */
+static bool write_cr8(Engine *self, uint64_t value)
+{
+    unsigned long long values[] = {value, self->started - 1};
+    if (value > 15) {
+        return false;
+    }
+    return self->handlers[ON_CR8_WRITE] == NULL ||
+           handler_takes(self, ON_CR8_WRITE, values, COUNT(values));
+}
+
+static uint64_t read_cr8(Engine *self)
+{
+    unsigned long long values[] = {self->started - 1};
+    uint64_t value = 0;
+    if (self->handlers[ON_CR8_READ] != NULL) {
+        handler_answers(self, ON_CR8_READ, values, COUNT(values), &value);
+    }
+    return value;
+}
+
+static bool write_control_register(Engine *self, int number, uint64_t value)
+{
+    switch (number) {
+    case 0:
+        if (!cr0_is_right(self->env, value)) {
+            return false;
+        }
+        value &= CR0_DEFINED; /* reserved bits stay 0 */
+        break;
+    case 3:
+        if (!cr3_is_right(self->env, value)) {
+            return false;
+        }
+        break;
+    case 4:
+        if (!cr4_is_right(self->env, value)) {
+            return false;
+        }
+        break;
+    case 8:
+        return write_cr8(self, value);
+    default:
+        break;
+    }
+    lib.genuine.write_cr(self->env, number, value);
+    return true;
+}
+
+/* MOV to a control register, and LMSW. */
+EXPORTED void helper_write_crN_x86_64(void *env, int number, uint64_t value)
+{
+    Engine *self = engine_of(env, WRITE_CR);
+    if (self == NULL) {
+        lib.genuine.write_cr(env, number, value);
+        return;
+    }
+    if (!write_control_register(self, number, value)) {
+        lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
+    }
+}
+
+EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number)
+{
+    Engine *self = engine_of(env, READ_CR);
+    if (self != NULL && number == 8) {
+        return read_cr8(self);
+    }
+    return lib.genuine.read_cr(env, number);
+}
+
+/* ---- random numbers --------------------------------------------------------------------------- */
+
+/* splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014). */
+static uint64_t next_random(Engine *self)
+{
+    uint64_t z = self->random += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+/* RDRAND and RDSEED: CF says that there was a number, the other flags are cleared. */
+EXPORTED uint64_t helper_rdrand_x86_64(void *env)
+{
+    Engine *self = engine_of(env, RDRAND);
+    if (self == NULL) {
+        return lib.genuine.rdrand(env);
+    }
+    U64(env, ENV_CC_SRC) = FLAGS_CF;
+    return next_random(self);
 }
 
 /* ---- CPUID ------------------------------------------------------------------------------------ */
@@ -147,6 +346,6 @@ int on_rdtsc(void *uc, void *engine)
 int on_rdtscp(void *uc, void *engine)
 {
     Engine *self = engine;
-    REGISTER(self->env, RCX) = 0; /* IA32_TSC_AUX */
+    REGISTER(self->env, RCX) = (uint32_t)U64(self->env, ENV_TSC_AUX);
     return on_rdtsc(uc, engine);
 }
