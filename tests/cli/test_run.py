@@ -237,8 +237,8 @@ def test_a_guest_that_fails_gives_4_with_registers_and_the_last_events(
     first, *rest = result.err.splitlines()
     assert first.startswith(f"kvmtick: bad.bin: {reason}: ")
     assert words in first
-    assert rest[0] == "registers:"
-    assert any(re.search(r"\brip 0000[78]", line) for line in rest)
+    assert re.fullmatch(r"vCPU 0, (halted|runnable), real mode:", rest[0])
+    assert any(re.search(r"\beip 0000[78]", line) for line in rest)
     assert "last events:" in rest
     assert any("pio_write at 0x80" in line for line in rest)
     assert "Traceback" not in result.err
@@ -305,6 +305,14 @@ def test_a_kernel_gets_its_vcpus_command_line_and_modules(
     told = run_json(kvmtick, str(path), *options)
     assert (told["exit"]["reason"], told["console"]) == ("done", "kernel.elf one two")
     assert told["guest_ticks"] is None
+
+
+def test_the_quantum_of_several_vcpus(kvmtick: Terminal) -> None:
+    """vCPU 1 spins until vCPU 0, which waits for its turn, lets it go on."""
+    short = run_json(kvmtick, "ipi-tick", "--ticks", "20", "--quantum", "1us")
+    long = run_json(kvmtick, "ipi-tick", "--ticks", "20", "--quantum", "5ms")
+    assert short["guest_ticks"] == long["guest_ticks"] == 20
+    assert short["elapsed_ns"] < long["elapsed_ns"]
 
 
 def test_a_kernel_is_not_about_ticks_unless_told_so(kvmtick: Terminal, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["--for", "1e30s"], "'1e30s'", DURATION_REMEDY),
     (["--for", "infs"], "'infs'", DURATION_REMEDY),
     (["--for", "nans"], "'nans'", DURATION_REMEDY),
+    (["--quantum", "100"], "--quantum: duration '100' has no unit", DURATION_REMEDY),
+    (["--quantum", "0us"], "--quantum 0us", "give more than nothing"),
     (["--limit", "60"], "--limit: duration '60' has no unit", DURATION_REMEDY),
     (["tick-if0", "--hold", "50"], "--hold: duration '50' has no unit", DURATION_REMEDY),
     (["tick-if0", "--hold", "1500us"], "--hold 1500us", "give whole milliseconds"),

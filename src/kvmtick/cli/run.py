@@ -18,6 +18,7 @@ from kvmtick.cli.options import Parser
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
 from kvmtick.machine.loader import LoadError, load_file
+from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
@@ -138,6 +139,11 @@ def parser() -> Parser:
         " CLOCK_MONOTONIC (virtual)",
     )
     add(
+        "--quantum",
+        metavar="DURATION",
+        help="how long a vCPU runs at most while another one waits (100us)",
+    )
+    add(
         "--reinject",
         action=BooleanOptionalAction,
         default=None,
@@ -207,6 +213,7 @@ def _build(
         seed=_integer("--seed", options.seed),
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
+        quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
     )
     stack.callback(vm.close)
     if counter is not None and counter + 4 > len(vm.machine.ram):

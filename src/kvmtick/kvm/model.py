@@ -47,7 +47,7 @@ from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
 from kvmtick.kvm.setup import prepare
-from kvmtick.machine.machine import Exit, Machine
+from kvmtick.machine.machine import QUANTUM_NS, Exit, Machine
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.ticks.life import TickAssembler
@@ -82,12 +82,14 @@ class ModelVm(Closing):
         detail: bool = False,
         engine: Callable[[], Engine] | None = None,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
+        quantum_ns: int = QUANTUM_NS,
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults. `detail`: record the
         events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
-        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many.
+        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how long a vCPU
+        runs at most while another one waits.
         """
-        self.machine = Machine(clock, seed, detail, ram_bytes)
+        self.machine = Machine(clock, seed, detail, ram_bytes, quantum_ns)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
         self._engine = engine or _unicorn_engine

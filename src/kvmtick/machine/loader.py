@@ -126,8 +126,6 @@ def _read(path: Path, allow_empty: bool = False) -> bytes:
         raise LoadError(
             f"cannot read {str(path)!r}: {error.strerror}: give a readable file"
         ) from None
-    except ValueError:
-        raise LoadError(f"cannot read {str(path)!r}: give a readable file") from None
     if not contents and not allow_empty:
         raise LoadError(f"{str(path)!r} is empty: {REMEDY}")
     return contents

@@ -32,7 +32,7 @@ from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
-__all__ = ["Exit", "Machine"]
+__all__ = ["QUANTUM_NS", "Exit", "Machine"]
 
 SLICE_INSTRUCTIONS = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
