@@ -22,7 +22,7 @@ the handler ends, the routine goes on behind the access.
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
 guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
 `MmioRead` always go to the handlers), code in RAM, stack, error codes, exceptions other than that
-#GP, software interrupts of the guest itself, SYSCALL, string I/O; MSRs that handlers do not answer
+#GP, software interrupts of the guest itself, SYSCALL, string I/O, CR8; MSRs that handlers do not answer
 read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; a routine cannot
 change what was pushed.
 """
@@ -53,6 +53,7 @@ __all__ = [
     "MovSs",
     "Operation",
     "Out",
+    "Pause",
     "Program",
     "Rdmsr",
     "Rdtsc",
@@ -101,6 +102,7 @@ EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
 EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
 EXIT_HLT = int(ExitReason.HLT)
+EXIT_PAUSE = int(ExitReason.PAUSE)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
@@ -193,6 +195,12 @@ class Hlt:
     __slots__ = ()
 
 
+class Pause:
+    """PAUSE: a turn of a loop that waits for another CPU."""
+
+    __slots__ = ()
+
+
 class Cli:
     """CLI: clear RFLAGS.IF."""
 
@@ -218,7 +226,20 @@ class Rdtsc:
 
 
 Operation: TypeAlias = (
-    Out | In | MmioWrite | MmioRead | Wrmsr | Rdmsr | Cpuid | Spin | Hlt | Cli | Sti | MovSs | Rdtsc
+    Out
+    | In
+    | MmioWrite
+    | MmioRead
+    | Wrmsr
+    | Rdmsr
+    | Cpuid
+    | Spin
+    | Hlt
+    | Pause
+    | Cli
+    | Sti
+    | MovSs
+    | Rdtsc
 )
 Program: TypeAlias = Generator[Operation, int, None]
 """A running routine. A `yield` returns 0 for operations that read nothing."""
@@ -251,6 +272,7 @@ class ScriptedEngine:
         self.retired = 0
         self.idt_vectoring_info = 0
         self.error = ""
+        self._exits_on_pause = False
         self._guest = guest
         self._handlers = dict(handlers or {})
         self._on_out: PortOut | None = None
@@ -279,6 +301,8 @@ class ScriptedEngine:
         on_wrmsr: contract.MsrWrite | None = None,
         on_rdmsr: contract.MsrRead | None = None,
         on_cpuid: contract.Cpuid | None = None,
+        on_cr8_write: contract.Cr8Write | None = None,
+        on_cr8_read: contract.Cr8Read | None = None,
     ) -> None:
         self._on_out = on_out
         self._on_in = on_in
@@ -316,6 +340,9 @@ class ScriptedEngine:
 
     def kick(self) -> None:
         self._kicked = True
+
+    def exit_on_pause(self, enabled: bool) -> None:
+        self._exits_on_pause = enabled
 
     def use_host_tsc(self, offset_ns: int) -> None:
         self._host_tsc_offset_ns = offset_ns
@@ -443,6 +470,8 @@ class ScriptedEngine:
             self._on_out(operation.port, operation.size_bytes, operation.value, self.retired)
         elif isinstance(operation, Hlt):
             return EXIT_HLT
+        elif isinstance(operation, Pause):
+            return EXIT_PAUSE if self._exits_on_pause else 0
         elif isinstance(operation, In):
             assert self._on_in is not None
             ones = (1 << (8 * operation.size_bytes)) - 1

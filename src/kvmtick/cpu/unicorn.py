@@ -93,3 +93,6 @@ class UnicornEngine(_shim.Engine):
         """`seed` is that of RDRAND and RDSEED."""
         _shim.load(find_library())
         super().__init__(seed=seed)
+
+    def exit_on_pause(self, enabled: bool) -> None:
+        """Nothing so far, PAUSE ends no entry: the shim's own method will take this one's place."""
