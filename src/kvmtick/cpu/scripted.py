@@ -16,18 +16,21 @@ delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
 
     engine = ScriptedEngine(main, {0x20: tick})
 
-A refused MSR access is #GP: it starts the handler of vector 13, and counts as an instruction. When
+A refused access to an MSR or to CR8 is #GP: it starts the handler of vector 13, and counts as an instruction. When
 the handler ends, the routine goes on behind the access.
+
+No code is at an address, but a routine may say where its next instruction would be (`At`): RIP tells
+it, and a breakpoint there stops before that instruction.
 
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
 guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
 `MmioRead` always go to the handlers), code in RAM, stack, error codes, exceptions other than that
-#GP, software interrupts of the guest itself, SYSCALL, string I/O, CR8; MSRs that handlers do not answer
+#GP, software interrupts of the guest itself, SYSCALL, string I/O; MSRs that handlers do not answer
 read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; a routine cannot
 change what was pushed.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from mmap import mmap
 from typing import TypeAlias
 
@@ -44,8 +47,11 @@ from kvmtick.cpu.engine import (
 from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
+    "At",
     "Cli",
     "Cpuid",
+    "Cr8Read",
+    "Cr8Write",
     "Hlt",
     "In",
     "MmioRead",
@@ -103,6 +109,7 @@ EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
 EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
 EXIT_HLT = int(ExitReason.HLT)
 EXIT_PAUSE = int(ExitReason.PAUSE)
+EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
@@ -170,6 +177,21 @@ class Rdmsr:
         self.index = index
 
 
+class Cr8Write:
+    """MOV to CR8: writes `value`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Cr8Read:
+    """MOV from CR8: the `yield` returns the task priority."""
+
+    __slots__ = ()
+
+
 class Cpuid:
     """CPUID: the `yield` returns EAX | EBX << 32 | ECX << 64 | EDX << 96."""
 
@@ -178,6 +200,15 @@ class Cpuid:
     def __init__(self, function: int, index: int = 0) -> None:
         self.function = function
         self.index = index
+
+
+class At:
+    """No instruction: the next one is at the linear `address`."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
 
 
 class Spin:
@@ -232,7 +263,10 @@ Operation: TypeAlias = (
     | MmioRead
     | Wrmsr
     | Rdmsr
+    | Cr8Write
+    | Cr8Read
     | Cpuid
+    | At
     | Spin
     | Hlt
     | Pause
@@ -249,13 +283,14 @@ Routine: TypeAlias = Callable[[], Program]
 class _Frame:
     """A routine that was started: the running one, or one that an event interrupted."""
 
-    __slots__ = ("answer", "interrupted_rflags", "program", "spin_left")
+    __slots__ = ("address", "answer", "interrupted_rflags", "program", "spin_left")
 
     def __init__(self, program: Program, interrupted_rflags: int) -> None:
         self.program = program
         self.interrupted_rflags = interrupted_rflags
         self.answer: int | None = None  # a generator must be started with None
         self.spin_left = 0
+        self.address: int | None = None  # of the next instruction, as far as `At` said
 
 
 class ScriptedEngine:
@@ -267,6 +302,7 @@ class ScriptedEngine:
 
     def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
         self.name = "scripted"
+        self.exact = True
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
@@ -282,6 +318,9 @@ class ScriptedEngine:
         self._on_wrmsr: contract.MsrWrite | None = None
         self._on_rdmsr: contract.MsrRead | None = None
         self._on_cpuid: contract.Cpuid | None = None
+        self._on_cr8_write: contract.Cr8Write | None = None
+        self._on_cr8_read: contract.Cr8Read | None = None
+        self._breakpoints: frozenset[int] = frozenset()
         self._ram: list[tuple[int, mmap]] = []
         self._registers = dict(RESET_REGISTERS)
         self._kicked = False
@@ -311,6 +350,8 @@ class ScriptedEngine:
         self._on_wrmsr = on_wrmsr
         self._on_rdmsr = on_rdmsr
         self._on_cpuid = on_cpuid
+        self._on_cr8_write = on_cr8_write
+        self._on_cr8_read = on_cr8_read
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
         self._ram.append((gpa, ram))
@@ -343,6 +384,9 @@ class ScriptedEngine:
 
     def exit_on_pause(self, enabled: bool) -> None:
         self._exits_on_pause = enabled
+
+    def set_breakpoints(self, addresses: Collection[int]) -> None:
+        self._breakpoints = frozenset(addresses)
 
     def use_host_tsc(self, offset_ns: int) -> None:
         self._host_tsc_offset_ns = offset_ns
@@ -426,6 +470,8 @@ class ScriptedEngine:
             if left <= 0:
                 return EXIT_PREEMPTION_TIMER
             frame = self._frames[-1]
+            if frame.address is not None and frame.address in self._breakpoints:
+                return EXIT_BREAKPOINT
             if frame.spin_left:
                 self._spin(frame, left)
             else:
@@ -435,6 +481,7 @@ class ScriptedEngine:
 
     def _spin(self, frame: _Frame, left: int) -> None:
         """As much of a spin as changes nothing that a boundary looks at."""
+        frame.address = None
         count = 1 if self.interruptibility & ~SHADOW_NMI else min(frame.spin_left, left)
         frame.spin_left -= count
         self.retired += count
@@ -443,7 +490,7 @@ class ScriptedEngine:
     def _step(self, frame: _Frame) -> int:
         """Execute one instruction; an exit reason when it has one, else 0.
 
-        A Spin only begins, and counts nothing.
+        A Spin only begins, and counts nothing; neither does `At`.
         """
         try:
             operation: Operation = (
@@ -457,6 +504,12 @@ class ScriptedEngine:
             assert isinstance(operation, Spin)
             frame.spin_left = operation.instructions
             return 0
+        if kind is At:
+            assert isinstance(operation, At)
+            frame.address = operation.address
+            self._registers["rip"] = operation.address - self._registers["cs_base"]
+            return 0
+        frame.address = None
         shadow = self.interruptibility & ~SHADOW_NMI
         self.interruptibility &= SHADOW_NMI
         try:
@@ -499,6 +552,11 @@ class ScriptedEngine:
             return self._wrmsr(operation)
         elif isinstance(operation, Rdmsr):
             return self._rdmsr(frame, operation)
+        elif isinstance(operation, Cr8Write):
+            return self._write_cr8(operation)
+        elif isinstance(operation, Cr8Read):
+            if self._on_cr8_read is not None:
+                frame.answer = self._on_cr8_read(self.retired)
         elif isinstance(operation, Cpuid):
             if self._on_cpuid is not None:
                 eax, ebx, ecx, edx = self._on_cpuid(operation.function, operation.index)
@@ -531,6 +589,14 @@ class ScriptedEngine:
             return self._general_protection()
         frame.answer = value
         return 0
+
+    def _write_cr8(self, operation: Cr8Write) -> int:
+        if operation.value > 15:
+            return self._general_protection()
+        on_cr8_write = self._on_cr8_write
+        if on_cr8_write is None or on_cr8_write(operation.value, self.retired):
+            return 0
+        return self._general_protection()
 
     def _general_protection(self) -> int:
         """#GP of the running instruction; an exit reason when nothing handles it, else 0."""

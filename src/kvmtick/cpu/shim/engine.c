@@ -375,6 +375,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
     self->exit_reason = EXIT_NONE;
     self->failed = false;
     self->delivering = 0;
+    self->iret_return_address = 0;
     self->intr_info = intr_info;
     set_watch(self);
     I32(self->env, ENV_OLD_EXCEPTION) = -1;

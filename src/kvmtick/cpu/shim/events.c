@@ -165,12 +165,22 @@ static bool begin_exception(Engine *self, int vector)
     return true;
 }
 
+/* A fault in IRET: the library looked for the instruction by its return address, which was ours. */
+static void find_faulting_iret(Engine *self)
+{
+    if (self->iret_return_address != 0) {
+        lib.restore_state(self->cpu, self->iret_return_address, false);
+        self->iret_return_address = 0;
+    }
+}
+
 /* INTR hook: an exception or a software interrupt of the guest. */
 void on_exception(void *uc, uint32_t vector, void *engine)
 {
     (void)uc;
     Engine *self = engine;
     bool software = I32(self->env, ENV_EXCEPTION_IS_INT);
+    find_faulting_iret(self);
     drop_stale_rf(self);
     if (software) {
         begin_software_interrupt(self);
@@ -237,25 +247,31 @@ EXPORTED void helper_sti_x86_64(void *env)
  * instruction behind it. */
 static void begin_iret(Engine *self, void *return_address)
 {
-    lib.restore_state(self->cpu, (uintptr_t)return_address, false);
-    U32(self->env, ENV_HFLAGS2) &= ~HF2_NMI;
+    self->iret_return_address = (uintptr_t)return_address;
     self->iret_at = self->started;
+    U32(self->env, ENV_HFLAGS2) &= ~HF2_NMI;
 }
 
 EXPORTED void helper_iret_real_x86_64(void *env, int shift)
 {
     Engine *self = engine_of(env, IRET_REAL);
-    if (self != NULL) {
-        begin_iret(self, __builtin_return_address(0));
+    if (self == NULL) {
+        lib.genuine.iret_real(env, shift);
+        return;
     }
+    begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_real(env, shift);
+    self->iret_return_address = 0;
 }
 
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip)
 {
     Engine *self = engine_of(env, IRET_PROTECTED);
-    if (self != NULL) {
-        begin_iret(self, __builtin_return_address(0));
+    if (self == NULL) {
+        lib.genuine.iret_protected(env, shift, next_eip);
+        return;
     }
+    begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_protected(env, shift, next_eip);
+    self->iret_return_address = 0;
 }

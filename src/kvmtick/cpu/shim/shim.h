@@ -347,6 +347,7 @@ struct Engine {
     int delivering;     /* the event being delivered: of which kind (events.c) */
     unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
     uint64_t iret_at;                  /* `started` at the last IRET */
+    uintptr_t iret_return_address;     /* 0 outside of IRET */
     uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc;
