@@ -38,11 +38,12 @@ NOT_RUN = {
     "hyperv": "Hyper-V's enlightenments",
     "intel-iommu": "an IOMMU",
     "vmware": "VMware's backdoor ports",
-    "cet": "control-flow enforcement",
+    "intel_cet": "control-flow enforcement",
+    "vmexit": "VM exits that take time",
     "access_fep": "forced emulation",
     "access-reduced": "a smaller MAXPHYADDR than the host's",
 }
-"""Sections and files that start so are for parts that kvmtick does not have."""
+"""Sections and files that start so are about what kvmtick does not have."""
 
 MISSING: dict[tuple[str, str], str] = {}
 """By architecture and test: what a test that does not pass lacks."""

@@ -86,6 +86,7 @@ class Machine:
             self.wrmsr,
             self.rdmsr,
             self.cpuid,
+            on_hypercall=self.hypercall,
         )
 
     def attach_ports_only(self) -> None:
@@ -123,6 +124,11 @@ class Machine:
         self.accesses.append(("cpuid", function, index))
         self.on_out(function)
         return function + 1, 0xBBBB_BBBB, index, 0xFFFF_FFFF
+
+    def hypercall(self, retired: int) -> int:
+        self.accesses.append(("hypercall", self.engine.registers()["rax"] & 0xFFFF_FFFF, retired))
+        self.on_out(0)
+        return self.input
 
     def enter(
         self,
