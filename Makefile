@@ -30,9 +30,10 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@command -v nasm >/dev/null || { echo "installing nasm, to compare the guests' bytes with their sources"; \
-		{ apt-get update -qq && apt-get install --yes -qq nasm; } >/dev/null 2>&1 || \
-		echo "nasm could not be installed: that comparison will be skipped"; }
+	@for tool in nasm gdb; do command -v $$tool >/dev/null || { \
+		echo "installing $$tool, which some tests compare with"; \
+		{ apt-get update -qq && apt-get install --yes -qq $$tool; } >/dev/null 2>&1 || \
+		echo "$$tool could not be installed: those tests will be skipped"; }; done
 	@touch $@
 
 clean:

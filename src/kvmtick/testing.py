@@ -36,6 +36,7 @@ class GuestMachine(Closing):
         *,
         seed: int = 0,
         clock: str = "virtual",
+        fast: bool | None = None,
         reinject: bool = True,
         faults: dict[str, str] | None = None,
         **parameters: Any,
@@ -47,7 +48,7 @@ class GuestMachine(Closing):
             guest = guests.load(guest, **parameters)
         self.seed = seed
         self.guest = guest
-        self.vm = ModelVm(clock=clock, seed=seed, ram_bytes=guest.needs.ram_bytes)
+        self.vm = ModelVm(clock=clock, seed=seed, fast=fast, ram_bytes=guest.needs.ram_bytes)
         self.last: Run | None = None
         self._parameters = parameters
         self._reinject = reinject

@@ -8,7 +8,7 @@ from kvmtick import __version__, guests
 OPTIONS = (
     *("--hz", "--ticks", "--for", "--fault", "--story", "--clock", "--reinject", "--no-reinject"),
     *("--seed", "--trace", "--json", "--limit", "--load-at", "--entry", "--counter", "--hold"),
-    *("--ram", "--vcpus", "--append", "--module", "--quantum"),
+    *("--ram", "--vcpus", "--append", "--module", "--quantum", "--fast"),
 )
 
 

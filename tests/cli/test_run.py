@@ -315,6 +315,14 @@ def test_the_quantum_of_several_vcpus(kvmtick: Terminal) -> None:
     assert short["elapsed_ns"] < long["elapsed_ns"]
 
 
+def test_fast_runs_repeat_and_lose_nothing(kvmtick: Terminal) -> None:
+    runs = [run_json(kvmtick, "tick-pic", "--ticks", "50", "--fast") for _ in range(2)]
+    for told in runs:
+        told.pop("wall_s")
+    assert runs[0] == runs[1]
+    assert runs[0]["guest_ticks"] == runs[0]["ticks"]["delivered"] == 50
+
+
 def test_a_kernel_is_not_about_ticks_unless_told_so(kvmtick: Terminal, tmp_path: Path) -> None:
     """It programs the PIT, and spins."""
     path = tmp_path / "spin.elf"

@@ -39,6 +39,7 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["--for", "nans"], "'nans'", DURATION_REMEDY),
     (["--quantum", "100"], "--quantum: duration '100' has no unit", DURATION_REMEDY),
     (["--quantum", "0us"], "--quantum 0us", "give more than nothing"),
+    (["--fast", "--gdb", "0"], "--fast", "leave --fast or --gdb out"),
     (["--limit", "60"], "--limit: duration '60' has no unit", DURATION_REMEDY),
     (["tick-if0", "--hold", "50"], "--hold: duration '50' has no unit", DURATION_REMEDY),
     (["tick-if0", "--hold", "1500us"], "--hold 1500us", "give whole milliseconds"),

@@ -56,7 +56,7 @@ class Machine:
     """An engine with a guest in it and a log of its accesses.
 
     `on_out` is called with the port, address or MSR of each. `input` is what all reads answer;
-    accesses to `refused_msrs` give #GP.
+    accesses to `refused_msrs` and writes of `refused_priorities` to CR8 give #GP.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Machine:
         self.on_out: Callable[[int], None] = lambda port: None
         self.input = 0x5A
         self.refused_msrs: set[int] = set()
+        self.refused_priorities: set[int] = set()
         write_code(self.ram, CODE, guest.code)
         for number, (vector, (code, _)) in enumerate(guest.handlers.items()):
             address = HANDLERS + 0x100 * number
@@ -86,7 +87,9 @@ class Machine:
             self.wrmsr,
             self.rdmsr,
             self.cpuid,
-            on_hypercall=self.hypercall,
+            self.cr8_write,
+            self.cr8_read,
+            self.hypercall,
         )
 
     def attach_ports_only(self) -> None:
@@ -130,6 +133,16 @@ class Machine:
         self.on_out(0)
         return self.input
 
+    def cr8_write(self, value: int, retired: int) -> bool:
+        self.accesses.append(("cr8 write", value, retired))
+        self.on_out(value)
+        return value not in self.refused_priorities
+
+    def cr8_read(self, retired: int) -> int:
+        self.accesses.append(("cr8 read", retired))
+        self.on_out(0)
+        return self.input & 15
+
     def enter(
         self,
         intr_info: int = 0,
@@ -154,10 +167,17 @@ class Cpu(Machine):
     """A Unicorn engine with one program and code for some vectors."""
 
     def __init__(
-        self, code: str, handlers: dict[int, str] | None = None, ram: mmap | None = None
+        self,
+        code: str,
+        handlers: dict[int, str] | None = None,
+        ram: mmap | None = None,
+        *,
+        exact: bool = True,
+        seed: int = 0,
     ) -> None:
         vectors = {vector: (text, no_routine) for vector, text in (handlers or {}).items()}
-        super().__init__(UnicornEngine(), Guest(code, no_routine, vectors), ram)
+        engine = UnicornEngine(exact=exact, seed=seed)
+        super().__init__(engine, Guest(code, no_routine, vectors), ram)
 
     def word(self, address: int) -> int:
         return int.from_bytes(self.ram[address : address + 2], "little")

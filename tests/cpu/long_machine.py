@@ -1,6 +1,6 @@
 """A CPU in 64-bit mode: page tables, GDT, IDT and TSS, made by the host."""
 
-from engine_machine import CODE, FLAGS_IF, HANDLERS, Cpu, flat_segment, write_code
+from engine_machine import CODE, HANDLERS, Cpu, flat_segment, write_code
 
 PML4, PDPT, PAGE_DIRECTORY, PAGE_TABLE = 0x1_0000, 0x1_1000, 0x1_2000, 0x1_3000
 PRESENT, WRITABLE, USER, LARGE = 1, 2, 4, 1 << 7
@@ -10,6 +10,7 @@ SUPERVISOR_PAGE, ABSENT_PAGE, READ_ONLY_PAGE, DATA_PAGE = 0x4_0000, 0x4_1000, 0x
 GDT, IDT, TSS = 0x3000, 0x5000, 0x6000
 KERNEL_CODE, KERNEL_DATA, USER_CODE_32, USER_DATA, USER_CODE, TASK = 8, 0x10, 0x1B, 0x23, 0x2B, 0x38
 ABSENT_SEGMENT = 0x48
+KERNEL_CODE_32 = 0x50
 DESCRIPTORS = {
     KERNEL_CODE: 0x00AF_9B00_0000_FFFF,
     KERNEL_DATA: 0x00CF_9300_0000_FFFF,
@@ -18,7 +19,8 @@ DESCRIPTORS = {
     USER_CODE & ~3: 0x00AF_FB00_0000_FFFF,
     0x30: 0x00CF_F300_0000_FFFF,  # the stack segment of SYSEXIT to 64 bits
     TASK: 0x0000_8B00_6000_0067,
-    ABSENT_SEGMENT: 0x00CF_1300_0000_FFFF,
+    ABSENT_SEGMENT: 0x00CF_7300_0000_FFFF,  # for rings 0 and 3 as data, for ring 3 as a stack
+    KERNEL_CODE_32: 0x00CF_9B00_0000_FFFF,
 }
 
 KERNEL_STACK, USER_STACK, RING_0_STACK, IST_1, IST_2 = 0x8000, 0x7000, 0x9000, 0xA000, 0xB000
@@ -34,10 +36,21 @@ FRAME = ("rip", "cs", "rflags", "rsp", "ss")
 def long_mode(rip: int, ring: int) -> dict[str, int]:
     code, data = (USER_CODE, USER_DATA) if ring else (KERNEL_CODE, KERNEL_DATA)
     registers = {
-        **{"rip": rip, "rsp": USER_STACK if ring else KERNEL_STACK, "rflags": 2},
-        **{"cr0": CR0, "cr3": PML4, "cr4": CR4, "efer": EFER},
-        **{"gdtr_base": GDT, "gdtr_limit": 0x4F, "idtr_base": IDT, "idtr_limit": 0xFFF},
-        **{"tr": TASK, "tr_base": TSS, "tr_limit": 0x67, "tr_access": 0x8B},
+        "rip": rip,
+        "rsp": USER_STACK if ring else KERNEL_STACK,
+        "rflags": 2,
+        "cr0": CR0,
+        "cr3": PML4,
+        "cr4": CR4,
+        "efer": EFER,
+        "gdtr_base": GDT,
+        "gdtr_limit": 0x57,
+        "idtr_base": IDT,
+        "idtr_limit": 0xFFF,
+        "tr": TASK,
+        "tr_base": TSS,
+        "tr_limit": 0x67,
+        "tr_access": 0x8B,
     }
     for name in ("es", "ss", "ds", "fs", "gs"):
         registers |= flat_segment(name, data, 0xC0F3 if ring else 0xC093)
@@ -57,14 +70,17 @@ class LongCpu(Cpu):
         *,
         ring: int = 0,
         ist: dict[int, int] | None = None,
+        exact: bool = True,
+        seed: int = 0,
     ) -> None:
-        super().__init__(code)
+        super().__init__(code, exact=exact, seed=seed)
         self._write_page_tables()
         for selector, descriptor in DESCRIPTORS.items():
             self.set_quad(GDT + selector, descriptor)
         self.set_quad(TSS + 4, RING_0_STACK)
         self.set_quad(TSS + 0x24, IST_1)
         self.set_quad(TSS + 0x2C, IST_2)
+        self.ram[TSS + 0x66] = 0x68  # no I/O permission map
         for number, (vector, text) in enumerate((handlers or {}).items()):
             self.set_gate(vector, HANDLERS + 0x40 * number, (ist or {}).get(vector, 0))
             write_code(self.ram, HANDLERS + 0x40 * number, text)
@@ -115,5 +131,5 @@ class LongCpu(Cpu):
     @property
     def vector(self) -> int:
         """Of the handler, a HLT, that the guest has stopped in."""
-        number = (self.register("rip") - 1 - HANDLERS) // 0x40
-        return next(v for v in range(256) if self.quad(IDT + 16 * v) & 0xFFFF == HANDLERS + 0x40 * number)
+        handler = self.register("rip") - 1
+        return next(v for v in range(256) if self.quad(IDT + 16 * v) & 0xFFFF == handler & 0xFFFF)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from engine_machine import (
     CODE,
+    HANDLERS,
     IRQ,
     MMIO,
     MSR,
@@ -20,17 +21,22 @@ from engine_machine import (
     Machine,
     protected_mode,
 )
+from long_machine import PDPT, PML4, long_mode
 
 from kvmtick.cpu.engine import CPU_MSRS, Engine, ExitReason, Interruptibility
 from kvmtick.cpu.scripted import (
+    At,
     Cli,
     Cpuid,
+    Cr8Read,
+    Cr8Write,
     Hlt,
     In,
     MmioRead,
     MmioWrite,
     MovSs,
     Out,
+    Pause,
     Program,
     Rdmsr,
     Rdtsc,
@@ -89,6 +95,7 @@ SPIN = Guest("ebfe", spin)  # jmp $
 def test_is_an_engine(build: Build) -> None:
     engine: Engine = build(HALT).engine  # for the type checker
     assert engine.name in ("unicorn", "scripted")
+    assert engine.exact
     assert engine.error == ""
 
 
@@ -728,6 +735,167 @@ def test_cpuid_without_a_handler_reads_0(build: Build) -> None:
     machine.attach_ports_only()
     assert machine.enter() is ExitReason.HLT
     assert [access[3] for access in machine.accesses] == [0, 0, 0, 0]
+
+
+def enter_long_mode(machine: Machine) -> None:
+    """CR8 is in 64-bit mode only. One page of 1 GiB, no IDT."""
+    machine.ram[PML4 : PML4 + 8] = (PDPT | 7).to_bytes(8, "little")
+    machine.ram[PDPT : PDPT + 8] = (0x87).to_bytes(8, "little")
+    machine.engine.set_registers(long_mode(CODE, 0) | {"idtr_limit": 0})
+
+
+def cr8_accesses() -> Program:
+    yield Spin(1)
+    yield Cr8Write(11)
+    value = yield Cr8Read()
+    yield Out(0x80, value)
+    yield Hlt()
+
+
+# mov eax, 11; mov cr8, rax; mov rax, cr8; out 0x80, al; hlt
+CR8_ACCESSES = Guest("b80b000000 440f22c0 440f20c0 e680 f4", cr8_accesses)
+
+
+@pytest.mark.parametrize("release_gil", [False, True])
+def test_cr8_gives_value_and_time(build: Build, release_gil: bool) -> None:
+    machine = build(CR8_ACCESSES)
+    machine.engine.release_gil(release_gil)
+    enter_long_mode(machine)
+    machine.input = 7
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [("cr8 write", 11, 1), ("cr8 read", 2), ("out", 0x80, 1, 7, 3)]
+    assert machine.engine.retired == 5
+
+
+def test_cr8_without_handlers_reads_0(build: Build) -> None:
+    machine = build(CR8_ACCESSES)
+    machine.attach_ports_only()
+    enter_long_mode(machine)
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [("out", 0x80, 1, 0, 3)]
+
+
+def test_a_kick_in_a_write_of_cr8_ends_behind_it(build: Build) -> None:
+    machine = build(CR8_ACCESSES)
+    enter_long_mode(machine)
+    machine.on_out = lambda value: machine.engine.kick() if value == 11 else None
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 2
+    assert machine.enter() is ExitReason.HLT
+
+
+@pytest.mark.parametrize(("value", "asked"), [(11, 1), (16, 0)], ids=["refused", "reserved bits"])
+def test_writes_of_cr8_that_are_general_protections(build: Build, value: int, asked: int) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Cr8Write(value)
+        yield Hlt()
+
+    machine = build(Guest(f"b8{value:02x}000000 440f22c0 f4", routine))
+    enter_long_mode(machine)
+    machine.refused_priorities = {11}
+    assert machine.enter() is ExitReason.TRIPLE_FAULT  # there is no IDT
+    assert machine.engine.retired == 2
+    assert len(machine.accesses) == asked
+
+
+def test_an_exception_of_cr8s_handler_ends_enter(build: Build) -> None:
+    machine = build(CR8_ACCESSES)
+    enter_long_mode(machine)
+    machine.on_out = fail
+    with pytest.raises(DeviceError):
+        machine.enter()
+    assert machine.engine.retired == 2
+    machine.on_out = lambda value: None
+    assert machine.enter() is ExitReason.HLT
+
+
+def pauses() -> Program:
+    while True:
+        yield Spin(1)
+        yield Pause()
+        yield Spin(1)
+
+
+PAUSES = Guest("90 f390 ebfb", pauses)  # again: nop; pause; jmp again
+
+
+def test_pause_ends_an_entry_when_asked(build: Build) -> None:
+    machine = build(PAUSES)
+    assert machine.enter(budget=100) is ExitReason.PREEMPTION_TIMER
+    machine.engine.reset(0, CODE)
+    machine.engine.exit_on_pause(True)
+    assert machine.enter() is ExitReason.PAUSE
+    assert machine.engine.retired == 2
+    for _ in range(10):
+        assert machine.enter() is ExitReason.PAUSE
+        assert machine.engine.retired == 3
+    machine.engine.exit_on_pause(False)
+    assert machine.enter(budget=100) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 100
+
+
+def test_pause_is_retired_when_it_ends_an_entry(build: Build) -> None:
+    machine = build(PAUSES)
+    machine.engine.exit_on_pause(True)
+    assert machine.enter(budget=2) is ExitReason.PAUSE
+    machine.engine.kick()
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.retired == 0
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+
+
+def steps() -> Program:
+    for number in range(4):
+        yield At(CODE + number)
+        yield Spin(1)
+    yield At(CODE + 4)
+    yield Hlt()
+
+
+STEPS = Guest("90909090 f4", steps)  # 4 nop; hlt
+
+
+def test_a_breakpoint_stops_before_its_instruction(build: Build) -> None:
+    machine = build(STEPS)
+    machine.engine.set_breakpoints([CODE + 4, CODE + 2])
+    assert machine.enter() is ExitReason.BREAKPOINT
+    assert machine.engine.retired == 2
+    assert machine.engine.registers()["rip"] == CODE + 2
+    # No exception for the first instruction of an entry.
+    assert machine.enter() is ExitReason.BREAKPOINT
+    assert machine.engine.retired == 0
+    machine.engine.set_breakpoints([CODE + 4])
+    assert machine.enter() is ExitReason.BREAKPOINT
+    assert machine.engine.retired == 2
+    machine.engine.set_breakpoints(())
+    assert machine.enter() is ExitReason.HLT
+    assert machine.engine.retired == 1
+
+
+def test_a_breakpoint_comes_last_at_a_boundary(build: Build) -> None:
+    machine = build(STEPS)
+    machine.engine.set_registers({"rflags": 0x202})
+    machine.engine.set_breakpoints({CODE})
+    machine.engine.kick()
+    assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.enter(nmi_window=True, irq_window=True) is ExitReason.NMI_WINDOW
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.enter(budget=1) is ExitReason.BREAKPOINT
+    assert machine.engine.retired == 0
+
+
+def test_a_breakpoint_in_the_handler_of_an_event(build: Build) -> None:
+    def handler() -> Program:
+        yield At(HANDLERS)
+        yield Spin(1)
+
+    machine = build(Guest("fb f4 ebfd", hlt_loop, {VECTOR: ("90 cf", handler)}))
+    assert machine.enter() is ExitReason.HLT
+    machine.engine.set_breakpoints([HANDLERS])
+    assert machine.enter(IRQ) is ExitReason.BREAKPOINT
+    assert machine.engine.retired == 0
+    assert not machine.interrupts_enabled
 
 
 def test_a_kick_is_used_up_by_its_exit(build: Build) -> None:

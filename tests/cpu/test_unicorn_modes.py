@@ -1,7 +1,18 @@
-"""The `unicorn` engine in 32-bit protected mode and in unreal mode."""
+"""The `unicorn` engine in 32-bit protected mode, virtual-8086 mode and unreal mode."""
 
 import pytest
-from engine_machine import CODE, FLAGS_IF, HANDLERS, IRQ, MSR, NMI, VECTOR, Cpu, write_code
+from engine_machine import (
+    CODE,
+    FLAGS_IF,
+    HANDLERS,
+    IRQ,
+    MSR,
+    NMI,
+    VECTOR,
+    Cpu,
+    flat_segment,
+    write_code,
+)
 
 from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason, Interruptibility
 
@@ -332,3 +343,139 @@ def test_real_mode_code_above_the_first_64_kib_in_unreal_mode() -> None:
     cpu.ram[0x4_5678] = 0x77
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rax") & 0xFF == 0x77
+
+
+# ---- rings and virtual-8086 mode ---------------------------------------------------------------
+
+TSS = 0x6000
+RING_0_STACK = 0x9000
+USER_CODE, USER_DATA, TASK = 0x1B, 0x23, 0x28
+RING_3 = flat_segment("cs", USER_CODE, 0xC0FB) | flat_segment("ss", USER_DATA, 0xC0F3)
+VM = 1 << 17
+
+
+class RingCpu(Cpu):
+    """32-bit protected mode with rings 0 and 3 and a TSS; gates for all rings, `gate_type` each."""
+
+    def __init__(self, code: str, handlers: dict[int, str], gate_type: int = 0xEE) -> None:
+        super().__init__(code)
+        user = 3 << 45  # the DPL
+        descriptors = {3: FLAT_CODE | user, 4: FLAT_DATA | user}
+        write_table(self, GDTR, GDT, {1: FLAT_CODE, 2: FLAT_DATA, **descriptors})
+        gates = {}
+        for number, (vector, text) in enumerate(handlers.items()):
+            address = HANDLERS + 0x40 * number
+            gates[vector] = gate_type << 40 | 8 << 16 | address
+            write_code(self.ram, address, text)
+        write_table(self, IDTR, IDT, gates)
+        self.set_long(TSS + 4, RING_0_STACK)
+        self.set_long(TSS + 8, 0x10)
+        self.ram[TSS + 0x66] = 0x68
+        self.reset_protected(CODE)
+        self.set_registers(gdtr_base=GDT, gdtr_limit=0x7FF, idtr_base=IDT, idtr_limit=0x7FF)
+        self.set_registers(tr=TASK, tr_base=TSS, tr_limit=0x67, tr_access=0x8B, rsp=STACK)
+
+    def longs(self, count: int) -> list[int]:
+        top = self.register("rsp")
+        return [self.long(top + 4 * i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("vector", "code", "pushed", "error_code"),
+    [
+        pytest.param(0, "31c9 f7f1", 2, None, id="divide error"),  # xor ecx, ecx; div ecx
+        pytest.param(1, "90 f1", 2, None, id="int1"),
+        pytest.param(3, "90 cc", 2, None, id="int3"),
+        pytest.param(4, "b07f 0401 ce", 5, None, id="into"),  # mov al, 127; add al, 1; into
+        pytest.param(5, "31c0 622530600000", 2, None, id="bound"),  # xor eax, eax; bound esp, [..]
+        pytest.param(6, "90 0f0b", 1, None, id="ud2"),
+        pytest.param(6, "0f05", 0, None, id="syscall outside of long mode"),
+        pytest.param(GP, "f4", 0, 0, id="hlt"),
+        pytest.param(GP, "e620", 0, 0, id="out"),
+        pytest.param(GP, "66b80010 8ed8", 4, 0x1000, id="selector beyond the GDT"),
+    ],
+)
+def test_exceptions_from_ring_3_change_to_the_stack_of_the_tss(
+    vector: int, code: str, pushed: int, error_code: int | None
+) -> None:
+    cpu = RingCpu(code, dict.fromkeys(range(20), "f4"))
+    cpu.set_registers(**RING_3)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rip") == HANDLERS + 0x40 * vector + 1
+    frame = cpu.longs(5 if error_code is None else 6)
+    if error_code is not None:
+        assert frame.pop(0) == error_code
+    eip, cs, eflags, esp, ss = frame
+    assert (eip, cs, esp, ss) == (CODE + pushed, USER_CODE, STACK, USER_DATA)
+    assert bool(eflags & 1 << 16) is (vector not in (1, 3, 4))  # RF
+    assert (cpu.register("cs"), cpu.register("ss")) == (8, 0x10)
+
+
+@pytest.mark.parametrize("info", [IRQ, NMI], ids=["interrupt", "nmi"])
+def test_an_interrupt_from_ring_3_and_iret(info: int) -> None:
+    cpu = RingCpu("43 ebfd", {2: "90 cf", VECTOR: "90 cf"})  # again: inc ebx; jmp again
+    cpu.set_registers(**RING_3, rflags=FLAGS_IF | 2, rbx=0)
+    for _ in range(20):
+        assert cpu.enter(info, budget=1) is ExitReason.PREEMPTION_TIMER
+        _, cs, eflags, esp, ss = cpu.longs(5)
+        assert (cs, eflags & ~0xFD, esp, ss) == (USER_CODE, FLAGS_IF | 2, STACK, USER_DATA)
+        assert cpu.engine.interruptibility == (Interruptibility.NMI if info == NMI else 0)
+        assert cpu.enter(budget=1 + 10) is ExitReason.PREEMPTION_TIMER
+        assert cpu.engine.interruptibility == 0
+        assert (cpu.register("cs"), cpu.register("rsp")) == (USER_CODE, STACK)
+    assert cpu.register("rbx") == 20 * 5
+
+
+def test_gates_of_16_bits() -> None:
+    cpu = RingCpu("90 cd42", {0x42: "f4"}, gate_type=0xE6)
+    cpu.set_registers(**RING_3)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rsp") == RING_0_STACK - 10
+    top = cpu.register("rsp")
+    words = [cpu.word(top + 2 * i) for i in range(5)]
+    assert words == [CODE + 3, USER_CODE, 2, STACK, USER_DATA]
+
+
+def test_a_trap_gate_leaves_if() -> None:
+    cpu = RingCpu("fb 90 cd42", {0x42: "f4"}, gate_type=0xEF)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.interrupts_enabled
+
+
+def v8086(code: str, handlers: dict[int, str], iopl: int = 0) -> RingCpu:
+    cpu = RingCpu(code, handlers)
+    for name in ("es", "cs", "ss", "ds", "fs", "gs"):
+        cpu.set_registers(**{name: 0, f"{name}_base": 0, f"{name}_limit": 0xFFFF})
+        cpu.set_registers(**{f"{name}_access": 0xF3})
+    cpu.set_registers(rflags=VM | FLAGS_IF | 2 | iopl << 12)
+    return cpu
+
+
+def test_an_interrupt_in_virtual_8086_mode_and_iretd() -> None:
+    # inc bx; jmp $-1 - iretd, from a stack with the data segments
+    cpu = v8086("43 ebfd", {VECTOR: "90 cf"})
+    cpu.set_registers(ds=0x123, ds_base=0x1230, gs=0x456, gs_base=0x4560, rbx=0)
+    assert cpu.enter(IRQ, budget=1) is ExitReason.PREEMPTION_TIMER
+    frame = cpu.longs(9)
+    assert frame[:5] == [CODE, 0, VM | FLAGS_IF | 2, STACK, 0]
+    assert frame[5:] == [0, 0x123, 0, 0x456]  # ES, DS, FS, GS
+    assert cpu.register("ds") == 0
+    assert cpu.register("cs") == 8
+    assert cpu.enter(budget=1 + 10) is ExitReason.PREEMPTION_TIMER
+    assert cpu.register("rbx") == 5
+    assert (cpu.register("ds"), cpu.register("gs_base")) == (0x123, 0x4560)
+    assert cpu.engine.rflags & VM
+
+
+@pytest.mark.parametrize("code", ["cd42", "fa", "9c", "cf", "f4"])
+def test_what_virtual_8086_mode_needs_iopl_3_for(code: str) -> None:
+    cpu = v8086("90" + code, {GP: "f4"})
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.longs(2) == [0, CODE + 1]
+
+
+def test_int_n_in_virtual_8086_mode_with_iopl_3() -> None:
+    cpu = v8086("90 cd42", {0x42: "f4", GP: "f4"}, iopl=3)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rip") == HANDLERS + 1
+    assert cpu.longs(2) == [CODE + 3, 0]

@@ -3,6 +3,8 @@
 What follows the three backticks says what a block is:
 
 * `console`: commands behind `$ ` and what they print; `console exit=4` for one that fails;
+* `gdb ARGUMENTS`: commands behind `(gdb) `, the first of which connects to `kvmtick run ARGUMENTS
+  --gdb PORT`, and what gdb prints;
 * `python`: a program, run in a namespace of its own; its `test_*` functions are called;
 * `text output`: what the `python` block before it prints;
 * `text trace`: lines of a trace that a command of the same page wrote;
@@ -39,7 +41,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A `$ ` line of a console block; `start` is the index of its output within the page."""
+    """A line behind a prompt, and what follows; `start` is the index of its output within the
+    page.
+    """
 
     text: str
     start: int
@@ -65,14 +69,14 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
-def commands(block: Block) -> list[Command]:
-    """The commands of a console block. ValueError if it starts with anything else."""
+def commands(block: Block, prompt: str = "$ ") -> list[Command]:
+    """The commands of a block, behind its prompt. ValueError if it starts with anything else."""
     found: list[Command] = []
     for at, line in enumerate(block.lines):
-        if line.startswith("$ "):
-            found.append(Command(line.removeprefix("$ "), block.start + at + 1, ()))
+        if line.startswith(prompt):
+            found.append(Command(line.removeprefix(prompt), block.start + at + 1, ()))
         elif not found:
-            raise ValueError(f"line {block.start + at + 1}: a console block starts with a command")
+            raise ValueError(f"line {block.start + at + 1}: the block starts with no command")
         else:
             last = found[-1]
             found[-1] = Command(last.text, last.start, (*last.shown, line))

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,16 +30,18 @@ from doc_blocks import (
     difference,
     refreshed,
 )
+from gdb_session import debug, needs_gdb
 
 from kvmtick.cli import main
 from kvmtick.testing import GuestMachine
 
 REFRESH = os.environ.get("KVMTICK_REFRESH_DOCS", "")
 KERNEL_TRACES = ROOT / "tests/golden/traces"
+GDB_PROMPT = "(gdb) "
 HOST_KEYS = ("wall_s",)
 """What a `json` block may show differently."""
 
-RUN_BLOCKS = {"README.md": 8, "walkthrough.md": 35, "json.md": 2}
+RUN_BLOCKS = {"README.md": 8, "debugger.md": 2, "walkthrough.md": 35, "json.md": 2}
 """How many blocks of a page are checked at least: a page that loses its examples is found."""
 
 MakeMachine = Callable[..., GuestMachine]
@@ -66,6 +69,8 @@ class PageRun:
             printed, self._printed = self._printed, None
             if kind == "console":
                 self._console(block, rest)
+            elif kind == "gdb":
+                self._gdb(block, rest)
             elif block.info == "python":
                 self._python(block)
             elif block.info == "text output":
@@ -105,6 +110,15 @@ class PageRun:
             if code != expected:
                 self._fail(command.start - 1, f"exit code {code}, not {expected}: {command.text}")
             self._compare(command.start, command.shown, printed, command.text)
+
+    def _gdb(self, block: Block, rest: str) -> None:
+        first, *others = commands(block, GDB_PROMPT)
+        assert first.text.startswith("target remote "), f"{self.name}: gdb connects first"
+        session = debug(shlex.split(rest), [command.text for command in others])
+        if session.code:
+            self._fail(block.start, f"exit code {session.code}: {session.err}")
+        for command, printed in zip((first, *others), session.printed, strict=True):
+            self._compare(command.start, command.shown, printed.splitlines(), command.text)
 
     def _command(self, text: str) -> tuple[int, list[str]]:
         words = shlex.split(text)
@@ -200,6 +214,8 @@ def run_page(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples(page: Path, run_page: Callable[[str, str], PageRun]) -> None:
     text = page.read_text(encoding="utf-8")
+    if "\n```gdb " in text and shutil.which("gdb") is None:
+        pytest.skip("gdb is not installed: apt-get install gdb")
     run = run_page(page.name, text)
     if REFRESH:
         fresh = run.refreshed(wall_clock=REFRESH == "all")
@@ -231,6 +247,17 @@ WRONG_PAGES = {
     "json": ('```json kvmtick run --ticks 1 --json\n{"guest": "x"}\n```', "another object"),
     "kind": ("```pythn\nprint(1)\n```", "unknown kind"),
 }
+
+
+WRONG_GDB = "```gdb --ticks 2\n(gdb) target remote :1\n...\n(gdb) p 1\n$1 = 2\n```"
+
+
+@needs_gdb
+def test_a_wrong_gdb_session_is_found(run_page: Callable[[str, str], PageRun]) -> None:
+    [failure] = run_page("page", WRONG_GDB).failures
+    assert "p 1 prints something else" in failure
+    run = run_page("page", WRONG_GDB)
+    assert not run_page("page", run.refreshed()).failures
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG_PAGES.values(), ids=WRONG_PAGES)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from kvmtick.machine.machine import Exit
 from kvmtick.ticks.verdict import Path
 
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
-OPEN_OBJECTS = {"faults": "name", "capabilities": "name", "events": "name", "parameters": "name"}
+OPEN_OBJECTS = dict.fromkeys(
+    ("faults", "capabilities", "events", "parameters", "crash.vcpus[].registers"), "name"
+)
 """Objects whose keys depend on the host or the command line."""
 WHOLE_OBJECTS = ("sources[].ticks", "sources[].latency_ns")
 """Objects that are described elsewhere."""
@@ -26,17 +29,17 @@ Fields = dict[str, str]
 def documented(section: str) -> Fields:
     """Key and type of every row in the tables of a section."""
     text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
-    body = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    body = re.split(r"\n##+ ", text.partition(f"# {section}\n")[2])[0]
     rows = re.findall(r"^\| `([^`]+)` \| (\w+(?: or null)?) \|", body, re.MULTILINE)
     assert rows, f"no table in {section!r}"
     return dict(rows)
 
 
-def printed(*arguments: str) -> dict[str, Any]:
+def printed(*arguments: str, code: int = 0) -> dict[str, Any]:
     """The object a command prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main([*arguments, "--json"]) == 0
+        assert main([*arguments, "--json"]) == code
     result = json.loads(out.getvalue())
     assert isinstance(result, dict)
     return result
@@ -126,6 +129,13 @@ def test_exit_reasons() -> None:
     assert {reason for reason in told if Exit(reason).is_failure} == {
         reason for reason, exit_code in told.items() if exit_code == "4"
     }
+
+
+def test_the_crash_report(tmp_path: FilePath) -> None:
+    image = tmp_path / "guest.bin"
+    image.write_bytes(bytes.fromhex("b001 e6f4"))  # mov al, 1; out 0xf4, al
+    result = printed("run", str(image), code=4)
+    assert not faults(documented("The crash report"), {"crash": result["crash"]})
 
 
 def test_verdicts_add_up() -> None:

@@ -275,6 +275,22 @@ def test_json_has_it_as_an_object(tmp_path: Any, capsys: pytest.CaptureFixture[s
     assert "pio_write at 0x80" in crash["events"][-1]
 
 
+def test_an_unknown_msr_ends_a_strict_run(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "guest.bin"
+    # mov ecx, 0x12345; rdmsr; in real mode its #GP goes to 0000:0000
+    image.write_bytes(bytes.fromhex("66b945230100 0f32") + CLI_HLT)
+    assert main(["run", str(image), "--strict", "--json"]) == EXIT_GUEST
+    printed = capsys.readouterr()
+    assert "0x12345" in printed.err.splitlines()[0]
+    result = json.loads(printed.out)
+    assert result["exit"]["reason"] == "guest-error"
+    assert result["crash"]["vcpus"][0]["registers"]["rcx"] == "0x12345"
+    main(["run", str(image), "--for", "1ms"])
+    assert "0x12345" not in capsys.readouterr().err
+
+
 def test_a_guest_that_is_well_has_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--ticks", "3", "--json"]) == 0
     assert "crash" not in json.loads(capsys.readouterr().out)

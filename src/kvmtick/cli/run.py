@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import mmap
+import os
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
@@ -139,6 +140,12 @@ def parser() -> Parser:
         " CLOCK_MONOTONIC (virtual)",
     )
     add(
+        "--fast",
+        action="store_true",
+        help="interrupts only where a basic block begins: several times the instructions a second,"
+        " and runs still repeat",
+    )
+    add(
         "--quantum",
         metavar="DURATION",
         help="how long a vCPU runs at most while another one waits (100us)",
@@ -160,6 +167,11 @@ def parser() -> Parser:
     add("--seed", metavar="N", default="0", help="seed of the faults (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
+        "--strict",
+        action="store_true",
+        help="an access to an MSR that does not exist ends the run; else the guest gets #GP",
+    )
+    add(
         "--gdb",
         metavar="PORT",
         help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
@@ -178,6 +190,8 @@ def main(argv: list[str]) -> int:
     # All that can be wrong is looked at before a trace file is emptied.
     for_ns = _duration_ns("--for", vars(options)["for"])
     gdb_port = _port(options.gdb)
+    if options.fast and options.gdb:
+        raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     limit_s = None if options.gdb and not options.limit else _limit_s(options.limit)
     guest = _guest(options)
     ticks = _ticks(options, None if _is_kernel(guest) else DEFAULT_TICKS)
@@ -214,8 +228,10 @@ def _build(
         detail=detail,
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=_duration_ns("--quantum", options.quantum) or QUANTUM_NS,
+        fast=options.fast or (False if options.gdb else None),
     )
     stack.callback(vm.close)
+    vm.machine.strict = options.strict
     if counter is not None and counter + 4 > len(vm.machine.ram):
         raise UsageError(f"--counter {counter:#x}: RAM ends at {len(vm.machine.ram):#x}")
     for fault in options.fault:
@@ -432,7 +448,7 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
         number = server.listen(port)
     except OSError as error:
         raise UsageError(
-            f"--gdb {port}: {error.strerror}; give another port, or 0 for any"
+            f"--gdb {port}: {os.strerror(error.errno or 0)}; give another port, or 0 for any"
         ) from None
     print(
         f"kvmtick: waiting for gdb: target remote 127.0.0.1:{number}", file=sys.stderr, flush=True

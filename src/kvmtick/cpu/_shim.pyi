@@ -1,6 +1,6 @@
 """The native shim over libunicorn 2.1.4; see `kvmtick.cpu.engine` for the contract."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from mmap import mmap
 
 from kvmtick.cpu.engine import (
@@ -31,8 +31,9 @@ class Engine:
     retired: int
     idt_vectoring_info: int
     error: str
+    exact: bool
 
-    def __init__(self, *, seed: int = 0) -> None: ...
+    def __init__(self, *, seed: int = 0, exact: bool = True) -> None: ...
     def attach(
         self,
         on_out: PortOut,
@@ -60,6 +61,8 @@ class Engine:
         Needed for a `kick` from another thread to arrive.
         """
 
+    def exit_on_pause(self, enabled: bool) -> None: ...
+    def set_breakpoints(self, addresses: Collection[int]) -> None: ...
     def registers(self) -> dict[str, int]: ...
     def set_registers(self, values: Mapping[str, int]) -> None: ...
     def close(self) -> None: ...

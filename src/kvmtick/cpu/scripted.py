@@ -16,11 +16,11 @@ delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
 
     engine = ScriptedEngine(main, {0x20: tick})
 
-A refused access to an MSR or to CR8 is #GP: it starts the handler of vector 13, and counts as an instruction. When
-the handler ends, the routine goes on behind the access.
+A refused access to an MSR or to CR8 is #GP: it starts the handler of vector 13, and counts as an
+instruction. When the handler ends, the routine goes on behind the access.
 
-No code is at an address, but a routine may say where its next instruction would be (`At`): RIP tells
-it, and a breakpoint there stops before that instruction.
+No code is at an address, but a routine may say where its next instruction would be (`At`): RIP
+tells it, and a breakpoint there stops before that instruction.
 
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
 guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
@@ -633,6 +633,7 @@ class ScriptedEngine:
     def _return(self, frame: _Frame) -> int:
         """A routine ended: IRET in a handler (0), HLT in the program (its exit reason)."""
         self.retired += 1
+        frame.address = None
         self.interruptibility &= SHADOW_NMI
         if len(self._frames) == 1:
             return EXIT_HLT

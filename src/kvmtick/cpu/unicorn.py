@@ -1,17 +1,18 @@
 """The `unicorn` engine: guest code on Unicorn 2.1.4 through a native shim.
 
-Implements, in real mode (unreal mode included) and in 32-bit protected mode without paging:
-delivery of external interrupts, NMIs and exceptions through the IVT (Intel SDM vol. 3A, 6.12;
-vol. 3B, 21.1.4) or the IDT with error codes (vol. 3A, 6.10 to 6.13), the shadows of STI and MOV SS
-(vol. 3A, 6.8.3), NMI blocking until IRET (6.7.1), double and triple faults (6.15, interrupt 8),
-HLT, IN, OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), VM-entry event
-injection, interrupt-window and NMI-window exiting (vol. 3C, 27.6 and 26.2). Accesses to memory that
-is no RAM, CPUID (vol. 2A) and the MSRs in `engine.MSRS` (RDMSR and WRMSR, vol. 2B and 2C) are
-answered by the handlers; a refused MSR access is #GP(0). The CPU calls itself a Sandy Bridge in EDX
-after a reset.
+Implements, in every CPU mode (real and unreal, protected with 16 and 32 bits, virtual-8086, long):
+delivery of external interrupts, NMIs, exceptions and software interrupts through the IVT (Intel SDM
+vol. 3A, 6.12; vol. 3B, 21.1.4) or the IDT with error codes, stack switches by TSS and IST, RF and
+EXT (vol. 3A, 6.10 to 6.14), the shadows of STI and MOV SS (6.8.3), NMI blocking until IRET (6.7.1),
+double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 and 5), HLT, IN, OUT,
+INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET, SYSENTER,
+SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B and 4;
+vol. 3A, 2.5), VM-entry event injection, interrupt-window and NMI-window exiting (vol. 3C, 27.6 and
+26.2). Accesses to memory that is no RAM, CPUID (vol. 2A), CR8 and all other MSRs are answered by
+the handlers; a refused access is #GP(0). RDRAND and RDSEED give splitmix64 of the machine's seed.
 
-The shim puts itself in front of ten of the library's functions: those for RDMSR, WRMSR and the
-loads and stores that translated code cannot do by itself. That works only in a process where
+The shim puts itself in front of some of the library's functions: helpers of such instructions, and
+the loads and stores that translated code cannot do by itself. That works only in a process where
 nothing has loaded the library before the first engine is opened; importing the `unicorn` package of
 the same version later does no harm. Another build of the library that is loaded later would call
 the functions of this one: do not.
@@ -27,23 +28,25 @@ count their rounds, and one when there is none.
 
 Not modelled:
 
-* paging, virtual-8086 mode and long mode: code there runs, but shadows and REP rounds may be told
-  wrong, and faults on instruction fetch, CR8 and SYSCALL are not looked after;
 * accesses that the library splits where no RAM is, 8 bytes into dwords, unaligned ones into bytes
   or the two aligned reads around them: all with paging, else those of CMPXCHG8B, BOUND, FXSAVE,
   floats of 80 bits, descriptors, far transfers and the delivery of events;
 * 16 bytes over the end of a page: KVM counts the 8 bytes of the next access from there on;
-* task gates and other privilege levels than 0 are left to Unicorn, untested;
+* task gates are left to Unicorn, untested;
+* #AC, #XM and machine checks never happen; a stack address that is not canonical is #GP, not #SS;
+  PDPTEs are not checked when CR3 is loaded; segment limits beyond what QEMU looks at;
+* IRET in virtual-8086 mode that faults for IOPL leaves NMIs blocked;
+* an instruction breakpoint (DR0 to DR3) behind the instruction that IRET set RF for, when both are
+  in one block; RF in the flags that an interrupt between the rounds of a REP pushes;
+* INS in ring 3 to a port that it may not use has already written zeros when it gets #GP;
+* AVX code does not get #UD, though there is no AVX; UMIP, PCID, VME, MPX and CET are absent;
 * STI with IF already set casts a shadow here and none on the processor;
 * an injected software interrupt or exception pushes RIP as it stands (the contract has no
   instruction length); an injected exception that has an error code pushes 0;
 * segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
-* RF is not pushed on faults;
-* the FPU, SSE, debug and the CPU's own model-specific registers keep their values over `reset`;
-* RDRAND and RDSEED are absent (#UD, whatever the CPUID handler says): runs repeat;
-* MSRs outside `engine.MSRS` are Unicorn's: unknown ones read 0 and swallow writes, without #GP;
-  IA32_TSC_AUX reads 0 in RDTSCP;
+* what CPUID tells decides nothing: instructions of `FEATURES` run, bits of CR4 can be set, whatever
+  the handler answers;
 * a store that rewrites the translated block it is in begins anew: what it read or wrote where no
   RAM is happens again, and it counts twice;
 * the shadow of MOV SS from memory that is no RAM, in that access's own handler;
@@ -58,10 +61,30 @@ from pathlib import Path
 
 from kvmtick.cpu import _shim
 
-__all__ = ["UnicornEngine", "find_library"]
+__all__ = ["FEATURES", "UnicornEngine", "find_library"]
 
 _LIBRARY = "libunicorn.so.2"
 _REMEDY = "pip install unicorn==2.1.4"
+
+FEATURES = {
+    # FPU DE PSE TSC MSR PAE MCE CX8 SEP PGE CMOV PSE-36 CLFSH MMX FXSR SSE SSE2
+    (0x1, 0, "edx"): 0x078A_A9FD,
+    # SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE RDRAND
+    (0x1, 0, "ecx"): 0x46D8_2203,
+    # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT CLWB
+    (0x7, 0, "ebx"): 0x019C_0389,
+    # PKU LA57
+    (0x7, 0, "ecx"): 0x0001_0008,
+    # XSAVEOPT, XGETBV with ECX = 1
+    (0xD, 1, "eax"): 0x0000_0005,
+    # LAHF in 64-bit mode, LZCNT, PREFETCHW
+    (0x8000_0001, 0, "ecx"): 0x0000_0121,
+    # SYSCALL NX 1-GiB-pages RDTSCP long-mode
+    (0x8000_0001, 0, "edx"): 0x2C10_0800,
+}
+"""The CPUID bits (leaf, subleaf, register) of what the engine executes; physical addresses have 40
+bits, XCR0 has x87, SSE and PKRU. The bits of APICs, MTRRs, machine checks and the like are the
+machine's; OSXSAVE and OSPKE follow CR4."""
 
 
 def find_library() -> str:
@@ -89,10 +112,7 @@ class UnicornEngine(_shim.Engine):
 
     name = "unicorn"
 
-    def __init__(self, *, seed: int = 0) -> None:
-        """`seed` is that of RDRAND and RDSEED."""
+    def __init__(self, *, seed: int = 0, exact: bool = True) -> None:
+        """`seed` is that of RDRAND and RDSEED; not `exact`: boundaries are those of blocks."""
         _shim.load(find_library())
-        super().__init__(seed=seed)
-
-    def exit_on_pause(self, enabled: bool) -> None:
-        """Nothing so far, PAUSE ends no entry: the shim's own method will take this one's place."""
+        super().__init__(seed=seed, exact=exact)

@@ -1,4 +1,4 @@
-"""The built-in guests: small real-mode programs that take timer ticks, and how to load them.
+"""The built-in guests: small programs that take timer ticks, and how to load them.
 
 A guest is a flat image for physical address 0x8000, entered in real mode at 0000:8000. Behind a
 jump, at image offset 4, lies its parameter block; `load` fills it in, and the guest keeps its own
@@ -17,7 +17,8 @@ offset field      meaning
 0x20   flags      each guest says what for: ``timer`` and ``ack`` of `load` set them
 0x24   period_ns  period of the local APIC's timer in ns; 0 in guests that do not use it
 0x28   reserved   1 word
-0x2c   snapshot   8 words: values of ``counter`` at moments a guest names
+0x2c   snapshot   8 words: values of ``counter`` at moments a guest names; in tick-long the local
+                  APIC's ticks, in exceptions what its source says
 ====== ========== ================================================================================
 
 A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code. What it prints
@@ -27,12 +28,15 @@ goes to port 0xe9; a guest that misses something says there what it is.
 1    CPUID has no x2APIC (tick-x2apic); a PIT register is wrong (pit-registers)
 2    CPUID has no TSC deadline (tick-lapic)
 3    vCPU 1 did not start (ipi-tick)
-4    LVTT does not keep its timer mode (tick-lapic)
+4    LVTT does not keep its timer mode (tick-lapic, tick-long)
+5    CPUID has no long mode, or no no-execute pages (tick-long, exceptions)
+6    what the CPU did is not what the SDM says (tick-long, exceptions)
 0xff an exception or an interrupt the guest does not expect
 ==== ===============================================================================================
 
 What a guest needs beyond a PIT, an irqchip and vCPU 0 stands in `Guest.needs`; `gsi_routing` makes
-the routing table of it. Guests of the APICs switch to unreal mode (4 GiB limits) by themselves.
+the routing table of it. Guests of the APICs switch to unreal mode (4 GiB limits) or to 64-bit mode
+by themselves.
 
 The sources are the ``.asm`` and ``.inc`` files beside this module; ``python -m
 kvmtick.guests.build`` assembles them into the ``.bin`` files.
@@ -111,8 +115,8 @@ _DESCRIPTIONS: Final = {
     "tick-x2apic": "the local APIC's timer, periodic, in x2APIC mode: all registers are MSRs",
     "nmi-watchdog": "the PIT through LVT0 as an NMI, IF=0 all the time; the handler polls the PIC",
     "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
-    "tick-long": "64-bit mode: the PIT's tick (IOAPIC) and the local APIC's, an interrupt stack each",
-    "exceptions": "64-bit mode: every exception from rings 0 and 3, between and under the PIT's ticks",
+    "tick-long": "64-bit mode: the PIT's ticks by IOAPIC and the local APIC's, on interrupt stacks",
+    "exceptions": "64-bit mode: every exception from rings 0 and 3, while the PIT ticks",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)

@@ -16,13 +16,12 @@
 ; Ticks are the PIT's in mode 0, through the PIC; the handler, on an interrupt stack, loads counts
 ; from 1 to 32, so they come at all moments. Exceptions go through trap gates, IF stays set.
 ;
-; snapshot[0] cases a round                 snapshot[3] exceptions
+; snapshot[0] cases of the first round      snapshot[3] exceptions
 ;         [1] rounds                                [4] cases of the first round not raised
 ;         [2] ticks that came in a handler of an exception
 ; `divisor`, `param_ms`: not used.
 ;
-; Not there: #NMI, #MC, #VE and #CP, which no instruction raises by itself here; #DB by debug
-; registers.
+; Not there: #MC, #VE and #CP, which no instruction raises by itself here; data breakpoints.
 
 %define GUEST_NAME "exceptions"
 %define TSS_LIMIT 83                    ; ends before IST7
@@ -99,6 +98,7 @@ FLAGS_NT        equ 1 << 14
 FLAGS_RF        equ 1 << 16
 FLAGS_AC        equ 1 << 18
 FLAGS_CHECKED   equ FLAGS_TF | FLAGS_IF | FLAGS_NT | FLAGS_RF | FLAGS_AC | 0x3000
+DR7_L0          equ 1 << 0              ; breakpoint 0 is on
 CR0_TS          equ 1 << 3
 CR0_AM          equ 1 << 18
 CR4_OSFXSR      equ 1 << 9
@@ -141,6 +141,7 @@ struc A_CASE
 .vector:        resb 1
 .instead:       resd 1                  ; what comes where a processor cannot raise it
 .rf:            resd 1                  ; FLAGS_RF or 0: in the flags that are pushed
+.dr7:           resd 1                  ; DR0 is the address of `rip`
 .gate:          resd 1                  ; byte in the IDT whose bit 7, Present, is off
 .stack:         resd 1                  ; where the handler's stack starts
 endstruc
@@ -176,6 +177,7 @@ user_start:
 %define case_cr0 0
 %define case_cr2 0
 %define case_rf FLAGS_RF
+%define case_dr7 0
 %define case_gate NO_GATE
 %define case_instead NOTHING
 entry_ %+ case_number:
@@ -209,6 +211,7 @@ resume_ %+ case_number:
         at A_CASE.vector, db %2
         at A_CASE.instead, dd case_instead
         at A_CASE.rf, dd case_rf
+        at A_CASE.dr7, dd case_dr7
         at A_CASE.gate, dd case_gate
 %if %2 == V_DF
         at A_CASE.stack, dd IST1_STACK
@@ -342,6 +345,13 @@ one_to_four:
         int     VECTOR_ABSENT
         END_CASE
         BOTH_RAISE V_NP, 8 * VECTOR_ABSENT + ERROR_IDT, "a gate that is not present"
+
+        CASE
+        SAVED_RIP
+        ud2
+        END_CASE
+%define case_gate GATE_OF(V_UD)
+        BOTH_RAISE V_NP, 8 * V_UD + ERROR_IDT + ERROR_EXT, "#UD with an absent gate"
 
         CASE
         mov     eax, ABSENT_DATA
@@ -509,6 +519,19 @@ sse_control:
         align 16
 one:    times 4 dd 1.0
 
+; In the first round only: an emulator translates all code anew when a breakpoint comes or goes.
+        [section .cases]
+cases_once:
+        [section .user]
+
+        CASE
+        SAVED_RIP
+        nop
+        END_CASE
+%define case_rf 0                       ; the one fault that leaves it clear
+%define case_dr7 DR7_L0                 ; R/W0 = 0, execution
+        BOTH_RAISE V_DB, NO_ERROR, "instruction breakpoint"
+
 user_end:
         [section .cases]
 cases_end:
@@ -550,6 +573,13 @@ next_case:
         and     byte [rdi], 0x7f
         xor     edx, edx
         mov     cr2, rdx
+        mov     edx, [rbx + A_CASE.dr7]
+        test    edx, edx
+        jz      .no_breakpoint
+        mov     dr7, rdx
+        mov     edx, [rbx + A_CASE.rip]
+        mov     dr0, rdx
+.no_breakpoint:
         mov     edx, [counter]
         mov     [ticks_before], edx
 %assign n 8
@@ -591,15 +621,18 @@ end_of_case:
         or      byte [rdi], 0x80
         mov     rax, [plain_cr0]
         mov     cr0, rax
+        cmp     dword [rbx + A_CASE.dr7], 0
+        je      .no_breakpoint
+        xor     eax, eax
+        mov     dr7, rax
+.no_breakpoint:
+        add     rbx, A_CASE_size
+        lea     rax, [cases_once]
         cmp     dword [snapshot + 4], 0
         jne     .told
+        lea     rax, [cases_end]        ; the first round
         call    tell
-        cmp     byte [raised], 0
-        jne     .told
-        inc     dword [snapshot + 16]
-.told:  add     rbx, A_CASE_size
-        lea     rax, [cases_end]
-        cmp     rbx, rax
+.told:  cmp     rbx, rax
         jne     next_case
         inc     dword [snapshot + 4]
         mov     eax, [count]
@@ -770,7 +803,11 @@ check_frame:
         or      ecx, [rbx + A_CASE.rf]
         mov     edi, [rbp + A_FRAME.rflags]
         and     edi, FLAGS_CHECKED
-        MUST_BE rdi, rcx, "the saved RFLAGS"
+        cmp     byte [rbx + A_CASE.vector], V_DF
+        jne     .flags
+        and     edi, ~FLAGS_RF          ; an abort: the SDM does not say
+        and     ecx, ~FLAGS_RF
+.flags: MUST_BE rdi, rcx, "the saved RFLAGS"
         mov     ecx, [rbx + A_CASE.cr2]
         mov     rdi, cr2
         MUST_BE rdi, rcx, "CR2"
@@ -861,10 +898,18 @@ pit_load:
         call    print_number
 %endmacro
 
-; The line of the case RBX. Clobbers RAX, RCX, RDX, RSI.
-tell:   call    tell_name
+; The line of the case that is over. Clobbers RCX, RDX, RSI.
+tell:   push    rax
+        push    rbx
+        mov     rbx, [current]
+        call    .line
+        pop     rbx
+        pop     rax
+        ret
+.line:  call    tell_name
         cmp     byte [raised], 0
         jne     .raised
+        inc     dword [snapshot + 16]
         PRINT   "not raised        "
         jmp     .ticks
 .raised:

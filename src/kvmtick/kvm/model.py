@@ -60,6 +60,10 @@ DEFAULT_LIMIT_S = 60.0
 NOMINAL_TIMES = 10
 """A guest that never gets its ticks is stopped after so many times the time they should take."""
 
+SEED_STRIDE = 1 << 48
+SEED_MASK = (1 << 64) - 1
+"""Each vCPU draws random numbers of its own."""
+
 MAX_VCPU_ID = 4096
 MAX_RESERVED_IOAPIC_PINS = 4096
 SUPPRESS_EOI_BROADCAST = (
@@ -83,16 +87,19 @@ class ModelVm(Closing):
         engine: Callable[[], Engine] | None = None,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
+        fast: bool | None = None,
     ) -> None:
-        """`clock`: `virtual` or `real`. `seed`: for the host model's faults. `detail`: record the
-        events that only traces need. `engine`: who executes the guest, the unicorn engine if None.
-        `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how long a vCPU
-        runs at most while another one waits.
+        """`clock`: `virtual` or `real`. `seed`: for the host model's faults and the CPU's random
+        numbers. `detail`: record the events that only traces need. `engine`: who executes the
+        guest, the unicorn engine if None. `ram_bytes`: a multiple of 4096, `Guest.needs` says how
+        many. `quantum_ns`: how long a vCPU runs at most while another one waits. `fast`: interrupts
+        come where the next basic block begins, not at the next instruction; None: in real time.
         """
         self.machine = Machine(clock, seed, detail, ram_bytes, quantum_ns)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
-        self._engine = engine or _unicorn_engine
+        self._engine = engine
+        self._exact = self.machine.virtual if fast is None else not fast
 
     # The irqchip.
 
@@ -303,7 +310,12 @@ class ModelVm(Closing):
             raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
         if any(vcpu.vcpu_id == vcpu_id for vcpu in self.machine.board.vcpus):
             raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU")
-        return ModelVcpu(self.machine.create_vcpu(self._engine(), vcpu_id), self.machine.board)
+        if self._engine is not None:
+            engine = self._engine()
+        else:
+            seed = self.machine.host.seed + vcpu_id * SEED_STRIDE
+            engine = _unicorn_engine(self._exact, seed & SEED_MASK)
+        return ModelVcpu(self.machine.create_vcpu(engine, vcpu_id), self.machine.board)
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID: what `ModelVcpu.set_cpuid2` may be given."""
@@ -483,8 +495,8 @@ def _pic_of(pic: Pic, chip_id: int) -> PicState:
     return pic.slave if chip_id == KVM_IRQCHIP_PIC_SLAVE else pic.master
 
 
-def _unicorn_engine() -> Engine:
+def _unicorn_engine(exact: bool, seed: int) -> Engine:
     # Loading the native library takes time that scripted guests need not pay.
     from kvmtick.cpu.unicorn import UnicornEngine
 
-    return UnicornEngine()
+    return UnicornEngine(exact=exact, seed=seed)

@@ -98,7 +98,6 @@ uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
     (void)uc;
     Engine *self = engine;
     unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
-    self->port_read_by = self->started;
     take_gil(self);
     uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
     give_gil(self);

@@ -199,7 +199,7 @@ static Engine *engine_of_uc(const void *uc, int function)
     if (entered != NULL && entered->uc == uc) {
         return entered;
     }
-    intercepted |= 1u << function;
+    intercepted |= 1ull << function;
     return NULL;
 }
 

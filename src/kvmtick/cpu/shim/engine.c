@@ -75,7 +75,7 @@ static int add_instruction_hook(Engine *self, int instruction, void *callback)
 int add_hooks(Engine *self)
 {
     int error;
-    if ((error = add_hook(self, UC_HOOK_CODE, on_instruction)) ||
+    if ((self->exact && (error = add_hook(self, UC_HOOK_CODE, on_instruction))) ||
         (error = add_hook(self, UC_HOOK_INTR, on_exception)) ||
         (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
         (error = add_instruction_hook(self, UC_INS_IN, on_port_in)) ||
@@ -89,11 +89,12 @@ int add_hooks(Engine *self)
 
 static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"seed", NULL};
+    static char *names[] = {"seed", "exact", NULL};
     Engine *self = (Engine *)object;
     unsigned long long seed = 0;
+    int exact = true;
     uint64_t rax;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$K:Engine", names, &seed)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$Kp:Engine", names, &seed, &exact)) {
         return -1;
     }
     if (lib.handle == NULL || self->uc != NULL) {
@@ -101,6 +102,7 @@ static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
                         self->uc ? "the engine is already open" : "call load() first");
         return -1;
     }
+    self->exact = exact;
     int error = open_cpu(&self->uc);
     if (!error) {
         error = lib.reg_read(self->uc, UC_REG_RAX, &rax); /* creates the CPU */
@@ -166,6 +168,7 @@ static void engine_dealloc(PyObject *object)
     PyObject_GC_UnTrack(object);
     release_engine(self);
     engine_clear(object);
+    PyMem_Free(self->breakpoints);
     Py_CLEAR(self->error);
     Py_TYPE(object)->tp_free(object);
 }
@@ -265,6 +268,67 @@ static PyObject *engine_release_gil(PyObject *object, PyObject *args, PyObject *
         return NULL;
     }
     self->releases_gil = enabled;
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_exit_on_pause(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"enabled", NULL};
+    Engine *self = (Engine *)object;
+    int enabled;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "p:exit_on_pause", names, &enabled)) {
+        return NULL;
+    }
+    self->exits_on_pause = enabled;
+    Py_RETURN_NONE;
+}
+
+static int compare_addresses(const void *one, const void *other)
+{
+    uint64_t first = *(const uint64_t *)one, second = *(const uint64_t *)other;
+    return (first > second) - (first < second);
+}
+
+/* `addresses` is a list or a tuple of numbers. NULL: an exception is set. */
+static uint64_t *sorted_addresses(PyObject *addresses, size_t count)
+{
+    uint64_t *sorted = PyMem_Malloc((count + 1) * sizeof *sorted);
+    if (sorted == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (size_t i = 0; i < count && !PyErr_Occurred(); i++) {
+        sorted[i] = PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(addresses, i));
+    }
+    if (PyErr_Occurred()) {
+        PyMem_Free(sorted);
+        return NULL;
+    }
+    qsort(sorted, count, sizeof *sorted, compare_addresses);
+    return sorted;
+}
+
+static PyObject *engine_set_breakpoints(PyObject *object, PyObject *addresses)
+{
+    Engine *self = (Engine *)object;
+    PyObject *sequence = PySequence_Fast(addresses, "set_breakpoints() takes addresses");
+    if (sequence == NULL) {
+        return NULL;
+    }
+    size_t count = (size_t)PySequence_Fast_GET_SIZE(sequence);
+    uint64_t *sorted = NULL;
+    if (count > 0 && !self->exact) {
+        PyErr_SetString(PyExc_ValueError, "breakpoints need an engine that is exact");
+    } else if (check_idle(self)) {
+        sorted = sorted_addresses(sequence, count);
+    }
+    Py_DECREF(sequence);
+    if (sorted == NULL) {
+        return NULL;
+    }
+    PyMem_Free(self->breakpoints);
+    self->breakpoints = sorted;
+    self->breakpoint_count = count;
     Py_RETURN_NONE;
 }
 
@@ -372,7 +436,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
         }
     }
     self->started = 0;
-    self->port_read_by = 0;
+    self->ins_has_tried = false;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
     self->delivering = 0;
@@ -481,6 +545,8 @@ static PyMethodDef engine_methods[] = {
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
     {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
     {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},
+    {"exit_on_pause", WITH_KEYWORDS(engine_exit_on_pause), "Whether PAUSE ends an entry."},
+    {"set_breakpoints", engine_set_breakpoints, METH_O, "Where to stop, by linear address."},
     {"registers", engine_registers, METH_NOARGS, "The guest's registers by name."},
     {"set_registers", engine_set_registers, METH_O, "Write some of the guest's registers."},
     {"close", engine_close, METH_NOARGS, "Give everything back."},
@@ -492,6 +558,7 @@ static PyMemberDef engine_members[] = {
     {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
     {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},
     {"idt_vectoring_info", T_UINT, offsetof(Engine, idt_vectoring_info), 0, "Always 0."},
+    {"exact", T_BOOL, offsetof(Engine, exact), READONLY, "Whether every boundary is looked at."},
     {"error", T_OBJECT, offsetof(Engine, error), 0, "Why the last INTERNAL_ERROR happened."},
     {NULL, 0, 0, 0, NULL},
 };

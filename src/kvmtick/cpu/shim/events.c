@@ -142,7 +142,11 @@ static bool faulted_on_fetch(const Engine *self, int vector)
 /* The boundary before an instruction that could not be read. True: leave there. */
 static bool leave_before_fetch(Engine *self)
 {
+    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     self->exit_reason = boundary_reason(self);
+    if (self->exit_reason == EXIT_NONE && is_breakpoint(self, linear)) {
+        self->exit_reason = EXIT_BREAKPOINT;
+    }
     if (self->exit_reason == EXIT_NONE) {
         self->started++; /* counts like any instruction that faults */
         return false;
@@ -152,9 +156,20 @@ static bool leave_before_fetch(Engine *self)
     return true;
 }
 
+/* A gate's error code is vector * 8 + IDT (SDM vol. 3A, 6.13). QEMU has 16 instead, the bytes of a
+ * gate in long mode. */
+static void mend_gate_error_code(Engine *self, int vector)
+{
+    int32_t code = I32(self->env, ENV_ERROR_CODE);
+    if ((U32(self->env, ENV_HFLAGS) & HF_LMA) && tells_ext(vector) && (code & ERROR_CODE_IDT)) {
+        I32(self->env, ENV_ERROR_CODE) = (code >> 1 & ~7) | ERROR_CODE_IDT;
+    }
+}
+
 static bool begin_exception(Engine *self, int vector)
 {
     int interrupted = self->delivering;
+    mend_gate_error_code(self, vector);
     if (interrupted == NOTHING && faulted_on_fetch(self, vector) && leave_before_fetch(self)) {
         return false;
     }

@@ -19,7 +19,9 @@
 
 Library lib;
 __thread Engine *entered;
-__thread unsigned intercepted;
+__thread uint64_t intercepted;
+__thread bool probing;
+__thread uint64_t probed_instructions;
 
 static const struct {
     const char *name;
@@ -46,7 +48,12 @@ static const struct {
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
     {"raise_exception_err_ra_x86_64", offsetof(Library, raise_exception)},
+    {"tcg_op_remove_x86_64", offsetof(Library, remove_operation)},
+    {"cpu_loop_exit_restore_x86_64", offsetof(Library, loop_exit_restore)},
     {"cpu_restore_state_x86_64", offsetof(Library, restore_state)},
+    {"helper_check_iob_x86_64", offsetof(Library, check_port[BYTE])},
+    {"helper_check_iow_x86_64", offsetof(Library, check_port[WORD])},
+    {"helper_check_iol_x86_64", offsetof(Library, check_port[LONG])},
     {"x86_cpu_get_phys_page_attrs_debug_x86_64", offsetof(Library, page_of)},
     {"qemu_ram_addr_from_host_x86_64", offsetof(Library, ram_address_of)},
     {"tb_invalidate_phys_range_x86_64", offsetof(Library, invalidate_range)},
@@ -62,7 +69,7 @@ Engine *engine_of(const void *env, int function)
     if (self != NULL && self->env == env) {
         return self;
     }
-    intercepted |= 1u << function;
+    intercepted |= 1ull << function;
     return NULL;
 }
 
@@ -189,9 +196,12 @@ static const char *wrong_register_field(void *uc, char *env)
  * that rewrites its own block. Those for instructions of protected mode stand in the same table of
  * the library, filled by the same loader. */
 #define NOT_PROBED                                                                               \
-    (1u << IRET_REAL | 1u << IRET_PROTECTED | 1u << SYSRET | 1u << SYSENTER | 1u << SYSEXIT)
+    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT)
 #define PROBE_PAGE 0x1000
-#define PROBE_HLT 0x38
+#define PROBE_HLT 0x48
+/* In all blocks begun: what is behind the division in its block, and the store and what is behind
+ * it, are in two. */
+#define PROBE_INSTRUCTIONS (27 + 4 + 2)
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
@@ -201,6 +211,9 @@ static const uint8_t PROBE_CODE[] = {
     0x0f, 0x20, 0xc0, 0x0f, 0x22, 0xc0,             /* mov eax, cr0; mov cr0, eax */
     0x0f, 0xc7, 0xf0,                               /* rdrand ax */
     0xfb,                                           /* sti */
+    0xe4, 0x00, 0xe5, 0x00, 0x66, 0xe5, 0x00,       /* in al, 0; in ax, 0; in eax, 0 */
+    0xe6, 0x00, 0xe7, 0x00, 0x66, 0xe7, 0x00,       /* out 0, al; out 0, ax; out 0, eax */
+    0xf3, 0x90,                                     /* pause */
     0xa0, 0x00, 0x20, 0xa2, 0x00, 0x20,             /* mov al, [0x2000]; mov [0x2000], al */
     0xa1, 0x00, 0x20, 0xa3, 0x00, 0x20,             /* ax */
     0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
@@ -263,13 +276,17 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     }
     POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_take_interrupt;
     U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
+    probing = true;
+    probed_instructions = 0;
     int error = lib.emu_start(uc, PROBE_PAGE, 0, 0, 0);
+    probing = false;
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
     uint64_t end = PROBE_PAGE + sizeof PROBE_CODE;
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
-    if ((intercepted | NOT_PROBED) != (1u << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
+    if ((intercepted | NOT_PROBED) != (1ull << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
+    if (probed_instructions != PROBE_INSTRUCTIONS) return "instructions of a block";
     return NULL;
 }
 
@@ -355,6 +372,16 @@ static const struct {
     [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
     [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
     [STI] = STANDS_IN(helper_sti_x86_64, sti),
+    [INS + BYTE] = STANDS_IN(helper_inb_x86_64, in[BYTE]),
+    [INS + WORD] = STANDS_IN(helper_inw_x86_64, in[WORD]),
+    [INS + LONG] = STANDS_IN(helper_inl_x86_64, in[LONG]),
+    [OUTS + BYTE] = STANDS_IN(helper_outb_x86_64, out[BYTE]),
+    [OUTS + WORD] = STANDS_IN(helper_outw_x86_64, out[WORD]),
+    [OUTS + LONG] = STANDS_IN(helper_outl_x86_64, out[LONG]),
+    [PAUSE] = STANDS_IN(helper_pause_x86_64, pause),
+    [CHECK_EXIT_REQUEST] = STANDS_IN(helper_check_exit_request_x86_64, check_exit_request),
+    [TRANSLATE] = STANDS_IN(gen_intermediate_code_x86_64, translate),
+    [LOOP_EXIT_NOEXC] = STANDS_IN(cpu_loop_exit_noexc_x86_64, loop_exit_noexc),
     [PROTECT_CODE] = STANDS_IN(tlb_protect_code_x86_64, protect_code),
     [UNPROTECT_CODE] = STANDS_IN(tlb_unprotect_code_x86_64, unprotect_code),
     [INVALIDATE_STORED] = STANDS_IN(tb_invalidate_phys_page_fast_x86_64, invalidate_stored),

@@ -100,14 +100,13 @@ static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_
 
 /* QEMU's INS stores a 0 before it reads the port, to find out whether the store faults. Where no
  * RAM is it cannot, and a device would see it. */
-static bool is_trial_of_ins(const Engine *self)
+static bool is_trial_of_ins(Engine *self, uintptr_t return_address)
 {
-    if (self->port_read_by == self->started) {
-        return false;
-    }
     Prefixes prefixes;
-    uint8_t opcode = opcode_at(self, self->last_address, &prefixes);
-    return opcode == 0x6c || opcode == 0x6d;
+    uint8_t opcode = opcode_at(self, running_instruction(self, return_address), &prefixes);
+    bool is_ins = opcode == 0x6c || opcode == 0x6d;
+    self->ins_has_tried = is_ins && !self->ins_has_tried;
+    return self->ins_has_tried;
 }
 
 static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
@@ -119,7 +118,7 @@ static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t
     } else if (is_ram_or_paged(self, linear, 1u << size)) {
         lib.genuine.store[size](env, linear, value, oi, return_address);
         let_stores_be_fast(self, linear, oi);
-    } else if (!is_trial_of_ins(self)) {
+    } else if (!is_trial_of_ins(self, return_address)) {
         store_around_ram(self, linear, value, 1u << size, oi, return_address);
     }
 }

@@ -69,6 +69,7 @@ typedef enum {
     NUMBER_32,
     NUMBER_64,
     ACCESS_RIGHTS,
+    TASK_ACCESS_RIGHTS,
     FLAGS,
     CR0,
     CR4,
@@ -117,7 +118,10 @@ static const Register REGISTERS[] = {
     SELECTOR_AND_CACHE("fs", ENV_SEGS + SEGMENT_BYTES * FS),
     SELECTOR_AND_CACHE("gs", ENV_SEGS + SEGMENT_BYTES * GS),
     SELECTOR_AND_CACHE("ldtr", ENV_LDT),
-    SELECTOR_AND_CACHE("tr", ENV_TR),
+    {"tr", ENV_TR + SEG_SELECTOR, NUMBER_16},
+    {"tr_base", ENV_TR + SEG_BASE, NUMBER_64},
+    {"tr_limit", ENV_TR + SEG_LIMIT, NUMBER_32},
+    {"tr_access", ENV_TR + SEG_FLAGS, TASK_ACCESS_RIGHTS},
     TABLE("gdtr", ENV_GDT),
     TABLE("idtr", ENV_IDT),
     {"cr0", ENV_CR, CR0},
@@ -145,6 +149,8 @@ static const Register REGISTERS[] = {
 /* Access rights in a VMCS (SDM 25.4.1): the attributes of a descriptor, and "unusable". */
 #define ACCESS_ATTRIBUTES 0xf0ffu
 #define ACCESS_UNUSABLE (1u << 16)
+/* The processor keeps a TSS that is busy in TR, QEMU the descriptor as it was before. */
+#define ACCESS_BUSY (1u << 1)
 
 static uint32_t access_of_flags(uint32_t flags)
 {
@@ -165,6 +171,8 @@ static uint64_t read_register(const char *env, const Register *reg)
         return U32(env, reg->offset);
     case ACCESS_RIGHTS:
         return access_of_flags(U32(env, reg->offset));
+    case TASK_ACCESS_RIGHTS:
+        return access_of_flags(U32(env, reg->offset)) | ACCESS_BUSY;
     case FLAGS:
         return compute_rflags(env);
     default:
@@ -184,6 +192,9 @@ static void write_register(Engine *self, const Register *reg, uint64_t value)
         break;
     case ACCESS_RIGHTS:
         U32(env, reg->offset) = flags_of_access((uint32_t)value);
+        break;
+    case TASK_ACCESS_RIGHTS:
+        U32(env, reg->offset) = flags_of_access((uint32_t)value & ~ACCESS_BUSY);
         break;
     case FLAGS:
         lib.reg_write(self->uc, UC_REG_RFLAGS, &value);

@@ -62,7 +62,23 @@
 /* ---- 2.1.4's structures: offsets in bytes, proven by prove_layout --------------------------
  * cc_dst, cc_src2, hflags2, ldt, tr and gdt are proven only by the fields around them. */
 
-enum { UC_CPU = 440 }; /* uc_struct -> CPUState */
+enum { /* uc_struct */
+    UC_CPU = 440,
+    UC_TCG = 768,
+};
+
+enum { /* TCGContext, and the operations of the block being translated */
+    TCG_OPS = 29576,
+    OP_KIND = 0,
+    OP_NEXT = 8,
+    OP_ARGUMENTS = 24,
+};
+
+enum { /* TranslationBlock */
+    TB_PC = 0,
+    TB_SIZE = 20,
+    TB_INSTRUCTIONS = 22,
+};
 
 enum { /* CPUState */
     CPU_INTERRUPT_REQUEST = 28,
@@ -113,6 +129,7 @@ enum { ES, CS, SS, DS, FS, GS };
 enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
+#define U16(base, offset) (*(uint16_t *)((char *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
 #define U64(base, offset) (*(uint64_t *)((char *)(base) + (offset)))
 #define POINTER(base, offset) (*(void **)((char *)(base) + (offset)))
@@ -162,6 +179,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define GENERAL_PROTECTION 13
 #define PAGE_FAULT 14
 #define ERROR_CODE_EXT 1
+#define ERROR_CODE_IDT 2
 #define PAGE_FAULT_WRITE 2
 #define INSTRUCTION_BYTES_MAX 15
 #define OPERAND_64_BITS 2 /* as the helpers have it */
@@ -181,8 +199,10 @@ enum {
     EXIT_INTERRUPT_WINDOW = 7,
     EXIT_NMI_WINDOW = 8,
     EXIT_HLT = 12,
+    EXIT_PAUSE = 40,
     EXIT_PREEMPTION_TIMER = 52,
     EXIT_INTERNAL_ERROR = 0x10000,
+    EXIT_BREAKPOINT = 0x10001,
     EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
 };
 
@@ -228,6 +248,10 @@ typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
 #define MMU_KERNEL 2 /* without SMAP */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
+typedef uint64_t In(void *env, uint32_t port);
+typedef void Out(void *env, uint32_t port, uint32_t value);
+enum { PORT_SIZES = QUAD };
+
 /* The library's own functions that this module stands in front of. */
 typedef struct {
     void (*rdmsr)(void *env);
@@ -246,6 +270,12 @@ typedef struct {
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
     void (*sti)(void *env);
+    In *in[PORT_SIZES];
+    Out *out[PORT_SIZES];
+    void (*pause)(void *env, int size_bytes);
+    void (*check_exit_request)(void *uc, uint32_t in_delay_slot);
+    void (*translate)(void *cpu, void *block, int instructions_max);
+    void (*loop_exit_noexc)(void *cpu);
     void (*protect_code)(void *uc, uint64_t ram_address);
     void (*unprotect_code)(void *uc, uint64_t ram_address);
     void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
@@ -278,7 +308,10 @@ typedef struct {
     void (*update_cr4)(void *env, uint32_t value);
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
+    void (*remove_operation)(void *tcg, void *operation);
+    void (*loop_exit_restore)(void *cpu, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
+    void (*check_port[PORT_SIZES])(void *env, uint32_t port); /* #GP unless the TSS allows it */
     uint64_t (*page_of)(void *cpu, uint64_t linear, void *attributes);
     uint64_t (*ram_address_of)(void *uc, const void *host);
     void (*invalidate_range)(void *uc, uint64_t start, uint64_t end); /* RAM addresses */
@@ -331,10 +364,11 @@ struct Engine {
     char *cpu;
     char *env;
 
-    /* Looked at before every instruction. */
+    /* Looked at before every instruction, or block of them. */
     uint64_t started;      /* instructions begun since the entry */
     uint64_t watch_from;   /* atomic; look closer once `started` is there: the budget, or 0 */
     uint64_t last_address; /* linear address of the instruction begun last */
+    uint32_t last_block;   /* when not exact: the BLOCK_ bits of the block begun last */
 
     /* Looked at closer. */
     uint64_t budget;
@@ -342,7 +376,11 @@ struct Engine {
     bool failed; /* a callback raised; the exception is in `exception` */
     bool irq_window;
     bool nmi_window;
+    uint64_t *breakpoints; /* linear addresses, ascending */
+    size_t breakpoint_count;
 
+    bool exact;
+    bool exits_on_pause;
     int exit_reason;
     uint32_t intr_info; /* the event of this entry until it is delivered */
     int delivering;     /* the event being delivered: of which kind (events.c) */
@@ -363,7 +401,7 @@ struct Engine {
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
-    uint64_t port_read_by; /* `started` at the last port read: which instruction that was */
+    bool ins_has_tried; /* INS has made its trial store (memory.c) */
     Gap gaps[RAM_RANGES_MAX + 1]; /* up to 4 GiB */
     int gap_count;
     bool gaps_stale;
@@ -399,12 +437,16 @@ typedef struct {
 } Prefixes;
 const uint8_t *code_at(const Engine *self, uint64_t linear);
 uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
+bool is_string_operation(uint8_t opcode);
+uint64_t count_mask(const Engine *self, bool address_size_prefix);
 bool steps_over_finished_rep(const Engine *self, uint64_t address);
+uint64_t running_instruction(const Engine *self, uintptr_t return_address);
 unsigned compute_interruptibility(const Engine *self);
 
 /* boundary.c */
 void set_watch(Engine *self);
 int boundary_reason(Engine *self);
+bool is_breakpoint(const Engine *self, uint64_t address);
 void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine);
 
 /* events.c */
@@ -478,6 +520,13 @@ enum {
     WRITE_CR,
     RDRAND,
     STI,
+    INS,
+    OUTS = INS + PORT_SIZES,
+    OUTS_END = OUTS + PORT_SIZES - 1,
+    PAUSE,
+    CHECK_EXIT_REQUEST,
+    TRANSLATE,
+    LOOP_EXIT_NOEXC,
     PROTECT_CODE,
     UNPROTECT_CODE,
     INVALIDATE_STORED,
@@ -485,10 +534,18 @@ enum {
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
-extern __thread unsigned intercepted;
+extern __thread uint64_t intercepted;
+extern __thread bool probing;
+extern __thread uint64_t probed_instructions; /* in the blocks begun */
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
 Engine *engine_of(const void *env, int function);
+
+/* boundary.c */
+EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot);
+EXPORTED void helper_pause_x86_64(void *env, int size_bytes);
+EXPORTED void gen_intermediate_code_x86_64(void *cpu, void *block, int instructions_max);
+EXPORTED void cpu_loop_exit_noexc_x86_64(void *cpu);
 
 /* memory.c */
 EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_ldul_mmu_x86_64,
@@ -502,6 +559,10 @@ EXPORTED void helper_into_x86_64(void *env, int size_bytes);
 EXPORTED void helper_sti_x86_64(void *env);
 EXPORTED void helper_iret_real_x86_64(void *env, int shift);
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip);
+
+/* ports.c */
+EXPORTED In helper_inb_x86_64, helper_inw_x86_64, helper_inl_x86_64;
+EXPORTED Out helper_outb_x86_64, helper_outw_x86_64, helper_outl_x86_64;
 
 /* syscall.c */
 EXPORTED void helper_syscall_x86_64(void *env, int size_bytes);

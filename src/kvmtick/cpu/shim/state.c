@@ -61,14 +61,14 @@ uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes)
     return 0;
 }
 
-static bool is_string_operation(uint8_t opcode)
+bool is_string_operation(uint8_t opcode)
 {
     return (opcode >= 0x6c && opcode <= 0x6f) || (opcode >= 0xa4 && opcode <= 0xa7) ||
            (opcode >= 0xaa && opcode <= 0xaf);
 }
 
 /* The bits of RCX that count the rounds of a REP. */
-static uint64_t count_mask(const Engine *self, bool address_size_prefix)
+uint64_t count_mask(const Engine *self, bool address_size_prefix)
 {
     uint32_t hflags = U32(self->env, ENV_HFLAGS);
     if (hflags & HF_CS64) {
@@ -88,6 +88,22 @@ bool steps_over_finished_rep(const Engine *self, uint64_t address)
     }
     return is_string_operation(opcode_at(self, address, &prefixes)) && prefixes.rep &&
            (count & count_mask(self, prefixes.address_size)) == 0;
+}
+
+/* The linear address of the instruction that called a helper from `return_address`. */
+uint64_t running_instruction(const Engine *self, uintptr_t return_address)
+{
+    char *env = self->env;
+    if (self->exact) {
+        return self->last_address;
+    }
+    uint64_t eip = U64(env, ENV_EIP);
+    uint32_t cc_op = U32(env, ENV_CC_OP);
+    lib.restore_state(self->cpu, return_address, false);
+    uint64_t address = U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE);
+    U64(env, ENV_EIP) = eip;
+    U32(env, ENV_CC_OP) = cc_op;
+    return address;
 }
 
 /* QEMU has one flag for both shadows; the instruction that cast it tells which. */
