@@ -302,7 +302,7 @@ def test_two_spinning_vcpus(exact: bool) -> None:
     other = Cpu("", ram=one.ram, exact=exact)
     one.ram[0x2000 : 0x2000 + len(bytes.fromhex(pong))] = bytes.fromhex(pong)
     other.engine.reset(0, 0x2000)
-    reasons = []
+    reasons: list[ExitReason] = []
     for cpu in (one, other):
         cpu.engine.exit_on_pause(True)
     while ExitReason.HLT not in reasons[-1:]:
