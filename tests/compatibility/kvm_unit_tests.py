@@ -110,6 +110,18 @@ def options(extra_params: str) -> Iterator[str]:
         elif word == "-m":
             size = next(words)
             yield from ("--ram", size.upper() if size[-1].isalpha() else f"{size}M")
+        elif word == "-cpu":
+            for change in cpuid_changes(next(words)):
+                yield from ("--cpuid", change)
+
+
+def cpuid_changes(cpu: str) -> Iterator[str]:
+    """What QEMU's -cpu leaves out or renames of what kvmtick offers; a model is not imitated."""
+    for change in cpu.split(","):
+        if change.startswith("vendor="):
+            yield change
+        elif change in ("-x2apic", "-tsc-deadline"):
+            yield f"{change[1:].replace('-', '_')}=off"
 
 
 def reason_not_run(case: Case) -> str | None:

@@ -75,6 +75,8 @@ def test_only_a_longer_timeout_than_ours_counts() -> None:
         ("-cpu max,+vmx -machine pit=off", []),
         ("-m 4g", ["--ram", "4G"]),
         ('--append "10 20"', ["--append", "10 20"]),
+        ("-cpu qemu64,-x2apic,+tsc-deadline", ["--cpuid", "x2apic=off"]),
+        ("-cpu Opteron_G1,vendor=AuthenticAMD", ["--cpuid", "vendor=AuthenticAMD"]),
     ],
 )
 def test_qemu_options_become_ours(extra_params: str, ours: list[str]) -> None:

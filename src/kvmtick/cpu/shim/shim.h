@@ -485,6 +485,7 @@ PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs)
 
 /* system.c */
 bool is_canonical(const char *env, uint64_t address);
+uint32_t cpuid_vendor(Engine *self);
 int on_cpuid(void *uc, void *engine);
 int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);
