@@ -89,6 +89,7 @@ class Machine:
             self.cpuid,
             self.cr8_write,
             self.cr8_read,
+            self.hypercall,
         )
 
     def attach_ports_only(self) -> None:
@@ -126,6 +127,11 @@ class Machine:
         self.accesses.append(("cpuid", function, index))
         self.on_out(function)
         return function + 1, 0xBBBB_BBBB, index, 0xFFFF_FFFF
+
+    def hypercall(self, retired: int) -> int:
+        self.accesses.append(("hypercall", self.engine.registers()["rax"] & 0xFFFF_FFFF, retired))
+        self.on_out(0)
+        return self.input
 
     def cr8_write(self, value: int, retired: int) -> bool:
         self.accesses.append(("cr8 write", value, retired))

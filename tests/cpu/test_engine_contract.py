@@ -43,6 +43,7 @@ from kvmtick.cpu.scripted import (
     ScriptedEngine,
     Spin,
     Sti,
+    Vmcall,
     Wrmsr,
 )
 from kvmtick.cpu.unicorn import UnicornEngine
@@ -700,6 +701,35 @@ def test_cpuid_answers_what_the_handler_says(build: Build) -> None:
     assert values == [0x41, 0xBBBB_BBBB, 7, 0xFFFF_FFFF]
 
 
+def hypercall() -> Program:
+    yield Spin(1)
+    yield Out(0x80, (yield Vmcall()))
+    yield Hlt()
+
+
+HYPERCALL = Guest("b001 0f01c1 e680 f4", hypercall)  # mov al, 1; vmcall; out 0x80, al; hlt
+
+
+def test_a_hypercall_gets_its_answer_in_rax(build: Build) -> None:
+    machine = build(HYPERCALL)
+    machine.engine.set_registers({"rax": 1})
+    assert machine.enter() is ExitReason.HLT
+    assert machine.accesses == [("hypercall", 1, 1), ("out", 0x80, 1, 0x5A, 2)]
+
+
+def test_a_hypercall_without_a_handler_is_an_invalid_opcode(build: Build) -> None:
+    def invalid_opcode() -> Program:
+        yield Out(0x81, 6)
+        yield Hlt()
+
+    # mov al, 6; out 0x81, al; hlt
+    handlers = {6: ("b006 e681 f4", invalid_opcode)}
+    machine = build(HYPERCALL._replace(handlers=handlers))
+    machine.attach_ports_only()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[:4] for access in machine.accesses] == [("out", 0x81, 1, 6)]
+
+
 def test_cpuid_without_a_handler_reads_0(build: Build) -> None:
     machine = build(CPUID)
     machine.attach_ports_only()
@@ -973,6 +1003,7 @@ def test_an_exception_in_a_read(build: Build) -> None:
         pytest.param(MMIO_STORES, 3, id="mmio write"),
         pytest.param(MSR_ACCESSES, 4, id="wrmsr"),
         pytest.param(CPUID, 3, id="cpuid"),
+        pytest.param(HYPERCALL, 2, id="hypercall"),
     ],
 )
 def test_an_exception_of_any_handler_ends_enter(

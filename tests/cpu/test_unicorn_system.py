@@ -302,6 +302,32 @@ def test_syscall_in_compatibility_mode_is_undefined() -> None:
     assert cpu.frame()["cs"] == USER_CODE_32
 
 
+@pytest.mark.parametrize(
+    ("vendor", "has_syscall"),
+    [("AuthenticAMD", True), ("HygonGenuine", True), ("GenuineIntel", False)],
+)
+def test_syscall_in_compatibility_mode_goes_by_the_vendor(vendor: str, has_syscall: bool) -> None:
+    cpu = user("f9 0f05", "f4", cstar=KERNEL, lstar=0, **RING_3_32_BITS)  # stc; syscall - hlt
+    name = int.from_bytes(vendor[:4].encode(), "little")
+    cpu.cpuid = lambda function, index: (0, name if function == 0 else 0, 0, 0)  # type: ignore[method-assign]
+    cpu.attach()
+    assert cpu.enter() is ExitReason.HLT
+    assert (cpu.register("rip") == KERNEL + 1) == has_syscall
+    if has_syscall:
+        assert segments(cpu) == RING_0
+        assert (cpu.register("rcx"), cpu.register("r11")) == (CODE + 3, 3)
+    else:
+        assert cpu.vector == UD
+
+
+def test_syscall_in_compatibility_mode_needs_sce() -> None:
+    cpu = user("0f05", "f4", cstar=KERNEL, efer=EFER & ~1, **RING_3_32_BITS)
+    cpu.cpuid = lambda function, index: (0, 0x6874_7541, 0, 0)  # type: ignore[method-assign]
+    cpu.attach()
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.vector == UD
+
+
 # ---- SYSENTER and SYSEXIT ------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ import mmap
 import os
 import sys
 from argparse import BooleanOptionalAction
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
 from kvmtick.trace.ftrace import FtraceWriter
+from kvmtick.vcpu.cpuid import FEATURES
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
@@ -38,7 +40,8 @@ MAX_HOLD_MS = 3_600_000
 MAX_PORT = 0xFFFF
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
-FILE_OPTIONS = ("ram", "vcpus", "append", "module", "load-at", "entry", "counter")
+VENDOR_CHARACTERS = 12
+FILE_OPTIONS = ("ram", "vcpus", "cpuid", "append", "module", "load-at", "entry", "counter")
 RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 LEAST_RAM_BYTES, MOST_RAM_BYTES = 1 << 20, 3 << 30
 MAX_VCPUS = 8
@@ -116,6 +119,13 @@ def parser() -> Parser:
     add = p.add_argument_group("a file of your own").add_argument
     add("--ram", metavar="SIZE", help="its RAM, 1M to 3G (128M; 2M if it starts in real mode)")
     add("--vcpus", metavar="N", help="how many vCPUs it has, 1 to 8 (1)")
+    add(
+        "--cpuid",
+        metavar="CHANGE",
+        action="append",
+        default=[],
+        help="vendor=NAME, or x2apic=off, tsc_deadline=off, tsc_adjust=off; may be repeated",
+    )
     add("--append", metavar="TEXT", help="a Multiboot kernel's command line, behind its file name")
     add(
         "--module",
@@ -280,8 +290,9 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
     entry = _address("--entry", options.entry)
     ram_bytes, vcpus = _ram_bytes(options.ram), _vcpus(options.vcpus)
     modules = [_module(text) for text in options.module]
+    vendor, off = _cpuid_changes(options.cpuid)
     try:
-        return load_file(
+        guest = load_file(
             path,
             load_at,
             entry,
@@ -292,6 +303,7 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
         )
     except LoadError as error:
         raise UsageError(str(error)) from None
+    return replace(guest, needs=replace(guest.needs, cpuid_vendor=vendor, cpuid_off=off))
 
 
 def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:
@@ -358,6 +370,27 @@ def _vcpus(text: str | None) -> int:
     if not 1 <= vcpus <= MAX_VCPUS:
         raise UsageError(f"--vcpus {vcpus}: give 1 to {MAX_VCPUS}")
     return vcpus
+
+
+def _cpuid_changes(changes: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The vendor, if one was given, and the features that are off."""
+    vendor: str | None = None
+    off = []
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name == "vendor":
+            if len(value) != VENDOR_CHARACTERS or not value.isascii():
+                raise UsageError(
+                    f"--cpuid {change}: a vendor's name has {VENDOR_CHARACTERS} characters, such as"
+                    " GenuineIntel or AuthenticAMD"
+                )
+            vendor = value
+        elif name in FEATURES and value == "off":
+            off.append(name)
+        else:
+            known = ", ".join(f"{feature}=off" for feature in FEATURES)
+            raise UsageError(f"--cpuid {change}: give vendor=NAME or one of {known}")
+    return vendor, tuple(off)
 
 
 def _module(text: str) -> tuple[Path, str]:

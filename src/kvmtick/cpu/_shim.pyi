@@ -7,6 +7,7 @@ from kvmtick.cpu.engine import (
     Cpuid,
     Cr8Read,
     Cr8Write,
+    Hypercall,
     MmioRead,
     MmioWrite,
     MsrRead,
@@ -44,6 +45,7 @@ class Engine:
         on_cpuid: Cpuid | None = None,
         on_cr8_write: Cr8Write | None = None,
         on_cr8_read: Cr8Read | None = None,
+        on_hypercall: Hypercall | None = None,
     ) -> None: ...
     def map_ram(self, gpa: int, ram: mmap) -> None: ...
     def ram_written(self, gpa: int, size_bytes: int) -> None: ...

@@ -19,10 +19,10 @@ to the next VM exit:
   breakpoint takes it away for one step;
 * PAUSE ends it with `PAUSE`, retired, if `exit_on_pause` asked for that;
 * accesses to ports, to physical memory that is no RAM, to CR8 and to the MSRs that are not in
-  `CPU_MSRS` do not leave `enter`: the engine calls the handlers given to `attach`, with the number
-  of instructions retired since the entry, the access itself not counted. To leave after it the
-  handler kicks; the access is done once, and the kick ends the execution at the boundary behind the
-  instruction;
+  `CPU_MSRS`, and hypercalls do not leave `enter`: the engine calls the handlers given to `attach`,
+  with the number of instructions retired since the entry, the access itself not counted. To leave
+  after it the handler kicks; the access is done once, and the kick ends the execution at the
+  boundary behind the instruction;
 * memory accesses have any address and 1 to 8 bytes: one that crosses the end of a page comes as its
   two parts, in the order of their addresses;
 * CPUID answers what the handler says;
@@ -57,6 +57,7 @@ __all__ = [
     "Engine",
     "EventType",
     "ExitReason",
+    "Hypercall",
     "Interruptibility",
     "MmioRead",
     "MmioWrite",
@@ -145,6 +146,10 @@ Cr8Write = Callable[[int, int], bool]
 Cr8Read = Callable[[int], int]
 """`(retired)`: MOV from CR8; returns the task priority, 0 to 15."""
 
+Hypercall = Callable[[int], int]
+"""`(retired)`: VMCALL or VMMCALL, whichever the CPU's vendor has; what it asks is in `registers`.
+Returns RAX, cut to 32 bits outside of 64-bit mode."""
+
 Cpuid = Callable[[int, int], tuple[int, int, int, int]]
 """`(function, index)` are EAX and ECX; returns EAX, EBX, ECX, EDX."""
 
@@ -171,11 +176,12 @@ class Engine(Protocol):
         on_cpuid: Cpuid | None = None,
         on_cr8_write: Cr8Write | None = None,
         on_cr8_read: Cr8Read | None = None,
+        on_hypercall: Hypercall | None = None,
     ) -> None:
         """Set who answers the guest's accesses. Must precede the first `enter`.
 
         Without a handler memory that is no RAM reads all ones and swallows writes, MSRs that are
-        not in `CPU_MSRS` give #GP(0), and CPUID and CR8 read 0.
+        not in `CPU_MSRS` give #GP(0), CPUID and CR8 read 0, and a hypercall is #UD.
         """
 
     def map_ram(self, gpa: int, ram: mmap) -> None:

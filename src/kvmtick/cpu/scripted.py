@@ -67,12 +67,14 @@ __all__ = [
     "ScriptedEngine",
     "Spin",
     "Sti",
+    "Vmcall",
     "Wrmsr",
 ]
 
 FLAGS_FIXED = 1 << 1
 FLAGS_IF = 1 << 9
 NMI_VECTOR = 2
+UD_VECTOR = 6
 GP_VECTOR = 13
 
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
@@ -202,6 +204,12 @@ class Cpuid:
         self.index = index
 
 
+class Vmcall:
+    """VMCALL: the `yield` returns what RAX becomes, 0 after #UD."""
+
+    __slots__ = ()
+
+
 class At:
     """No instruction: the next one is at the linear `address`."""
 
@@ -266,6 +274,7 @@ Operation: TypeAlias = (
     | Cr8Write
     | Cr8Read
     | Cpuid
+    | Vmcall
     | At
     | Spin
     | Hlt
@@ -320,6 +329,7 @@ class ScriptedEngine:
         self._on_cpuid: contract.Cpuid | None = None
         self._on_cr8_write: contract.Cr8Write | None = None
         self._on_cr8_read: contract.Cr8Read | None = None
+        self._on_hypercall: contract.Hypercall | None = None
         self._breakpoints: frozenset[int] = frozenset()
         self._ram: list[tuple[int, mmap]] = []
         self._registers = dict(RESET_REGISTERS)
@@ -342,6 +352,7 @@ class ScriptedEngine:
         on_cpuid: contract.Cpuid | None = None,
         on_cr8_write: contract.Cr8Write | None = None,
         on_cr8_read: contract.Cr8Read | None = None,
+        on_hypercall: contract.Hypercall | None = None,
     ) -> None:
         self._on_out = on_out
         self._on_in = on_in
@@ -352,6 +363,7 @@ class ScriptedEngine:
         self._on_cpuid = on_cpuid
         self._on_cr8_write = on_cr8_write
         self._on_cr8_read = on_cr8_read
+        self._on_hypercall = on_hypercall
 
     def map_ram(self, gpa: int, ram: mmap) -> None:
         self._ram.append((gpa, ram))
@@ -561,6 +573,10 @@ class ScriptedEngine:
             if self._on_cpuid is not None:
                 eax, ebx, ecx, edx = self._on_cpuid(operation.function, operation.index)
                 frame.answer = eax | ebx << 32 | ecx << 64 | edx << 96
+        elif isinstance(operation, Vmcall):
+            if self._on_hypercall is None:
+                return self._fault(UD_VECTOR)
+            frame.answer = self._on_hypercall(self.retired)
         else:
             raise TypeError(f"a guest yielded {operation!r}, which is no operation")
         return 0
@@ -599,8 +615,11 @@ class ScriptedEngine:
         return self._general_protection()
 
     def _general_protection(self) -> int:
-        """#GP of the running instruction; an exit reason when nothing handles it, else 0."""
-        handler = self._handlers.get(GP_VECTOR)
+        return self._fault(GP_VECTOR)
+
+    def _fault(self, vector: int) -> int:
+        """Of the running instruction; an exit reason when nothing handles it, else 0."""
+        handler = self._handlers.get(vector)
         if handler is None:
             return EXIT_TRIPLE_FAULT
         self._start_handler(handler)

@@ -45,6 +45,10 @@ class Needs:
 
     () is a need too: without a leaf 1 KVM drops the mode bits of LVTT, and every timer is one-shot.
     """
+    cpuid_off: tuple[str, ...] = ()
+    """Of the features that a VMM can leave out (`kvmtick.vcpu.cpuid.FEATURES`), those it does."""
+    cpuid_vendor: str | None = None
+    """The vendor in leaf 0, 12 characters; None: KVM's."""
 
 
 DEFAULT_NEEDS: Final = Needs()

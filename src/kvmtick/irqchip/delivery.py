@@ -235,6 +235,11 @@ class IrqDelivery:
                 return taken
         return self._deliver_slowly(irq, source, dest_map)
 
+    def deliver_to_id(self, apic_id: int, irq: LapicIrq) -> int:
+        """To the APIC that has this id in the map, if any: 1 if it took the message, else 0."""
+        lapic = None if self.apic_map is None else self.apic_map.phys_map.get(apic_id)
+        return 0 if lapic is None else _set_irq(lapic, irq, None)
+
     def deliver_nmi_watchdog(self) -> None:
         """`kvm_apic_nmi_wd_deliver` of every vCPU: LVT0 locally."""
         for lapic in self.lapics:

@@ -6,7 +6,14 @@ from typing import Protocol, TypeVar
 from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
 from kvmtick.guests import Needs, gsi_routing
-from kvmtick.vcpu.cpuid import ECX_TSC_DEADLINE, FEATURES, LEAF_FEATURES, LEAVES_TOPOLOGY
+from kvmtick.vcpu.cpuid import (
+    ECX_TSC_DEADLINE,
+    FEATURES,
+    LEAF_FEATURES,
+    LEAF_VENDOR,
+    LEAVES_TOPOLOGY,
+    vendor_registers,
+)
 
 __all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
 
@@ -76,8 +83,20 @@ def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
     for vcpu in vcpus:
         entries = cpuid_of(vm.get_supported_cpuid(), vcpu.vcpu_id)
         _check_offered(entries, needs.cpuid or ())
+        _change(entries, needs)
         vcpu.set_cpuid2(entries)
     return vcpus
+
+
+def _change(entries: Iterable[kvm_cpuid_entry2], needs: Needs) -> None:
+    """What the VMM wants otherwise than KVM offers it."""
+    for entry in entries:
+        for feature in needs.cpuid_off:
+            function, register, mask = FEATURES[feature]
+            if entry.function == function:
+                setattr(entry, register, getattr(entry, register) & ~mask)
+        if needs.cpuid_vendor is not None and entry.function == LEAF_VENDOR:
+            entry.ebx, entry.edx, entry.ecx = vendor_registers(needs.cpuid_vendor)
 
 
 def _check_offered(entries: Iterable[kvm_cpuid_entry2], features: Iterable[str]) -> None:

@@ -22,7 +22,15 @@ from typing import NamedTuple
 from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 
-__all__ = ["ECX_TSC_DEADLINE", "FEATURES", "Cpuid", "CpuidLeaf", "Feature", "supported"]
+__all__ = [
+    "ECX_TSC_DEADLINE",
+    "FEATURES",
+    "Cpuid",
+    "CpuidLeaf",
+    "Feature",
+    "supported",
+    "vendor_registers",
+]
 
 LEAF_VENDOR = 0
 LEAF_FEATURES = 1
@@ -187,6 +195,11 @@ def _brand() -> list[CpuidLeaf]:
     """The brand string: 48 bytes, 16 a leaf."""
     words = memoryview(BRAND.encode().ljust(48, b"\0")).cast("I")
     return [CpuidLeaf(LEAF_BRAND + n, None, *words[4 * n : 4 * n + 4]) for n in range(3)]
+
+
+def vendor_registers(name: str) -> tuple[int, int, int]:
+    """EBX, EDX and ECX of leaf 0 that spell a vendor's name of 12 characters."""
+    return _text(name[:4], name[4:8], name[8:12])
 
 
 def _text(*parts: str) -> tuple[int, int, int]:

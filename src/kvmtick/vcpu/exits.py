@@ -1,8 +1,9 @@
 """What the guest's accesses lead to while the engine is inside: exits KVM handles itself.
 
 Ports (kvm_fast_pio, kernel_pio), memory that is no RAM (vcpu_mmio_read, vcpu_mmio_write: the local
-APIC, then the devices on the bus, then user space), MSRs (`kvmtick.vcpu.msr`), CR8 and CPUID. The
-engine calls these with the instructions retired since the entry, so the time of an access is exact.
+APIC, then the devices on the bus, then user space), MSRs (`kvmtick.vcpu.msr`), CR8, hypercalls and
+CPUID. The engine calls these with the instructions retired since the entry, so the time of an
+access is exact.
 
 CR8 is the local APIC's task priority; as with a TPR shadow its accesses leave no trace.
 
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvmtick.vcpu.hypercalls import emulate_hypercall
+
 if TYPE_CHECKING:
     from kvmtick.vcpu.vcpu import Vcpu, VcpuBoard
 
 __all__ = ["ExitHandlers", "UserSpace"]
 
 # Basic exit reasons (SDM appendix C); engines report none of these.
+EXIT_VMCALL = 18
 EXIT_IO_INSTRUCTION = 30
 EXIT_MSR_READ = 31
 EXIT_MSR_WRITE = 32
@@ -95,6 +99,7 @@ class ExitHandlers:
             self.cpuid,
             self.write_cr8,
             self.read_cr8,
+            self.hypercall,
         )
 
     def _set_clock(self, retired: int) -> None:
@@ -255,6 +260,19 @@ class ExitHandlers:
         """`kvm_get_cr8`."""
         lapic = self._vcpu.lapic
         return self.cr8 if lapic is None else lapic.get_cr8()
+
+    # Hypercalls.
+
+    def hypercall(self, retired: int) -> int:
+        """VMCALL and VMMCALL: `kvm_emulate_hypercall`; returns RAX."""
+        self._set_clock(retired)
+        vcpu = self._vcpu
+        if self._recorder.detail:
+            self._record_exit(EXIT_VMCALL, 0)
+        result = emulate_hypercall(vcpu.engine.registers(), self._board.delivery)
+        if self._recorder.detail:
+            self._record_entry()
+        return result
 
     # CPUID.
 

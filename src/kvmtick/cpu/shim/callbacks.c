@@ -104,6 +104,16 @@ uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
     return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
 }
 
+/* VMCALL and VMMCALL: what RAX becomes. */
+uint64_t ask_hypercall(Engine *self)
+{
+    unsigned long long values[] = {self->started - 1};
+    take_gil(self);
+    uint64_t result = ask(self, ON_HYPERCALL, values, COUNT(values));
+    give_gil(self);
+    return result;
+}
+
 /* The first part of an access that raised is the last one: `failed` ends the execution. */
 static bool nobody_answers(const Engine *self, int which)
 {

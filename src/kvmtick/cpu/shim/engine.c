@@ -204,15 +204,16 @@ static bool check_handlers(PyObject *const *handlers)
 static PyObject *engine_attach(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"on_out",   "on_in",    "on_mmio_write", "on_mmio_read", "on_wrmsr",
-                            "on_rdmsr", "on_cpuid", "on_cr8_write",  "on_cr8_read",  NULL};
+                            "on_rdmsr", "on_cpuid", "on_cr8_write",  "on_cr8_read",
+                            "on_hypercall", NULL};
     Engine *self = (Engine *)object;
     PyObject *given[HANDLERS] = {NULL};
     if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOOOO:attach", names,
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOOOOOOO:attach", names,
                                      &given[ON_OUT], &given[ON_IN], &given[ON_MMIO_WRITE],
                                      &given[ON_MMIO_READ], &given[ON_WRMSR], &given[ON_RDMSR],
                                      &given[ON_CPUID], &given[ON_CR8_WRITE],
-                                     &given[ON_CR8_READ]) ||
+                                     &given[ON_CR8_READ], &given[ON_HYPERCALL]) ||
         !check_handlers(given)) {
         return NULL;
     }

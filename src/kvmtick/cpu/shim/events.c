@@ -9,6 +9,8 @@
 /* What is under way when a fault interrupts its delivery. */
 enum { NOTHING, EXTERNAL_EVENT, SOFTWARE_INTERRUPT };
 
+enum { HYPERCALL_BYTES = 3 };
+
 static bool is_contributory(int vector)
 {
     return vector == 0 || (vector >= 10 && vector <= 14) || vector == DOUBLE_FAULT;
@@ -206,19 +208,51 @@ void on_exception(void *uc, uint32_t vector, void *engine)
     deliver_exception(self, software ? SOFTWARE_INTERRUPT : EXTERNAL_EVENT);
 }
 
+/* Whether the code at RIP, any byte of it on a page of its own, is this. */
+static bool is_at_rip(const Engine *self, const uint8_t *expected, unsigned size_bytes)
+{
+    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
+    for (unsigned i = 0; i < size_bytes; i++) {
+        const uint8_t *code = code_at(self, linear + i);
+        if (code == NULL || *code != expected[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* INT1, which QEMU does not know, is a trap that checks no DPL: #DB with RIP behind it. */
 static bool is_int1(const Engine *self)
 {
-    const uint8_t *code =
-        code_at(self, U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE));
-    return code != NULL && *code == 0xf1;
+    return is_at_rip(self, (const uint8_t[]){0xf1}, 1);
 }
 
-/* INSN_INVALID hook: #UD. True: go on. */
+static bool is_hypercall(const Engine *self)
+{
+    static const uint8_t vmcall[HYPERCALL_BYTES] = {0x0f, 0x01, 0xc1};
+    static const uint8_t vmmcall[HYPERCALL_BYTES] = {0x0f, 0x01, 0xd9};
+    return is_at_rip(self, vmcall, sizeof(vmcall)) || is_at_rip(self, vmmcall, sizeof(vmmcall));
+}
+
+static void finish_hypercall(Engine *self)
+{
+    uint64_t result = ask_hypercall(self);
+    bool wide = U32(self->env, ENV_HFLAGS) & HF_CS64;
+    REGISTER(self->env, RAX) = wide ? result : (uint32_t)result;
+    U64(self->env, ENV_EIP) += HYPERCALL_BYTES;
+    U32(self->env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ;
+    drop_stale_rf(self);
+}
+
+/* INSN_INVALID hook: #UD, and what QEMU takes for it. True: go on. */
 bool on_invalid_opcode(void *uc, void *engine)
 {
     Engine *self = engine;
     int vector = INVALID_OPCODE;
+    if (self->handlers[ON_HYPERCALL] != NULL && is_hypercall(self)) {
+        finish_hypercall(self);
+        return true;
+    }
     if (is_int1(self)) {
         vector = DEBUG_EXCEPTION;
         U64(self->env, ENV_EIP) += 1;

@@ -357,6 +357,7 @@ enum {
     ON_CPUID,
     ON_CR8_WRITE,
     ON_CR8_READ,
+    ON_HYPERCALL,
     HANDLERS
 };
 
@@ -470,6 +471,7 @@ void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *
 uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine);
 void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value);
 uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes);
+uint64_t ask_hypercall(Engine *self);
 void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user);
 uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user);
 
@@ -489,6 +491,7 @@ PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs)
 
 /* system.c */
 bool is_canonical(const char *env, uint64_t address);
+uint32_t cpuid_vendor(Engine *self);
 int on_cpuid(void *uc, void *engine);
 int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);

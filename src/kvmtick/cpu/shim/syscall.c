@@ -1,5 +1,7 @@
 /* SYSCALL, SYSRET, SYSENTER and SYSEXIT (SDM vol. 2B), which the library leaves out or does as
- * AMD's processors do. SYSCALL outside of 64-bit mode is Intel's #UD. */
+ * AMD's processors do. In compatibility mode SYSCALL goes by CPUID's vendor, as with KVM
+ * (em_syscall): AMD's and Hygon's have it (AMD64 Architecture Programmer's Manual vol. 3), Intel's
+ * #UD. In legacy mode, where AMD's have it too, it is #UD here. */
 
 #include "shim.h"
 
@@ -7,6 +9,8 @@
 #define FLAT_STACK 0xc09300u /* present, data, writable, accessed, 4 KiB granularity, 32 bits */
 #define USER_DPL (3u << SEG_DPL_SHIFT)
 #define USER_RPL 3u
+#define VENDOR_AMD 0x68747541u   /* "Auth", of AuthenticAMD */
+#define VENDOR_HYGON 0x6f677948u /* "Hygo", of HygonGenuine */
 
 static void load_flat(char *segment, uint32_t selector, uint32_t flags)
 {
@@ -31,19 +35,30 @@ static void enter_ring_3(char *env, uint32_t code, uint32_t stack, bool is_64bit
     update_hflags(env);
 }
 
-/* SYSCALL and SYSRET exist in 64-bit mode only, and when EFER.SCE says so. */
+/* SYSRET, and Intel's SYSCALL, exist in 64-bit mode only, and when EFER.SCE says so. */
 static bool has_syscall(const char *env)
 {
     return (U32(env, ENV_HFLAGS) & HF_CS64) && (U64(env, ENV_EFER) & EFER_SCE);
+}
+
+static bool has_compatibility_syscall(Engine *self)
+{
+    const char *env = self->env;
+    if (!(U32(env, ENV_HFLAGS) & HF_LMA) || !(U64(env, ENV_EFER) & EFER_SCE)) {
+        return false;
+    }
+    uint32_t vendor = cpuid_vendor(self);
+    return vendor == VENDOR_AMD || vendor == VENDOR_HYGON;
 }
 
 static void do_syscall(Engine *self, unsigned size_bytes)
 {
     char *env = self->env;
     uint64_t flags = compute_rflags(env) & ~(uint64_t)FLAGS_RF;
+    bool is_64bit = U32(env, ENV_HFLAGS) & HF_CS64;
     REGISTER(env, RCX) = U64(env, ENV_EIP) + size_bytes;
     REGISTER(env, R11) = flags;
-    U64(env, ENV_EIP) = U64(env, ENV_LSTAR);
+    U64(env, ENV_EIP) = U64(env, is_64bit ? ENV_LSTAR : ENV_CSTAR);
     flags &= ~U64(env, ENV_FMASK);
     lib.reg_write(self->uc, UC_REG_RFLAGS, &flags);
     enter_ring_0(env, (uint32_t)(U64(env, ENV_STAR) >> 32), true);
@@ -56,7 +71,7 @@ EXPORTED void helper_syscall_x86_64(void *env, int size_bytes)
         lib.genuine.syscall(env, size_bytes);
         return;
     }
-    if (!has_syscall(env)) {
+    if (!has_syscall(env) && !has_compatibility_syscall(self)) {
         lib.raise_exception(env, INVALID_OPCODE, 0, (uintptr_t)__builtin_return_address(0));
     }
     do_syscall(self, (unsigned)size_bytes);

@@ -291,10 +291,12 @@ static bool unpack_cpuid(PyObject *result, unsigned long *answer)
     return false;
 }
 
-static void ask_cpuid(Engine *self, unsigned long *answer)
+static void ask_cpuid(Engine *self, uint32_t function, uint32_t index, unsigned long *answer)
 {
-    unsigned long long values[] = {(uint32_t)REGISTER(self->env, RAX),
-                                   (uint32_t)REGISTER(self->env, RCX)};
+    unsigned long long values[] = {function, index};
+    if (self->handlers[ON_CPUID] == NULL) {
+        return;
+    }
     take_gil(self);
     PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
     if (!unpack_cpuid(result, answer)) {
@@ -304,15 +306,21 @@ static void ask_cpuid(Engine *self, unsigned long *answer)
     give_gil(self);
 }
 
+/* EBX of leaf 0: how the vendor's name begins. */
+uint32_t cpuid_vendor(Engine *self)
+{
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, 0, 0, answer);
+    return (uint32_t)answer[1];
+}
+
 /* CPUID hook; true: we have done the instruction. */
 int on_cpuid(void *uc, void *engine)
 {
     (void)uc;
     Engine *self = engine;
     unsigned long answer[4] = {0, 0, 0, 0};
-    if (self->handlers[ON_CPUID] != NULL) {
-        ask_cpuid(self, answer);
-    }
+    ask_cpuid(self, (uint32_t)REGISTER(self->env, RAX), (uint32_t)REGISTER(self->env, RCX), answer);
     REGISTER(self->env, RAX) = (uint32_t)answer[0];
     REGISTER(self->env, RBX) = (uint32_t)answer[1];
     REGISTER(self->env, RCX) = (uint32_t)answer[2];
