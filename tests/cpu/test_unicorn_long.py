@@ -53,8 +53,6 @@ EXCEPTIONS = [
     ("int3 in two bytes", BP, "90 cd03", 3, NO_CODE, False),
     ("int n", 0x42, "90 cd42", 3, NO_CODE, False),
     ("ud2", UD, "90 0f0b", 1, NO_CODE, True),
-    ("vmcall", UD, "90 0f01c1", 1, NO_CODE, True),
-    ("vmmcall", UD, "90 0f01d9", 1, NO_CODE, True),
     ("into in 64-bit mode", UD, "90 ce", 1, NO_CODE, True),
     # mov ax, the absent segment; mov ds, ax
     ("absent segment", NP, f"66b8{ABSENT_SEGMENT:02x}00 8ed8", 4, ABSENT_SEGMENT, True),
