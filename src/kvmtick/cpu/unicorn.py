@@ -117,8 +117,8 @@ def find_library() -> str:
 class UnicornEngine(_shim.Engine):
     """One x86 CPU that executes machine code; see `kvmtick.cpu.engine.Engine`.
 
-    The first one takes some 10 ms to open, others 1. Raises ImportError when Unicorn 2.1.4 is missing or was loaded by
-    something else first.
+    The first one takes some 10 ms to open, each further one less than 1 ms. Raises ImportError when
+    Unicorn 2.1.4 is missing or was loaded by something else first.
     """
 
     name = "unicorn"
