@@ -118,6 +118,10 @@ class Cpuid:
         leaf = self._find(function, 0)
         return leaf is not None and getattr(leaf, register) & mask != 0
 
+    def has_leaf(self, function: int) -> bool:
+        """`kvm_find_cpuid_entry`: whether the guest was given that leaf."""
+        return self._find(function, 0) is not None
+
     def maxphyaddr(self) -> int:
         """Bits of a guest-physical address (`cpuid_query_maxphyaddr`)."""
         highest = self._leaves.get((LEAF_EXTENDED, None))
