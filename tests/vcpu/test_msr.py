@@ -1,6 +1,7 @@
 """MSRs and CR8 of a vCPU, as far as they need no kernel to compare with (tests/conformance)."""
 
 import pytest
+
 from kvmtick.cpu.engine import CPU_MSRS
 from kvmtick.cpu.scripted import Out, Program, Rdmsr, Rdtsc, Routine, ScriptedEngine, Spin, Wrmsr
 from kvmtick.guests import LOAD_AT, Guest

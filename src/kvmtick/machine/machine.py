@@ -392,9 +392,9 @@ class Machine:
         elif reason == _EXIT_PAUSE:
             self._quantum_end_ns = self.clock.now_ns
         elif reason == ExitReason.TRIPLE_FAULT:
-            self._exit = Exit("triple-fault", detail="the CPU shut down on a triple fault")
+            self._end(Exit("triple-fault", detail="the CPU shut down on a triple fault"))
         elif reason == ExitReason.INTERNAL_ERROR:
-            self._exit = Exit("guest-error", detail=vcpu.engine.error)
+            self._end(Exit("guest-error", detail=vcpu.engine.error))
 
     def _meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
@@ -472,11 +472,16 @@ class Machine:
             if vcpu.in_guest:
                 vcpu.engine.kick()
 
+    def _end(self, exit_: Exit) -> None:
+        """The run is over; what the guest still does on its way out changes nothing any more."""
+        if self._exit is None:
+            self._exit = exit_
+        self._kick_running()
+
     def _guest_exit(self, value: int) -> None:
         """The guest wrote the debug exit port."""
         detail = f"the guest wrote {value:#x} to the debug exit port"
-        self._exit = Exit("guest-error" if value else "done", value, detail if value else "")
-        self._kick_running()
+        self._end(Exit("guest-error" if value else "done", value, detail if value else ""))
 
     def _guest_sleep(self, microseconds: int) -> None:
         """The guest asked user space to keep its vCPU out of the guest for a while."""
@@ -489,8 +494,7 @@ class Machine:
         """The guest gets #GP; if that shall not pass unseen, the run ends."""
         if self.strict:
             what = f"vCPU {vcpu_id} at {rip:#x}: {access} of the unknown MSR {index:#x}"
-            self._exit = Exit("guest-error", detail=f"{what}; without strict it gets #GP")
-            self._kick_running()
+            self._end(Exit("guest-error", detail=f"{what}; without strict it gets #GP"))
 
     # For people.
 
