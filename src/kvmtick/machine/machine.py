@@ -319,8 +319,7 @@ class Machine:
             if vcpu.kicked:
                 self._meet_busy_host(vcpu)
                 if vcpu is not current:
-                    self._quantum_ns = self._shortest_quantum_ns
-                    self._quantum_end_ns = min(self._quantum_end_ns, now_ns + self._quantum_ns)
+                    self._cut_quantum(now_ns)
         if self._is_ready(current):
             if now_ns < self._quantum_end_ns:
                 return current
@@ -333,16 +332,24 @@ class Machine:
                 return vcpus[index]
         return None
 
+    def _cut_quantum(self, now_ns: int) -> None:
+        """There is something to do for a vCPU whose turn it is not."""
+        end_ns = now_ns
+        if self.virtual:
+            # In real time a kick costs more than so short a turn.
+            self._quantum_ns = self._shortest_quantum_ns
+            end_ns += self._quantum_ns
+        self._quantum_end_ns = min(self._quantum_end_ns, end_ns)
+
     def _enter_one_of_several(self, vcpu: Vcpu, end_ns: int) -> None:
-        """A kick of another vCPU ends its stay in the guest, so does PAUSE while another could run
-        (`kvm_vcpu_on_spin`).
+        """A kick of another vCPU ends its stay in the guest. While another could run, so do the end
+        of its quantum and PAUSE (`kvm_vcpu_on_spin`).
         """
-        vcpu.exit_on_pause(
-            any(other is not vcpu and self._is_ready(other) for other in self.board.vcpus)
-        )
+        others = any(other is not vcpu and self._is_ready(other) for other in self.board.vcpus)
+        vcpu.exit_on_pause(others)
         self.board.running = vcpu
         try:
-            self._enter(vcpu, end_ns)
+            self._enter(vcpu, min(end_ns, self._quantum_end_ns) if others else end_ns)
         finally:
             self.board.running = None
 
@@ -361,8 +368,6 @@ class Machine:
         now_ns = self.clock.now_ns
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
-        if self._quantum_end_ns < deadline_ns:
-            deadline_ns = self._quantum_end_ns
         if deadline_ns <= now_ns:
             if self._kicker is None:
                 # Serving the requests made something due: deliver the event, then look after it.
