@@ -137,6 +137,8 @@ def test_images_that_cannot_be_run(kvmtick: Terminal, tmp_path: Path, json: list
         ([str(mb), "--entry", "0x8000"], "has its addresses", "leave --entry out"),
         ([str(small), "--hold", "5ms"], "--hold 5ms", "leave it out"),
         ([str(tmp_path)], f"'{tmp_path}'", "give a readable file"),
+        (["./" + "x" * 300], "File name too long", "give a readable file"),
+        (["x" * 300], "unknown guest 'xxx", "or give a file"),
     ):
         result = kvmtick("run", *arguments, *json)
         assert (result.code, result.out) == (2, "")

@@ -269,7 +269,7 @@ def _guest(options: argparse.Namespace) -> Guest:
     """The built-in guest of that name, else the file."""
     name = options.guest
     path = Path(name)
-    if name not in guests.names() and (path.exists() or "/" in name or path.suffix):
+    if name not in guests.names() and (os.path.exists(name) or "/" in name or path.suffix):
         return _file_guest(options, path)
     return _builtin_guest(options, name)
 
