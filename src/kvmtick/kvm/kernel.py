@@ -477,6 +477,7 @@ class KernelVm(Closing):
             else None,
             ticks=None,
             console=ended.console.decode("utf-8", "replace"),
+            has_rate=not isinstance(guest, guests.Guest) or guest.has_rate,
         )
 
     def _pit_settings(self) -> PitSettings | None:

@@ -457,6 +457,7 @@ class ModelVm(Closing):
             ticks=ticks,
             sources=self.assembler.reports() if ticks is not None else [],
             believed_period_ns=self._believed_period_ns(block),
+            has_rate=guest is None or guest.has_rate,
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),
             serial=machine.ports.serial.decode("utf-8", "replace"),
