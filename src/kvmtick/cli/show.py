@@ -96,7 +96,9 @@ def _pit_setting(run: Run) -> str:
     if not run.has_rate:
         return f"the PIT ticks when the guest chooses, {reinject}"
     rate_hz = 1e9 / pit.period_ns
-    return f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz), {reinject}"
+    return (
+        f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz), {reinject}"
+    )
 
 
 def _outcome(run: Run) -> str:
