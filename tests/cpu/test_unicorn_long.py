@@ -471,6 +471,13 @@ def test_rf_lasts_for_one_instruction() -> None:
     assert not cpu.frame()["rflags"] & FLAGS_RF
 
 
+def test_pushf_stores_no_rf() -> None:
+    # As above; nop; pushfq; hlt, all entered once.
+    cpu = LongCpu("6a10 6800800000 6802000100 6a08 6815100000 48cf 90 9c f4", HALTS)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.stack(1) == [2]
+
+
 def test_rf_is_in_the_frame_of_an_interrupt_right_behind_iret() -> None:
     cpu = LongCpu("90 90 90", HALTS)
     cpu.set_registers(rflags=2 | FLAGS_RF | FLAGS_IF)

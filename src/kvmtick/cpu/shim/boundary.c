@@ -5,7 +5,8 @@
 /* `kick` sets its flag, then watch_from; here it is the other way round: no kick gets lost. */
 void set_watch(Engine *self)
 {
-    bool now = self->irq_window || self->nmi_window || self->failed || self->breakpoint_count > 0;
+    bool now = self->irq_window || self->nmi_window || self->failed || self->breakpoint_count > 0 ||
+               (U64(self->env, ENV_EFLAGS) & FLAGS_RF);
     __atomic_store_n(&self->watch_from, now ? 0 : self->budget, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&self->kicked, __ATOMIC_SEQ_CST)) {
         __atomic_store_n(&self->watch_from, 0, __ATOMIC_SEQ_CST);
@@ -47,6 +48,7 @@ bool is_breakpoint(const Engine *self, uint64_t address)
 
 static bool leave_at_boundary(Engine *self, uint64_t address)
 {
+    drop_stale_rf(self);
     self->exit_reason = boundary_reason(self);
     if (self->exit_reason == EXIT_NONE && is_breakpoint(self, address)) {
         self->exit_reason = EXIT_BREAKPOINT;
@@ -162,6 +164,9 @@ EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t block)
     } else if (block != 0) {
         look_at_block(uc, block, (uintptr_t)__builtin_return_address(0));
     } else {
+        if (unlikely(probing)) {
+            probed_instructions += BLOCK_INSTRUCTIONS; /* this call was to be removed */
+        }
         /* It looks for its return address, which must be ours: this is a jump. */
         lib.genuine.check_exit_request(uc, 0);
     }

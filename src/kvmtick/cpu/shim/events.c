@@ -301,6 +301,14 @@ static void begin_iret(Engine *self, void *return_address)
     U32(self->env, ENV_HFLAGS2) &= ~HF2_NMI;
 }
 
+static void end_iret(Engine *self)
+{
+    self->iret_return_address = 0;
+    if (U64(self->env, ENV_EFLAGS) & FLAGS_RF) {
+        set_watch(self);
+    }
+}
+
 EXPORTED void helper_iret_real_x86_64(void *env, int shift)
 {
     Engine *self = engine_of(env, IRET_REAL);
@@ -310,7 +318,7 @@ EXPORTED void helper_iret_real_x86_64(void *env, int shift)
     }
     begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_real(env, shift);
-    self->iret_return_address = 0;
+    end_iret(self);
 }
 
 EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip)
@@ -322,5 +330,5 @@ EXPORTED void helper_iret_protected_x86_64(void *env, int shift, int next_eip)
     }
     begin_iret(self, __builtin_return_address(0));
     lib.genuine.iret_protected(env, shift, next_eip);
-    self->iret_return_address = 0;
+    end_iret(self);
 }
