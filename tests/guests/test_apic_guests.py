@@ -184,6 +184,16 @@ def test_a_guest_says_what_it_misses(
     assert run.console.endswith("\n")
 
 
+def test_a_cpuid_without_leaf_1_opens_no_timer_mode(make_vm: MakeVm) -> None:
+    with make_vm() as vm:
+        guest = guests.load("tick-lapic", ticks=TICKS, timer="periodic")
+        prepare(vm, Needs(vcpus=0), reinject=True)
+        vm.create_vcpu(0).set_cpuid2([kvm_cpuid_entry2(function=0, eax=1)])
+        vm.load(guest)
+        run = vm.run(limit_s=LIMIT_S)
+    assert ended(run)[1:] == (4, "tick-lapic: LVTT does not keep its timer mode; set CPUID leaf 1\n")
+
+
 # --- the scenario guest's operations ------------------------------------------------------------
 
 

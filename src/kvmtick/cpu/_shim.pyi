@@ -34,6 +34,8 @@ class Engine:
     exact: bool
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None: ...
+    @property
+    def rip(self) -> int: ...
     def attach(
         self,
         on_out: PortOut,

@@ -165,6 +165,10 @@ class Engine(Protocol):
     idt_vectoring_info: int
     error: str
 
+    @property
+    def rip(self) -> int:
+        """RIP, without the rest of `registers`, which takes long to get."""
+
     def attach(
         self,
         on_out: PortOut,

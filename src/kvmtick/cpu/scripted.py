@@ -403,6 +403,10 @@ class ScriptedEngine:
     def use_host_tsc(self, offset_ns: int) -> None:
         self._host_tsc_offset_ns = offset_ns
 
+    @property
+    def rip(self) -> int:
+        return self._registers["rip"]
+
     def registers(self) -> dict[str, int]:
         return {**self._registers, "rflags": self.rflags}
 

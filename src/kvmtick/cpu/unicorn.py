@@ -18,6 +18,15 @@ nothing has loaded the library before the first engine is opened; importing the 
 the same version later does no harm. Another build of the library that is loaded later would call
 the functions of this one: do not.
 
+Translated code stores to RAM by itself, except on pages that hold translated code. Engines may map
+the same memory, each at addresses of its own and one entered at a time: code that one of them
+rewrites, through any linear address, the others translate anew.
+
+An engine that is not `exact` looks at boundaries where translated blocks begin. A block is up to
+512 instructions; it ends at a jump, behind what may open a window, and a page's length from its
+start. One that an exception leaves in the middle has counted whole, and so has one that rewrites
+itself, before its rest counts once more.
+
 Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
 (`emulator_read_write`): 1, 2, 4 or 8 bytes at any address, split only where a page of 4096 bytes
 ends, into two parts of any length. 16 bytes are two accesses of 8, a locked access is a read and a
@@ -30,8 +39,8 @@ count their rounds, and one when there is none.
 Not modelled:
 
 * accesses that the library splits where no RAM is, 8 bytes into dwords, unaligned ones into bytes
-  or the two aligned reads around them: all with paging, else those of CMPXCHG8B, BOUND, FXSAVE,
-  floats of 80 bits, descriptors, far transfers and the delivery of events;
+  or the two aligned reads around them: those of CMPXCHG8B, BOUND, FXSAVE, floats of 80 bits,
+  descriptors, far transfers and the delivery of events;
 * 16 bytes over the end of a page: KVM counts the 8 bytes of the next access from there on;
 * task gates are left to Unicorn, untested;
 * #AC, #XM and machine checks never happen; a stack address that is not canonical is #GP, not #SS;
@@ -48,13 +57,14 @@ Not modelled:
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
 * what CPUID tells decides nothing: instructions of `FEATURES` run, bits of CR4 can be set, whatever
   the handler answers;
-* a store that rewrites the translated block it is in begins anew: what it read or wrote where no
-  RAM is happens again, and it counts twice;
+* an instruction that rewrites the translated block it is in begins anew: what it read or wrote
+  where no RAM is happens again;
 * the shadow of MOV SS from memory that is no RAM, in that access's own handler;
 * a handler that rewrites the code right behind the access it answers: the translated block still
   runs on;
-* two engines over the same RAM do not see each other's modified code (`ram_written` mends it);
-* physical addresses from 4 GiB on that nobody mapped: INTERNAL_ERROR.
+* accessed and dirty bits that the page walk sets in a page table which is code as well;
+* RAM from 4 GiB on that is mapped after the first entry, and the same memory twice in one engine:
+  refused.
 """
 
 import importlib.util
@@ -107,8 +117,8 @@ def find_library() -> str:
 class UnicornEngine(_shim.Engine):
     """One x86 CPU that executes machine code; see `kvmtick.cpu.engine.Engine`.
 
-    Opening takes some 10 ms. Raises ImportError when Unicorn 2.1.4 is missing or was loaded by
-    something else first.
+    The first one takes some 10 ms to open, each further one less than 1 ms. Raises ImportError when
+    Unicorn 2.1.4 is missing or was loaded by something else first.
     """
 
     name = "unicorn"

@@ -282,11 +282,15 @@ class Lapic(LapicRegisters):
         self._update_ppr()
         self.delivery.recalculate_map()
 
-    def after_set_cpuid(self, maxphyaddr: int = DEFAULT_MAXPHYADDR) -> None:
+    def after_set_cpuid(
+        self, maxphyaddr: int = DEFAULT_MAXPHYADDR, has_features: bool = True
+    ) -> None:
         """`kvm_vcpu_after_set_cpuid`: KVM_SET_CPUID2 says what the version and the timer's modes
-        are. Until then the timer knows one-shot mode only.
+        are, if there is a leaf 1 (`has_features`). Until then the timer knows one-shot mode only.
         """
         self.maxphyaddr = maxphyaddr
+        if not has_features:
+            return
         self.timer_mode_mask = (
             APIC_LVT_TIMER_MODES if self.vcpu.has_cpuid("tsc_deadline") else APIC_LVT_TIMER_PERIODIC
         )

@@ -30,7 +30,7 @@ from kvmtick.abi.structs import (
 from kvmtick.cpu.engine import EventType, Interruptibility
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.machine.board import Board
-from kvmtick.vcpu.cpuid import CpuidLeaf, supported
+from kvmtick.vcpu.cpuid import LEAF_FEATURES, CpuidLeaf, supported
 from kvmtick.vcpu.events import NMI_LIMIT, NMI_VECTOR
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 from kvmtick.vcpu.vmcs import intr_type, intr_vector
@@ -180,7 +180,8 @@ class ModelVcpu:
             for entry in entries
         )
         if self.vcpu.lapic is not None:
-            self.vcpu.lapic.after_set_cpuid(self.vcpu.cpuid.maxphyaddr())
+            cpuid = self.vcpu.cpuid
+            self.vcpu.lapic.after_set_cpuid(cpuid.maxphyaddr(), cpuid.has_leaf(LEAF_FEATURES))
 
     def get_cpuid2(self) -> list[kvm_cpuid_entry2]:
         """KVM_GET_CPUID2: what `set_cpuid2` was given."""

@@ -46,21 +46,23 @@ LEAF_INVARIANT_TSC = 0x8000_0007
 LEAF_ADDRESS_SIZES = 0x8000_0008
 LEAF_CENTAUR = 0xC000_0000
 
-ECX_SSE3 = 1 << 0
-ECX_SSSE3 = 1 << 9
-ECX_CX16 = 1 << 13
-ECX_SSE4_1 = 1 << 19
-ECX_SSE4_2 = 1 << 20
 ECX_X2APIC = 1 << 21
-ECX_POPCNT = 1 << 23
 ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_APIC = 1 << 9
-EDX_BASELINE = 0x0783_FBFD
-"""FPU to SSE2 without VME and CLFLUSH: what every x86-64 processor has, APIC too."""
 EBX_TSC_ADJUST = 1 << 1
 EDX_INVARIANT_TSC = 1 << 8
 
+# What the engine executes (`kvmtick.cpu.unicorn.FEATURES`), but for XSAVE, PKU and LA57.
+_CPU_1_ECX = 0x42D8_2203  # SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES RDRAND
+_CPU_1_EDX = 0x078A_A9FD  # FPU to SSE2, CLFSH; those of the board are below
+_CPU_7_EBX = 0x019C_0389  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT CLWB
+_CPU_EXT_ECX = 0x0000_0121  # LAHF in 64-bit mode, LZCNT, PREFETCHW
+_CPU_EXT_EDX = 0x2C10_0800  # SYSCALL NX 1-GiB-pages RDTSCP long-mode
+_BOARD_1_ECX = ECX_X2APIC | ECX_TSC_DEADLINE | ECX_HYPERVISOR
+_BOARD_1_EDX = EDX_APIC | 1 << 12 | 1 << 14 | 1 << 16  # MTRR, MCA, PAT
+
+SANDY_BRIDGE = 0x206A1
 CLFLUSH_64_BYTES = 0x800
 BRAND = "kvmtick virtual CPU @ 1.00GHz"
 AMD_OR_HYGON = ("Auth", "AMDi", "Hygo")
@@ -116,6 +118,10 @@ class Cpuid:
         leaf = self._find(function, 0)
         return leaf is not None and getattr(leaf, register) & mask != 0
 
+    def has_leaf(self, function: int) -> bool:
+        """`kvm_find_cpuid_entry`: whether the guest was given that leaf."""
+        return self._find(function, 0) is not None
+
     def maxphyaddr(self) -> int:
         """Bits of a guest-physical address (`cpuid_query_maxphyaddr`)."""
         highest = self._leaves.get((LEAF_EXTENDED, None))
@@ -161,22 +167,18 @@ class Cpuid:
 
 def supported() -> list[CpuidLeaf]:
     """KVM_GET_SUPPORTED_CPUID of the model; the APIC ids in it are 0."""
-    features = (
-        ECX_SSE3
-        | ECX_SSSE3
-        | ECX_CX16
-        | ECX_SSE4_1
-        | ECX_SSE4_2
-        | ECX_X2APIC
-        | ECX_POPCNT
-        | ECX_TSC_DEADLINE
-        | ECX_HYPERVISOR
-    )
     clock_khz = GUEST_TSC_KHZ
     return [
         CpuidLeaf(LEAF_VENDOR, None, LEAF_CRYSTAL_CLOCK, *_text("Genu", "ntel", "ineI")),
-        CpuidLeaf(LEAF_FEATURES, None, 0x206A1, CLFLUSH_64_BYTES, features, EDX_BASELINE),
-        CpuidLeaf(LEAF_EXTENDED_FEATURES, 0, 0, EBX_TSC_ADJUST, 0, 0),
+        CpuidLeaf(
+            LEAF_FEATURES,
+            None,
+            SANDY_BRIDGE,
+            CLFLUSH_64_BYTES,
+            _CPU_1_ECX | _BOARD_1_ECX,
+            _CPU_1_EDX | _BOARD_1_EDX,
+        ),
+        CpuidLeaf(LEAF_EXTENDED_FEATURES, 0, 0, _CPU_7_EBX | EBX_TSC_ADJUST, 0, 0),
         CpuidLeaf(LEAF_TOPOLOGY, 0, 0, 1, 0x100, 0),
         CpuidLeaf(LEAF_TOPOLOGY, 1, 0, 1, 0x201, 0),
         CpuidLeaf(LEAF_CRYSTAL_CLOCK, None, 1, 1, clock_khz * 1000, 0),
@@ -184,7 +186,7 @@ def supported() -> list[CpuidLeaf]:
         CpuidLeaf(LEAF_HYPERVISOR + 1, None, 0, 0, 0, 0),
         CpuidLeaf(LEAF_HYPERVISOR_CLOCKS, None, clock_khz, clock_khz, 0, 0),
         CpuidLeaf(LEAF_EXTENDED, None, LEAF_ADDRESS_SIZES, 0, 0, 0),
-        CpuidLeaf(LEAF_EXTENDED + 1, None, 0, 0, 0x1, 0x2810_0800),
+        CpuidLeaf(LEAF_EXTENDED + 1, None, 0, 0, _CPU_EXT_ECX, _CPU_EXT_EDX),
         *_brand(),
         CpuidLeaf(LEAF_INVARIANT_TSC, None, 0, 0, 0, EDX_INVARIANT_TSC),
         CpuidLeaf(LEAF_ADDRESS_SIZES, None, 0x3028, 0, 0, 0),

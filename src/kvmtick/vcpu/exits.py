@@ -114,7 +114,7 @@ class ExitHandlers:
 
     def _record_entry(self) -> None:
         vcpu = self._vcpu
-        self._recorder.kvm_entry(vcpu.vcpu_id, vcpu.engine.registers()["rip"], 0)
+        self._recorder.kvm_entry(vcpu.vcpu_id, vcpu.engine.rip, 0)
 
     # Ports.
 
@@ -240,7 +240,7 @@ class ExitHandlers:
         """`kvm_msr_ignored_check`: user space hears of an MSR that the guest has not."""
         vcpu = self._vcpu
         if not vcpu.msrs.is_known(index):
-            self._ports.unknown_msr(vcpu.vcpu_id, access, index, vcpu.engine.registers()["rip"])
+            self._ports.unknown_msr(vcpu.vcpu_id, access, index, vcpu.engine.rip)
 
     # CR8.
 

@@ -407,7 +407,7 @@ class Vcpu:
         vmcs, engine, recorder = self.vmcs, self.engine, self._recorder
         recorder.task = self.task
         if recorder.detail:
-            recorder.kvm_entry(self.vcpu_id, engine.registers()["rip"], vmcs.entry_intr_info)
+            recorder.kvm_entry(self.vcpu_id, engine.rip, vmcs.entry_intr_info)
         self.kicked = False
         on_debug = self.on_debug
         if on_debug is None:
@@ -539,7 +539,7 @@ class Vcpu:
         self._recorder.kvm_exit(
             self.vcpu_id,
             reason,
-            self.engine.registers()["rip"],
+            self.engine.rip,
             info1,
             self.vmcs.idt_vectoring_info,
         )

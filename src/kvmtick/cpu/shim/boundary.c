@@ -164,6 +164,9 @@ EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t block)
     } else if (block != 0) {
         look_at_block(uc, block, (uintptr_t)__builtin_return_address(0));
     } else {
+        if (unlikely(probing)) {
+            probed_instructions += BLOCK_INSTRUCTIONS; /* this call was to be removed */
+        }
         /* It looks for its return address, which must be ours: this is a jump. */
         lib.genuine.check_exit_request(uc, 0);
     }

@@ -563,6 +563,18 @@ static PyMemberDef engine_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
+static PyObject *engine_rip(PyObject *object, void *unused)
+{
+    (void)unused;
+    const Engine *self = (const Engine *)object;
+    return check_open(self) ? PyLong_FromUnsignedLongLong(U64(self->env, ENV_EIP)) : NULL;
+}
+
+static PyGetSetDef engine_properties[] = {
+    {"rip", engine_rip, NULL, "RIP, without the other registers.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyTypeObject engine_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "kvmtick.cpu._shim.Engine",
@@ -576,6 +588,7 @@ static PyTypeObject engine_type = {
     .tp_clear = engine_clear,
     .tp_methods = engine_methods,
     .tp_members = engine_members,
+    .tp_getset = engine_properties,
 };
 
 static PyMethodDef shim_methods[] = {

@@ -245,6 +245,15 @@ static bool stores_are_fast(char *env, bool expected)
     return host == (expected ? probe_page : NULL);
 }
 
+static bool pages_are_found(char *env)
+{
+    uint64_t gpa = 0;
+    void *host = lib.probe_access(env, PROBE_PAGE + 5, 1, ACCESS_LOAD, MMU_KERNEL, 0);
+    return host == &probe_page[5] &&
+           lib.tlb_vaddr_to_paddr(env, PROBE_PAGE + 5, ACCESS_LOAD, MMU_KERNEL, &gpa) &&
+           gpa == PROBE_PAGE + 5;
+}
+
 /* What holds code is slow to store to, until it is made fast, until it is made slow. */
 static bool dirty_pages_work(void *uc, char *cpu, char *env)
 {
@@ -286,6 +295,7 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
     uint64_t end = PROBE_PAGE + sizeof PROBE_CODE;
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
+    if (!pages_are_found(env)) return "pages";
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
     if ((intercepted | NOT_PROBED) != (1ull << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     if (probed_instructions != PROBE_INSTRUCTIONS) return "instructions of a block";

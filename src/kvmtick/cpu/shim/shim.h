@@ -422,7 +422,8 @@ struct Engine {
 
 /* The engine inside `enter` on this thread: QEMU's class functions carry no user data. Looked at in
  * every store, hence without a call of the dynamic linker. */
-extern __thread Engine *entered __attribute__((tls_model("initial-exec")));
+#define INITIAL_EXEC __attribute__((tls_model("initial-exec")))
+extern __thread Engine *entered INITIAL_EXEC;
 
 /* ---- what each part gives the others ------------------------------------------------------- */
 
@@ -542,8 +543,8 @@ enum {
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
 extern __thread uint64_t intercepted;
-extern __thread bool probing;
-extern __thread uint64_t probed_instructions; /* in the blocks begun */
+extern __thread bool probing INITIAL_EXEC;
+extern __thread uint64_t probed_instructions INITIAL_EXEC; /* in the blocks begun */
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
 Engine *engine_of(const void *env, int function);
