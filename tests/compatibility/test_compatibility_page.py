@@ -33,7 +33,7 @@ arch = x86_64
 [taskswitch]
 file = taskswitch.flat
 arch = i386
-timeout = 180
+timeout = 900
 """
 
 OUTPUT = """\
@@ -64,8 +64,8 @@ def test_a_section_is_a_case_of_its_architecture() -> None:
 
 
 def test_only_a_longer_timeout_than_ours_counts() -> None:
-    assert next(cases(CONFIG, "i386")).limit_s == 180
-    assert next(cases(CONFIG.replace("180", "5"), "i386")).limit_s == 120
+    assert next(cases(CONFIG, "i386")).limit_s == 900
+    assert next(cases(CONFIG.replace("900", "5"), "i386")).limit_s == 600
 
 
 @pytest.mark.parametrize(

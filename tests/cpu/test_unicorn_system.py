@@ -144,14 +144,47 @@ def test_values_that_control_registers_refuse(code: str, value: int, exact: bool
     assert [cpu.register(name) for name in ("cr0", "cr3", "cr4")] == before
 
 
-@pytest.mark.parametrize("bit", [2, 3, 6, 7, 8, 16, 18, 20, 21, 22])
-def test_bits_of_cr4_that_may_be_set(bit: int) -> None:
+NO_FEATURES = (0, 0, 0, 0)
+
+
+def sets_cr4(bit: int, features: dict[int, tuple[int, int, int, int]]) -> LongCpu:
+    """Code that sets a bit of CR4, where CPUID has these leaves."""
     cpu = LongCpu("0f22e0 0f20e3 f4", HALTS)  # mov cr4, rax; mov rbx, cr4
     for number in range(512):  # of the kernel: for SMEP and SMAP
         cpu.set_page(number << 12, number << 12 | 3)
+    cpu.cpuid = lambda function, index: features.get(function, NO_FEATURES)  # type: ignore[method-assign]
+    cpu.attach()
     cpu.set_registers(rax=CR4 | 1 << bit)
+    return cpu
+
+
+@pytest.mark.parametrize("bit", [2, 3, 6, 7, 8])
+def test_bits_of_cr4_that_may_be_set(bit: int) -> None:
+    cpu = sets_cr4(bit, {})
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rbx") == cpu.register("cr4") == CR4 | 1 << bit
+
+
+@pytest.mark.parametrize(
+    ("bit", "function", "leaf"),
+    [
+        pytest.param(16, 7, (0, 1 << 0, 0, 0), id="FSGSBASE"),
+        pytest.param(18, 1, (0, 0, 1 << 26, 0), id="OSXSAVE"),
+        pytest.param(20, 7, (0, 1 << 7, 0, 0), id="SMEP"),
+        pytest.param(21, 7, (0, 1 << 20, 0, 0), id="SMAP"),
+        pytest.param(22, 7, (0, 0, 1 << 3, 0), id="PKE"),
+    ],
+)
+def test_bits_of_cr4_that_cpuid_must_offer(
+    bit: int, function: int, leaf: tuple[int, int, int, int]
+) -> None:
+    cpu = sets_cr4(bit, {function: leaf})
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rbx") == cpu.register("cr4") == CR4 | 1 << bit
+    ones = 0xFFFF_FFFF
+    others = {1: (ones,) * 4, 7: (ones,) * 4}
+    others[function] = tuple(ones & ~value for value in leaf)  # type: ignore[assignment]
+    assert is_general_protection_0(sets_cr4(bit, others))
 
 
 def test_reserved_bits_of_cr0_stay_clear() -> None:

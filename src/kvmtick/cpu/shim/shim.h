@@ -167,7 +167,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define CR4_PAE (1u << 5)
 #define CR4_LA57 (1u << 12)
 /* What the CPU model executes: TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT LA57 FSGSBASE OSXSAVE
- * SMEP SMAP PKE. */
+ * SMEP SMAP PKE; some of them only if CPUID offers them. */
 #define CR4_DEFINED 0x7517fcu
 #define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u

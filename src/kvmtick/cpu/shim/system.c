@@ -157,6 +157,55 @@ EXPORTED void helper_wrmsr_x86_64(void *env)
     }
 }
 
+/* ---- CPUID ------------------------------------------------------------------------------------ */
+
+static bool unpack_cpuid(PyObject *result, unsigned long *answer)
+{
+    if (result == NULL || PyTuple_Check(result)) {
+        return result != NULL && PyArg_ParseTuple(result, "kkkk:on_cpuid", &answer[0], &answer[1],
+                                                  &answer[2], &answer[3]);
+    }
+    PyErr_SetString(PyExc_TypeError, "on_cpuid must return a tuple: EAX, EBX, ECX, EDX");
+    return false;
+}
+
+static void ask_cpuid(Engine *self, uint32_t function, uint32_t index, unsigned long *answer)
+{
+    unsigned long long values[] = {function, index};
+    if (self->handlers[ON_CPUID] == NULL) {
+        return;
+    }
+    take_gil(self);
+    PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
+    if (!unpack_cpuid(result, answer)) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+    give_gil(self);
+}
+
+/* EBX of leaf 0: how the vendor's name begins. */
+uint32_t cpuid_vendor(Engine *self)
+{
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, 0, 0, answer);
+    return (uint32_t)answer[1];
+}
+
+/* CPUID hook; true: we have done the instruction. */
+int on_cpuid(void *uc, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, (uint32_t)REGISTER(self->env, RAX), (uint32_t)REGISTER(self->env, RCX), answer);
+    REGISTER(self->env, RAX) = (uint32_t)answer[0];
+    REGISTER(self->env, RBX) = (uint32_t)answer[1];
+    REGISTER(self->env, RCX) = (uint32_t)answer[2];
+    REGISTER(self->env, RDX) = (uint32_t)answer[3];
+    return 1;
+}
+
 /* ---- control registers (SDM vol. 3A, 2.5; vol. 2B, MOV to control registers) ------------------ */
 
 /* Whether CR0 may become this: it may not disagree with itself, nor with the mode it leads to. */
@@ -179,11 +228,43 @@ static bool cr3_is_right(const char *env, uint64_t value)
     return !(U32(env, ENV_HFLAGS) & HF_LMA) || value >> PHYSICAL_ADDRESS_BITS == 0;
 }
 
-static bool cr4_is_right(const char *env, uint64_t value)
+enum { EBX = 1, ECX = 2 };
+
+/* Bits of CR4 that are reserved unless CPUID says otherwise. */
+static const struct {
+    uint32_t bit, function;
+    int output;
+    uint32_t feature;
+} CR4_FEATURES[] = {
+    {1u << 12, 7, ECX, 1u << 16}, /* LA57 */
+    {1u << 16, 7, EBX, 1u << 0},  /* FSGSBASE */
+    {1u << 18, 1, ECX, 1u << 26}, /* OSXSAVE, of XSAVE */
+    {1u << 20, 7, EBX, 1u << 7},  /* SMEP */
+    {1u << 21, 7, EBX, 1u << 20}, /* SMAP */
+    {1u << 22, 7, ECX, 1u << 3},  /* PKE, of PKU */
+};
+
+static bool cpuid_has(Engine *self, size_t i)
 {
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, CR4_FEATURES[i].function, 0, answer);
+    return answer[CR4_FEATURES[i].output] & CR4_FEATURES[i].feature;
+}
+
+static bool cr4_is_right(Engine *self, uint64_t value)
+{
+    const char *env = self->env;
     uint64_t changed = U64(env, ENV_CR + 8 * 4) ^ value;
     bool leaves_mode = (U32(env, ENV_HFLAGS) & HF_LMA) && (changed & (CR4_PAE | CR4_LA57));
-    return (value & ~(uint64_t)CR4_DEFINED) == 0 && !leaves_mode;
+    if ((value & ~(uint64_t)CR4_DEFINED) || leaves_mode) {
+        return false;
+    }
+    for (size_t i = 0; i < COUNT(CR4_FEATURES); i++) {
+        if ((changed & value & CR4_FEATURES[i].bit) && !cpuid_has(self, i)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* False: #GP. */
@@ -222,7 +303,7 @@ static bool write_control_register(Engine *self, int number, uint64_t value)
         }
         break;
     case 4:
-        if (!cr4_is_right(self->env, value)) {
+        if (!cr4_is_right(self, value)) {
             return false;
         }
         break;
@@ -277,55 +358,6 @@ EXPORTED uint64_t helper_rdrand_x86_64(void *env)
     }
     U64(env, ENV_CC_SRC) = FLAGS_CF;
     return next_random(self);
-}
-
-/* ---- CPUID ------------------------------------------------------------------------------------ */
-
-static bool unpack_cpuid(PyObject *result, unsigned long *answer)
-{
-    if (result == NULL || PyTuple_Check(result)) {
-        return result != NULL && PyArg_ParseTuple(result, "kkkk:on_cpuid", &answer[0], &answer[1],
-                                                  &answer[2], &answer[3]);
-    }
-    PyErr_SetString(PyExc_TypeError, "on_cpuid must return a tuple: EAX, EBX, ECX, EDX");
-    return false;
-}
-
-static void ask_cpuid(Engine *self, uint32_t function, uint32_t index, unsigned long *answer)
-{
-    unsigned long long values[] = {function, index};
-    if (self->handlers[ON_CPUID] == NULL) {
-        return;
-    }
-    take_gil(self);
-    PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
-    if (!unpack_cpuid(result, answer)) {
-        keep_exception(self);
-    }
-    Py_XDECREF(result);
-    give_gil(self);
-}
-
-/* EBX of leaf 0: how the vendor's name begins. */
-uint32_t cpuid_vendor(Engine *self)
-{
-    unsigned long answer[4] = {0, 0, 0, 0};
-    ask_cpuid(self, 0, 0, answer);
-    return (uint32_t)answer[1];
-}
-
-/* CPUID hook; true: we have done the instruction. */
-int on_cpuid(void *uc, void *engine)
-{
-    (void)uc;
-    Engine *self = engine;
-    unsigned long answer[4] = {0, 0, 0, 0};
-    ask_cpuid(self, (uint32_t)REGISTER(self->env, RAX), (uint32_t)REGISTER(self->env, RCX), answer);
-    REGISTER(self->env, RAX) = (uint32_t)answer[0];
-    REGISTER(self->env, RBX) = (uint32_t)answer[1];
-    REGISTER(self->env, RCX) = (uint32_t)answer[2];
-    REGISTER(self->env, RDX) = (uint32_t)answer[3];
-    return 1;
 }
 
 /* ---- time stamp counter -------------------------------------------------------------------- */
