@@ -319,9 +319,9 @@ def test_actions_that_are_none() -> None:
 
 def test_queries() -> None:
     said = ["qSupported:multiprocess+", "qAttached", "QStartNoAckMode", "qOffsets", "Zx", "Z2,0,1"]
-    heard = debug(STEPS, *said, "vMustReplyEmpty", "\xff\xfe", "", "D")
+    heard = debug(STEPS, *said, "vMustReplyEmpty", "\xff\xfe", "", "qC", "qCRC:0,9", "D")
     assert f"PacketSize={PACKET_BYTES:x}" in heard[0]
-    assert heard[1:] == ["1", "OK", "", "E16", "", "", "", "", "OK"]
+    assert heard[1:] == ["1", "OK", "", "E16", "", "", "", "", "QC1", "", "OK"]
 
 
 def test_the_description_comes_in_parts() -> None:
