@@ -496,7 +496,7 @@ def _trace(options: argparse.Namespace, vm: ModelVm) -> Iterator[None]:
         yield
         return
     with _is_trace_file(options.trace):
-        file = Path(options.trace).open("w", encoding="utf-8")
+        file = Path(options.trace).open("w", encoding="utf-8")  # noqa: SIM115 - closed below
     writer = FtraceWriter(file, vm.machine.recorder.tasks)
 
     def write(batch: list[Record]) -> None:
