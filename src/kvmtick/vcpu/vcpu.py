@@ -193,7 +193,12 @@ class Vcpu:
     def request_event(self) -> None:
         """`kvm_make_request(KVM_REQ_EVENT)` and `kvm_vcpu_kick`."""
         self.requests |= _REQ_EVENT
-        self.kick()
+        # `kick`, as it is done for every tick.
+        self.kicked = True
+        if self.in_guest:
+            self.engine.kick()
+        elif self._board.running is not None:
+            self._board.running.engine.kick()
 
     def request_unblock(self) -> None:
         """`kvm_make_request(KVM_REQ_UNBLOCK)` and `kvm_vcpu_kick`: a timer has expired."""
