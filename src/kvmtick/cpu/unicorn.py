@@ -42,6 +42,7 @@ Not modelled:
   or the two aligned reads around them: those of CMPXCHG8B, BOUND, FXSAVE, floats of 80 bits,
   descriptors, far transfers and the delivery of events;
 * 16 bytes over the end of a page: KVM counts the 8 bytes of the next access from there on;
+* an entry without a TSS in TR is INTERNAL_ERROR, whether one would be needed or not;
 * task gates are left to Unicorn, untested;
 * #AC, #XM and machine checks never happen; a stack address that is not canonical is #GP, not #SS;
   PDPTEs are not checked when CR3 is loaded; segment limits beyond what QEMU looks at;

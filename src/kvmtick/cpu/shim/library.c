@@ -198,7 +198,8 @@ static const char *wrong_register_field(void *uc, char *env)
  * that rewrites its own block. Those for instructions of protected mode stand in the same table of
  * the library, filled by the same loader. */
 #define NOT_PROBED                                                                               \
-    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT)
+    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER |            \
+     1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
 #define PROBE_HLT 0x48
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
@@ -380,6 +381,7 @@ static const struct {
     [SYSRET] = STANDS_IN(helper_sysret_x86_64, sysret),
     [SYSENTER] = STANDS_IN(helper_sysenter_x86_64, sysenter),
     [SYSEXIT] = STANDS_IN(helper_sysexit_x86_64, sysexit),
+    [LTR] = STANDS_IN(helper_ltr_x86_64, ltr),
     [READ_CR] = STANDS_IN(helper_read_crN_x86_64, read_cr),
     [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
     [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
