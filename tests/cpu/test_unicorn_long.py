@@ -367,6 +367,29 @@ def test_invalid_tss() -> None:
     assert (cpu.vector, cpu.frame_with_code()[0]) == (TS, TASK)
 
 
+@either_engine
+def test_code_that_runs_onto_a_page_it_may_not_fetch(exact: bool) -> None:
+    """The instructions before the end of the page are done, one over it is not begun."""
+    cpu = LongCpu("", HALTS, exact=exact)
+    code = bytes.fromhex("48ffc0 48ffc0 b844332211")  # inc rax; inc rax; mov eax, 0x11223344
+    start = ABSENT_PAGE - len(code) + 1
+    cpu.ram[start : start + len(code)] = code
+    cpu.set_registers(rip=start, rax=0)
+    assert cpu.enter() is ExitReason.HLT
+    assert (cpu.vector, cpu.register("cr2"), cpu.register("rax")) == (PF, ABSENT_PAGE, 2)
+    assert cpu.frame_with_code()[1]["rip"] == start + 6
+    assert cpu.engine.retired == 4
+
+
+def test_a_load_that_faults_right_behind_its_instruction_counts_once() -> None:
+    cpu = LongCpu("", HALTS)
+    cpu.ram[ABSENT_PAGE - 2 : ABSENT_PAGE] = bytes.fromhex("8a03")  # mov al, [rbx]
+    cpu.set_registers(rip=ABSENT_PAGE - 2, rbx=ABSENT_PAGE)
+    assert cpu.enter() is ExitReason.HLT
+    assert (cpu.vector, cpu.register("cr2")) == (PF, ABSENT_PAGE)
+    assert cpu.engine.retired == 2
+
+
 @pytest.mark.parametrize("selector", range(4))
 def test_ltr_refuses_a_null_selector(selector: int) -> None:
     cpu = LongCpu("0f00d8 f4", HALTS)  # ltr ax

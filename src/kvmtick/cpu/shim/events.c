@@ -128,11 +128,15 @@ static void begin_software_interrupt(Engine *self)
     U64(self->env, ENV_EIP) = next - self->software_interrupt_bytes;
 }
 
-/* Whether the instruction itself could not be read: no boundary has been seen before it. */
+/* Whether the instruction itself could not be read: no boundary has been seen before it. An engine
+ * that is not exact takes a load from right behind an instruction for that. */
 static bool faulted_on_fetch(const Engine *self, int vector)
 {
     uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     bool stored = I32(self->env, ENV_ERROR_CODE) & PAGE_FAULT_WRITE;
+    if (self->exact && linear == self->last_address) {
+        return false;
+    }
     if (vector == PAGE_FAULT) {
         return !stored && U64(self->env, ENV_CR + 8 * 2) - linear < INSTRUCTION_BYTES_MAX;
     }
