@@ -1,7 +1,7 @@
 """Events of the `unicorn` engine in 64-bit mode, with paging, rings, TSS and interrupt stacks."""
 
 import pytest
-from engine_machine import CODE, FLAGS_IF, HANDLERS, IRQ, NMI, PLENTY, VECTOR, Cpu
+from engine_machine import CODE, FLAGS_IF, HANDLERS, IRQ, MMIO, NMI, PLENTY, VECTOR, Cpu
 from long_machine import (
     ABSENT_PAGE,
     ABSENT_SEGMENT,
@@ -388,6 +388,17 @@ def test_a_load_that_faults_right_behind_its_instruction_counts_once() -> None:
     assert cpu.enter() is ExitReason.HLT
     assert (cpu.vector, cpu.register("cr2")) == (PF, ABSENT_PAGE)
     assert cpu.engine.retired == 2
+
+
+@either_engine
+def test_ins_after_one_that_was_refused(exact: bool) -> None:
+    cpu = LongCpu("6c", HALTS | {GP: "6c f4"}, ring=3, exact=exact)  # insb
+    cpu.set_registers(rdi=MMIO, rdx=0x10)
+    assert cpu.enter() is ExitReason.HLT
+    assert [access[:4] for access in cpu.accesses] == [
+        ("in", 0x10, 1, cpu.input),
+        ("mmio write", MMIO, 1, cpu.input),
+    ]
 
 
 @pytest.mark.parametrize("selector", range(4))

@@ -69,7 +69,7 @@ int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
     U32(SEGMENT(self->env, CS), SEG_SELECTOR) = cs;
     U64(SEGMENT(self->env, CS), SEG_BASE) = (uint64_t)cs << 4;
     U64(self->env, ENV_EIP) = ip;
-    self->last_address = NO_ADDRESS;
+    forget_last_instruction(self);
     int error = lib.reg_write(self->uc, UC_REG_RFLAGS, &flags); /* into QEMU's working form */
     return error ? error : lib.ctl(self->uc, UC_CTL_FLUSH_TLB);
 }
@@ -308,7 +308,7 @@ static int write_registers(Engine *self, const Write *writes, Py_ssize_t count)
     if (debug) {
         write_debug_registers(self, writes, count); /* finds the breakpoints' pages: comes last */
     }
-    self->last_address = NO_ADDRESS;
+    forget_last_instruction(self);
     self->iret_at = 0; /* RF counts for the first instruction */
     self->rflags = compute_rflags(self->env);
     return error;

@@ -449,6 +449,7 @@ const uint8_t *code_at(const Engine *self, uint64_t linear);
 uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
 bool is_string_operation(uint8_t opcode);
 uint64_t count_mask(const Engine *self, bool address_size_prefix);
+void forget_last_instruction(Engine *self);
 bool steps_over_finished_rep(const Engine *self, uint64_t address);
 uint64_t running_instruction(const Engine *self, uintptr_t return_address);
 unsigned compute_interruptibility(const Engine *self);
