@@ -462,9 +462,7 @@ static void refuse(void *handle)
         void *symbol = dlsym(handle, INTERPOSED[i].name);
         if (symbol != NULL && symbol != INTERPOSED[i].ours) {
             calls_ours = true;
-            if (lib.handle == NULL) {
-                POINTER(&lib, INTERPOSED[i].offset) = symbol;
-            }
+            POINTER(&lib, INTERPOSED[i].offset) = symbol;
         }
     }
     if (!calls_ours) {
@@ -489,9 +487,22 @@ static bool rehearse(const char *path)
     return right;
 }
 
+/* Another library is not even looked at: engines of other threads may be running. */
+static bool is_in_use(const char *path)
+{
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle != NULL) {
+        dlclose(handle);
+    }
+    if (handle != lib.handle) {
+        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, lib.path);
+    }
+    return handle == lib.handle;
+}
+
 static bool load_library(const char *path)
 {
-    if ((lib.handle == NULL && !rehearse(path)) || !join_global_scope()) {
+    if (!rehearse(path) || !join_global_scope()) {
         return false;
     }
     /* Local: the library exports glib look-alikes that must not answer for anybody else. */
@@ -507,12 +518,6 @@ static bool load_library(const char *path)
         refuse(handle);
         return false;
     }
-    if (before.handle != NULL && before.handle != handle) {
-        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, before.path);
-        lib = before;
-        dlclose(handle);
-        return false;
-    }
     snprintf(lib.path, sizeof lib.path, "%s", path);
     return true;
 }
@@ -525,7 +530,10 @@ PyObject *shim_load(PyObject *module, PyObject *args)
         return NULL;
     }
     const char *name = PyBytes_AS_STRING(path);
-    bool loaded = (lib.handle != NULL && strcmp(name, lib.path) == 0) || load_library(name);
+    bool loaded = true;
+    if (strcmp(name, lib.path) != 0) {
+        loaded = lib.handle == NULL ? load_library(name) : is_in_use(name);
+    }
     Py_DECREF(path);
     if (!loaded) {
         return NULL;
