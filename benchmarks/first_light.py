@@ -25,7 +25,7 @@ MARKS = {
     "mips-register": (1000, "million instructions/s, fast, registers only", "at least"),
     "memory": (200, "MB peak RSS over 1,000,000 ticks", "at most"),
     "start-help": (100, "ms for kvmtick --help", "at most"),
-    "start-machine": (60, "ms from nothing to a guest's first exit", "at most"),
+    "start-machine": (60, "ms from the first call to the end of a guest of one tick", "at most"),
 }
 # Loops for ever, at 0x8000 in real mode.
 REGISTER_LOOP = bytes.fromhex(

@@ -63,14 +63,24 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_output_that_cannot_be_written_is_one_line_and_3() -> None:
+@pytest.mark.parametrize("trace", [[], ["--trace", os.devnull]])
+def test_output_that_cannot_be_written_is_one_line_and_3(trace: list[str]) -> None:
     with (
         Path("/dev/full").open("w") as full,
-        process("run", "--ticks", "2", stdout=full.fileno()) as child,
+        process("run", "--ticks", "2", *trace, stdout=full.fileno()) as child,
     ):
         _, err = child.communicate(timeout=60)
     assert (child.returncode, err.count("\n")) == (3, 1)
-    assert "No space left" in err
+    assert err.startswith("kvmtick: No space left")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("ticks", [1, 20_000], ids=["at the end", "on the way"])
+def test_a_trace_that_cannot_be_written_is_one_line_and_2(ticks: int) -> None:
+    with process("run", "--ticks", str(ticks), "--trace", "/dev/full") as child:
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert err == "kvmtick: --trace /dev/full: No space left on device; give a writable file\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], []])

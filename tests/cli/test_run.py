@@ -260,6 +260,9 @@ def test_the_report_says_what_happened_without_colour(kvmtick: Terminal) -> None
     assert lines[2].startswith(
         "done after 0.019997 s; the guest counted 20 ticks, its clock (1193182 Hz)"
     )
+    lines = kvmtick("run", "exceptions", "--ticks", "20").out.splitlines()
+    assert lines[1] == "the PIT ticks when the guest chooses, reinject on"
+    assert lines[2].endswith(" ticks"), "it is no clock"
     assert re.search(r"^delivered +20 +reached the guest within their period *$", result.out, re.M)
     assert re.search(r"^expired +20 *$", result.out, re.M)
     assert "PIC request -> VM entry" in result.out

@@ -54,6 +54,7 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["--fault", "vcpu_off=normal:1ms"], "'normal:1ms'", DELAY_REMEDY),
     (["tick-lapic", "--hz", "0.1"], "--hz 0.1", "give 0.25 to 1000000"),
     (["tick-lapic", "--timer", "hourly"], "'hourly'", "see kvmtick run --help"),
+    (["exceptions", "--hz", "100"], "--hz 100", "leave it out"),
     (["--timer", "oneshot"], "'tick-pic' has no choice of timer", "use tick-lapic"),
     (["--no-ack"], "'tick-pic' has no way to leave that out", "use nmi-watchdog"),
     (["tick-msi", "--reinject"], "nothing acknowledges the ticks of 'tick-msi'", "leave it out"),
@@ -137,6 +138,8 @@ def test_images_that_cannot_be_run(kvmtick: Terminal, tmp_path: Path, json: list
         ([str(mb), "--entry", "0x8000"], "has its addresses", "leave --entry out"),
         ([str(small), "--hold", "5ms"], "--hold 5ms", "leave it out"),
         ([str(tmp_path)], f"'{tmp_path}'", "give a readable file"),
+        (["./" + "x" * 300], "File name too long", "give a readable file"),
+        (["x" * 300], "unknown guest 'xxx", "or give a file"),
     ):
         result = kvmtick("run", *arguments, *json)
         assert (result.code, result.out) == (2, "")

@@ -200,6 +200,7 @@ def test_every_exception_from_both_rings(make_vm: MakeVm) -> None:
     with make_vm() as vm:
         run, block = play(vm, load(vm, "exceptions"))
         assert ended(run) == ("done", 0), run.console
+        assert run.drift_ppm is None
         lines = lines_of(run)
         raised: dict[str, set[str]] = {}
         for line in lines:

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import elf_images
 import pytest
 from eventfds import LIMIT_S
 
@@ -12,6 +14,7 @@ from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZE
 from kvmtick.guests import Guest
 from kvmtick.host.kvmdev import open_kvm
 from kvmtick.kvm.kernel import KernelVm
+from kvmtick.machine.loader import load_file
 
 AP_AT = 0x2000
 SPIN = b"\xeb\xfe"
@@ -197,6 +200,31 @@ def test_a_sleeping_vcpu_holds_nobody_up(vms: list[KernelVm]) -> None:
         ended = _two(vms, bsp, ap, started=True).run_until_exit(limit_s=LIMIT_S)
         assert (ended.reason, ended.code) == ("done", 5)
         assert ended.elapsed_ns < 4_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("image", "console"),
+    [
+        (elf_images.kernel(), "guest.elf"),
+        (elf_images.elf(elf_images.PROTECTED_MODE, 32), "3"),
+        (elf_images.elf(elf_images.LONG_MODE, 64), "\x146"),
+    ],
+    ids=["multiboot", "ELF32", "ELF64"],
+)
+def test_a_guest_from_a_file_starts_in_its_mode_and_leaves_none_of_it(
+    vms: list[KernelVm], tmp_path: Path, image: bytes, console: str
+) -> None:
+    path = tmp_path / "guest.elf"
+    path.write_bytes(image)
+    guest = load_file(path, ram_bytes=4 << 20)
+    vm = KernelVm(ram_bytes=guest.needs.ram_bytes)
+    vms.append(vm)
+    vm.prepare(guest.needs)
+    vm.load(guest)
+    run = vm.run(limit_s=LIMIT_S)
+    assert (run.exit.reason, run.exit.code, run.console) == ("done", 0, console)
+    vm.load(Guest("real mode", _out8(0xE9, 0x52) + _out8(0xF4, 0), 0x1000, (0, 0x1000), None))
+    assert vm.run(limit_s=LIMIT_S).console == "R"
 
 
 def test_one_vcpu_needs_no_thread(vms: list[KernelVm]) -> None:

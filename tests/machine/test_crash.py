@@ -286,9 +286,23 @@ def test_an_unknown_msr_ends_a_strict_run(
     assert "0x12345" in printed.err.splitlines()[0]
     result = json.loads(printed.out)
     assert result["exit"]["reason"] == "guest-error"
-    assert result["crash"]["vcpus"][0]["registers"]["rcx"] == "0x12345"
+    [vcpu] = result["crash"]["vcpus"]
+    assert vcpu["registers"]["rcx"] == "0x12345"
+    assert (vcpu["rip_linear"], vcpu["registers"]["rsp"]) == ("0x8006", "0x0")
+    assert {"address": "0x8006", "bytes": "0f32", "text": "rdmsr"} in vcpu["code"]
     main(["run", str(image), "--for", "1ms"])
     assert "0x12345" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--fast"], ["--clock", "real"]])
+def test_a_strict_run_stands_before_the_access_in_ring_0_of_long_mode(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "exceptions", "--strict", "--json", *options]) == EXIT_GUEST
+    [vcpu] = json.loads(capsys.readouterr().out)["crash"]["vcpus"]
+    at = [code["text"] for code in vcpu["code"] if code["address"] == vcpu["rip_linear"]]
+    assert (vcpu["mode"], at) == ("64-bit mode", ["rdmsr"])
+    assert vcpu["registers"]["rcx"] == "0x12345678"
 
 
 def test_a_guest_that_is_well_has_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,11 @@ from images import TRIPLE_FAULT as TRIPLE_FAULT_AT_8000
 
 from kvmtick import guests
 from kvmtick.cli import EXIT_USAGE, main
-from kvmtick.guests import Guest
+from kvmtick.guests import Guest, Needs
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.gdb_packets import PACKET_BYTES, PacketStream
 from kvmtick.machine.gdb_registers import I386, I8086, X86_64, architecture_of
+from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.trace.ftrace import FtraceWriter
 
 HANDLER = 0x7000
@@ -25,8 +26,8 @@ DONE = "W00"
 EIP = 8
 
 
-def boot(guest: Guest | bytes, detail: bool = False) -> ModelVm:
-    vm = ModelVm(detail=detail)
+def boot(guest: Guest | bytes, detail: bool = False, quantum_ns: int = QUANTUM_NS) -> ModelVm:
+    vm = ModelVm(detail=detail, quantum_ns=quantum_ns)
     if isinstance(guest, bytes):
         guest = Guest("test", guest, LOAD_AT, (0, LOAD_AT), None)
     vm.prepare(guest.needs)
@@ -293,6 +294,21 @@ def test_a_step_is_for_one_thread_and_the_other_takes_its_turns() -> None:
     assert LOAD_AT < at < LOAD_AT + len(guest.image), "vCPU 1 was started by vCPU 0"
 
 
+def test_a_breakpoint_that_is_out_for_a_step_is_not_missed_by_another_thread() -> None:
+    loop = bytes.fromhex("90 ebfd")  # nop; jmp to it
+    guest = Guest("test", loop, LOAD_AT, (0, LOAD_AT), None, Needs(vcpus=2))
+    put, out, step = f"Z0,{LOAD_AT:x},1", f"z0,{LOAD_AT:x},1", "vCont;s:1"
+    with boot(guest, quantum_ns=2) as vm:
+        vm.machine.board.vcpus[1].start_at(0, LOAD_AT)
+        # The turn of thread 1 ends behind its second step, with which it is at the loop's start.
+        said = [put, "vCont;c", out, step, put, step, out, step, "D"]
+        _, heard = Client(vm).run(said, for_ns=10_000)
+    at_breakpoint = "T05thread:{};swbreak:;"
+    stops = [answer for answer in heard if answer != "OK"]
+    assert stops[:3] == [at_breakpoint.format(1), "T05thread:1;", "T05thread:1;"]
+    assert stops[3] == at_breakpoint.format(2)
+
+
 def test_actions_that_are_none() -> None:
     said = ["vCont;x", "vCont;", "vCont;t", "vCont;s:9", "vCont;s:zz", "D"]
     assert debug(STEPS, *said) == ["E16"] * 5 + ["OK"]
@@ -303,9 +319,9 @@ def test_actions_that_are_none() -> None:
 
 def test_queries() -> None:
     said = ["qSupported:multiprocess+", "qAttached", "QStartNoAckMode", "qOffsets", "Zx", "Z2,0,1"]
-    heard = debug(STEPS, *said, "vMustReplyEmpty", "\xff\xfe", "", "D")
+    heard = debug(STEPS, *said, "vMustReplyEmpty", "\xff\xfe", "", "qC", "qCRC:0,9", "D")
     assert f"PacketSize={PACKET_BYTES:x}" in heard[0]
-    assert heard[1:] == ["1", "OK", "", "E16", "", "", "", "", "OK"]
+    assert heard[1:] == ["1", "OK", "", "E16", "", "", "", "", "QC1", "", "OK"]
 
 
 def test_the_description_comes_in_parts() -> None:

@@ -238,6 +238,16 @@ def test_32_bits_start_in_protected_mode_with_stack_and_gdt(image: Path) -> None
     assert (result.exit.reason, result.console) == ("done", "3"), result.exit
 
 
+def test_the_entry_may_be_a_physical_address(image: Path) -> None:
+    image.write_bytes(elves.elf(b"\xf4" * 64, address=0xC010_0000, entry=GPA + 63))
+    guest = load_file(image)
+    assert guest.start is not None
+    assert guest.start["rip"] == GPA + 63
+    image.write_bytes(elves.elf(b"\xf4" * 64, address=0xC010_0000, entry=GPA + 64))
+    with pytest.raises(LoadError, match="starts at 0x100040, where none"):
+        load_file(image)
+
+
 def test_physical_addresses_count_and_bss_is_zero(image: Path) -> None:
     """The kernel is linked for the upper half, the entry is taken to where it lies."""
     data = (elves.PT_LOAD, 3 * MIB, b"data")

@@ -1,5 +1,6 @@
 """Foreign images: where they go, where they start, what is refused and in which words."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_what_cannot_be_loaded_is_named_with_the_remedy(image: Path) -> None:
             load_file(image, load_at)
         with pytest.raises(LoadError, match=r"--entry .* is out of real mode's reach"):
             load_file(image, 0x8000, load_at)
+
+
+def test_what_is_no_file_of_a_fitting_size_is_not_read(image: Path) -> None:
+    os.mkfifo(image)
+    for path in (image, Path("/dev/zero")):
+        with pytest.raises(LoadError, match="is a device or a pipe: give a readable file"):
+            load_file(path)
+    image.unlink()
+    image.touch()
+    os.truncate(image, 1 << 40)
+    with pytest.raises(LoadError, match="has 1099511627776 bytes: give a smaller file"):
+        load_file(image)
 
 
 def test_messages_are_one_line(image: Path) -> None:

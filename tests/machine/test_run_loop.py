@@ -19,6 +19,7 @@ from images import (
 )
 
 from kvmtick import guests
+from kvmtick.cpu.unicorn import UnicornEngine
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
 from kvmtick.ticks.verdict import Verdict
@@ -332,6 +333,8 @@ def test_fifty_ticks_in_real_time() -> None:
 def test_misuse_is_told() -> None:
     with pytest.raises(ValueError, match="clock 'atomic': choose virtual or real"):
         ModelVm(clock="atomic")
+    with pytest.raises(ValueError, match="fast=True: your engine decides that itself, leave"):
+        ModelVm(engine=UnicornEngine, fast=True)
     with ModelVm() as vm:
         vm.create_irqchip()
         with pytest.raises(ValueError, match="no vCPU"):

@@ -24,6 +24,7 @@ from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.timing.host import parse_duration_ns
+from kvmtick.trace.events import Record
 from kvmtick.trace.ftrace import FtraceWriter
 from kvmtick.vcpu.cpuid import FEATURES
 
@@ -269,7 +270,7 @@ def _guest(options: argparse.Namespace) -> Guest:
     """The built-in guest of that name, else the file."""
     name = options.guest
     path = Path(name)
-    if name not in guests.names() and (path.exists() or "/" in name or path.suffix):
+    if name not in guests.names() and (os.path.exists(name) or "/" in name or path.suffix):
         return _file_guest(options, path)
     return _builtin_guest(options, name)
 
@@ -494,14 +495,29 @@ def _trace(options: argparse.Namespace, vm: ModelVm) -> Iterator[None]:
     if options.trace is None:
         yield
         return
+    with _is_trace_file(options.trace):
+        file = Path(options.trace).open("w", encoding="utf-8")  # noqa: SIM115 - closed below
+    writer = FtraceWriter(file, vm.machine.recorder.tasks)
+
+    def write(batch: list[Record]) -> None:
+        with _is_trace_file(options.trace):
+            writer(batch)
+
+    vm.machine.recorder.add_consumer(write)
     try:
-        with Path(options.trace).open("w", encoding="utf-8") as file:
-            vm.machine.recorder.add_consumer(FtraceWriter(file, vm.machine.recorder.tasks))
-            yield
+        yield
+    finally:
+        with _is_trace_file(options.trace):
+            file.close()
+
+
+@contextlib.contextmanager
+def _is_trace_file(name: str) -> Iterator[None]:
+    """What cannot be done in here is the trace file's fault."""
+    try:
+        yield
     except OSError as error:
-        raise UsageError(
-            f"--trace {options.trace}: {error.strerror}; give a writable file"
-        ) from None
+        raise UsageError(f"--trace {name}: {error.strerror}; give a writable file") from None
 
 
 def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:

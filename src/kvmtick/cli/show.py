@@ -92,10 +92,12 @@ def _pit_setting(run: Run) -> str:
     pit = run.pit
     if pit is None or not pit.period_ns:
         return "the PIT was not programmed"
+    reinject = f"reinject {'on' if pit.reinject else 'off'}"
+    if not run.has_rate:
+        return f"the PIT ticks when the guest chooses, {reinject}"
     rate_hz = 1e9 / pit.period_ns
     return (
-        f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz),"
-        f" reinject {'on' if pit.reinject else 'off'}"
+        f"PIT count {pit.count}: a tick every {pit.period_ns:,} ns ({rate_hz:,.6g} Hz), {reinject}"
     )
 
 

@@ -134,6 +134,7 @@ _NEEDS: Final = {
 
 _TIMER_FLAGS: Final[dict[str, int]] = {"periodic": 0, "oneshot": 1, "tsc-deadline": 2}
 _TIMER_GUEST: Final = "tick-lapic"
+_RATELESS: Final = ("exceptions",)
 _NO_ACK_FLAG: Final = 0x10
 _NO_ACK_GUEST: Final = "nmi-watchdog"
 
@@ -246,6 +247,8 @@ class Guest:
     start: Mapping[str, int] | None = None
     """The state it starts in: registers as `Engine.set_registers` takes them, over those of a reset
     (`kvmtick.guests.start`). None: real mode at `entry`."""
+    has_rate: bool = True
+    """Its ticks come at one rate, so its tick count is a clock."""
 
 
 def names() -> dict[str, str]:
@@ -298,6 +301,9 @@ def load(
     """
     if name not in _DESCRIPTIONS and name not in _UNLISTED:
         raise UnknownGuestError(name)
+    if name in _RATELESS and (hz is not None or divisor is not None):
+        asked = f"hz={hz}" if divisor is None else f"divisor={divisor}"
+        raise ValueError(f"{asked}: {name!r} chooses the moments of its ticks; leave it out")
     flags = _checked("flags", flags, 0, _U32) | _option_flags(name, timer, ack)
     needs = _NEEDS.get(name, DEFAULT_NEEDS)
     if name == _TIMER_GUEST and flags & _TIMER_FLAGS["tsc-deadline"]:
@@ -327,7 +333,8 @@ def load(
         block.reserved,
         *block.snapshot,
     )
-    return Guest(name, bytes(image), LOAD_AT, ENTRY, PARAMETERS, needs)
+    has_rate = name not in _RATELESS
+    return Guest(name, bytes(image), LOAD_AT, ENTRY, PARAMETERS, needs, has_rate=has_rate)
 
 
 def _divisor(hz: float | None, divisor: int | None) -> int:

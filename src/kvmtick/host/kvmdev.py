@@ -67,6 +67,11 @@ PAGE_SIZE: Final = mmap.PAGESIZE
 DEFAULT_LIMIT_S: Final = 10.0
 """Wall seconds a KVM_RUN may take when the caller names no limit."""
 
+DATA_SEGMENT: Final = 0x3
+CODE_SEGMENT: Final = 0xB
+"""Segment types (SDM table 3-1): read and write, execute and read; both accessed."""
+CR0_AFTER_RESET: Final = 0x6000_0010
+
 KICK_SIGNAL: Final = signal.SIGRTMIN + 6
 """Ends KVM_RUN; any real-time signal nobody else uses would do."""
 
@@ -531,8 +536,12 @@ class VcpuFile(KvmFile):
         """
         sregs = self.get(ioctls.KVM_GET_SREGS, kvm_sregs)
         for name in ("ds", "es", "fs", "gs", "ss"):
-            _real_segment(getattr(sregs, name), 0, unreal=unreal)
-        _real_segment(sregs.cs, cs, unreal=False)
+            _real_segment(getattr(sregs, name), 0, DATA_SEGMENT, unreal=unreal)
+        _real_segment(sregs.cs, cs, CODE_SEGMENT, unreal=False)
+        for table in (sregs.gdt, sregs.idt):
+            table.base, table.limit = 0, 0xFFFF
+        sregs.cr0 = CR0_AFTER_RESET
+        sregs.cr2 = sregs.cr3 = sregs.cr4 = sregs.efer = 0
         self.ioctl(ioctls.KVM_SET_SREGS, sregs)
         self.ioctl(ioctls.KVM_SET_REGS, kvm_regs(rip=ip, rflags=2))
 
@@ -605,12 +614,15 @@ def _offset_of(struct: type[KvmStruct] | type[structs.KvmUnion], field: str) -> 
 _MMIO_DATA = _offset_of(kvm_run, "u") + _offset_of(structs.kvm_run_mmio, "data")
 
 
-def _real_segment(segment: kvm_segment, selector: int, *, unreal: bool) -> None:
+def _real_segment(segment: kvm_segment, selector: int, type_: int, *, unreal: bool) -> None:
     """A real-mode segment; KVM cuts a limit above 1 MiB unless `g` says it is in pages."""
     segment.selector = selector
     segment.base = selector << 4
     segment.limit = 0xFFFF_FFFF if unreal else 0xFFFF
     segment.g = int(unreal)
+    segment.type = type_
+    segment.s = segment.present = 1
+    segment.dpl = segment.db = segment.l = segment.avl = segment.unusable = 0
 
 
 def _drain() -> None:

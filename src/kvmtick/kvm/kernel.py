@@ -58,6 +58,7 @@ from kvmtick.host.kvmdev import (
     open_kvm,
 )
 from kvmtick.irqchip.i8254 import nominal_period_ns
+from kvmtick.kvm.registers import put_registers
 from kvmtick.kvm.setup import prepare
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.ports import PortHandler
@@ -95,7 +96,7 @@ _UART_LSR_IDLE = 0x60
 
 
 class Guest(Protocol):
-    """What `load` takes: a flat real-mode image."""
+    """What `load` takes: a flat real-mode image, or a `kvmtick.guests.Guest`, which may be more."""
 
     @property
     def image(self) -> bytes:
@@ -154,6 +155,15 @@ class KernelVcpu:
     def set_real_mode(self, cs: int, ip: int, *, unreal: bool = False) -> None:
         """Start over at `cs`:`ip` in real mode; `unreal`: data segments of 4 GiB."""
         self.file.set_real_mode(cs, ip, unreal=unreal)
+
+    def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
+        """Real mode at `cs`:`ip`, or the state that `registers` make of it (`Guest.start`)."""
+        self.set_real_mode(cs, ip)
+        if registers is not None:
+            regs, sregs = self.get_regs(), self.get_sregs()
+            put_registers(registers, regs, sregs)
+            self.set_sregs(sregs)
+            self.set_regs(regs)
 
     def get_regs(self) -> kvm_regs:
         """KVM_GET_REGS."""
@@ -322,8 +332,8 @@ class KernelVm(Closing):
         """KVM_CREATE_VCPU. EEXIST: the id is taken. EINVAL: it is out of range."""
         vcpu = KernelVcpu(self.file.create_vcpu(vcpu_id), vcpu_id)
         self.vcpus.append(vcpu)
-        if vcpu_id == 0 and self._guest is not None:
-            vcpu.set_real_mode(*self._guest.entry)
+        if self._guest is not None:
+            self._place(vcpu, self._guest)
         return vcpu
 
     def prepare(self, needs: guests.Needs, reinject: bool = True) -> list[KernelVcpu]:
@@ -334,15 +344,22 @@ class KernelVm(Closing):
         return prepare(self, needs, reinject)
 
     def load(self, guest: Guest) -> None:
-        """Put a guest's image into RAM and vCPU 0 (this one or the next) at its entry.
+        """Put a guest into RAM and let vCPU 0 (this one or the next) start on it.
 
         Raises ValueError where the image does not fit.
         """
-        self.write_memory(guest.load_at, guest.image)
+        pieces = guest.pieces if isinstance(guest, guests.Guest) else ()
+        for gpa, data in ((guest.load_at, guest.image), *pieces):
+            self.write_memory(gpa, data)
         self._guest = guest
         for vcpu in self.vcpus:
-            if vcpu.vcpu_id == 0:
-                vcpu.set_real_mode(*guest.entry)
+            self._place(vcpu, guest)
+
+    @staticmethod
+    def _place(vcpu: KernelVcpu, guest: Guest) -> None:
+        if vcpu.vcpu_id == 0:
+            registers = guest.start if isinstance(guest, guests.Guest) else None
+            vcpu.start_at(*guest.entry, registers)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store bytes at a guest-physical address. Raises ValueError outside RAM."""
@@ -477,6 +494,7 @@ class KernelVm(Closing):
             else None,
             ticks=None,
             console=ended.console.decode("utf-8", "replace"),
+            has_rate=not isinstance(guest, guests.Guest) or guest.has_rate,
         )
 
     def _pit_settings(self) -> PitSettings | None:

@@ -93,8 +93,11 @@ class ModelVm(Closing):
         numbers. `detail`: record the events that only traces need. `engine`: who executes the
         guest, the unicorn engine if None. `ram_bytes`: a multiple of 4096, `Guest.needs` says how
         many. `quantum_ns`: how long a vCPU runs at most while another one waits. `fast`: interrupts
-        come where the next basic block begins, not at the next instruction; None: in real time.
+        come where the next basic block begins, not at the next instruction; None: in real time. An
+        `engine` of yours decides that itself.
         """
+        if engine is not None and fast is not None:
+            raise ValueError(f"fast={fast}: your engine decides that itself, leave it out")
         self.machine = Machine(clock, seed, detail, ram_bytes, quantum_ns)
         self.assembler = TickAssembler(tasks=self.machine.recorder.tasks)
         self.machine.recorder.add_consumer(self.assembler)
@@ -457,6 +460,7 @@ class ModelVm(Closing):
             ticks=ticks,
             sources=self.assembler.reports() if ticks is not None else [],
             believed_period_ns=self._believed_period_ns(block),
+            has_rate=guest is None or guest.has_rate,
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),
             serial=machine.ports.serial.decode("utf-8", "replace"),

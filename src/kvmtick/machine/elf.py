@@ -2,7 +2,8 @@
 
 Implements chapters 4 (ELF header) and 5 (program header) of the System V gABI, edition 4.1, with
 the numbers of its i386 and x86-64 supplements. Segments go to their physical addresses (`p_paddr`),
-and an entry that lies in a segment's virtual addresses is taken to its physical ones.
+and an entry that lies in a segment's virtual addresses is taken to its physical ones; it may also
+be physical already.
 
 Not modelled: relocation (shared objects and position-independent programs are refused), sections,
 symbols, more than 65534 segments.
@@ -146,6 +147,8 @@ def _physical(entry: int, segments: list[Segment]) -> int:
     for segment in segments:
         if segment.address <= entry < segment.address + segment.size_bytes:
             return entry - segment.address + segment.gpa
+    if any(0 <= entry - segment.gpa < segment.size_bytes for segment in segments):
+        return entry
     raise ImageError(f"starts at {entry:#x}, where none of its ELF segments is: set the entry")
 
 

@@ -253,7 +253,8 @@ class GdbServer:
         return "l"
 
     def _current_thread(self, target: Target, rest: str) -> str:
-        return f"QC{self._thread:x}"
+        """`qC`; `qCRC` is another packet."""
+        return UNSUPPORTED if rest else f"QC{self._thread:x}"
 
     def _thread_extra(self, target: Target, rest: str) -> str:
         thread = _thread_id(rest)

@@ -31,6 +31,7 @@ class Target:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.breakpoints: set[int] = set()
+        self._seen: frozenset[int] = frozenset()
         self.choose_architecture(1)
 
     @property
@@ -72,12 +73,15 @@ class Target:
     def resume(self, stepping: Collection[int]) -> None:
         """Let the vCPUs go, those of the threads `stepping` for one step each.
 
-        Who steps does not see the breakpoint it stands at.
+        Who steps does not see the breakpoint it stands at. gdb takes that one out for the step, but
+        the others, whose turn may come first, shall not miss it.
         """
+        stand_at = {linear_rip(self._vcpu(thread).engine.registers()) for thread in stepping}
+        self._seen = frozenset(self.breakpoints | (self._seen & stand_at))
         for thread in self.threads:
             vcpu = self._vcpu(thread)
             vcpu.single_step = thread in stepping
-            vcpu.engine.set_breakpoints(() if vcpu.single_step else self.breakpoints)
+            vcpu.engine.set_breakpoints(() if vcpu.single_step else self._seen)
 
     def stand(self) -> None:
         """Forget the steps that are not made: all vCPUs stand."""
@@ -91,7 +95,7 @@ class Target:
 
     def is_at_breakpoint(self, thread: int) -> bool:
         """Whether a vCPU stands before an instruction that has a breakpoint."""
-        return linear_rip(self._vcpu(thread).engine.registers()) in self.breakpoints
+        return linear_rip(self._vcpu(thread).engine.registers()) in self._seen
 
     # Registers.
 

@@ -11,6 +11,7 @@ Files that are known to be something else (compressed, a PE, a bzImage, text, ..
 """
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ REAL_MODE_LIMIT = 0x10_0000
 SEGMENT_BYTES = 0x1_0000
 KERNEL_RAM_BYTES = 128 << 20
 """RAM for ELF and Multiboot files; what starts in real mode gets less."""
+MOST_BYTES = 3 << 30
+"""The longest file that is read: all the RAM there is below a PC's devices."""
 
 REMEDY = "give a flat binary, a boot sector, a Multiboot kernel or an x86 ELF"
 MAGICS = (
@@ -119,8 +122,11 @@ def real_mode_address(address: int) -> tuple[int, int]:
 def _read(path: Path, allow_empty: bool = False) -> bytes:
     """A file's contents; LoadError if there are none."""
     try:
-        if path.is_char_device():
-            raise LoadError(f"{str(path)!r} is a device: give a readable file")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise LoadError(f"{str(path)!r} is a device or a pipe: give a readable file")
+        if status.st_size > MOST_BYTES:
+            raise LoadError(f"{str(path)!r} has {status.st_size} bytes: give a smaller file")
         contents = path.read_bytes()
     except OSError as error:
         raise LoadError(

@@ -100,7 +100,8 @@ class Machine:
         self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
         self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
         self.strict = False
-        """An access to an unknown MSR ends the run."""
+        """An access to an unknown MSR ends the run, and the vCPU stands before it."""
+        self._refused: tuple[Vcpu, dict[str, int]] | None = None
         self.ram: mmap = mmap(-1, ram_bytes)
         self.loaded: list[Guest] = []
         self.loaded_ns = 0
@@ -236,6 +237,7 @@ class Machine:
         finally:
             if self._kicker is not None:
                 self._kicker.disarm()
+            self._stand_before_refused()
             self.recorder.flush()
 
     def stop(self, exit_: Exit) -> None:
@@ -492,9 +494,18 @@ class Machine:
 
     def _unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
         """The guest gets #GP; if that shall not pass unseen, the run ends."""
-        if self.strict:
+        if self.strict and self._exit is None:
+            vcpu = next(vcpu for vcpu in self.board.vcpus if vcpu.vcpu_id == vcpu_id)
+            self._refused = vcpu, vcpu.engine.registers()
             what = f"vCPU {vcpu_id} at {rip:#x}: {access} of the unknown MSR {index:#x}"
             self._end(Exit("guest-error", detail=f"{what}; without strict it gets #GP"))
+
+    def _stand_before_refused(self) -> None:
+        """Of the #GP that was the way out of the guest nothing is left in the registers."""
+        if self._refused is not None:
+            vcpu, registers = self._refused
+            self._refused = None
+            vcpu.engine.set_registers(registers)
 
     # For people.
 

@@ -28,7 +28,7 @@ class Run:
     `guest_ticks` is the guest's own count, None if it has none we know of. `ticks` are those of the
     main source, `sources` those of every timer that expired; None and empty if nobody saw the
     events (the kernel's chips without tracefs). `believed_period_ns` is what the guest takes the
-    time from tick to tick for, if its clock is not the PIT.
+    time from tick to tick for, if its clock is not the PIT; without `has_rate` it has no clock.
     """
 
     guest: str
@@ -48,6 +48,7 @@ class Run:
     serial: str = ""
     sources: list[TickReport] = field(default_factory=list)
     believed_period_ns: float | None = None
+    has_rate: bool = True
 
     @property
     def drift_ppm(self) -> float | None:
@@ -55,9 +56,9 @@ class Run:
 
         The guest counts `guest_ticks` of `believed_period_ns`, or of `count` periods of 1193182 Hz
         if the PIT is its clock; 0 would be a true clock. None if the guest counted nothing or no
-        time has passed.
+        time has passed, and without `has_rate`.
         """
-        if not self.guest_ticks or not self.elapsed_ns:
+        if not self.guest_ticks or not self.elapsed_ns or not self.has_rate:
             return None
         period_ns = self.believed_period_ns
         if period_ns is None:
