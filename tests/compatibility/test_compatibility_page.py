@@ -12,6 +12,7 @@ from kvm_unit_tests import (
     built_for,
     cases,
     differences,
+    missing,
     notes_out_of_place,
     options,
     parse_report,
@@ -65,7 +66,7 @@ def test_a_section_is_a_case_of_its_architecture() -> None:
 
 def test_only_a_longer_timeout_than_ours_counts() -> None:
     assert next(cases(CONFIG, "i386")).limit_s == 900
-    assert next(cases(CONFIG.replace("900", "5"), "i386")).limit_s == 600
+    assert next(cases(CONFIG.replace("900", "5"), "i386")).limit_s == 120
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,18 @@ def test_differences_are_rows_but_for_the_time() -> None:
     assert differences("", row(report_of("FAIL: one")))[0].endswith("nothing")
 
 
-def test_every_failure_needs_a_note() -> None:
+def test_every_failure_needs_a_note_and_nothing_else_has_one() -> None:
     assert notes_out_of_place([report_of("FAIL: one")]) == ["x86_64 apic: fail, no note"]
+    lacking = Case("s3", "s3.flat", "i386")
+    assert notes_out_of_place([Result(lacking, "fail", parse_report(""), 0)]) == []
+    assert notes_out_of_place([Result(lacking, "pass", parse_report(""), 0)]) == [
+        "i386 s3: pass, a note"
+    ]
+
+
+def test_a_note_may_be_for_one_architecture() -> None:
+    assert missing(Case("la57", "la57.flat", "x86_64"))
+    assert not missing(Case("la57", "la57.flat", "i386"))
 
 
 def test_a_page_without_marks_is_refused() -> None:

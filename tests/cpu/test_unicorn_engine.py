@@ -1,5 +1,6 @@
 """What only real code can show: the `unicorn` engine in real mode."""
 
+import re
 import subprocess
 import sys
 from mmap import mmap
@@ -386,11 +387,27 @@ def test_ram_is_released_by_close() -> None:
 
 @pytest.mark.parametrize("library", [_shim.__file__, "/nonexistent/libunicorn.so.2", "libm.so.6"])
 def test_any_other_library_is_refused(library: str) -> None:
-    with pytest.raises(
-        ImportError, match=r"expected Unicorn 2\.1\.4.*pip install unicorn==2\.1\.4"
-    ):
+    script = (
+        "from kvmtick.cpu import _shim; from kvmtick.cpu.unicorn import UnicornEngine\n"
+        f"try:\n    _shim.load({library!r})\nexcept ImportError as error:\n    print(error)\n"
+        "UnicornEngine()"  # the right one still works
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert re.search(r"expected Unicorn 2\.1\.4.*pip install unicorn==2\.1\.4", done.stdout), (
+        done.stdout
+    )
+
+
+@pytest.mark.parametrize("library", [_shim.__file__, "/nonexistent/libunicorn.so.2"])
+def test_one_library_is_in_use(library: str, tmp_path: Path) -> None:
+    UnicornEngine()
+    with pytest.raises(ImportError, match=r"libunicorn\.so\.2 is in use in this process"):
         _shim.load(library)
-    UnicornEngine()  # the right one still works
+    same = tmp_path / "libunicorn.so.2"
+    same.symlink_to(find_library())
+    _shim.load(str(same))
 
 
 def test_a_library_that_is_missing_is_named(

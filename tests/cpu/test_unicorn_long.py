@@ -1,12 +1,13 @@
 """Events of the `unicorn` engine in 64-bit mode, with paging, rings, TSS and interrupt stacks."""
 
 import pytest
-from engine_machine import CODE, FLAGS_IF, HANDLERS, IRQ, NMI, PLENTY, VECTOR
+from engine_machine import CODE, FLAGS_IF, HANDLERS, IRQ, MMIO, NMI, PLENTY, VECTOR, Cpu
 from long_machine import (
     ABSENT_PAGE,
     ABSENT_SEGMENT,
     CR0,
     DATA_PAGE,
+    GDT,
     IDT,
     IST_1,
     IST_2,
@@ -364,6 +365,71 @@ def test_invalid_tss() -> None:
     cpu.set_gate(0x42, HANDLERS, ist=3)
     assert cpu.enter() is ExitReason.HLT
     assert (cpu.vector, cpu.frame_with_code()[0]) == (TS, TASK)
+
+
+@either_engine
+def test_code_that_runs_onto_a_page_it_may_not_fetch(exact: bool) -> None:
+    """The instructions before the end of the page are done, one over it is not begun."""
+    cpu = LongCpu("", HALTS, exact=exact)
+    code = bytes.fromhex("48ffc0 48ffc0 b844332211")  # inc rax; inc rax; mov eax, 0x11223344
+    start = ABSENT_PAGE - len(code) + 1
+    cpu.ram[start : start + len(code)] = code
+    cpu.set_registers(rip=start, rax=0)
+    assert cpu.enter() is ExitReason.HLT
+    assert (cpu.vector, cpu.register("cr2"), cpu.register("rax")) == (PF, ABSENT_PAGE, 2)
+    assert cpu.frame_with_code()[1]["rip"] == start + 6
+    assert cpu.engine.retired == 4
+
+
+def test_a_load_that_faults_right_behind_its_instruction_counts_once() -> None:
+    cpu = LongCpu("", HALTS)
+    cpu.ram[ABSENT_PAGE - 2 : ABSENT_PAGE] = bytes.fromhex("8a03")  # mov al, [rbx]
+    cpu.set_registers(rip=ABSENT_PAGE - 2, rbx=ABSENT_PAGE)
+    assert cpu.enter() is ExitReason.HLT
+    assert (cpu.vector, cpu.register("cr2")) == (PF, ABSENT_PAGE)
+    assert cpu.engine.retired == 2
+
+
+@either_engine
+def test_ins_after_one_that_was_refused(exact: bool) -> None:
+    cpu = LongCpu("6c", HALTS | {GP: "6c f4"}, ring=3, exact=exact)  # insb
+    cpu.set_registers(rdi=MMIO, rdx=0x10)
+    assert cpu.enter() is ExitReason.HLT
+    assert [access[:4] for access in cpu.accesses] == [
+        ("in", 0x10, 1, cpu.input),
+        ("mmio write", MMIO, 1, cpu.input),
+    ]
+
+
+@pytest.mark.parametrize("selector", range(4))
+def test_ltr_refuses_a_null_selector(selector: int) -> None:
+    cpu = LongCpu("0f00d8 f4", HALTS)  # ltr ax
+    cpu.set_registers(rax=selector)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.vector == GP
+    assert cpu.frame_with_code()[0] == 0
+    assert cpu.register("tr") == TASK
+
+
+def test_a_way_to_ring_0_needs_a_tss_with_room_for_its_stack() -> None:
+    cpu = Cpu("cd20")
+    cpu.reset_protected(CODE)
+    cpu.set_registers(gdtr_base=GDT, gdtr_limit=0xF, idtr_base=IDT, idtr_limit=0x7FF)
+    cpu.ram[GDT + 8 : GDT + 16] = (0x00CF_9B00_0000_FFFF).to_bytes(8, "little")
+    cpu.ram[IDT + 0x20 * 8 : IDT + 0x21 * 8] = (0xEE00_0008_2000).to_bytes(8, "little")
+    cpu.set_registers(cs=0x1B, cs_access=0xC0FB, ss=0x23, ss_access=0xC0F3, tr_limit=3)
+    assert cpu.enter() is ExitReason.TRIPLE_FAULT  # three times #TS
+
+
+@pytest.mark.parametrize("access", [0x1_008B, 0x0B, 0x82, 0x93])
+def test_an_entry_without_a_tss_is_an_internal_error(access: int) -> None:
+    cpu = LongCpu("cd20", HALTS, ring=3)
+    cpu.set_registers(tr_access=access)
+    assert cpu.enter() is ExitReason.INTERNAL_ERROR
+    assert cpu.engine.error == "TR holds no TSS at cs:rip 2b:1000"
+    assert cpu.engine.retired == 0
+    cpu.set_registers(tr_access=0x8B)
+    assert cpu.enter() is ExitReason.HLT
 
 
 @either_engine

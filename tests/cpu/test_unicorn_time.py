@@ -227,6 +227,18 @@ def test_an_interrupt_between_the_rounds(exact: bool) -> None:
     assert cpu.engine.retired == 5 + 3 + 2
 
 
+def test_a_rep_that_the_host_begins_anew_counts(exact: bool) -> None:
+    cpu = Cpu("f3aa f4", exact=exact)
+    cpu.set_registers(rcx=3, rdi=0x5000)
+    assert cpu.enter(budget=3) is ExitReason.PREEMPTION_TIMER
+    cpu.set_registers(rip=CODE)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.engine.retired == 2
+    cpu.engine.reset(0, CODE)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.engine.retired == 2
+
+
 # ---- what the running instruction is -----------------------------------------------------------
 
 

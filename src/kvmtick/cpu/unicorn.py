@@ -23,8 +23,8 @@ the same memory, each at addresses of its own and one entered at a time: code th
 rewrites, through any linear address, the others translate anew.
 
 An engine that is not `exact` looks at boundaries where translated blocks begin. A block is up to
-512 instructions; it ends at a jump, behind what may open a window, and a page's length from its
-start. One that an exception leaves in the middle has counted whole, and so has one that rewrites
+512 instructions; it ends at a jump, behind what may open a window, and before the end of a page, in
+whose last 15 bytes each instruction is one. One that an exception leaves in the middle has counted whole, and so has one that rewrites
 itself, before its rest counts once more.
 
 Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
@@ -42,6 +42,7 @@ Not modelled:
   or the two aligned reads around them: those of CMPXCHG8B, BOUND, FXSAVE, floats of 80 bits,
   descriptors, far transfers and the delivery of events;
 * 16 bytes over the end of a page: KVM counts the 8 bytes of the next access from there on;
+* an entry without a TSS in TR is INTERNAL_ERROR, whether one would be needed or not;
 * task gates are left to Unicorn, untested;
 * #AC, #XM and machine checks never happen; a stack address that is not canonical is #GP, not #SS;
   PDPTEs are not checked when CR3 is loaded; segment limits beyond what QEMU looks at;

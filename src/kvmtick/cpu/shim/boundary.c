@@ -236,9 +236,18 @@ static void refuse_block(Engine *self)
     lib.emu_stop(self->uc);
 }
 
+/* How many instructions surely fit on the page that a block begins on. Only the first one of a block
+ * may go over its end: a fault of fetching the rest would be told of the block's start. */
+static int instructions_on_page(const char *block)
+{
+    int left = (int)(PAGE_BYTES - U64(block, TB_PC) % PAGE_BYTES);
+    return left < INSTRUCTION_BYTES_MAX ? 1 : left / INSTRUCTION_BYTES_MAX;
+}
+
 EXPORTED void gen_intermediate_code_x86_64(void *cpu, void *block, int instructions_max)
 {
-    lib.genuine.translate(cpu, block, instructions_max);
+    int fitting = instructions_on_page(block);
+    lib.genuine.translate(cpu, block, fitting < instructions_max ? fitting : instructions_max);
     Engine *self = entered;
     void *uc = POINTER(cpu, CPU_UC);
     BlockStart start;

@@ -448,6 +448,14 @@ static bool prepare(Engine *self, uint32_t intr_info)
     return true;
 }
 
+/* As a VM entry fails that has no TSS in TR (SDM vol. 3C, 27.3.1.2). */
+static PyObject *refuse_entry(Engine *self)
+{
+    self->retired = 0;
+    set_error(self, "TR holds no TSS");
+    return PyLong_FromLong(EXIT_INTERNAL_ERROR);
+}
+
 static PyObject *finish(Engine *self, int error)
 {
     int reason = classify(self, error);
@@ -477,6 +485,9 @@ static PyObject *enter_guest(Engine *self, PyObject *const *values)
     if (mistake != NULL) {
         PyErr_SetString(PyExc_ValueError, mistake);
         return NULL;
+    }
+    if (unlikely(!has_task(self->env))) {
+        return refuse_entry(self);
     }
     self->irq_window = irq_window;
     self->nmi_window = nmi_window;

@@ -52,6 +52,7 @@ void carry_over(Engine *self)
 /* Does not return when the delivery faults: QEMU goes on with that exception. */
 static void deliver_exception(Engine *self, int source)
 {
+    forget_last_instruction(self);
     self->delivering = source;
     lib.do_interrupt(self->cpu);
     self->delivering = NOTHING;
@@ -75,6 +76,7 @@ static void deliver_entry_exception(Engine *self, int vector)
 
 static void deliver_interrupt(Engine *self, int vector, int source)
 {
+    forget_last_instruction(self);
     self->delivering = source;
     lib.do_interrupt_hardirq(self->env, vector, 1);
     self->delivering = NOTHING;
@@ -84,7 +86,6 @@ static void deliver_entry_event(Engine *self, uint32_t info)
 {
     int vector = INTR_INFO_VECTOR(info);
     U32(self->env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ;
-    self->last_address = NO_ADDRESS;
     switch (INTR_INFO_TYPE(info)) {
     case TYPE_EXTERNAL:
         deliver_interrupt(self, vector, EXTERNAL_EVENT);
@@ -128,11 +129,15 @@ static void begin_software_interrupt(Engine *self)
     U64(self->env, ENV_EIP) = next - self->software_interrupt_bytes;
 }
 
-/* Whether the instruction itself could not be read: no boundary has been seen before it. */
+/* Whether the instruction itself could not be read: no boundary has been seen before it. An engine
+ * that is not exact takes a load from right behind an instruction for that. */
 static bool faulted_on_fetch(const Engine *self, int vector)
 {
     uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     bool stored = I32(self->env, ENV_ERROR_CODE) & PAGE_FAULT_WRITE;
+    if (self->exact && linear == self->last_address) {
+        return false;
+    }
     if (vector == PAGE_FAULT) {
         return !stored && U64(self->env, ENV_CR + 8 * 2) - linear < INSTRUCTION_BYTES_MAX;
     }
@@ -199,6 +204,7 @@ void on_exception(void *uc, uint32_t vector, void *engine)
     bool software = I32(self->env, ENV_EXCEPTION_IS_INT);
     find_faulting_iret(self);
     drop_stale_rf(self);
+    self->ins_has_tried = false; /* nor will this INS do more */
     if (software) {
         begin_software_interrupt(self);
     } else if (!begin_exception(self, (int)vector)) {

@@ -198,7 +198,8 @@ static const char *wrong_register_field(void *uc, char *env)
  * that rewrites its own block. Those for instructions of protected mode stand in the same table of
  * the library, filled by the same loader. */
 #define NOT_PROBED                                                                               \
-    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT)
+    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER |            \
+     1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
 #define PROBE_HLT 0x48
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
@@ -380,6 +381,7 @@ static const struct {
     [SYSRET] = STANDS_IN(helper_sysret_x86_64, sysret),
     [SYSENTER] = STANDS_IN(helper_sysenter_x86_64, sysenter),
     [SYSEXIT] = STANDS_IN(helper_sysexit_x86_64, sysexit),
+    [LTR] = STANDS_IN(helper_ltr_x86_64, ltr),
     [READ_CR] = STANDS_IN(helper_read_crN_x86_64, read_cr),
     [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
     [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
@@ -460,9 +462,7 @@ static void refuse(void *handle)
         void *symbol = dlsym(handle, INTERPOSED[i].name);
         if (symbol != NULL && symbol != INTERPOSED[i].ours) {
             calls_ours = true;
-            if (lib.handle == NULL) {
-                POINTER(&lib, INTERPOSED[i].offset) = symbol;
-            }
+            POINTER(&lib, INTERPOSED[i].offset) = symbol;
         }
     }
     if (!calls_ours) {
@@ -487,9 +487,22 @@ static bool rehearse(const char *path)
     return right;
 }
 
+/* Another library is not even looked at: engines of other threads may be running. */
+static bool is_in_use(const char *path)
+{
+    void *handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle != NULL) {
+        dlclose(handle);
+    }
+    if (handle != lib.handle) {
+        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, lib.path);
+    }
+    return handle == lib.handle;
+}
+
 static bool load_library(const char *path)
 {
-    if ((lib.handle == NULL && !rehearse(path)) || !join_global_scope()) {
+    if (!rehearse(path) || !join_global_scope()) {
         return false;
     }
     /* Local: the library exports glib look-alikes that must not answer for anybody else. */
@@ -505,12 +518,6 @@ static bool load_library(const char *path)
         refuse(handle);
         return false;
     }
-    if (before.handle != NULL && before.handle != handle) {
-        PyErr_Format(PyExc_ImportError, "%s: %s is in use in this process", path, before.path);
-        lib = before;
-        dlclose(handle);
-        return false;
-    }
     snprintf(lib.path, sizeof lib.path, "%s", path);
     return true;
 }
@@ -523,7 +530,10 @@ PyObject *shim_load(PyObject *module, PyObject *args)
         return NULL;
     }
     const char *name = PyBytes_AS_STRING(path);
-    bool loaded = (lib.handle != NULL && strcmp(name, lib.path) == 0) || load_library(name);
+    bool loaded = true;
+    if (strcmp(name, lib.path) != 0) {
+        loaded = lib.handle == NULL ? load_library(name) : is_in_use(name);
+    }
     Py_DECREF(path);
     if (!loaded) {
         return NULL;

@@ -224,8 +224,9 @@ int map_gaps(Engine *self)
         error = map_gaps_between(self, FOUR_GIB, PHYSICAL_END);
         self->high_gap_count = self->gap_count;
     }
-    self->gaps_stale = false;
-    return error ? error : map_gaps_between(self, 0, FOUR_GIB);
+    error = error ? error : map_gaps_between(self, 0, FOUR_GIB);
+    self->gaps_stale = error != 0;
+    return error;
 }
 
 /* ---- for Python ---------------------------------------------------------------------------- */

@@ -2,6 +2,9 @@
 
 #include "shim.h"
 
+#define TSS_16_TYPE 0x100u
+#define TSS_32_TYPE 0x900u
+
 /* ---- hidden flags -------------------------------------------------------------------------- */
 
 static bool adds_segment_bases(const char *env, uint32_t hflags)
@@ -37,13 +40,22 @@ void update_hflags(char *env)
 
 /* ---- reset --------------------------------------------------------------------------------- */
 
-/* RESET, but with CS at 0. QEMU's leaves CR4 and XCR0 as user programs like them. */
+/* QEMU has TR as LTR loads it, not busy yet, and aborts when it needs a TSS and has none. */
+bool has_task(const char *env)
+{
+    uint32_t flags = U32(env, ENV_TR + SEG_FLAGS);
+    uint32_t type = flags & SEG_TYPE;
+    return (flags & SEG_PRESENT) && (type == TSS_16_TYPE || type == TSS_32_TYPE);
+}
+
+/* RESET, but with CS at 0. QEMU's leaves CR4 and XCR0 as user programs like them, and TR busy. */
 void enter_real_mode(char *cpu)
 {
     char *env = POINTER(cpu, CPU_ENV);
     lib.cpu_reset(cpu);
     lib.update_cr4(env, 0);
     U64(env, ENV_XCR0) = XCR0_X87;
+    U32(env, ENV_TR + SEG_FLAGS) &= ~SEG_BUSY;
     U32(SEGMENT(env, CS), SEG_SELECTOR) = 0;
     U64(SEGMENT(env, CS), SEG_BASE) = 0;
     U32(SEGMENT(env, CS), SEG_FLAGS) = CODE_SEGMENT_FLAGS;
@@ -57,7 +69,7 @@ int reset_cpu(Engine *self, uint16_t cs, uint16_t ip)
     U32(SEGMENT(self->env, CS), SEG_SELECTOR) = cs;
     U64(SEGMENT(self->env, CS), SEG_BASE) = (uint64_t)cs << 4;
     U64(self->env, ENV_EIP) = ip;
-    self->last_address = NO_ADDRESS;
+    forget_last_instruction(self);
     int error = lib.reg_write(self->uc, UC_REG_RFLAGS, &flags); /* into QEMU's working form */
     return error ? error : lib.ctl(self->uc, UC_CTL_FLUSH_TLB);
 }
@@ -149,7 +161,7 @@ static const Register REGISTERS[] = {
 /* Access rights in a VMCS (SDM 25.4.1): the attributes of a descriptor, and "unusable". */
 #define ACCESS_ATTRIBUTES 0xf0ffu
 #define ACCESS_UNUSABLE (1u << 16)
-/* The processor keeps a TSS that is busy in TR, QEMU the descriptor as it was before. */
+/* The processor keeps a TSS that is busy in TR. */
 #define ACCESS_BUSY (1u << 1)
 
 static uint32_t access_of_flags(uint32_t flags)
@@ -296,7 +308,7 @@ static int write_registers(Engine *self, const Write *writes, Py_ssize_t count)
     if (debug) {
         write_debug_registers(self, writes, count); /* finds the breakpoints' pages: comes last */
     }
-    self->last_address = NO_ADDRESS;
+    forget_last_instruction(self);
     self->iret_at = 0; /* RF counts for the first instruction */
     self->rflags = compute_rflags(self->env);
     return error;

@@ -186,6 +186,8 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 /* A segment's flags: bits 63:32 of its descriptor. */
 #define SEG_DPL_SHIFT 13
 #define SEG_PRESENT (1u << 15)
+#define SEG_TYPE 0x1f00u /* and S */
+#define SEG_BUSY (1u << 9) /* of a TSS */
 #define SEG_LONG (1u << 21)
 #define SEG_BIG (1u << 22)
 #define CODE_SEGMENT_FLAGS 0x009b00u /* present, code, readable, accessed */
@@ -267,6 +269,7 @@ typedef struct {
     void (*sysret)(void *env, int operand_size);
     void (*sysenter)(void *env, int size_bytes);
     void (*sysexit)(void *env, int operand_size);
+    void (*ltr)(void *env, int selector);
     uint64_t (*read_cr)(void *env, int number);
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
@@ -446,6 +449,7 @@ const uint8_t *code_at(const Engine *self, uint64_t linear);
 uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
 bool is_string_operation(uint8_t opcode);
 uint64_t count_mask(const Engine *self, bool address_size_prefix);
+void forget_last_instruction(Engine *self);
 bool steps_over_finished_rep(const Engine *self, uint64_t address);
 uint64_t running_instruction(const Engine *self, uintptr_t return_address);
 unsigned compute_interruptibility(const Engine *self);
@@ -500,6 +504,7 @@ int on_rdtscp(void *uc, void *engine);
 /* registers.c */
 void update_hflags(char *env);
 void enter_real_mode(char *cpu);
+bool has_task(const char *env);
 int reset_cpu(Engine *self, uint16_t cs, uint16_t ip);
 PyObject *engine_registers(PyObject *object, PyObject *unused);
 PyObject *engine_set_registers(PyObject *object, PyObject *values);
@@ -524,6 +529,7 @@ enum {
     SYSRET,
     SYSENTER,
     SYSEXIT,
+    LTR,
     READ_CR,
     WRITE_CR,
     RDRAND,
@@ -587,6 +593,7 @@ EXPORTED void tb_invalidate_phys_page_fast_x86_64(void *uc, void *pages, uint64_
 /* system.c */
 EXPORTED void helper_rdmsr_x86_64(void *env);
 EXPORTED void helper_wrmsr_x86_64(void *env);
+EXPORTED void helper_ltr_x86_64(void *env, int selector);
 EXPORTED void helper_write_crN_x86_64(void *env, int number, uint64_t value);
 EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number);
 EXPORTED uint64_t helper_rdrand_x86_64(void *env);

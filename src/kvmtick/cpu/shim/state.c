@@ -77,6 +77,13 @@ uint64_t count_mask(const Engine *self, bool address_size_prefix)
     return !(hflags & HF_CS32) == address_size_prefix ? UINT32_MAX : UINT16_MAX;
 }
 
+/* The next instruction is no further round of a REP. */
+void forget_last_instruction(Engine *self)
+{
+    self->last_address = NO_ADDRESS;
+    self->last_block = 0;
+}
+
 /* QEMU runs a REP string instruction once more with the count at zero, only to step over it. The
  * processor has no such step: it is neither counted nor a boundary. */
 bool steps_over_finished_rep(const Engine *self, uint64_t address)

@@ -338,6 +338,17 @@ EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number)
     return lib.genuine.read_cr(env, number);
 }
 
+/* ---- task register ------------------------------------------------------------------------------ */
+
+/* The library takes a null selector, and aborts when it needs a TSS then. */
+EXPORTED void helper_ltr_x86_64(void *env, int selector)
+{
+    if (engine_of(env, LTR) != NULL && (selector & 0xfffc) == 0) {
+        lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
+    }
+    lib.genuine.ltr(env, selector); /* wants our return address: this is a jump */
+}
+
 /* ---- random numbers --------------------------------------------------------------------------- */
 
 /* splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014). */
