@@ -464,7 +464,10 @@ class Machine:
         if self.virtual and until_ns < NEVER_NS:
             self.clock.now_ns = until_ns
             return
-        # In real time, or in virtual time when only an irqfd can end the wait.
+        # In real time, or in virtual time when only an irqfd can end the wait. Whoever reads the
+        # records does so now: a whole batch takes milliseconds, which the guest would be late by.
+        self.recorder.flush()
+        self.clock.refresh()
         wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
         sleep_ns(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()
