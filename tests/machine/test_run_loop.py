@@ -345,6 +345,9 @@ def test_in_real_time_records_are_read_while_the_guest_sleeps() -> None:
 def test_misuse_is_told() -> None:
     with pytest.raises(ValueError, match="clock 'atomic': choose virtual or real"):
         ModelVm(clock="atomic")
+    for ram_bytes in (0, -4096, 4097, (3 << 30) + 4096):
+        with pytest.raises(ValueError, match=rf"ram_bytes={ram_bytes}: give a multiple of 4096 up"):
+            ModelVm(ram_bytes=ram_bytes)
     with pytest.raises(ValueError, match="fast=True: your engine decides that itself, leave"):
         ModelVm(engine=UnicornEngine, fast=True)
     with ModelVm() as vm:

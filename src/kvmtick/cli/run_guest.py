@@ -12,6 +12,7 @@ from kvmtick.cli import UsageError
 from kvmtick.cli.run_options import address, duration_ns, integer, ticks_of
 from kvmtick.guests import Guest
 from kvmtick.machine.loader import LoadError, load_file
+from kvmtick.machine.machine import MOST_RAM_BYTES
 from kvmtick.vcpu.cpuid import FEATURES
 
 __all__ = ["guest_of", "is_kernel"]
@@ -22,7 +23,7 @@ HOLDERS = ("tick-if0", "tick-mask")
 VENDOR_CHARACTERS = 12
 FILE_OPTIONS = ("ram", "vcpus", "cpuid", "append", "module", "load-at", "entry", "counter")
 RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-LEAST_RAM_BYTES, MOST_RAM_BYTES = 1 << 20, 3 << 30
+LEAST_RAM_BYTES = 1 << 20
 MAX_VCPUS = 8
 
 
