@@ -57,6 +57,19 @@ def test_a_budget_that_is_used_up_to_the_instruction() -> None:
     assert cpu.engine.retired == 6
 
 
+@pytest.mark.parametrize("wrmsr", ["0f30", "66f30f30"])
+def test_a_kick_in_wrmsr_leaves_behind_it(exact: bool, wrmsr: str) -> None:
+    """What comes behind it in the block sees what the handler changed: the TSC, for one."""
+    cpu = Cpu(f"66b910000000 fb {wrmsr} 0f31 f4", exact=exact)  # mov ecx, 0x10; sti; wrmsr; rdtsc
+    cpu.on_out = lambda msr: cpu.engine.kick()
+    assert cpu.enter() is ExitReason.EXTERNAL_INTERRUPT
+    assert [access[:2] for access in cpu.accesses] == [("wrmsr", 0x10)]
+    assert cpu.register("rip") == CODE + 7 + len(bytes.fromhex(wrmsr))
+    assert cpu.engine.interruptibility == 0
+    assert cpu.enter(tsc=5_000_000) is ExitReason.HLT
+    assert 5_000_000 <= cpu.register("rax") < 5_000_003
+
+
 def test_a_kick_in_a_handler_leaves_at_the_next_block() -> None:
     cpu = fast("e640 40 e640 eb00 40 f4")
     cpu.on_out = lambda port: cpu.engine.kick()

@@ -34,7 +34,8 @@ instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus
 retired since, or CLOCK_MONOTONIC after `use_host_tsc`.
 
 An engine whose `exact` is False looks at boundaries only where a basic block of guest code begins
-(STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once). A block counts when it
+(STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once; so does a WRMSR whose
+handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
 budget by one. Either kind is deterministic: the same entries give the same run.
 

@@ -95,6 +95,24 @@ EXPORTED void cpu_loop_exit_noexc_x86_64(void *cpu)
     lib.genuine.loop_exit_noexc(cpu);
 }
 
+/* A handler that kicked has changed what the next entry begins with, the TSC perhaps. A fast engine
+ * leaves its block behind the instruction at RIP for it: the rest must not run before. With TF the
+ * block has no rest. */
+void leave_block_behind(Engine *self, unsigned opcode_bytes)
+{
+    char *env = self->env;
+    Prefixes prefixes;
+    if (self->exact || !is_time_to_look(self) || (U64(env, ENV_EFLAGS) & FLAGS_TF)) {
+        return;
+    }
+    opcode_at(self, U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE), &prefixes);
+    U64(env, ENV_EIP) += prefixes.size_bytes + opcode_bytes;
+    U64(env, ENV_EFLAGS) &= ~(uint64_t)FLAGS_RF;
+    U32(env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ;
+    forget_last_instruction(self);
+    lib.genuine.loop_exit_noexc(self->cpu);
+}
+
 EXPORTED void helper_pause_x86_64(void *env, int size_bytes)
 {
     Engine *self = engine_of(env, PAUSE);

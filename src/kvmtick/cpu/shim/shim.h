@@ -151,6 +151,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define FLAGS_DF (1u << 10)
 #define FLAGS_ARITHMETIC 0x8d5u /* CF PF AF ZF SF OF */
 #define FLAGS_CF 1u
+#define FLAGS_TF (1u << 8)
 #define FLAGS_RF (1u << 16)
 #define FLAGS_VM (1u << 17)
 #define EFER_SCE (1u << 0)
@@ -444,6 +445,7 @@ uint64_t compute_rflags(const char *env);
 typedef struct {
     bool rep;
     bool address_size;
+    unsigned size_bytes;
 } Prefixes;
 const uint8_t *code_at(const Engine *self, uint64_t linear);
 uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
@@ -458,6 +460,7 @@ unsigned compute_interruptibility(const Engine *self);
 void set_watch(Engine *self);
 int boundary_reason(Engine *self);
 bool is_breakpoint(const Engine *self, uint64_t address);
+void leave_block_behind(Engine *self, unsigned opcode_bytes);
 void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine);
 
 /* events.c */

@@ -46,7 +46,7 @@ static bool is_prefix(const Engine *self, uint8_t byte)
 /* The first byte of the instruction at `linear` that is no prefix, 0 when there is none. */
 uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes)
 {
-    *prefixes = (Prefixes){false, false};
+    *prefixes = (Prefixes){0};
     for (int i = 0; i < INSTRUCTION_BYTES_MAX; i++) {
         const uint8_t *code = code_at(self, linear + i);
         if (code == NULL) {
@@ -57,6 +57,7 @@ uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes)
         }
         prefixes->rep |= *code == 0xf2 || *code == 0xf3;
         prefixes->address_size |= *code == 0x67;
+        prefixes->size_bytes++;
     }
     return 0;
 }

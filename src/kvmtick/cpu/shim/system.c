@@ -2,6 +2,8 @@
 
 #include "shim.h"
 
+enum { WRMSR_BYTES = 2 };
+
 /* Addresses have 48 bits, or 57 with CR4.LA57; the ones above repeat the highest. */
 bool is_canonical(const char *env, uint64_t address)
 {
@@ -155,6 +157,7 @@ EXPORTED void helper_wrmsr_x86_64(void *env)
     if (!write_msr(self, (uint32_t)REGISTER(env, RCX), value)) {
         lib.raise_exception(env, GENERAL_PROTECTION, 0, (uintptr_t)__builtin_return_address(0));
     }
+    leave_block_behind(self, WRMSR_BYTES);
 }
 
 /* ---- CPUID ------------------------------------------------------------------------------------ */
