@@ -339,6 +339,24 @@ def test_in_real_time_records_are_read_while_the_guest_sleeps() -> None:
     assert max(batches) < sum(batches) / 2
 
 
+@pytest.mark.parametrize(
+    "access", ["0f32", "0f01c1", "ee", "ec"], ids=["rdmsr", "vmcall", "out", "in"]
+)
+def test_a_guest_that_only_accesses_fills_no_more_than_a_batch(access: str) -> None:
+    batches: list[int] = []
+    # mov ecx, IA32_APIC_BASE; next: the access; jmp next
+    code = bytes.fromhex("66b91b000000" + access)
+    code += bytes((0xEB, 256 - 2 - len(access) // 2))
+    with ModelVm(detail=True) as vm:
+        vm.create_irqchip()
+        vm.create_vcpu(0)
+        vm.load(Guest("test", code, 0x8000, (0, 0x8000), None))
+        vm.machine.recorder.add_consumer(lambda batch: batches.append(len(batch)))
+        vm.run(for_ns=10_000)
+    assert sum(batches) > 10_000
+    assert max(batches) < 3000
+
+
 # --- the machine --------------------------------------------------------------------------------
 
 

@@ -113,8 +113,10 @@ class ExitHandlers:
         self._vcpu.record_exit(reason, info1)
 
     def _record_entry(self) -> None:
-        vcpu = self._vcpu
-        self._recorder.kvm_entry(vcpu.vcpu_id, vcpu.engine.rip, 0)
+        vcpu, recorder = self._vcpu, self._recorder
+        recorder.kvm_entry(vcpu.vcpu_id, vcpu.engine.rip, 0)
+        if recorder.full:
+            recorder.flush()
 
     # Ports.
 
