@@ -217,17 +217,16 @@ class GdbServer:
         return OK if target.write_memory(self._thread, address, data) else BAD_ADDRESS
 
     def _insert(self, target: Target, rest: str) -> str:
-        kind, address, *_ = rest.split(",")
-        if kind not in ("0", "1"):
-            return UNSUPPORTED
-        target.breakpoints.add(_hex(address))
-        return OK
+        return self._change_breakpoint(target.breakpoints.add, rest)
 
     def _remove(self, target: Target, rest: str) -> str:
+        return self._change_breakpoint(target.breakpoints.discard, rest)
+
+    def _change_breakpoint(self, change: Callable[[int], None], rest: str) -> str:
         kind, address, *_ = rest.split(",")
         if kind not in ("0", "1"):
             return UNSUPPORTED
-        target.breakpoints.discard(_hex(address))
+        change(_hex(address))
         return OK
 
     # Threads.
