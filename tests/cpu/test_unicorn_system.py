@@ -150,8 +150,30 @@ def test_bits_of_cr4_that_may_be_set(bit: int) -> None:
     for number in range(512):  # of the kernel: for SMEP and SMAP
         cpu.set_page(number << 12, number << 12 | 3)
     cpu.set_registers(rax=CR4 | 1 << bit)
+    cpu.cpuid = lambda function, index: (0, *[0xFFFF_FFFF] * 3)  # type: ignore[method-assign]
+    cpu.attach()
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rbx") == cpu.register("cr4") == CR4 | 1 << bit
+
+
+@pytest.mark.parametrize(
+    ("bit", "leaf", "register", "feature"),
+    [(16, 7, 1, 0), (18, 1, 2, 26), (20, 7, 1, 7), (21, 7, 1, 20), (22, 7, 2, 3)],
+    ids=["FSGSBASE", "OSXSAVE", "SMEP", "SMAP", "PKE"],
+)
+def test_bits_of_cr4_that_need_a_feature(bit: int, leaf: int, register: int, feature: int) -> None:
+    def cpuid(function: int, index: int) -> tuple[int, int, int, int]:
+        answer = [0xFFFF_FFFF] * 4
+        if (function, index) == (leaf, 0):
+            answer[register] ^= 1 << feature
+        return tuple(answer)  # type: ignore[return-value]
+
+    cpu = LongCpu("0f22e0 0f22e0 f4", HALTS)
+    cpu.cpuid = cpuid  # type: ignore[method-assign]
+    cpu.attach()
+    cpu.set_registers(rax=CR4 | 1 << bit)
+    assert is_general_protection_0(cpu)
+    assert cpu.register("cr4") == CR4
 
 
 def test_reserved_bits_of_cr0_stay_clear() -> None:

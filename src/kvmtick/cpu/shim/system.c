@@ -157,6 +157,55 @@ EXPORTED void helper_wrmsr_x86_64(void *env)
     }
 }
 
+/* ---- CPUID ------------------------------------------------------------------------------------ */
+
+static bool unpack_cpuid(PyObject *result, unsigned long *answer)
+{
+    if (result == NULL || PyTuple_Check(result)) {
+        return result != NULL && PyArg_ParseTuple(result, "kkkk:on_cpuid", &answer[0], &answer[1],
+                                                  &answer[2], &answer[3]);
+    }
+    PyErr_SetString(PyExc_TypeError, "on_cpuid must return a tuple: EAX, EBX, ECX, EDX");
+    return false;
+}
+
+static void ask_cpuid(Engine *self, uint32_t function, uint32_t index, unsigned long *answer)
+{
+    unsigned long long values[] = {function, index};
+    if (self->handlers[ON_CPUID] == NULL) {
+        return;
+    }
+    take_gil(self);
+    PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
+    if (!unpack_cpuid(result, answer)) {
+        keep_exception(self);
+    }
+    Py_XDECREF(result);
+    give_gil(self);
+}
+
+/* EBX of leaf 0: how the vendor's name begins. */
+uint32_t cpuid_vendor(Engine *self)
+{
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, 0, 0, answer);
+    return (uint32_t)answer[1];
+}
+
+/* CPUID hook; true: we have done the instruction. */
+int on_cpuid(void *uc, void *engine)
+{
+    (void)uc;
+    Engine *self = engine;
+    unsigned long answer[4] = {0, 0, 0, 0};
+    ask_cpuid(self, (uint32_t)REGISTER(self->env, RAX), (uint32_t)REGISTER(self->env, RCX), answer);
+    REGISTER(self->env, RAX) = (uint32_t)answer[0];
+    REGISTER(self->env, RBX) = (uint32_t)answer[1];
+    REGISTER(self->env, RCX) = (uint32_t)answer[2];
+    REGISTER(self->env, RDX) = (uint32_t)answer[3];
+    return 1;
+}
+
 /* ---- control registers (SDM vol. 3A, 2.5; vol. 2B, MOV to control registers) ------------------ */
 
 /* Whether CR0 may become this: it may not disagree with itself, nor with the mode it leads to. */
@@ -179,11 +228,38 @@ static bool cr3_is_right(const char *env, uint64_t value)
     return !(U32(env, ENV_HFLAGS) & HF_LMA) || value >> PHYSICAL_ADDRESS_BITS == 0;
 }
 
-static bool cr4_is_right(const char *env, uint64_t value)
+/* Bits of CR4 that are reserved when CPUID has not what they are for. */
+static const struct {
+    uint32_t bit;
+    uint32_t function;
+    int number; /* of EAX, EBX, ECX, EDX */
+    uint32_t feature;
+} CR4_FEATURES[] = {
+    {CR4_LA57, 7, 2, 1u << 16},    {CR4_FSGSBASE, 7, 1, 1u << 0}, {CR4_OSXSAVE, 1, 2, 1u << 26},
+    {CR4_SMEP, 7, 1, 1u << 7},     {CR4_SMAP, 7, 1, 1u << 20},    {CR4_PKE, 7, 2, 1u << 3},
+};
+
+static bool cr4_features_are_there(Engine *self, uint64_t set)
 {
+    for (size_t i = 0; i < COUNT(CR4_FEATURES); i++) {
+        unsigned long answer[4] = {0, 0, 0, 0};
+        if (set & CR4_FEATURES[i].bit) {
+            ask_cpuid(self, CR4_FEATURES[i].function, 0, answer);
+            if (!(answer[CR4_FEATURES[i].number] & CR4_FEATURES[i].feature)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static bool cr4_is_right(Engine *self, uint64_t value)
+{
+    const char *env = self->env;
     uint64_t changed = U64(env, ENV_CR + 8 * 4) ^ value;
     bool leaves_mode = (U32(env, ENV_HFLAGS) & HF_LMA) && (changed & (CR4_PAE | CR4_LA57));
-    return (value & ~(uint64_t)CR4_DEFINED) == 0 && !leaves_mode;
+    return (value & ~(uint64_t)CR4_DEFINED) == 0 && !leaves_mode &&
+           cr4_features_are_there(self, changed & value);
 }
 
 /* False: #GP. */
@@ -222,7 +298,7 @@ static bool write_control_register(Engine *self, int number, uint64_t value)
         }
         break;
     case 4:
-        if (!cr4_is_right(self->env, value)) {
+        if (!cr4_is_right(self, value)) {
             return false;
         }
         break;
@@ -288,55 +364,6 @@ EXPORTED uint64_t helper_rdrand_x86_64(void *env)
     }
     U64(env, ENV_CC_SRC) = FLAGS_CF;
     return next_random(self);
-}
-
-/* ---- CPUID ------------------------------------------------------------------------------------ */
-
-static bool unpack_cpuid(PyObject *result, unsigned long *answer)
-{
-    if (result == NULL || PyTuple_Check(result)) {
-        return result != NULL && PyArg_ParseTuple(result, "kkkk:on_cpuid", &answer[0], &answer[1],
-                                                  &answer[2], &answer[3]);
-    }
-    PyErr_SetString(PyExc_TypeError, "on_cpuid must return a tuple: EAX, EBX, ECX, EDX");
-    return false;
-}
-
-static void ask_cpuid(Engine *self, uint32_t function, uint32_t index, unsigned long *answer)
-{
-    unsigned long long values[] = {function, index};
-    if (self->handlers[ON_CPUID] == NULL) {
-        return;
-    }
-    take_gil(self);
-    PyObject *result = call_handler(self, ON_CPUID, values, COUNT(values));
-    if (!unpack_cpuid(result, answer)) {
-        keep_exception(self);
-    }
-    Py_XDECREF(result);
-    give_gil(self);
-}
-
-/* EBX of leaf 0: how the vendor's name begins. */
-uint32_t cpuid_vendor(Engine *self)
-{
-    unsigned long answer[4] = {0, 0, 0, 0};
-    ask_cpuid(self, 0, 0, answer);
-    return (uint32_t)answer[1];
-}
-
-/* CPUID hook; true: we have done the instruction. */
-int on_cpuid(void *uc, void *engine)
-{
-    (void)uc;
-    Engine *self = engine;
-    unsigned long answer[4] = {0, 0, 0, 0};
-    ask_cpuid(self, (uint32_t)REGISTER(self->env, RAX), (uint32_t)REGISTER(self->env, RCX), answer);
-    REGISTER(self->env, RAX) = (uint32_t)answer[0];
-    REGISTER(self->env, RBX) = (uint32_t)answer[1];
-    REGISTER(self->env, RCX) = (uint32_t)answer[2];
-    REGISTER(self->env, RDX) = (uint32_t)answer[3];
-    return 1;
 }
 
 /* ---- time stamp counter -------------------------------------------------------------------- */
