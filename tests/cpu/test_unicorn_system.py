@@ -150,7 +150,8 @@ def test_bits_of_cr4_that_may_be_set(bit: int) -> None:
     for number in range(512):  # of the kernel: for SMEP and SMAP
         cpu.set_page(number << 12, number << 12 | 3)
     cpu.set_registers(rax=CR4 | 1 << bit)
-    cpu.cpuid = lambda function, index: (0, *[0xFFFF_FFFF] * 3)  # type: ignore[method-assign]
+    every = 0xFFFF_FFFF
+    cpu.cpuid = lambda function, index: (7, every, every, every)  # type: ignore[method-assign]
     cpu.attach()
     assert cpu.enter() is ExitReason.HLT
     assert cpu.register("rbx") == cpu.register("cr4") == CR4 | 1 << bit
@@ -163,10 +164,9 @@ def test_bits_of_cr4_that_may_be_set(bit: int) -> None:
 )
 def test_bits_of_cr4_that_need_a_feature(bit: int, leaf: int, register: int, feature: int) -> None:
     def cpuid(function: int, index: int) -> tuple[int, int, int, int]:
-        answer = [0xFFFF_FFFF] * 4
-        if (function, index) == (leaf, 0):
-            answer[register] ^= 1 << feature
-        return tuple(answer)  # type: ignore[return-value]
+        lacks = 1 << feature if (function, index) == (leaf, 0) else 0
+        eax, ebx, ecx, edx = (0xFFFF_FFFF ^ (lacks if i == register else 0) for i in range(4))
+        return eax, ebx, ecx, edx
 
     cpu = LongCpu("0f22e0 0f22e0 f4", HALTS)
     cpu.cpuid = cpuid  # type: ignore[method-assign]

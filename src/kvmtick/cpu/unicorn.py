@@ -24,8 +24,8 @@ rewrites, through any linear address, the others translate anew.
 
 An engine that is not `exact` looks at boundaries where translated blocks begin. A block is up to
 512 instructions; it ends at a jump, behind what may open a window, and before the end of a page, in
-whose last 15 bytes each instruction is one. One that an exception leaves in the middle has counted whole, and so has one that rewrites
-itself, before its rest counts once more.
+whose last 15 bytes each instruction is one. One that an exception leaves in the middle has counted
+whole, and so has one that rewrites itself, before its rest counts once more.
 
 Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
 (`emulator_read_write`): 1, 2, 4 or 8 bytes at any address, split only where a page of 4096 bytes
