@@ -24,8 +24,8 @@ rewrites, through any linear address, the others translate anew.
 
 An engine that is not `exact` looks at boundaries where translated blocks begin. A block is up to
 512 instructions; it ends at a jump, behind what may open a window, and before the end of a page, in
-whose last 15 bytes each instruction is one. One that an exception leaves in the middle has counted whole, and so has one that rewrites
-itself, before its rest counts once more.
+whose last 15 bytes each instruction is one. One that an exception leaves in the middle has counted
+whole, and so has one that rewrites itself, before its rest counts once more.
 
 Accesses to memory that is no RAM reach the handlers whole, as KVM's emulator has them
 (`emulator_read_write`): 1, 2, 4 or 8 bytes at any address, split only where a page of 4096 bytes
@@ -56,8 +56,8 @@ Not modelled:
   instruction length); an injected exception that has an error code pushes 0;
 * segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
-* what CPUID tells decides nothing: instructions of `FEATURES` run, bits of CR4 can be set, whatever
-  the handler answers;
+* what CPUID tells decides only which bits of CR4 can be set, and who has SYSCALL in compatibility
+  mode: instructions of `FEATURES` run whatever the handler answers;
 * an instruction that rewrites the translated block it is in begins anew: what it read or wrote
   where no RAM is happens again;
 * the shadow of MOV SS from memory that is no RAM, in that access's own handler;
