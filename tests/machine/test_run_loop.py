@@ -327,12 +327,27 @@ def test_fifty_ticks_in_real_time() -> None:
         assert run.ticks.count("coalesced") == run.ticks.count("dropped") == 0
 
 
+def test_in_real_time_records_are_read_while_the_guest_sleeps() -> None:
+    batches: list[int] = []
+    guest = guests.load("tick-pic", ticks=20)
+    with ModelVm(clock="real") as vm:
+        vm.prepare(guest.needs)
+        vm.load(guest)
+        vm.machine.recorder.add_consumer(lambda batch: batches.append(len(batch)))
+        assert vm.run(limit_s=20).exit.reason == "done"
+    assert len(batches) > 2
+    assert max(batches) < sum(batches) / 2
+
+
 # --- the machine --------------------------------------------------------------------------------
 
 
 def test_misuse_is_told() -> None:
     with pytest.raises(ValueError, match="clock 'atomic': choose virtual or real"):
         ModelVm(clock="atomic")
+    for ram_bytes in (0, -4096, 4097, (3 << 30) + 4096):
+        with pytest.raises(ValueError, match=rf"ram_bytes={ram_bytes}: give a multiple of 4096 up"):
+            ModelVm(ram_bytes=ram_bytes)
     with pytest.raises(ValueError, match="fast=True: your engine decides that itself, leave"):
         ModelVm(engine=UnicornEngine, fast=True)
     with ModelVm() as vm:

@@ -19,6 +19,7 @@ from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs
 from kvmtick.machine.bare_elf import load_bare_elf
 from kvmtick.machine.elf import ELF_MAGIC
 from kvmtick.machine.layout import ImageError, Layout
+from kvmtick.machine.machine import MOST_RAM_BYTES
 from kvmtick.machine.multiboot import BootOptions, find_header, load_multiboot
 
 __all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file"]
@@ -31,8 +32,6 @@ REAL_MODE_LIMIT = 0x10_0000
 SEGMENT_BYTES = 0x1_0000
 KERNEL_RAM_BYTES = 128 << 20
 """RAM for ELF and Multiboot files; what starts in real mode gets less."""
-MOST_BYTES = 3 << 30
-"""The longest file that is read: all the RAM there is below a PC's devices."""
 
 REMEDY = "give a flat binary, a boot sector, a Multiboot kernel or an x86 ELF"
 MAGICS = (
@@ -125,7 +124,7 @@ def _read(path: Path, allow_empty: bool = False) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise LoadError(f"{str(path)!r} is a device or a pipe: give a readable file")
-        if status.st_size > MOST_BYTES:
+        if status.st_size > MOST_RAM_BYTES:
             raise LoadError(f"{str(path)!r} has {status.st_size} bytes: give a smaller file")
         contents = path.read_bytes()
     except OSError as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
@@ -32,7 +32,10 @@ from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
-__all__ = ["QUANTUM_NS", "Exit", "Machine"]
+__all__ = ["MOST_RAM_BYTES", "QUANTUM_NS", "Exit", "Machine"]
+
+MOST_RAM_BYTES = 3 << 30
+"""A PC's devices are above."""
 
 SLICE_INSTRUCTIONS = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
@@ -88,6 +91,8 @@ class Machine:
             raise ValueError(f"clock {clock!r}: choose virtual or real")
         if quantum_ns <= 0:
             raise ValueError(f"quantum_ns={quantum_ns}: give more than 0")
+        if not 0 < ram_bytes <= MOST_RAM_BYTES or ram_bytes % PAGESIZE:
+            raise ValueError(f"ram_bytes={ram_bytes}: give a multiple of {PAGESIZE} up to 3 GiB")
         self.virtual = clock == "virtual"
         self.clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
@@ -464,7 +469,10 @@ class Machine:
         if self.virtual and until_ns < NEVER_NS:
             self.clock.now_ns = until_ns
             return
-        # In real time, or in virtual time when only an irqfd can end the wait.
+        # In real time, or in virtual time when only an irqfd can end the wait. Whoever reads the
+        # records does so now: a whole batch takes milliseconds, which the guest would be late by.
+        self.recorder.flush()
+        self.clock.refresh()
         wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
         sleep_ns(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()

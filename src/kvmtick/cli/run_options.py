@@ -1,0 +1,235 @@
+"""The options of `kvmtick run`, and what their values mean; UsageError for a wrong one."""
+
+import argparse
+from argparse import BooleanOptionalAction
+
+from kvmtick import guests
+from kvmtick.cli import UsageError
+from kvmtick.cli.options import Parser
+from kvmtick.kvm.model import DEFAULT_LIMIT_S
+from kvmtick.timing.host import parse_duration_ns
+
+__all__ = [
+    "DEFAULT_TICKS",
+    "address",
+    "duration_ns",
+    "integer",
+    "limit_s",
+    "parser",
+    "port",
+    "ticks_of",
+]
+
+DEFAULT_GUEST = "tick-pic"
+DEFAULT_TICKS = 1000
+MAX_TICKS = 0xFFFF_FFFF
+MAX_PORT = 0xFFFF
+
+EPILOG = """\
+delays (for --fault):
+  200us             always that long
+  exp:200us         exponentially distributed, that mean
+  uniform:10us..2ms anything between, equally likely
+  1%:5ms            5 ms once in a hundred times, otherwise nothing
+
+verdicts (every expiry gets one):
+  delivered    reached the guest within its period
+  late         reached the guest, but a period late or more
+  reinjected   held back because the last tick was not acknowledged, pulsed on a later EOI
+  coalesced    merged with a request that was still set: PIC, IOAPIC or local APIC
+  masked       pulsed while every pin it leads to was masked, or nobody took the message
+  dropped      the count it was owed a pulse by was thrown away (unmask, reprogramming)
+  outstanding  still under way when the run ended
+
+files (told apart by what is in them):
+  boot sector  512 bytes that end in 55 aa; real mode at 0000:7c00
+  flat binary  real mode at 0x8000, or at --load-at and --entry
+  Multiboot 1  a kernel: an ELF of 32 or 64 bits, or any file whose header has address fields;
+               32-bit protected mode, with command line, modules and memory map
+  ELF          any other; flat segments and a stack of 64 KiB: 64 bits in long mode with the first
+               4 GiB mapped to themselves, 32 bits in protected mode without paging
+
+A file gets a PC with PIT, PICs, IOAPIC and local APICs. It starts on vCPU 0; the others wait for
+INIT and SIPI. What it prints to the serial line (port 0x3f8) and to the debug console (port 0xe9)
+comes to stdout as it is. It leaves by a write to port 0xf4: 0 is success, all else exit code 4.
+
+The run ends when the guest is done, after --for, or after --limit of wall time. A guest that cannot
+get its ticks ends after ten times the time they should take. A file ends when --ticks ticks have
+reached it: 1000 if it starts in real mode, Multiboot kernels and ELF files only if that is asked.
+"""
+
+
+def parser() -> Parser:
+    """The options of `kvmtick run`."""
+    listing = "\n".join(f"  {name:<14} {text}" for name, text in guests.names().items())
+    p = Parser(
+        prog="kvmtick run",
+        usage="kvmtick run [GUEST] [OPTION ...]",
+        description="Boot a guest and follow its timer ticks through KVM's chips.\n\nguests:\n"
+        + listing
+        + "\n  FILE           a flat binary, boot sector, Multiboot kernel or ELF of your own",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
+    )
+    add = p.add_argument_group("what to run").add_argument
+    add(
+        "--hz",
+        metavar="HZ",
+        help="tick rate of a built-in guest (1000): 18.2 to 1193181 of the PIT, 0.25 to 1000000 of"
+        " a local APIC's timer",
+    )
+    add("--ticks", metavar="N", help="how many ticks to wait for (1000)")
+    add("--for", metavar="DURATION", help="how long, on the machine's clock: 250ms, 10s")
+    add("--hold", metavar="DURATION", help="how long tick-if0 and tick-mask hold ticks back (50ms)")
+    add(
+        "--timer",
+        choices=("periodic", "oneshot", "tsc-deadline"),
+        help="how tick-lapic uses its timer (periodic)",
+    )
+    add(
+        "--no-ack",
+        action="store_true",
+        help="nmi-watchdog leaves its ticks unacknowledged: with reinject on one NMI comes",
+    )
+    add = p.add_argument_group("a file of your own").add_argument
+    add("--ram", metavar="SIZE", help="its RAM, 1M to 3G (128M; 2M if it starts in real mode)")
+    add("--vcpus", metavar="N", help="how many vCPUs it has, 1 to 8 (1)")
+    add(
+        "--cpuid",
+        metavar="CHANGE",
+        action="append",
+        default=[],
+        help="vendor=NAME, or x2apic=off, tsc_deadline=off, tsc_adjust=off; may be repeated",
+    )
+    add("--append", metavar="TEXT", help="a Multiboot kernel's command line, behind its file name")
+    add(
+        "--module",
+        metavar="FILE[:TEXT]",
+        action="append",
+        default=[],
+        help="a Multiboot module and its arguments; may be repeated",
+    )
+    add(
+        "--load-at",
+        metavar="ADDRESS",
+        help="where a flat binary goes (0x8000, boot sectors 0x7c00)",
+    )
+    add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
+    add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
+    add = p.add_argument_group("how").add_argument
+    add(
+        "--clock",
+        choices=("virtual", "real"),
+        default="virtual",
+        help="virtual: an instruction is 1 ns, HLT jumps to the next deadline; real: this host's"
+        " CLOCK_MONOTONIC (virtual)",
+    )
+    add(
+        "--fast",
+        action="store_true",
+        help="interrupts only where a basic block begins: several times the instructions a second,"
+        " and runs still repeat",
+    )
+    add(
+        "--quantum",
+        metavar="DURATION",
+        help="how long a vCPU runs at most while another one waits (100us)",
+    )
+    add(
+        "--reinject",
+        action=BooleanOptionalAction,
+        default=None,
+        help="replay ticks the guest could not take, as KVM does unless told otherwise (on, but"
+        " off for tick-msi)",
+    )
+    add(
+        "--fault",
+        metavar="NAME=DELAY",
+        action="append",
+        default=[],
+        help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
+    )
+    add("--seed", metavar="N", default="0", help="seed of the faults (0)")
+    add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
+    add(
+        "--strict",
+        action="store_true",
+        help="an access to an MSR that does not exist ends the run; else the guest gets #GP",
+    )
+    add(
+        "--gdb",
+        metavar="PORT",
+        help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
+        " unless you give one",
+    )
+    add = p.add_argument_group("what to show").add_argument
+    add("--story", metavar="N", help="tell the life of tick N, step by step")
+    add("--trace", metavar="FILE", help="write the events as ftrace text")
+    add("--json", action="store_true", help="one JSON object instead of the report")
+    return p
+
+
+def duration_ns(option: str, text: str | None) -> int | None:
+    """A duration of more than 0; None if there is none."""
+    if text is None:
+        return None
+    try:
+        duration_ns = parse_duration_ns(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+    if not duration_ns:
+        raise UsageError(f"{option} {text}: give more than nothing, such as 250ms")
+    return duration_ns
+
+
+def limit_s(options: argparse.Namespace) -> float | None:
+    """`--limit` in seconds; None under gdb, unless it is given."""
+    limit_ns = duration_ns("--limit", options.limit)
+    if limit_ns is not None:
+        return limit_ns / 1e9
+    return DEFAULT_LIMIT_S if options.gdb is None else None
+
+
+def integer(option: str, text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a whole number: give digits only") from None
+
+
+def address(option: str, text: str | None) -> int | None:
+    """A guest-physical address, hexadecimal too; None if there is none."""
+    if text is None:
+        return None
+    try:
+        address = int(text, 0)
+    except ValueError:
+        address = -1
+    if address < 0:
+        raise UsageError(f"{option} {text!r} is not an address: give a number such as 0x7c00")
+    return address
+
+
+def port(text: str | None) -> int | None:
+    """`--gdb`'s TCP port; None if there is none."""
+    if text is None:
+        return None
+    port = integer("--gdb", text)
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"--gdb {text}: no TCP port; give 1 to {MAX_PORT}, or 0 for any")
+    return port
+
+
+def ticks_of(options: argparse.Namespace, default: int | None = DEFAULT_TICKS) -> int | None:
+    """How many ticks end the run; None with `--for` alone."""
+    if options.ticks is None:
+        return None if vars(options)["for"] else default
+    ticks = integer("--ticks", options.ticks)
+    if not 1 <= ticks <= MAX_TICKS:
+        raise UsageError(f"--ticks {ticks}: give 1 to {MAX_TICKS}, or --for DURATION instead")
+    return ticks
