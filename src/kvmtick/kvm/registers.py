@@ -1,6 +1,5 @@
 """Registers by SDM name (`Engine.registers`, `Guest.start`) into KVM_SET_REGS and KVM_SET_SREGS.
-
-Not here: debug registers and MSRs, which have ioctls of their own.
+Debug registers and MSRs have ioctls of their own.
 """
 
 from collections.abc import Mapping
