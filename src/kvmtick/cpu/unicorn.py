@@ -56,8 +56,8 @@ Not modelled:
   instruction length); an injected exception that has an error code pushes 0;
 * segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
-* what CPUID tells decides nothing: instructions of `FEATURES` run, bits of CR4 can be set, whatever
-  the handler answers;
+* what CPUID tells decides only which bits of CR4 can be set, and who has SYSCALL in compatibility
+  mode: instructions of `FEATURES` run whatever the handler answers;
 * an instruction that rewrites the translated block it is in begins anew: what it read or wrote
   where no RAM is happens again;
 * the shadow of MOV SS from memory that is no RAM, in that access's own handler;

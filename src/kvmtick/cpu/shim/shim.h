@@ -167,6 +167,11 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define CR0_DEFINED 0xe005003fu
 #define CR4_PAE (1u << 5)
 #define CR4_LA57 (1u << 12)
+#define CR4_FSGSBASE (1u << 16)
+#define CR4_OSXSAVE (1u << 18)
+#define CR4_SMEP (1u << 20)
+#define CR4_SMAP (1u << 21)
+#define CR4_PKE (1u << 22)
 /* What the CPU model executes: TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT LA57 FSGSBASE OSXSAVE
  * SMEP SMAP PKE; some of them only if CPUID offers them. */
 #define CR4_DEFINED 0x7517fcu

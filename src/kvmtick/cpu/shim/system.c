@@ -231,27 +231,29 @@ static bool cr3_is_right(const char *env, uint64_t value)
     return !(U32(env, ENV_HFLAGS) & HF_LMA) || value >> PHYSICAL_ADDRESS_BITS == 0;
 }
 
-enum { EBX = 1, ECX = 2 };
-
-/* Bits of CR4 that are reserved unless CPUID says otherwise. */
+/* Bits of CR4 that are reserved when CPUID has not what they are for. */
 static const struct {
-    uint32_t bit, function;
-    int output;
+    uint32_t bit;
+    uint32_t function;
+    int number; /* of EAX, EBX, ECX, EDX */
     uint32_t feature;
 } CR4_FEATURES[] = {
-    {1u << 12, 7, ECX, 1u << 16}, /* LA57 */
-    {1u << 16, 7, EBX, 1u << 0},  /* FSGSBASE */
-    {1u << 18, 1, ECX, 1u << 26}, /* OSXSAVE, of XSAVE */
-    {1u << 20, 7, EBX, 1u << 7},  /* SMEP */
-    {1u << 21, 7, EBX, 1u << 20}, /* SMAP */
-    {1u << 22, 7, ECX, 1u << 3},  /* PKE, of PKU */
+    {CR4_LA57, 7, 2, 1u << 16},    {CR4_FSGSBASE, 7, 1, 1u << 0}, {CR4_OSXSAVE, 1, 2, 1u << 26},
+    {CR4_SMEP, 7, 1, 1u << 7},     {CR4_SMAP, 7, 1, 1u << 20},    {CR4_PKE, 7, 2, 1u << 3},
 };
 
-static bool cpuid_has(Engine *self, size_t i)
+static bool cr4_features_are_there(Engine *self, uint64_t set)
 {
-    unsigned long answer[4] = {0, 0, 0, 0};
-    ask_cpuid(self, CR4_FEATURES[i].function, 0, answer);
-    return answer[CR4_FEATURES[i].output] & CR4_FEATURES[i].feature;
+    for (size_t i = 0; i < COUNT(CR4_FEATURES); i++) {
+        unsigned long answer[4] = {0, 0, 0, 0};
+        if (set & CR4_FEATURES[i].bit) {
+            ask_cpuid(self, CR4_FEATURES[i].function, 0, answer);
+            if (!(answer[CR4_FEATURES[i].number] & CR4_FEATURES[i].feature)) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 static bool cr4_is_right(Engine *self, uint64_t value)
@@ -259,15 +261,8 @@ static bool cr4_is_right(Engine *self, uint64_t value)
     const char *env = self->env;
     uint64_t changed = U64(env, ENV_CR + 8 * 4) ^ value;
     bool leaves_mode = (U32(env, ENV_HFLAGS) & HF_LMA) && (changed & (CR4_PAE | CR4_LA57));
-    if ((value & ~(uint64_t)CR4_DEFINED) || leaves_mode) {
-        return false;
-    }
-    for (size_t i = 0; i < COUNT(CR4_FEATURES); i++) {
-        if ((changed & value & CR4_FEATURES[i].bit) && !cpuid_has(self, i)) {
-            return false;
-        }
-    }
-    return true;
+    return (value & ~(uint64_t)CR4_DEFINED) == 0 && !leaves_mode &&
+           cr4_features_are_there(self, changed & value);
 }
 
 /* False: #GP. */
