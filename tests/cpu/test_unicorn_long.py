@@ -390,6 +390,34 @@ def test_a_load_that_faults_right_behind_its_instruction_counts_once() -> None:
     assert cpu.engine.retired == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "flags"),
+    [
+        ("3c50", 0x85),  # cmp al, 0x50: CF PF SF
+        ("00c0 00c0 00c0 00c0", 0x845),  # add al, al, four times: at last CF PF ZF OF
+        ("f9 fec0", 0x05),  # stc; inc al: CF PF
+        ("04f0", 0x45),  # add al, 0xf0: CF PF ZF
+    ],
+)
+@pytest.mark.parametrize(
+    "faulting",
+    ["8a03", "8803", "1203", "0fae20", "0f0b", "f6f1", "6c", "48cf", "0f32"],
+    ids=["load", "store", "adc", "xsave", "ud2", "div", "ins", "iretq", "rdmsr"],
+)
+@either_engine
+def test_flags_that_a_fault_pushes(code: str, flags: int, faulting: str, exact: bool) -> None:
+    cpu = LongCpu(code + faulting, HALTS, exact=exact)
+    cpu.refused_msrs = {0}
+    registers = dict.fromkeys(("rbx", "rsi", "rdi", "rsp"), ABSENT_PAGE)
+    cpu.set_registers(rax=0x10, rcx=0, **registers)
+    cpu.set_gate(PF, HANDLERS + 0x40 * PF, ist=1)
+    for vector in (UD, GP, 0):
+        cpu.set_gate(vector, HANDLERS + 0x40 * vector, ist=1)
+    assert cpu.enter() is ExitReason.HLT
+    frame = cpu.frame_with_code()[1] if cpu.vector in (PF, GP) else cpu.frame()
+    assert frame["rflags"] & 0x8D5 == flags
+
+
 @either_engine
 def test_ins_after_one_that_was_refused(exact: bool) -> None:
     cpu = LongCpu("6c", HALTS | {GP: "6c f4"}, ring=3, exact=exact)  # insb

@@ -77,10 +77,21 @@ void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engin
         return;
     }
     if (is_time_to_look(self) && leave_at_boundary(self, address)) {
-        lib.loop_exit_restore(self->cpu, (uintptr_t)__builtin_return_address(0));
+        lib.loop_exit(self->cpu); /* RIP and the flags are in their places before every CODE hook */
     }
     self->started++;
     self->last_address = address;
+}
+
+/* An instruction faults: what is RIP, and how are the flags kept? The library knows how before the
+ * CODE hook, but makes the arithmetic flags of them behind it. */
+EXPORTED void restore_state_to_opc_x86_64(void *env, void *block, uint64_t *at_instruction)
+{
+    Engine *self = engine_of(env, FIND_STATE);
+    lib.genuine.find_state(env, block, at_instruction);
+    if (self != NULL && self->exact) {
+        I32(env, ENV_CC_OP) = CC_OP_FLAGS;
+    }
 }
 
 /* QEMU begins an instruction anew that has rewritten its own block. */

@@ -136,6 +136,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define REGISTER(env, number) U64(env, ENV_REGS + 8 * (number))
 #define SEGMENT(env, number) ((char *)(env) + ENV_SEGS + SEGMENT_BYTES * (number))
 
+#define CC_OP_FLAGS 1 /* cc_src holds the arithmetic flags */
 #define CPU_INTERRUPT_HARD 2u
 #define HF_CPL 0x3u
 #define HF_INHIBIT_IRQ (1u << 3) /* the shadow of STI and MOV SS */
@@ -286,6 +287,7 @@ typedef struct {
     void (*check_exit_request)(void *uc, uint32_t in_delay_slot);
     void (*translate)(void *cpu, void *block, int instructions_max);
     void (*loop_exit_noexc)(void *cpu);
+    void (*find_state)(void *env, void *block, uint64_t *at_instruction);
     void (*protect_code)(void *uc, uint64_t ram_address);
     void (*unprotect_code)(void *uc, uint64_t ram_address);
     void (*invalidate_stored)(void *uc, void *pages, uint64_t ram_address, int size_bytes,
@@ -319,6 +321,7 @@ typedef struct {
     void (*update_dr7)(void *env, uint32_t value);
     void (*raise_exception)(void *env, int vector, int error_code, uintptr_t return_address);
     void (*remove_operation)(void *tcg, void *operation);
+    void (*loop_exit)(void *cpu);
     void (*loop_exit_restore)(void *cpu, uintptr_t return_address);
     bool (*restore_state)(void *cpu, uintptr_t return_address, bool will_exit);
     void (*check_port[PORT_SIZES])(void *env, uint32_t port); /* #GP unless the TSS allows it */
@@ -549,6 +552,7 @@ enum {
     CHECK_EXIT_REQUEST,
     TRANSLATE,
     LOOP_EXIT_NOEXC,
+    FIND_STATE,
     PROTECT_CODE,
     UNPROTECT_CODE,
     INVALIDATE_STORED,
@@ -568,6 +572,7 @@ EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot)
 EXPORTED void helper_pause_x86_64(void *env, int size_bytes);
 EXPORTED void gen_intermediate_code_x86_64(void *cpu, void *block, int instructions_max);
 EXPORTED void cpu_loop_exit_noexc_x86_64(void *cpu);
+EXPORTED void restore_state_to_opc_x86_64(void *env, void *block, uint64_t *at_instruction);
 
 /* memory.c */
 EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_ldul_mmu_x86_64,
