@@ -4,8 +4,8 @@ Each method is one vCPU ioctl of Documentation/virt/kvm/api.rst, with the kernel
 `KvmError`.
 
 Not modelled: general, segment and control registers are read only (KVM_GET_REGS); of
-KVM_SET_VCPU_EVENTS an NMI that is injected or masked, shadows, SMM and exceptions; every MSR but
-the TSC, its deadline and those of the local APIC.
+KVM_SET_VCPU_EVENTS an NMI that is injected or masked, shadows, SMM and exceptions; the MSRs that
+`kvmtick.vcpu.msr` does not model.
 """
 
 from __future__ import annotations
