@@ -153,7 +153,7 @@ def parser() -> Parser:
         default=[],
         help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
     )
-    add("--seed", metavar="N", default="0", help="seed of the faults (0)")
+    add("--seed", metavar="N", default="0", help="seed of the faults and of RDRAND (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
         "--strict",
