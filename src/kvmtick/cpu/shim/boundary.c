@@ -243,7 +243,7 @@ static void remove_further_calls(void *uc, const BlockStart *start)
     }
 }
 
-static uint32_t block_bits(const Engine *self, const char *block)
+static uint32_t block_bits(Engine *self, const char *block)
 {
     uint64_t end = U64(block, TB_PC) + U16(block, TB_SIZE);
     uint32_t instructions = U16(block, TB_INSTRUCTIONS);

@@ -215,7 +215,7 @@ void on_exception(void *uc, uint32_t vector, void *engine)
 }
 
 /* Whether the code at RIP, any byte of it on a page of its own, is this. */
-static bool is_at_rip(const Engine *self, const uint8_t *expected, unsigned size_bytes)
+static bool is_at_rip(Engine *self, const uint8_t *expected, unsigned size_bytes)
 {
     uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
     for (unsigned i = 0; i < size_bytes; i++) {
@@ -228,12 +228,12 @@ static bool is_at_rip(const Engine *self, const uint8_t *expected, unsigned size
 }
 
 /* INT1, which QEMU does not know, is a trap that checks no DPL: #DB with RIP behind it. */
-static bool is_int1(const Engine *self)
+static bool is_int1(Engine *self)
 {
     return is_at_rip(self, (const uint8_t[]){0xf1}, 1);
 }
 
-static bool is_hypercall(const Engine *self)
+static bool is_hypercall(Engine *self)
 {
     static const uint8_t vmcall[HYPERCALL_BYTES] = {0x0f, 0x01, 0xc1};
     static const uint8_t vmmcall[HYPERCALL_BYTES] = {0x0f, 0x01, 0xd9};

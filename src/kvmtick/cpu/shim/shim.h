@@ -418,6 +418,7 @@ struct Engine {
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
+    bool looks_around;  /* we walk page tables, not the guest (state.c) */
     bool ins_has_tried; /* INS has made its trial store (memory.c) */
     Gap gaps[RAM_RANGES_MAX + 2]; /* up to PHYSICAL_END */
     int gap_count;
@@ -455,12 +456,12 @@ typedef struct {
     bool address_size;
     unsigned size_bytes;
 } Prefixes;
-const uint8_t *code_at(const Engine *self, uint64_t linear);
-uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes);
+const uint8_t *code_at(Engine *self, uint64_t linear);
+uint8_t opcode_at(Engine *self, uint64_t linear, Prefixes *prefixes);
 bool is_string_operation(uint8_t opcode);
 uint64_t count_mask(const Engine *self, bool address_size_prefix);
 void forget_last_instruction(Engine *self);
-bool steps_over_finished_rep(const Engine *self, uint64_t address);
+bool steps_over_finished_rep(Engine *self, uint64_t address);
 uint64_t running_instruction(const Engine *self, uintptr_t return_address);
 unsigned compute_interruptibility(const Engine *self);
 

@@ -11,12 +11,14 @@ uint64_t compute_rflags(const char *env)
 }
 
 /* The byte the guest has at `linear`, or NULL. Looks at no rights and sets no accessed bits. */
-const uint8_t *code_at(const Engine *self, uint64_t linear)
+const uint8_t *code_at(Engine *self, uint64_t linear)
 {
     uint64_t gpa = (uint32_t)linear;
     uint64_t attributes[2]; /* MemTxAttrs, and more */
     if (U64(self->env, ENV_CR) & CR0_PG) {
+        self->looks_around = true;
         uint64_t page = lib.page_of(self->cpu, linear, attributes);
+        self->looks_around = false;
         if (page == NO_ADDRESS) {
             return NULL;
         }
@@ -44,7 +46,7 @@ static bool is_prefix(const Engine *self, uint8_t byte)
 }
 
 /* The first byte of the instruction at `linear` that is no prefix, 0 when there is none. */
-uint8_t opcode_at(const Engine *self, uint64_t linear, Prefixes *prefixes)
+uint8_t opcode_at(Engine *self, uint64_t linear, Prefixes *prefixes)
 {
     *prefixes = (Prefixes){0};
     for (int i = 0; i < INSTRUCTION_BYTES_MAX; i++) {
@@ -87,7 +89,7 @@ void forget_last_instruction(Engine *self)
 
 /* QEMU runs a REP string instruction once more with the count at zero, only to step over it. The
  * processor has no such step: it is neither counted nor a boundary. */
-bool steps_over_finished_rep(const Engine *self, uint64_t address)
+bool steps_over_finished_rep(Engine *self, uint64_t address)
 {
     uint64_t count = REGISTER(self->env, RCX);
     Prefixes prefixes;
