@@ -435,6 +435,9 @@ class Machine:
         if self.board.queue.next_ns == NEVER_NS == end_ns:
             return True
         for vcpu in self.board.vcpus:
+            # Most often it is a HLT with interrupts on: `_is_deaf`, without the call.
+            if vcpu.vmcs.guest_rflags & RFLAGS_IF and vcpu.mp_state == _HALTED:
+                return False
             if not _is_deaf(vcpu):
                 return False
         return not self.board.nmi_may_come()
