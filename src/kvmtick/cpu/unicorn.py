@@ -60,8 +60,8 @@ Not modelled:
   mode: instructions of `FEATURES` run whatever the handler answers;
 * an instruction that rewrites the translated block it is in begins anew: what it read or wrote
   where no RAM is happens again, and so does what an unaligned store has put before the block's
-  first byte, to which a read-modify-write does it twice;
-* MOVBE where no RAM is, which is split like those above; MOVBE of 16 bits, which is #UD;
+  first byte, so that a read-modify-write happens to it twice;
+* MOVBE where no RAM is, which is split like those above; that of 16 bits is #UD without OSFXSR;
 * #DB for TF behind PAUSE, HLT and VMCALL comes an instruction late or, behind HLT, not at all;
 * the shadow of MOV SS from memory that is no RAM, in that access's own handler;
 * a handler that rewrites the code right behind the access it answers: the translated block still
