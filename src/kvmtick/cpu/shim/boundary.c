@@ -13,8 +13,22 @@ void set_watch(Engine *self)
     }
 }
 
-/* What ends the execution before the next instruction, in the contract's order. */
-int boundary_reason(Engine *self)
+static bool is_breakpoint(const Engine *self, uint64_t address)
+{
+    size_t low = 0, high = self->breakpoint_count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (self->breakpoints[middle] < address) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low < self->breakpoint_count && self->breakpoints[low] == address;
+}
+
+/* What ends the execution before the instruction at `address`, in the contract's order. */
+int boundary_reason(Engine *self, uint64_t address)
 {
     if (self->failed) {
         return EXIT_CALLBACK_FAILED;
@@ -29,30 +43,16 @@ int boundary_reason(Engine *self)
     if (self->irq_window && !shadow && (U64(self->env, ENV_EFLAGS) & FLAGS_IF)) {
         return EXIT_INTERRUPT_WINDOW;
     }
-    return self->started >= self->budget ? EXIT_PREEMPTION_TIMER : EXIT_NONE;
-}
-
-bool is_breakpoint(const Engine *self, uint64_t address)
-{
-    size_t low = 0, high = self->breakpoint_count;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (self->breakpoints[middle] < address) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
+    if (self->started >= self->budget) {
+        return EXIT_PREEMPTION_TIMER;
     }
-    return low < self->breakpoint_count && self->breakpoints[low] == address;
+    return is_breakpoint(self, address) ? EXIT_BREAKPOINT : EXIT_NONE;
 }
 
 static bool leave_at_boundary(Engine *self, uint64_t address)
 {
     drop_stale_rf(self);
-    self->exit_reason = boundary_reason(self);
-    if (self->exit_reason == EXIT_NONE && is_breakpoint(self, address)) {
-        self->exit_reason = EXIT_BREAKPOINT;
-    }
+    self->exit_reason = boundary_reason(self, address);
     if (self->exit_reason != EXIT_NONE) {
         lib.emu_stop(self->uc);
         return true;
@@ -116,7 +116,7 @@ void leave_block_behind(Engine *self, unsigned opcode_bytes)
     if (self->exact || !is_time_to_look(self) || (U64(env, ENV_EFLAGS) & FLAGS_TF)) {
         return;
     }
-    opcode_at(self, U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE), &prefixes);
+    opcode_at(self, linear_rip(env), &prefixes);
     U64(env, ENV_EIP) += prefixes.size_bytes + opcode_bytes;
     U64(env, ENV_EFLAGS) &= ~(uint64_t)FLAGS_RF;
     U32(env, ENV_HFLAGS) &= ~HF_INHIBIT_IRQ;

@@ -385,7 +385,7 @@ static int classify(Engine *self, int error)
     }
     if (error == UC_ERR_FETCH_UNMAPPED || error == UC_ERR_FETCH_PROT) {
         /* There is no instruction to hook, but the boundary before it is one all the same. */
-        int reason = boundary_reason(self);
+        int reason = boundary_reason(self, NO_ADDRESS);
         if (reason != EXIT_NONE) {
             return reason;
         }

@@ -133,7 +133,7 @@ static void begin_software_interrupt(Engine *self)
  * that is not exact takes a load from right behind an instruction for that. */
 static bool faulted_on_fetch(const Engine *self, int vector)
 {
-    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
+    uint64_t linear = linear_rip(self->env);
     bool stored = I32(self->env, ENV_ERROR_CODE) & PAGE_FAULT_WRITE;
     if (self->exact && linear == self->last_address) {
         return false;
@@ -147,11 +147,7 @@ static bool faulted_on_fetch(const Engine *self, int vector)
 /* The boundary before an instruction that could not be read. True: leave there. */
 static bool leave_before_fetch(Engine *self)
 {
-    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
-    self->exit_reason = boundary_reason(self);
-    if (self->exit_reason == EXIT_NONE && is_breakpoint(self, linear)) {
-        self->exit_reason = EXIT_BREAKPOINT;
-    }
+    self->exit_reason = boundary_reason(self, linear_rip(self->env));
     if (self->exit_reason == EXIT_NONE) {
         self->started++; /* counts like any instruction that faults */
         return false;
@@ -217,7 +213,7 @@ void on_exception(void *uc, uint32_t vector, void *engine)
 /* Whether the code at RIP, any byte of it on a page of its own, is this. */
 static bool is_at_rip(Engine *self, const uint8_t *expected, unsigned size_bytes)
 {
-    uint64_t linear = U64(self->env, ENV_EIP) + U64(SEGMENT(self->env, CS), SEG_BASE);
+    uint64_t linear = linear_rip(self->env);
     for (unsigned i = 0; i < size_bytes; i++) {
         const uint8_t *code = code_at(self, linear + i);
         if (code == NULL || *code != expected[i]) {

@@ -21,7 +21,7 @@ typedef struct {
     uint64_t gpa[2];
 } Access;
 
-static const RamRange *ram_at(const Engine *self, uint64_t gpa)
+const RamRange *ram_at(const Engine *self, uint64_t gpa)
 {
     for (int i = 0; i < self->ram_count; i++) {
         if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {

@@ -456,6 +456,7 @@ typedef struct {
     bool address_size;
     unsigned size_bytes;
 } Prefixes;
+uint64_t linear_rip(const char *env);
 const uint8_t *code_at(Engine *self, uint64_t linear);
 uint8_t opcode_at(Engine *self, uint64_t linear, Prefixes *prefixes);
 bool is_string_operation(uint8_t opcode);
@@ -467,8 +468,7 @@ unsigned compute_interruptibility(const Engine *self);
 
 /* boundary.c */
 void set_watch(Engine *self);
-int boundary_reason(Engine *self);
-bool is_breakpoint(const Engine *self, uint64_t address);
+int boundary_reason(Engine *self, uint64_t address);
 void leave_block_behind(Engine *self, unsigned opcode_bytes);
 void on_instruction(void *uc, uint64_t address, uint32_t size_bytes, void *engine);
 
@@ -501,6 +501,7 @@ void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
 
 /* memory.c */
+const RamRange *ram_at(const Engine *self, uint64_t gpa);
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
 PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs);

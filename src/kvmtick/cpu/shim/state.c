@@ -10,6 +10,12 @@ uint64_t compute_rflags(const char *env)
     return rest | arithmetic | (I32(env, ENV_DF) & FLAGS_DF) | 2;
 }
 
+/* Where the next instruction is. */
+uint64_t linear_rip(const char *env)
+{
+    return U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE);
+}
+
 /* The byte the guest has at `linear`, or NULL. Looks at no rights and sets no accessed bits. */
 const uint8_t *code_at(Engine *self, uint64_t linear)
 {
@@ -24,13 +30,8 @@ const uint8_t *code_at(Engine *self, uint64_t linear)
         }
         gpa = page | linear % PAGE_BYTES;
     }
-    for (int i = 0; i < self->ram_count; i++) {
-        const RamRange *ram = &self->ram[i];
-        if (gpa - ram->gpa < ram->size_bytes) {
-            return (const uint8_t *)ram->view.buf + (gpa - ram->gpa);
-        }
-    }
-    return NULL;
+    const RamRange *ram = ram_at(self, gpa);
+    return ram == NULL ? NULL : (const uint8_t *)ram->view.buf + (gpa - ram->gpa);
 }
 
 static bool is_prefix(const Engine *self, uint8_t byte)
@@ -110,7 +111,7 @@ uint64_t running_instruction(const Engine *self, uintptr_t return_address)
     uint64_t eip = U64(env, ENV_EIP);
     uint32_t cc_op = U32(env, ENV_CC_OP);
     lib.restore_state(self->cpu, return_address, false);
-    uint64_t address = U64(env, ENV_EIP) + U64(SEGMENT(env, CS), SEG_BASE);
+    uint64_t address = linear_rip(env);
     U64(env, ENV_EIP) = eip;
     U32(env, ENV_CC_OP) = cc_op;
     return address;
