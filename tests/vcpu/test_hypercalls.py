@@ -7,6 +7,7 @@ from kvmtick.kvm.model import ModelVcpu, ModelVm
 
 CODE_64, CODE_32, DATA, DATA_OF_RING_3 = 0xA09B, 0xC09B, 0xC093, 0xC0F3
 LMA = 1 << 10
+PE = 1 << 0
 KICK_CPU, CLOCK_PAIRING, SEND_IPI = 5, 9, 10
 EPERM, EINVAL, EOPNOTSUPP, ENOSYS = -1, -22, -95, -1000
 NMI = 4 << 8
@@ -40,7 +41,7 @@ class Caller:
         """RAX as a signed number."""
         names = ("rbx", "rcx", "rdx", "rsi")
         values = dict(zip(names, (*arguments, 0, 0, 0, 0), strict=False))
-        state = {"rax": number, "cs_access": code, "ss_access": stack, "efer": efer}
+        state = {"rax": number, "cs_access": code, "ss_access": stack, "cr0": PE, "efer": efer}
         self.engine.set_registers(state | values)
         assert self.vm.run().exit.reason == "done"
         assert self.result is not None

@@ -10,6 +10,7 @@ the System V psABI wants it behind a call; there is nothing to return to, the gu
 
 import struct
 
+from kvmtick.cpu.paging import PAGE_BYTES, PAGE_SIZE
 from kvmtick.guests import start
 from kvmtick.machine.elf import parse_elf, place_segments
 from kvmtick.machine.layout import ImageError, Layout
@@ -18,12 +19,10 @@ __all__ = ["load_bare_elf"]
 
 STACK_BYTES = 64 << 10
 ENTRIES = 512
-PAGE_TABLE_BYTES = 4096
 LARGE_PAGE_SHIFT = 21
 GIBS = 4
 
 PRESENT_WRITABLE_USER = 0x7
-PAGE_SIZE = 1 << 7
 
 
 def load_bare_elf(image: bytes, layout: Layout) -> dict[str, int]:
@@ -42,17 +41,17 @@ def load_bare_elf(image: bytes, layout: Layout) -> dict[str, int]:
     gdtr_limit = len(gdt) - 1
     if elf.bits == 32:
         return start.protected(elf.entry, rsp=rsp, gdtr_base=gdtr_base, gdtr_limit=gdtr_limit)
-    cr3 = layout.low(len(_identity_map(0)))
+    cr3 = layout.low((2 + GIBS) * PAGE_BYTES)
     layout.put("page tables", cr3, _identity_map(cr3))
     return start.long_mode(elf.entry, cr3, rsp=rsp, gdtr_base=gdtr_base, gdtr_limit=gdtr_limit)
 
 
 def _identity_map(at: int) -> bytes:
     """A PML4, a PDPT and four page directories, for address `at` (SDM vol. 3A, 4.5)."""
-    pdpt, directories = at + PAGE_TABLE_BYTES, at + 2 * PAGE_TABLE_BYTES
+    pdpt, directories = at + PAGE_BYTES, at + 2 * PAGE_BYTES
     tables = _table([pdpt | PRESENT_WRITABLE_USER])
     tables += _table(
-        [directories + gib * PAGE_TABLE_BYTES | PRESENT_WRITABLE_USER for gib in range(GIBS)]
+        [directories + gib * PAGE_BYTES | PRESENT_WRITABLE_USER for gib in range(GIBS)]
     )
     large_page = PAGE_SIZE | PRESENT_WRITABLE_USER
     return tables + _table(

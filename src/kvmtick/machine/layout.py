@@ -2,9 +2,10 @@
 
 from bisect import bisect_right, insort
 
-__all__ = ["LOW_END", "LOW_START", "PAGE_BYTES", "ImageError", "Layout"]
+from kvmtick.cpu.paging import PAGE_BYTES
 
-PAGE_BYTES = 4096
+__all__ = ["LOW_END", "LOW_START", "ImageError", "Layout"]
+
 LOW_START = 0x1000
 """The interrupt vectors and the BIOS data area lie below."""
 LOW_END = 0x9_F000

@@ -173,13 +173,14 @@ class Machine:
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         """Read guest RAM; ValueError if the range is not all RAM."""
-        if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
+        data = self.read_ram(gpa, size_bytes)
+        if data is None:
             raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {len(self.ram):#x}")
-        return self.ram[gpa : gpa + size_bytes]
+        return data
 
     def read_ram(self, gpa: int, size_bytes: int) -> bytes | None:
         """As `read_memory`, but None if the range is not all RAM: for page walks."""
-        if gpa + size_bytes > len(self.ram):
+        if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
             return None
         return self.ram[gpa : gpa + size_bytes]
 

@@ -10,6 +10,7 @@ exits to user space (KVM_CAP_EXIT_HYPERCALL); Hyper-V's and Xen's; the tracepoin
 
 from collections.abc import Mapping
 
+from kvmtick.cpu.mode import code_bits
 from kvmtick.irqchip.apicdef import (
     APIC_DEST_LOGICAL,
     APIC_INT_ASSERT,
@@ -34,15 +35,13 @@ KVM_HC_SCHED_YIELD = 11
 
 KVM_EPERM, KVM_EINVAL, KVM_EOPNOTSUPP, KVM_ENOSYS = 1, 22, 95, 1000
 
-CS_LONG = 1 << 13
-EFER_LMA = 1 << 10
 DEST_MASK = APIC_DEST_LOGICAL
 SHORT_MASK = 3 << APIC_SHORT_SHIFT
 
 
 def emulate_hypercall(registers: Mapping[str, int], delivery: IrqDelivery) -> int:
     """What RAX becomes; `registers` are those of the vCPU, by SDM name."""
-    is_64_bit = bool(registers["efer"] & EFER_LMA and registers["cs_access"] & CS_LONG)
+    is_64_bit = code_bits(registers) == 64
     mask = (1 << 64) - 1 if is_64_bit else U32
     number, a0, a1, a2, a3 = (
         registers[name] & mask for name in ("rax", "rbx", "rcx", "rdx", "rsi")

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from kvmtick.cpu.engine import CPU_MSRS
+from kvmtick.cpu.mode import EFER_LMA
 from kvmtick.irqchip.apicdef import (
     APIC_BASE_MSR,
     APIC_LAST_MSR,
@@ -76,7 +77,6 @@ MC_BANKS: Final = range(MSR_IA32_MC0_CTL, MSR_IA32_MC0_CTL + 4 * 32)
 MC_CTL_UNCHECKED: Final = 1 << 10 | 1
 """Linux clears these bits of a CTL on some CPUs; else a CTL is all ones or 0."""
 
-EFER_LMA: Final = 1 << 10
 EFER_BITS: Final = 1 << 11 | EFER_LMA | 1 << 8 | 1 << 0
 
 _STORED: Final = {
