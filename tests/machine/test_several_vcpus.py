@@ -1,8 +1,7 @@
 """Several vCPUs on one host CPU: turns, start-up by INIT and SIPI, wake-ups, what repeats."""
 
-from collections.abc import Callable, Mapping
-
 import pytest
+from scripted_pc import EOI, EXIT, FIXED_42, ICR, ICR2, LOG, NMI, SVR, US, Pc
 
 from kvmtick import guests
 from kvmtick.abi.errors import KvmError
@@ -19,55 +18,15 @@ from kvmtick.cpu.scripted import (
     Out,
     Program,
     Routine,
-    ScriptedEngine,
     Spin,
     Sti,
 )
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.machine import QUANTUM_NS
-from kvmtick.trace.events import Event, Record
+from kvmtick.trace.events import Event
 
-US = 1_000
 MS = 1_000_000
-LOG, EXIT = 0x510, 0xF4
-ICR, ICR2, SVR, EOI = 0xFEE00300, 0xFEE00310, 0xFEE000F0, 0xFEE000B0
 INIT, SIPI_AT_9000 = 0x4500, 0x4609
-FIXED_42, NMI = 0x4042, 0x4400
-
-
-class Pc:
-    """A VM whose vCPUs run routines; what they write to port 0x510 is logged with the time."""
-
-    def __init__(
-        self,
-        *guests: Routine,
-        handlers: Mapping[int, Routine] | None = None,
-        irqchip: bool = True,
-        boot: int = 0,
-    ) -> None:
-        self.log: list[tuple[int, int]] = []
-        waiting = iter(guests)
-        self.vm = ModelVm(engine=lambda: ScriptedEngine(next(waiting), handlers))
-        self.records: list[Record] = []
-        self.vm.machine.recorder.add_consumer(self.records.extend)
-        self.vm.set_boot_cpu_id(boot)
-        if irqchip:
-            self.vm.create_irqchip()
-        self.vcpus = [self.vm.create_vcpu(index) for index in range(len(guests))]
-
-    def run(self, for_ns: int | None = None, until: Callable[[], bool] | None = None) -> str:
-        def write(port: int, size_bytes: int, value: int | None) -> None:
-            assert value is not None
-            self.log.append((self.vm.machine.clock.now_ns, value))
-
-        run = self.vm.run(for_ns=for_ns, until=until, handlers={LOG: write})
-        return run.exit.reason
-
-    def values(self) -> list[int]:
-        return [value for _, value in self.log]
-
-    def states(self) -> list[int]:
-        return [vcpu.get_mp_state() for vcpu in self.vcpus]
 
 
 def spinner(name: int) -> Routine:

@@ -1,9 +1,9 @@
 """How several vCPUs share the host CPU: messages, PAUSE, and the length of a turn."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
+from scripted_pc import EOI, EXIT, FIXED_42, ICR, ICR2, LOG, NMI, SVR, US, Pc
 
 from kvmtick.abi.structs import KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED
 from kvmtick.cpu.scripted import (
@@ -13,60 +13,11 @@ from kvmtick.cpu.scripted import (
     Pause,
     Program,
     Routine,
-    ScriptedEngine,
     Spin,
     Sti,
 )
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.machine import QUANTUM_NS, SHORT_QUANTUM_NS
-
-US = 1_000
-LOG, EXIT = 0x3000, 0xF4
-SVR, EOI, ICR, ICR2 = 0xFEE000F0, 0xFEE000B0, 0xFEE00300, 0xFEE00310
-FIXED_42, NMI = 0x4042, 0x4400
-
-
-class CountingEngine(ScriptedEngine):
-    """Counts its entries."""
-
-    entries = 0
-
-    def enter(
-        self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
-    ) -> int:
-        self.entries += 1
-        return super().enter(intr_info, irq_window, nmi_window, budget, tsc)
-
-
-class Pc:
-    """vCPUs that all run from the start; what they write to LOG is kept with the time."""
-
-    def __init__(
-        self,
-        *guests: Routine,
-        handlers: dict[int, Routine] | None = None,
-        irqchip: bool = True,
-        **options: int,
-    ) -> None:
-        self.engines = [CountingEngine(guest, handlers) for guest in guests]
-        waiting = iter(self.engines)
-        self.vm = ModelVm(engine=lambda: next(waiting), **options)  # type: ignore[arg-type]
-        if irqchip:
-            self.vm.create_irqchip()
-        self.vcpus = [self.vm.create_vcpu(vcpu_id) for vcpu_id in range(len(guests))]
-        for vcpu in self.vcpus[1:] if irqchip else ():
-            vcpu.set_mp_state(0)
-        self.log: list[tuple[int, int]] = []
-
-    def run(self, for_ns: int | None = None, until: Callable[[], bool] | None = None) -> str:
-        return self.vm.run(for_ns=for_ns, until=until, handlers={LOG: self._write}).exit.reason
-
-    def _write(self, port: int, size_bytes: int, value: int | None) -> None:
-        assert value is not None
-        self.log.append((self.vm.machine.clock.now_ns, value))
-
-    def times(self, value: int) -> list[int]:
-        return [ns for ns, logged in self.log if logged == value]
 
 
 def spins() -> Program:
@@ -102,7 +53,7 @@ def sends(*commands: int, after: int = 250_000) -> Routine:
 @pytest.mark.parametrize("command", [FIXED_42, NMI], ids=["interrupt", "NMI"])
 def test_a_message_to_a_vcpu_that_waits_for_its_turn_cuts_the_quantum(command: int) -> None:
     handlers = {0x42: says(1), 2: says(1)}
-    pc = Pc(sends(command), spins, handlers=handlers)
+    pc = Pc(sends(command), spins, handlers=handlers, started=True)
     pc.run(for_ns=600 * US)
     (sent,), (taken,) = pc.times(0), pc.times(1)
     assert 0 < taken - sent <= SHORT_QUANTUM_NS + 10
@@ -114,7 +65,7 @@ def test_a_message_wakes_a_halted_vcpu_within_a_short_quantum() -> None:
         yield Sti()
         yield Hlt()
 
-    pc = Pc(sends(FIXED_42), sleeps, handlers={0x42: says(1)})
+    pc = Pc(sends(FIXED_42), sleeps, handlers={0x42: says(1)}, started=True)
     pc.run(for_ns=600 * US)
     (sent,), (taken,) = pc.times(0), pc.times(1)
     assert 0 < taken - sent <= SHORT_QUANTUM_NS + 10
@@ -139,7 +90,7 @@ def test_quanta_grow_back_when_no_message_comes() -> None:
     def empty() -> Program:
         yield MmioWrite(EOI, 0)
 
-    pc = Pc(sends_once, talks(1), handlers={0x42: empty})
+    pc = Pc(sends_once, talks(1), handlers={0x42: empty}, started=True)
     pc.run(for_ns=1500 * US)
     changes = [at for (_, was), (at, value) in pairwise(pc.log) if value != was]
     turns = [round((end - start) / US) for start, end in pairwise(changes)]
@@ -162,7 +113,7 @@ def test_pause_gives_the_turn_to_a_vcpu_that_could_run() -> None:
         while True:
             yield Pause()
 
-    pc = Pc(waits, works)
+    pc = Pc(waits, works, started=True)
     assert pc.run(for_ns=5_000 * US) == "done"
     assert pc.vm.machine.clock.now_ns < 1_001 * US
 
@@ -175,7 +126,7 @@ def test_pause_is_an_instruction_like_any_other_where_no_vcpu_could_run() -> Non
     def sleeps() -> Program:
         yield Hlt()
 
-    pc = Pc(waits, sleeps)
+    pc = Pc(waits, sleeps, started=True)
     assert pc.run(for_ns=500 * US) == "time"
     assert pc.engines[0].entries < 20
     assert pc.vcpus[1].get_mp_state() == KVM_MP_STATE_HALTED
@@ -185,7 +136,7 @@ def test_a_vcpu_alone_runs_without_an_end_of_turn() -> None:
     def sleeps() -> Program:
         yield Hlt()
 
-    pc = Pc(spins, sleeps, quantum_ns=1_000)
+    pc = Pc(spins, sleeps, quantum_ns=1_000, started=True)
     assert pc.run(for_ns=900 * US) == "time"
     assert pc.engines[0].entries < 10
 
@@ -217,7 +168,7 @@ def test_a_vcpu_that_waits_for_sipi_is_no_deadlock_while_another_runs() -> None:
         yield Spin(300_000)
         yield Out(EXIT, 0)
 
-    pc = Pc(boots, spins)
+    pc = Pc(boots, spins, started=True)
     pc.vcpus[1].set_mp_state(KVM_MP_STATE_INIT_RECEIVED)
     assert pc.run() == "done"
 
@@ -226,7 +177,7 @@ def test_it_is_one_when_the_others_are_halted_for_good() -> None:
     def stops() -> Program:
         yield Hlt()
 
-    pc = Pc(stops, spins)
+    pc = Pc(stops, spins, started=True)
     pc.vcpus[1].set_mp_state(KVM_MP_STATE_INIT_RECEIVED)
     run = pc.vm.run()
     assert run.exit.reason == "deadlock"
