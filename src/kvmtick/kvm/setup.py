@@ -99,9 +99,8 @@ def _change(entries: Iterable[kvm_cpuid_entry2], needs: Needs) -> None:
             entry.ebx, entry.edx, entry.ecx = vendor_registers(needs.cpuid_vendor)
 
 
-def _check_offered(entries: Iterable[kvm_cpuid_entry2], features: Iterable[str]) -> None:
-    offered = list(entries)
+def _check_offered(entries: list[kvm_cpuid_entry2], features: Iterable[str]) -> None:
     for feature in features:
         function, register, mask = FEATURES[feature]
-        if not any(getattr(e, register) & mask for e in offered if e.function == function):
+        if not any(getattr(e, register) & mask for e in entries if e.function == function):
             raise HostError(f"KVM offers no {feature} here", "choose a guest that does without")
