@@ -5,7 +5,8 @@ so no value is asked for there, only that nothing changes.
 """
 
 import pytest
-from guests.scenarios import (
+
+from kvmtick.guests.script import (
     IOAPIC,
     LAPIC,
     Op,
@@ -20,7 +21,6 @@ from guests.scenarios import (
     unreal,
     wrmsr,
 )
-
 from kvmtick.kvm.kernel import DEFAULT_RAM_BYTES
 from kvmtick.kvm.model import ModelVm
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import pytest
-from guests.scenarios import cpuid
 
 from conformance.rig import Backend, Pc
+from kvmtick.guests.script import cpuid
 from kvmtick.kvm.model_vcpu import cpuid_entries
 from kvmtick.vcpu.cpuid import CpuidLeaf
 

@@ -6,11 +6,10 @@ Paravirtual MSRs are those of a vCPU with KVM_CAP_ENFORCE_PV_FEATURE_CPUID and n
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from guests.scenarios import Op, rdmsr, unreal, wrmsr
-
 from conformance.rig import Backend, Pc
 from kvmtick.abi import ioctls
 from kvmtick.abi.structs import kvm_enable_cap
+from kvmtick.guests.script import Op, rdmsr, unreal, wrmsr
 from kvmtick.kvm.kernel import KernelVcpu
 from kvmtick.kvm.setup import cpuid_of
 

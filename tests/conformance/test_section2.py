@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 
 import pytest
-from guests.scenarios import out8, pit, spin_ms
 
 from kvmtick.abi.structs import KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_RESAMPLE
+from kvmtick.guests.script import out8, pit, spin_ms
 from kvmtick.kvm.model import ModelVm
 from kvmtick.trace.events import Event, field
 

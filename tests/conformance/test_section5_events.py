@@ -5,21 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 from eventfds import LIMIT_S, EventFd, MakeEventFd, wait_for
-from guests.scenarios import (
-    NMIS_AT,
-    Op,
-    Results,
-    cli,
-    eoi_off,
-    in8,
-    ioapic_write,
-    lapic_write,
-    mmio_write,
-    out8,
-    sti,
-    unreal,
-    wait_vector,
-)
 
 from kvmtick import guests
 from kvmtick.abi.structs import (
@@ -33,6 +18,21 @@ from kvmtick.abi.structs import (
     KVM_MP_STATE_RUNNABLE,
     KVM_VCPUEVENT_VALID_NMI_PENDING,
     kvm_vcpu_events,
+)
+from kvmtick.guests.script import (
+    NMIS_AT,
+    Op,
+    Results,
+    cli,
+    eoi_off,
+    in8,
+    ioapic_write,
+    lapic_write,
+    mmio_write,
+    out8,
+    sti,
+    unreal,
+    wait_vector,
 )
 from kvmtick.kvm.model import ModelVm
 

@@ -5,7 +5,8 @@ matters, IF is 0 and KVM_SET_LAPIC takes the vector into service.
 """
 
 import pytest
-from guests.scenarios import (
+
+from kvmtick.guests.script import (
     apic_eoi_off,
     cli,
     ioapic_read,

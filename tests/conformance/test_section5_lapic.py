@@ -5,7 +5,9 @@ matters, IF is 0 and KVM_SET_LAPIC sets ISR.
 """
 
 import pytest
-from guests.scenarios import (
+
+from kvmtick import guests
+from kvmtick.guests.script import (
     VECTORS_AT,
     apic_eoi_off,
     cli,
@@ -20,8 +22,6 @@ from guests.scenarios import (
     wait_vector,
     wrmsr,
 )
-
-from kvmtick import guests
 
 from .rig import (
     APIC_BASE,

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from eventfds import wait_for
-from guests.scenarios import (
+
+from kvmtick.guests.script import (
     Op,
     Results,
     lapic_read,
@@ -23,7 +24,6 @@ from guests.scenarios import (
     wait_vector,
     wrmsr,
 )
-
 from kvmtick.kvm.model import ModelVm
 
 from .rig import (

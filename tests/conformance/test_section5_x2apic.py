@@ -1,7 +1,8 @@
 """The local APIC in x2APIC mode: its registers are MSRs."""
 
 import pytest
-from guests.scenarios import (
+
+from kvmtick.guests.script import (
     apic_eoi_on,
     lapic_read,
     lapic_write,

@@ -23,7 +23,10 @@ from typing import Protocol
 
 import pytest
 from eventfds import LIMIT_S
-from guests.scenarios import (
+
+from kvmtick.abi import HostError
+from kvmtick.abi.structs import kvm_pit_state2
+from kvmtick.guests.script import (
     EXIT_CODE,
     Results,
     Scenario,
@@ -40,9 +43,6 @@ from guests.scenarios import (
     user_sleep_us,
     wait_ticks,
 )
-
-from kvmtick.abi import HostError
-from kvmtick.abi.structs import kvm_pit_state2
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 

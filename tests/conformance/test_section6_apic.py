@@ -6,7 +6,9 @@ LATE_MS more than its script asks for at most.
 """
 
 import pytest
-from guests.scenarios import (
+
+from kvmtick.guests import Needs, gsi_routing
+from kvmtick.guests.script import (
     Op,
     Results,
     apic_eoi_off,
@@ -26,8 +28,6 @@ from guests.scenarios import (
     wait_nmis,
     wait_vector,
 )
-
-from kvmtick.guests import Needs, gsi_routing
 
 from .rig import (
     ATTEMPTS,

@@ -61,6 +61,7 @@ from differential.programs import Line, SetIrqchip
 from differential.search import LateHostError, again, fewest, search, skip_if_too_late
 from kvmtick.abi import HostError, KvmError
 from kvmtick.abi.caps import KVM_CAP_X2APIC_API
+from kvmtick.abi.exits import ExitIo, ExitMmio
 from kvmtick.abi.structs import (
     KVM_MP_STATE_RUNNABLE,
     kvm_ioapic_state,
@@ -71,7 +72,6 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.cpu.engine import ExitReason
 from kvmtick.guests import Guest
-from kvmtick.host.kvmdev import ExitIo, ExitMmio
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.lapic import Lapic

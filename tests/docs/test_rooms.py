@@ -26,6 +26,7 @@ ROOMS = (
     "vcpu",
     "machine",
     "kvm",
+    "conform",
     "cli",
 )
 """From the bottom up: a room imports itself and rooms before it."""
@@ -41,7 +42,7 @@ CLOCK_READERS = {
     "timing": "the machine's clock in real time, the stopwatch, the kicker",
     "host": "deadlines of KVM_RUN",
     "cli": "what people are shown",
-    "kvm.kernel": "a guest's sleep on the real kernel",
+    "kvm.kernel_run": "a guest's sleep on the real kernel",
 }
 """Rooms and modules that may read a clock of the host, and what for."""
 

@@ -12,7 +12,10 @@ local APIC. The guest does initialise the PICs: `normalise.without_pic_setup`.
 from typing import Final
 
 from guests import scenarios
-from guests.scenarios import (
+
+from kvmtick import guests
+from kvmtick.guests import Needs
+from kvmtick.guests.script import (
     EXIT_CODE,
     Op,
     Scenario,
@@ -35,9 +38,6 @@ from guests.scenarios import (
     wait_ticks,
     wait_vector,
 )
-
-from kvmtick import guests
-from kvmtick.guests import Needs
 
 EOI, SVR, LVTT, LVT0, TMICT, TDCR = 0xB0, 0xF0, 0x320, 0x350, 0x380, 0x3E0
 """Registers of the local APIC."""

@@ -24,25 +24,17 @@ from pathlib import Path
 
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import kvm_cpuid_entry2
-from kvmtick.guests import Needs, gsi_routing
+from kvmtick.guests import Guest, Needs, gsi_routing
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.host.probe import probe_host
 from kvmtick.host.tracefs import TICK_EVENTS, Instance, Lost, open_tracefs
-from kvmtick.kvm.kernel import PORT_EXIT, GuestExit, KernelVm
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.kernel_run import PORT_EXIT, GuestExit
 
 LINE = re.compile(r"^.+-(?P<tid>\d+) +\[\d+\] +\S+ +[\d.]+: (?P<event>\w+): (?P<rest>.*)$")
 POINTER = re.compile(r"(?:hrtimer=|work struct[= ])(?P<pointer>[0-9a-f]+)")
 TIMER_PIN = 2
 TIMERS = {"pit": "pit_timer_fn", "apic": "apic_timer_fn"}
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A flat real-mode guest."""
-
-    image: bytes
-    load_at: int
-    entry: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +121,7 @@ def _in_irq(line: str) -> bool:
     return flags is not None and flags[1][2] in "hHsZz"
 
 
-def capture(guest: Image, args: argparse.Namespace) -> Capture:
+def capture(guest: Guest, args: argparse.Namespace) -> Capture:
     """One run under a trace instance of its own."""
     with open_tracefs() as tracefs, tracefs.instance() as trace, KernelVm() as vm:
         others = pit_worker_tids(os.getpid())
@@ -178,7 +170,7 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def header(guest: Image, args: argparse.Namespace, got: Capture) -> list[str]:
+def header(guest: Guest, args: argparse.Namespace, got: Capture) -> list[str]:
     """What the run was and where it was made, a line each."""
     host = probe_host()
     state = "complete" if not got.lost.total and got.end.reason == "done" else "incomplete"
@@ -204,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     """Capture, write, and say how it went."""
     args = parser().parse_args(argv)
     try:
-        guest = Image(args.image.read_bytes(), args.load_at, args.entry)
+        guest = Guest(args.image.name, args.image.read_bytes(), args.load_at, args.entry, None)
     except OSError as error:
         print(f"capture: {error}; name a flat binary with --image", file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
-from guests.scenarios import PIC_INIT
+from kvmtick.guests.script import PIC_INIT
 
 LINE = re.compile(
     r"^ *(?P<comm>.+)-(?P<pid>\d+) +\[\d+\] +(?P<flags>\S{4,}) +(?P<ts>[\d.]+): "

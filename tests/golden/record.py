@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from guests.scenarios import Scenario
-
 from golden import capture
 from golden.apic_scenarios import PIN, SCENARIOS
 from golden.normalise import LINE
 from kvmtick import guests
 from kvmtick.abi import HostError
+from kvmtick.guests import Guest
+from kvmtick.guests.script import Scenario
 from kvmtick.kvm.kernel import KernelVm
 
 TRACES = Path(__file__).parent / "traces"
@@ -121,11 +121,10 @@ def options(scenario: Scenario, reinject: int) -> list[str]:
     return [*pin, "--timer", timer, "--reinject", str(reinject)]
 
 
-def scenario_image(name: str) -> capture.Image:
+def scenario_image(name: str) -> Guest:
     """The scenario's guest for this host's TSC."""
     with KernelVm() as vm:
-        guest = SCENARIOS[name].guest(vm.get_tsc_khz())
-    return capture.Image(guest.image, guest.load_at, guest.entry)
+        return SCENARIOS[name].guest(vm.get_tsc_khz())
 
 
 def record(name: str, reinject: int, out: Path) -> float | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from guests.scenarios import EXIT_CODE, Results, Scenario
 
 from golden import capture
 from golden.apic_scenarios import (
@@ -41,6 +40,7 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQFD_FLAG_RESAMPLE,
 )
+from kvmtick.guests.script import EXIT_CODE, Results, Scenario
 from kvmtick.host.probe import probe_parameters
 from kvmtick.host.tracefs import open_tracefs
 from kvmtick.irqchip.i8254 import Pit

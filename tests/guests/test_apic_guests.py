@@ -8,12 +8,7 @@ from kvmtick import guests
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.guests import Needs
-from kvmtick.host.kvmdev import open_kvm
-from kvmtick.kvm.kernel import KernelVm
-from kvmtick.kvm.model import ModelVm
-from kvmtick.machine.run import Run
-
-from .scenarios import (
+from kvmtick.guests.script import (
     EXIT_CODE,
     Op,
     Results,
@@ -39,6 +34,10 @@ from .scenarios import (
     wrmsr,
     x2apic_write,
 )
+from kvmtick.host.kvmdev import open_kvm
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.model import ModelVm
+from kvmtick.machine.run import Run
 
 TICKS = 100
 LIMIT_S = 20.0

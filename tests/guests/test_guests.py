@@ -15,15 +15,13 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_PIC_SLAVE,
 )
 from kvmtick.guests import DEFAULT_NEEDS, MSI_ADDRESS, Needs, build, gsi_routing
-
-from .scenarios import (
+from kvmtick.guests.script import (
     APIC_VECTORS_AT,
     EXIT_CODE,
     FAULTS_AT,
     NMIS_AT,
     PIC_INIT,
     RESULTS_AT,
-    SCENARIOS,
     SCRIPT_AT,
     VECTORS_AT,
     Code,
@@ -41,6 +39,8 @@ from .scenarios import (
     wrmsr,
     x2apic_write,
 )
+
+from .scenarios import SCENARIOS
 
 ALL = [source.stem for source in build.sources()]
 LAPIC_TIMED = {"tick-lapic", "tick-x2apic"}

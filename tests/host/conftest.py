@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from tiny_guests import Bytes, MakeVm
+from tiny_guests import MakeVm, bytes_at
 
 from kvmtick.abi import HostError
 from kvmtick.host.kvmdev import open_kvm
@@ -34,7 +34,7 @@ def make_vm(kvm: None) -> Iterator[MakeVm]:
                 vm.create_pit2()
         if code:
             vm.create_vcpu()
-            vm.load(Bytes(code))
+            vm.load(bytes_at(code))
         return vm
 
     yield make

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 from eventfds import LIMIT_S, MakeEventFd, wait_for
-from tiny_guests import DONE, HLT, SPIN, Bytes, MakeVm, out8
+from tiny_guests import DONE, HLT, SPIN, MakeVm, bytes_at, out8
 
 import kvmtick
 from kvmtick.abi import KvmError
 from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
+from kvmtick.abi.exits import ExitIo, ExitIoapicEoi, ExitIrqWindowOpen
 from kvmtick.abi.structs import (
     KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
@@ -20,7 +21,6 @@ from kvmtick.abi.structs import (
     KVM_IRQFD_FLAG_RESAMPLE,
     kvm_irq_routing_entry,
 )
-from kvmtick.host.kvmdev import ExitIo, ExitIoapicEoi, ExitIrqWindowOpen
 from kvmtick.kvm.kernel import KernelVm
 
 APIC_BASE = 0xFEE0_0000
@@ -107,7 +107,7 @@ def test_an_ioeventfd_takes_the_writes_that_match(make_vm: MakeVm, eventfd: Make
     assert vm.run_until_exit(limit_s=LIMIT_S).exits == 3
     assert event.count() == 1
     vm.ioeventfd(0x510, 2, event.fd, flags | KVM_IOEVENTFD_FLAG_DEASSIGN, 0x1234)
-    vm.load(Bytes(code))
+    vm.load(bytes_at(code))
     assert vm.run_until_exit(limit_s=LIMIT_S).exits == 4
 
 
@@ -185,7 +185,7 @@ def test_the_split_irqchip_tells_the_end_of_a_level_interrupt(make_vm: MakeVm) -
     entry.u.msi.address_lo, entry.u.msi.data = APIC_BASE, 0xC045  # level, assert, vector 0x45
     vm.set_gsi_routing([entry])
     vcpu = vm.create_vcpu()
-    vm.load(Bytes(mmio_write(APIC_BASE + 0xB0, 0) + DONE))
+    vm.load(bytes_at(mmio_write(APIC_BASE + 0xB0, 0) + DONE))
     vcpu.set_real_mode(0, 0x1000, unreal=True)
     lapic = vcpu.get_lapic()
     lapic.set_reg(0xF0, 0x1FF)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tiny_guests import DONE, HLT, PIC_INIT, SPIN, TRIPLE_FAULT, Bytes, MakeVm, out8, ticker
+from tiny_guests import DONE, HLT, PIC_INIT, SPIN, TRIPLE_FAULT, MakeVm, bytes_at, out8, ticker
 
 from kvmtick.abi import KvmError
 from kvmtick.abi.caps import KVM_CAP_PIT2
@@ -44,7 +44,7 @@ def test_guest_counts_pit_ticks(make_vm: MakeVm) -> None:
 
 def test_the_guest_may_be_loaded_before_its_vcpu(make_vm: MakeVm) -> None:
     vm = make_vm()
-    vm.load(Bytes(ticker(3)))
+    vm.load(bytes_at(ticker(3)))
     vm.create_vcpu()
     assert vm.run_until_exit(limit_s=LIMIT_S).code == 3
 
@@ -172,7 +172,7 @@ def test_port_61_belongs_to_the_speaker_flag(make_vm: MakeVm, flags: int, exits:
     vm = make_vm(pit=False)
     vm.create_pit2(flags)
     vm.create_vcpu()
-    vm.load(Bytes(b"\xe4\x61" + DONE))
+    vm.load(bytes_at(b"\xe4\x61" + DONE))
     assert vm.run_until_exit(limit_s=LIMIT_S).exits == exits
 
 
@@ -180,7 +180,7 @@ def test_create_pit_has_the_speaker(make_vm: MakeVm) -> None:
     vm = make_vm(pit=False)
     vm.create_pit()
     vm.create_vcpu()
-    vm.load(Bytes(b"\xe4\x61" + DONE))
+    vm.load(bytes_at(b"\xe4\x61" + DONE))
     assert vm.run_until_exit(limit_s=LIMIT_S).exits == 1
 
 
@@ -424,4 +424,4 @@ def test_create_pit2_takes_any_flags(make_vm: MakeVm, flags: int) -> None:
 
 def test_image_outside_ram_is_refused(make_vm: MakeVm) -> None:
     with pytest.raises(ValueError, match="outside guest RAM"):
-        make_vm().load(Bytes(b"\0" * 16, load_at=0x1F_FFF8))
+        make_vm().load(bytes_at(b"\0" * 16, load_at=0x1F_FFF8))

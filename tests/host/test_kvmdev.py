@@ -15,18 +15,9 @@ import pytest
 from tiny_guests import DONE, HLT, SPIN, TRIPLE_FAULT, MakeVm, out8
 
 from kvmtick.abi import HostError, KvmError
+from kvmtick.abi.exits import ExitHlt, ExitInternalError, ExitIntr, ExitIo, ExitMmio, ExitShutdown
 from kvmtick.host import kvmdev
-from kvmtick.host.kvmdev import (
-    KICK_SIGNAL,
-    ExitHlt,
-    ExitInternalError,
-    ExitIntr,
-    ExitIo,
-    ExitMmio,
-    ExitShutdown,
-    open_kvm,
-    pit_worker_tids,
-)
+from kvmtick.host.kvmdev import KICK_SIGNAL, open_kvm, pit_worker_tids
 from kvmtick.kvm.kernel import KernelVm
 
 LIMIT_S = 5.0

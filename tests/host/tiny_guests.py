@@ -1,20 +1,16 @@
 """Guests of a few bytes, assembled by hand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from kvmtick.guests import Guest
 from kvmtick.kvm.kernel import KernelVm
 
 CODE = 0x1000
 
 
-@dataclass(frozen=True)
-class Bytes:
+def bytes_at(image: bytes, load_at: int = CODE) -> Guest:
     """A guest at 0:0x1000."""
-
-    image: bytes
-    load_at: int = CODE
-    entry: tuple[int, int] = (0, CODE)
+    return Guest("bytes", image, load_at, (0, CODE), None)
 
 
 def out8(port: int, value: int) -> bytes:

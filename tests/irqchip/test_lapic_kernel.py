@@ -17,8 +17,10 @@ import pytest
 from lapic_rig import BASE, INIT, NOBODY, LapicRig, page_register, set_page_register
 
 from kvmtick.abi import HostError, KvmError
+from kvmtick.abi.exits import ExitIo
 from kvmtick.abi.structs import kvm_cpuid_entry2
-from kvmtick.host.kvmdev import ExitIo, open_kvm
+from kvmtick.guests import Guest
+from kvmtick.host.kvmdev import open_kvm
 from kvmtick.irqchip.delivery import LapicIrq
 from kvmtick.kvm.kernel import KernelVm
 
@@ -272,13 +274,6 @@ def code(op: Op) -> bytes:
     return bytes((0xE6, PORT_HOST))
 
 
-@dataclass(frozen=True)
-class Image:
-    image: bytes
-    load_at: int = CODE
-    entry: tuple[int, int] = (0, CODE)
-
-
 def cpuid(features: tuple[str, ...]) -> list[kvm_cpuid_entry2]:
     ecx = sum(1 << {"x2apic": 21, "tsc_deadline": 24}[name] for name in features)
     return [kvm_cpuid_entry2(function=0, eax=1), kvm_cpuid_entry2(function=1, ecx=ecx)]
@@ -312,7 +307,7 @@ def on_the_kernel(features: tuple[str, ...] | None, ops: list[Op]) -> Outcome:
 
         vm.write_memory(4 * GP_VECTOR, GP_HANDLER.to_bytes(4, "little"))
         vm.write_memory(GP_HANDLER, handler)
-        vm.load(Image(image))
+        vm.load(Guest("program", image, CODE, (0, CODE), None))
         vcpus[0].set_real_mode(0, CODE, unreal=True)
         while (exit_ := vcpus[0].run(LIMIT_S)) != DONE:
             assert isinstance(exit_, ExitIo), exit_

@@ -9,6 +9,7 @@ from ctypes import sizeof
 
 from kvmtick.abi.structs import (
     KvmStruct,
+    kvm_clock_data,
     kvm_cpuid2,
     kvm_enable_cap,
     kvm_interrupt,
@@ -27,7 +28,10 @@ from kvmtick.abi.structs import (
     kvm_regs,
     kvm_signal_mask,
     kvm_sregs,
+    kvm_tpr_access_ctl,
+    kvm_u64,
     kvm_userspace_memory_region,
+    kvm_vapic_addr,
     kvm_vcpu_events,
 )
 
@@ -42,6 +46,7 @@ __all__ = [
     "KVM_CREATE_VM",
     "KVM_ENABLE_CAP",
     "KVM_GET_API_VERSION",
+    "KVM_GET_CLOCK",
     "KVM_GET_CPUID2",
     "KVM_GET_IRQCHIP",
     "KVM_GET_LAPIC",
@@ -64,8 +69,10 @@ __all__ = [
     "KVM_REINJECT_CONTROL",
     "KVM_RUN",
     "KVM_SET_BOOT_CPU_ID",
+    "KVM_SET_CLOCK",
     "KVM_SET_CPUID2",
     "KVM_SET_GSI_ROUTING",
+    "KVM_SET_IDENTITY_MAP_ADDR",
     "KVM_SET_IRQCHIP",
     "KVM_SET_LAPIC",
     "KVM_SET_MP_STATE",
@@ -76,9 +83,12 @@ __all__ = [
     "KVM_SET_SIGNAL_MASK",
     "KVM_SET_SREGS",
     "KVM_SET_TSC_KHZ",
+    "KVM_SET_TSS_ADDR",
     "KVM_SET_USER_MEMORY_REGION",
+    "KVM_SET_VAPIC_ADDR",
     "KVM_SET_VCPU_EVENTS",
     "KVM_SIGNAL_MSI",
+    "KVM_TPR_ACCESS_REPORTING",
     "io",
     "ioctl_name",
     "ior",
@@ -126,6 +136,8 @@ KVM_GET_SUPPORTED_CPUID = iowr(KVMIO, 0x05, kvm_cpuid2)
 # on a VM
 KVM_CREATE_VCPU = io(KVMIO, 0x41)
 KVM_SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, kvm_userspace_memory_region)
+KVM_SET_TSS_ADDR = io(KVMIO, 0x47)
+KVM_SET_IDENTITY_MAP_ADDR = iow(KVMIO, 0x48, kvm_u64)
 KVM_CREATE_IRQCHIP = io(KVMIO, 0x60)
 KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
 KVM_GET_IRQCHIP = iowr(KVMIO, 0x62, kvm_irqchip)
@@ -140,6 +152,8 @@ KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
 KVM_SET_BOOT_CPU_ID = io(KVMIO, 0x78)
 KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
+KVM_SET_CLOCK = iow(KVMIO, 0x7B, kvm_clock_data)
+KVM_GET_CLOCK = ior(KVMIO, 0x7C, kvm_clock_data)
 KVM_GET_PIT2 = ior(KVMIO, 0x9F, kvm_pit_state2)
 KVM_SET_PIT2 = iow(KVMIO, 0xA0, kvm_pit_state2)
 KVM_SIGNAL_MSI = iow(KVMIO, 0xA5, kvm_msi)
@@ -158,6 +172,8 @@ KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
 KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
 KVM_GET_CPUID2 = iowr(KVMIO, 0x91, kvm_cpuid2)
+KVM_TPR_ACCESS_REPORTING = iowr(KVMIO, 0x92, kvm_tpr_access_ctl)
+KVM_SET_VAPIC_ADDR = iow(KVMIO, 0x93, kvm_vapic_addr)
 KVM_GET_MP_STATE = ior(KVMIO, 0x98, kvm_mp_state)
 KVM_SET_MP_STATE = iow(KVMIO, 0x99, kvm_mp_state)
 KVM_NMI = io(KVMIO, 0x9A)

@@ -26,6 +26,9 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 __all__ = [
     "KVM_APIC_REG_SIZE",
     "KVM_API_VERSION",
+    "KVM_CLOCK_HOST_TSC",
+    "KVM_CLOCK_REALTIME",
+    "KVM_CLOCK_TSC_STABLE",
     "KVM_CPUID_FLAG_SIGNIFCANT_INDEX",
     "KVM_EXIT_DEBUG",
     "KVM_EXIT_EXCEPTION",
@@ -65,6 +68,7 @@ __all__ = [
     "KVM_IRQ_ROUTING_MSI",
     "KVM_MEM_LOG_DIRTY_PAGES",
     "KVM_MEM_READONLY",
+    "KVM_MP_STATE_AP_RESET_HOLD",
     "KVM_MP_STATE_HALTED",
     "KVM_MP_STATE_INIT_RECEIVED",
     "KVM_MP_STATE_RUNNABLE",
@@ -92,6 +96,7 @@ __all__ = [
     "KvmStruct",
     "KvmUnion",
     "format_struct",
+    "kvm_clock_data",
     "kvm_cpuid2",
     "kvm_cpuid_entry2",
     "kvm_dtable",
@@ -126,7 +131,10 @@ __all__ = [
     "kvm_segment",
     "kvm_signal_mask",
     "kvm_sregs",
+    "kvm_tpr_access_ctl",
+    "kvm_u64",
     "kvm_userspace_memory_region",
+    "kvm_vapic_addr",
     "kvm_vcpu_events",
     "make_cpuid2",
     "make_irq_routing",
@@ -220,6 +228,12 @@ KVM_MP_STATE_UNINITIALIZED = 1
 KVM_MP_STATE_INIT_RECEIVED = 2
 KVM_MP_STATE_HALTED = 3
 KVM_MP_STATE_SIPI_RECEIVED = 4
+KVM_MP_STATE_AP_RESET_HOLD = 9
+
+# kvm_clock_data.flags
+KVM_CLOCK_TSC_STABLE = 1 << 1
+KVM_CLOCK_REALTIME = 1 << 2
+KVM_CLOCK_HOST_TSC = 1 << 3
 
 # kvm_vcpu_events.flags: which parts KVM_SET_VCPU_EVENTS takes
 KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
@@ -588,6 +602,13 @@ def make_msrs(entries: Iterable[kvm_msr_entry]) -> bytearray:
 
 
 @_layout
+class kvm_u64(KvmStruct):
+    """The bare __u64 that KVM_SET_IDENTITY_MAP_ADDR takes."""
+
+    value: U64
+
+
+@_layout
 class kvm_userspace_memory_region(KvmStruct):
     """KVM_SET_USER_MEMORY_REGION; sizes and addresses in bytes, page aligned."""
 
@@ -694,6 +715,34 @@ class kvm_signal_mask(KvmStruct):
     """Head of KVM_SET_SIGNAL_MASK's argument; `len` (8) bytes of sigset follow it."""
 
     len: U32
+
+
+@_layout
+class kvm_clock_data(KvmStruct):
+    """KVM_GET_CLOCK, KVM_SET_CLOCK: kvmclock in ns; `flags`: KVM_CLOCK_*."""
+
+    clock: U64
+    flags: U32
+    pad0: U32
+    realtime: U64
+    host_tsc: U64
+    pad: Annotated[Array[c_uint32], c_uint32 * 4]
+
+
+@_layout
+class kvm_tpr_access_ctl(KvmStruct):
+    """KVM_TPR_ACCESS_REPORTING."""
+
+    enabled: U32
+    flags: U32
+    reserved: Annotated[Array[c_uint32], c_uint32 * 8]
+
+
+@_layout
+class kvm_vapic_addr(KvmStruct):
+    """KVM_SET_VAPIC_ADDR; a guest-physical address."""
+
+    vapic_addr: U64
 
 
 @_layout
@@ -886,7 +935,7 @@ class FieldDiff(NamedTuple):
         return f"{self.name}: {_show(self.left)} != {_show(self.right)}"
 
 
-_PADDING = ("pad", "padding", "padding1", "reserved", "reserve")
+_PADDING = ("pad", "pad0", "padding", "padding1", "reserved", "reserve")
 
 
 def struct_fields(

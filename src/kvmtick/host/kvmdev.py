@@ -22,16 +22,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from kvmtick.abi import HostError, KvmError, ioctls, structs
 from kvmtick.abi.closing import Closing
+from kvmtick.abi.exits import Exit, ExitIntr, answer_place, decode
 from kvmtick.abi.structs import (
     KvmStruct,
-    kvm_cpuid2,
-    kvm_cpuid_entry2,
     kvm_regs,
     kvm_run,
     kvm_segment,
@@ -41,17 +39,6 @@ from kvmtick.abi.structs import (
 __all__ = [
     "DEFAULT_LIMIT_S",
     "KVM_PATH",
-    "Exit",
-    "ExitFailEntry",
-    "ExitHlt",
-    "ExitInternalError",
-    "ExitIntr",
-    "ExitIo",
-    "ExitIoapicEoi",
-    "ExitIrqWindowOpen",
-    "ExitMmio",
-    "ExitOther",
-    "ExitShutdown",
     "GuestMemory",
     "KvmDevice",
     "KvmFile",
@@ -75,119 +62,19 @@ CR0_AFTER_RESET: Final = 0x6000_0010
 KICK_SIGNAL: Final = signal.SIGRTMIN + 6
 """Ends KVM_RUN; any real-time signal nobody else uses would do."""
 
-MAX_CPUID_ENTRIES: Final = 256
-"""KVM_MAX_CPUID_ENTRIES: a kernel takes and gives no more."""
-
-_CPUID_HEAD, _CPUID_ENTRY = ctypes.sizeof(kvm_cpuid2), ctypes.sizeof(kvm_cpuid_entry2)
-
 _S = TypeVar("_S", bound=KvmStruct)
 
 
-@dataclass(frozen=True, slots=True)
-class ExitIo:
-    """KVM_EXIT_IO: `count` accesses of `size` bytes to `port`; `data` holds what was written.
-
-    A read must be answered (`VcpuFile.answer`) before the next KVM_RUN.
-    """
-
-    port: int
-    size: int
-    count: int
-    is_write: bool
-    data: bytes
-
-    def values(self) -> list[int]:
-        """What the guest wrote, one number an access."""
-        step = self.size
-        return [
-            int.from_bytes(self.data[at : at + step], "little")
-            for at in range(0, len(self.data), step)
-        ]
+_libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+_libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 
 
-@dataclass(frozen=True, slots=True)
-class ExitMmio:
-    """KVM_EXIT_MMIO: `len` bytes at `phys_addr`; `data` holds what was written."""
-
-    phys_addr: int
-    len: int
-    is_write: bool
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ExitHlt:
-    """KVM_EXIT_HLT: only without an in-kernel irqchip; with one, HLT waits in the kernel."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitShutdown:
-    """KVM_EXIT_SHUTDOWN: the guest took a triple fault."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitIrqWindowOpen:
-    """KVM_EXIT_IRQ_WINDOW_OPEN: the window asked for by `request_interrupt_window`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExitIoapicEoi:
-    """KVM_EXIT_IOAPIC_EOI: the guest ended `vector`, which is level-triggered (split irqchip)."""
-
-    vector: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExitInternalError:
-    """KVM_EXIT_INTERNAL_ERROR: KVM could not go on; `suberror`: KVM_INTERNAL_ERROR_*."""
-
-    suberror: int
-    data: tuple[int, ...]
-
-    def instruction(self) -> bytes:
-        """The bytes KVM could not emulate, where it tells them (suberror 1, flag bit 0)."""
-        if self.suberror != structs.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
-            return b""
-        if not self.data[0] & 1:
-            return b""
-        raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:3])
-        return raw[1 : 1 + raw[0]]
-
-
-@dataclass(frozen=True, slots=True)
-class ExitFailEntry:
-    """KVM_EXIT_FAIL_ENTRY: the hardware refused the VM entry."""
-
-    hardware_entry_failure_reason: int
-    cpu: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExitIntr:
-    """KVM_RUN was ended from outside: `time` (the limit is over) or `kick`."""
-
-    reason: Literal["time", "kick"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExitOther:
-    """Any other `exit_reason` (KVM_EXIT_*)."""
-
-    exit_reason: int
-
-
-Exit: TypeAlias = (
-    ExitIo
-    | ExitMmio
-    | ExitHlt
-    | ExitShutdown
-    | ExitIrqWindowOpen
-    | ExitIoapicEoi
-    | ExitInternalError
-    | ExitFailEntry
-    | ExitIntr
-    | ExitOther
-)
+def _ioctl_word(fd: int, request: int, word: int) -> int:
+    """ioctl(2) with the unsigned long as it is; fcntl.ioctl would cut it to an int."""
+    result = int(_libc_ioctl(fd, request, word))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
 
 
 class KvmFile(Closing):
@@ -213,10 +100,12 @@ class KvmFile(Closing):
         call = ioctls.ioctl_name(request)
         if self.closed:
             raise KvmError(errno.EBADF, call, f"this {type(self).__name__} was closed")
-        value = ctypes.c_int(arg).value if isinstance(arg, int) else arg
         while True:
             try:
-                return fcntl.ioctl(self._fd, request, value)
+                if isinstance(arg, int):
+                    return _ioctl_word(self._fd, request, arg)
+                result: int = fcntl.ioctl(self._fd, request, arg)
+                return result
             except InterruptedError:
                 continue
             except OSError as error:
@@ -227,17 +116,6 @@ class KvmFile(Closing):
         out = struct()
         self.ioctl(request, out)
         return out
-
-    def cpuid(self, request: int) -> list[kvm_cpuid_entry2]:
-        """An ioctl that fills in a kvm_cpuid2."""
-        data = bytearray(_CPUID_HEAD + MAX_CPUID_ENTRIES * _CPUID_ENTRY)
-        data[:4] = MAX_CPUID_ENTRIES.to_bytes(4, "little")
-        self.ioctl(request, data)
-        count = int.from_bytes(data[:4], "little")
-        return [
-            kvm_cpuid_entry2.from_buffer_copy(data, _CPUID_HEAD + index * _CPUID_ENTRY)
-            for index in range(count)
-        ]
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -265,9 +143,11 @@ class KvmDevice(KvmFile):
         """KVM_GET_VCPU_MMAP_SIZE: bytes of the area shared with a vCPU."""
         return self.ioctl(ioctls.KVM_GET_VCPU_MMAP_SIZE)
 
-    def supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """KVM_GET_SUPPORTED_CPUID: what a guest may be shown of this CPU."""
-        return self.cpuid(ioctls.KVM_GET_SUPPORTED_CPUID)
+    def again(self) -> "KvmDevice":
+        """Another descriptor of the same device, to be closed by itself."""
+        if self.closed:
+            raise KvmError(errno.EBADF, "KVM_CREATE_VM", "this KvmDevice was closed")
+        return KvmDevice(fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0))
 
     def create_vm(self, type_: int = 0) -> "VmFile":
         """KVM_CREATE_VM. EINVAL: `type_` is not a machine type of this host."""
@@ -405,12 +285,6 @@ class VcpuFile(KvmFile):
     `enter` is one KVM_RUN, inside `bounded`; `run` is both in one.
     """
 
-    _EXITS: ClassVar[dict[int, Exit]] = {
-        structs.KVM_EXIT_HLT: ExitHlt(),
-        structs.KVM_EXIT_SHUTDOWN: ExitShutdown(),
-        structs.KVM_EXIT_IRQ_WINDOW_OPEN: ExitIrqWindowOpen(),
-    }
-
     def __init__(self, fd: int, mmap_bytes: int, life: _VmLife) -> None:
         super().__init__(fd)
         self._life = life
@@ -483,7 +357,8 @@ class VcpuFile(KvmFile):
                 continue
             except OSError as error:
                 raise KvmError(error.errno or 0, "KVM_RUN") from None
-            return self._decode(area)
+            assert self._map is not None
+            return decode(area, self._map)
 
     def run(self, limit_s: float = DEFAULT_LIMIT_S) -> Exit:
         """One KVM_RUN to the next exit, at most `limit_s` wall seconds; errors as `enter`."""
@@ -516,17 +391,9 @@ class VcpuFile(KvmFile):
 
         Raises ValueError when it was no read, or the size is wrong.
         """
-        run = self.area
-        if run.exit_reason == structs.KVM_EXIT_IO and not run.u.io.direction:
-            at, size = run.u.io.data_offset, run.u.io.size * run.u.io.count
-        elif run.exit_reason == structs.KVM_EXIT_MMIO and not run.u.mmio.is_write:
-            at, size = _MMIO_DATA, run.u.mmio.len
-        else:
-            raise ValueError(f"nothing to answer: exit_reason {run.exit_reason} is not a read")
-        if len(data) != size:
-            raise ValueError(f"the guest reads {size} bytes, the answer has {len(data)}")
+        at = answer_place(self.area, data)
         assert self._map is not None
-        self._map[at : at + size] = data
+        self._map[at : at + len(data)] = data
 
     def set_real_mode(self, cs: int, ip: int, *, unreal: bool = False) -> None:
         """Registers as after RESET, but starting at `cs`:`ip` in real mode.
@@ -575,43 +442,6 @@ class VcpuFile(KvmFile):
         bits = sum(1 << (number - 1) for number in blocked if number != KICK_SIGNAL)
         data = bytes(structs.kvm_signal_mask(len=8)) + bits.to_bytes(8, "little")
         self.ioctl(ioctls.KVM_SET_SIGNAL_MASK, bytearray(data))
-
-    def _decode(self, run: kvm_run) -> Exit:
-        reason = run.exit_reason
-        if known := self._EXITS.get(reason):
-            return known
-        if reason == structs.KVM_EXIT_IO:
-            return self._decode_io(run)
-        if reason == structs.KVM_EXIT_MMIO:
-            mmio = run.u.mmio
-            write = bool(mmio.is_write)
-            return ExitMmio(
-                mmio.phys_addr, mmio.len, write, bytes(mmio.data[: mmio.len]) if write else b""
-            )
-        if reason == structs.KVM_EXIT_IOAPIC_EOI:
-            return ExitIoapicEoi(run.u.eoi.vector)
-        if reason == structs.KVM_EXIT_INTERNAL_ERROR:
-            internal = run.u.internal
-            return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))
-        if reason == structs.KVM_EXIT_FAIL_ENTRY:
-            fail = run.u.fail_entry
-            return ExitFailEntry(fail.hardware_entry_failure_reason, fail.cpu)
-        return ExitOther(reason)
-
-    def _decode_io(self, run: kvm_run) -> ExitIo:
-        io = run.u.io
-        write = io.direction == structs.KVM_EXIT_IO_OUT
-        data = b""
-        if write and self._map is not None:
-            data = self._map[io.data_offset : io.data_offset + io.size * io.count]
-        return ExitIo(io.port, io.size, io.count, write, data)
-
-
-def _offset_of(struct: type[KvmStruct] | type[structs.KvmUnion], field: str) -> int:
-    return int(getattr(struct, field).offset)
-
-
-_MMIO_DATA = _offset_of(kvm_run, "u") + _offset_of(structs.kvm_run_mmio, "data")
 
 
 def _real_segment(segment: kvm_segment, selector: int, type_: int, *, unreal: bool) -> None:

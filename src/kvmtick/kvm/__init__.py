@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, overload
 
 if TYPE_CHECKING:
     from kvmtick.abi.structs import kvm_cpuid_entry2
-    from kvmtick.kvm.kernel import KernelVm
+    from kvmtick.kvm.kernel import KernelSystem
     from kvmtick.kvm.model import ModelVm
 
-__all__ = ["KernelKvm", "Kvm", "ModelKvm"]
+__all__ = ["Kvm", "ModelKvm"]
 
 
 class ModelKvm:
@@ -34,37 +34,20 @@ class ModelKvm:
         return cpuid_entries()
 
 
-class KernelKvm:
-    """Makes VMs of /dev/kvm."""
-
-    backend = "kernel"
-
-    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """KVM_GET_SUPPORTED_CPUID. HostError where /dev/kvm is absent or forbidden."""
-        from kvmtick.host.kvmdev import open_kvm
-
-        with open_kvm() as device:
-            return device.supported_cpuid()
-
-    def create_vm(self) -> KernelVm:
-        """KVM_CREATE_VM. HostError where /dev/kvm is absent or forbidden."""
-        from kvmtick.kvm.kernel import KernelVm
-
-        return KernelVm()
-
-
 @overload
 def Kvm(backend: Literal["model"] = "model") -> ModelKvm: ...
 
 
 @overload
-def Kvm(backend: Literal["kernel"]) -> KernelKvm: ...
+def Kvm(backend: Literal["kernel"]) -> KernelSystem: ...
 
 
-def Kvm(backend: str = "model") -> ModelKvm | KernelKvm:
+def Kvm(backend: str = "model") -> ModelKvm | KernelSystem:
     """The system side of KVM: `model` or `kernel`. ValueError for any other name."""
     if backend == "model":
         return ModelKvm()
     if backend == "kernel":
-        return KernelKvm()
+        from kvmtick.kvm.kernel import KernelSystem
+
+        return KernelSystem()
     raise ValueError(f"unknown back end {backend!r}: choose model or kernel")

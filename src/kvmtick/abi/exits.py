@@ -1,0 +1,205 @@
+"""How KVM_RUN ends, as typed values: `decode` reads them from the kvm_run area.
+
+Source: api.rst, "The kvm_run structure". Exits that no interrupt, timer or access of a guest causes
+come as `ExitOther`.
+"""
+
+from dataclasses import dataclass
+from mmap import mmap
+from typing import Literal, TypeAlias
+
+from kvmtick.abi import structs
+from kvmtick.abi.structs import KvmStruct, kvm_run
+
+__all__ = [
+    "Exit",
+    "ExitFailEntry",
+    "ExitHlt",
+    "ExitInternalError",
+    "ExitIntr",
+    "ExitIo",
+    "ExitIoapicEoi",
+    "ExitIrqWindowOpen",
+    "ExitMmio",
+    "ExitOther",
+    "ExitSetTpr",
+    "ExitShutdown",
+    "answer_place",
+    "decode",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIo:
+    """KVM_EXIT_IO: `count` accesses of `size` bytes to `port`; `data` holds what was written.
+
+    A read must be answered (`Vcpu.answer`) before the next KVM_RUN.
+    """
+
+    port: int
+    size: int
+    count: int
+    is_write: bool
+    data: bytes
+
+    def values(self) -> list[int]:
+        """What the guest wrote, one number an access."""
+        step = self.size
+        return [
+            int.from_bytes(self.data[at : at + step], "little")
+            for at in range(0, len(self.data), step)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitMmio:
+    """KVM_EXIT_MMIO: `len` bytes at `phys_addr`; `data` holds what was written."""
+
+    phys_addr: int
+    len: int
+    is_write: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExitHlt:
+    """KVM_EXIT_HLT: only without an in-kernel irqchip; with one, HLT waits in the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitShutdown:
+    """KVM_EXIT_SHUTDOWN: the guest took a triple fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIrqWindowOpen:
+    """KVM_EXIT_IRQ_WINDOW_OPEN: the window asked for by `request_interrupt_window`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitSetTpr:
+    """KVM_EXIT_SET_TPR: the guest lowered CR8 (`kvm_run.cr8`); only with a userspace irqchip."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIoapicEoi:
+    """KVM_EXIT_IOAPIC_EOI: the guest ended `vector`, which is level-triggered (split irqchip)."""
+
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitInternalError:
+    """KVM_EXIT_INTERNAL_ERROR: KVM could not go on; `suberror`: KVM_INTERNAL_ERROR_*."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+    def instruction(self) -> bytes:
+        """The bytes KVM could not emulate, where it tells them (suberror 1, flag bit 0)."""
+        if self.suberror != structs.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
+            return b""
+        if not self.data[0] & 1:
+            return b""
+        raw = b"".join(word.to_bytes(8, "little") for word in self.data[1:3])
+        return raw[1 : 1 + raw[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitFailEntry:
+    """KVM_EXIT_FAIL_ENTRY: the hardware refused the VM entry."""
+
+    hardware_entry_failure_reason: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitIntr:
+    """KVM_RUN was ended from outside: `time` (the limit is over) or `kick`."""
+
+    reason: Literal["time", "kick"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitOther:
+    """Any other `exit_reason` (KVM_EXIT_*)."""
+
+    exit_reason: int
+
+
+Exit: TypeAlias = (
+    ExitIo
+    | ExitMmio
+    | ExitHlt
+    | ExitShutdown
+    | ExitIrqWindowOpen
+    | ExitSetTpr
+    | ExitIoapicEoi
+    | ExitInternalError
+    | ExitFailEntry
+    | ExitIntr
+    | ExitOther
+)
+
+Buffer: TypeAlias = mmap | bytearray
+
+_PLAIN: dict[int, Exit] = {
+    structs.KVM_EXIT_HLT: ExitHlt(),
+    structs.KVM_EXIT_SHUTDOWN: ExitShutdown(),
+    structs.KVM_EXIT_IRQ_WINDOW_OPEN: ExitIrqWindowOpen(),
+    structs.KVM_EXIT_SET_TPR: ExitSetTpr(),
+}
+
+
+def decode(run: kvm_run, area: Buffer) -> Exit:
+    """The exit that `run` tells of; `area` is the whole shared area, with the port data."""
+    reason = run.exit_reason
+    if known := _PLAIN.get(reason):
+        return known
+    if reason == structs.KVM_EXIT_IO:
+        return _decode_io(run, area)
+    if reason == structs.KVM_EXIT_MMIO:
+        mmio = run.u.mmio
+        write = bool(mmio.is_write)
+        return ExitMmio(
+            mmio.phys_addr, mmio.len, write, bytes(mmio.data[: mmio.len]) if write else b""
+        )
+    if reason == structs.KVM_EXIT_IOAPIC_EOI:
+        return ExitIoapicEoi(run.u.eoi.vector)
+    if reason == structs.KVM_EXIT_INTERNAL_ERROR:
+        internal = run.u.internal
+        return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))
+    if reason == structs.KVM_EXIT_FAIL_ENTRY:
+        fail = run.u.fail_entry
+        return ExitFailEntry(fail.hardware_entry_failure_reason, fail.cpu)
+    return ExitOther(reason)
+
+
+def _decode_io(run: kvm_run, area: Buffer) -> ExitIo:
+    io = run.u.io
+    write = io.direction == structs.KVM_EXIT_IO_OUT
+    data = bytes(memoryview(area)[io.data_offset :][: io.size * io.count]) if write else b""
+    return ExitIo(io.port, io.size, io.count, write, data)
+
+
+def answer_place(run: kvm_run, answer: bytes) -> int:
+    """Where in the shared area the answer to the read of the last exit (IO or MMIO) goes.
+
+    Raises ValueError when it was no read, or the answer has another size than was asked for.
+    """
+    if run.exit_reason == structs.KVM_EXIT_IO and not run.u.io.direction:
+        at, size_bytes = run.u.io.data_offset, run.u.io.size * run.u.io.count
+    elif run.exit_reason == structs.KVM_EXIT_MMIO and not run.u.mmio.is_write:
+        at, size_bytes = _MMIO_DATA, run.u.mmio.len
+    else:
+        raise ValueError(f"nothing to answer: exit_reason {run.exit_reason} is not a read")
+    if len(answer) != size_bytes:
+        raise ValueError(f"the guest reads {size_bytes} bytes, the answer has {len(answer)}")
+    return at
+
+
+def _offset_of(struct: type[KvmStruct], field: str) -> int:
+    return int(getattr(struct, field).offset)
+
+
+_MMIO_DATA = _offset_of(kvm_run, "u") + _offset_of(structs.kvm_run_mmio, "data")

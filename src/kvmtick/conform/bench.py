@@ -1,0 +1,269 @@
+"""What a conformance case works with: VMs of a back end, and scripts of the `scenario` guest.
+
+A case does with its VMs what it would do with KVM's; the calls are the same on every back end.
+`Bench.needs_model` is for what the host's KVM cannot show: it says what is in the way.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kvmtick import guests
+from kvmtick.abi.structs import (
+    KVM_IRQ_ROUTING_IRQCHIP,
+    KVM_IRQ_ROUTING_MSI,
+    KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    kvm_irq_routing_entry,
+)
+from kvmtick.conform.case import Skipped, equal
+from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8
+from kvmtick.kvm.kernel import KernelVcpu, KernelVm
+from kvmtick.kvm.kernel_run import PORT_SLEEP
+from kvmtick.kvm.model import ModelVcpu, ModelVm
+from kvmtick.kvm.setup import cpuid_of
+
+Vm = ModelVm | KernelVm
+Vcpu = ModelVcpu | KernelVcpu
+Script = tuple[Op | tuple[Op, ...], ...]
+Handler = Callable[[int, int, int | None], int | None]
+
+COUNT = 1193
+"""A PIT count, whose period is"""
+PERIOD_NS = 999_848
+LIMIT_NS = 2_000_000_000
+LIMIT_S = 5.0
+"""No guest of a case that works comes near these."""
+
+LATE_MS = 4
+TOLERANCE = LATE_MS + 2
+ATTEMPTS = 4
+
+EOI_AT_INJECTION = "the recorded host's back end writes EOI when it injects an interrupt"
+
+PORT_ACT = 0x510
+"""A write to this port or one of the next is an exit to user space, where the test acts."""
+PORT_NOBODY = 0x80
+WINDOWS: Script = (out8(PORT_NOBODY, 0),) * 8
+"""Exits to user space: after each the guest takes an interrupt if one waits (IF=1)."""
+
+# Registers of the local APIC.
+ID, VERSION, TPR, PPR, EOI, LDR, DFR = 0x20, 0x30, 0x80, 0xA0, 0xB0, 0xD0, 0xE0
+SVR, ISR, TMR, IRR, ESR, ICR, ICR_HIGH = 0xF0, 0x100, 0x180, 0x200, 0x280, 0x300, 0x310
+LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR = 0x320, 0x330, 0x340, 0x350, 0x360, 0x370
+TMICT, TMCCT, TDCR, SELF_IPI = 0x380, 0x390, 0x3E0, 0x3F0
+
+ENABLED = 0x1FF
+DIVIDE_BY_1 = 0xB
+LVT_MASKED, LVT_PERIODIC, LVT_TSC_DEADLINE = 1 << 16, 1 << 17, 1 << 18
+LVT_NMI, LVT_EXTINT = 0x400, 0x700
+TO_SELF = 0x4_4000
+"""ICR: shorthand self, assert; with a vector below."""
+
+MSR_TSC, MSR_APIC_BASE, MSR_TSC_DEADLINE = 0x10, 0x1B, 0x6E0
+APIC_BASE, X2APIC_BASE = 0xFEE0_0900, 0xFEE0_0D00
+
+# Redirection entries of the IOAPIC.
+POLARITY_LOW, REMOTE_IRR, LEVEL, MASKED, NMI = 1 << 13, 1 << 14, 1 << 15, 1 << 16, 0x400
+DEST_ID_SHIFT = 56
+MSI_ADDRESS = guests.MSI_ADDRESS
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Who makes the VMs; on the model every number is exact."""
+
+    name: str
+    make_vm: Callable[[], Vm]
+
+    @property
+    def exact(self) -> bool:
+        """It is the model."""
+        return self.name == "model"
+
+    def needs_model(self, why: str) -> None:
+        """Skip on the kernel."""
+        if not self.exact:
+            raise Skipped(why)
+
+    @contextmanager
+    def pc(
+        self, *, pit: bool = False, reinject: bool = True, vcpus: int = 1, cpuid: bool = True
+    ) -> Iterator["Pc"]:
+        """A VM with an irqchip and vCPUs, which have all the CPUID features there are, or none."""
+        with self.make_vm() as vm:
+            vm.create_irqchip()
+            if pit:
+                vm.create_pit2()
+                vm.reinject_control(reinject)
+            made: list[Vcpu] = []
+            for vcpu_id in range(vcpus):
+                made.append(vm.create_vcpu(vcpu_id))
+                if cpuid:
+                    made[-1].set_cpuid2(cpuid_of(vm.get_supported_cpuid(), vcpu_id))
+            yield Pc(self, vm, made)
+
+
+@dataclass(frozen=True, slots=True)
+class Pc:
+    """A VM with its vCPUs, and what the tests ask of it."""
+
+    backend: Bench
+    vm: Vm
+    vcpus: list[Vcpu]
+
+    @property
+    def tsc_khz(self) -> int:
+        """The rate of the TSC its guests read."""
+        return self.vm.get_tsc_khz()
+
+    def run(
+        self, *script: Op | tuple[Op, ...], acts: Iterable[Callable[[], object]] = ()
+    ) -> Results:
+        """Run a script to its end; a write to PORT_ACT + n does `acts[n]`."""
+        handlers = {PORT_ACT + number: _handler(act) for number, act in enumerate(acts)}
+        vm = self.vm
+        whole: Script = (*script, Op(Code.END, 0, EXIT_CODE))
+        vm.load(Scenario("conformance", "", whole).guest(self.tsc_khz))
+        if isinstance(vm, ModelVm):
+            run = vm.run(for_ns=LIMIT_NS, handlers=handlers)
+            equal(run.exit.code, EXIT_CODE, f"exit code of the guest ({run.exit})")
+        else:
+            ended = vm.run_until_exit(handlers, LIMIT_S)
+            equal((ended.reason, ended.code), ("done", EXIT_CODE), f"end of the guest ({ended})")
+        return Results.read(vm.read_memory(0, 0x10000))
+
+    def run_image(self, code: bytes, handlers: dict[int, Handler] | None = None) -> int:
+        """Run real-mode code at 0000:8000 until it writes the exit port; its exit code."""
+        self.vm.load(guests.Guest("image", code, guests.LOAD_AT, guests.ENTRY, None))
+        if isinstance(self.vm, ModelVm):
+            return self.vm.run(for_ns=LIMIT_NS, handlers=handlers).exit.code
+        ended = self.vm.run_until_exit(handlers, LIMIT_S)
+        equal(ended.reason, "done", f"end of the guest ({ended})")
+        return ended.code
+
+    # Local APICs.
+
+    def lapic(self, register: int, vcpu_id: int = 0) -> int:
+        """A register, by KVM_GET_LAPIC."""
+        return self.vcpus[vcpu_id].get_lapic().reg(register)
+
+    def vectors(self, first: int, vcpu_id: int = 0) -> set[int]:
+        """The vectors whose bits are set in ISR, TMR or IRR, by KVM_GET_LAPIC."""
+        state = self.vcpus[vcpu_id].get_lapic()
+        bits = sum(state.reg(first + 16 * i) << 32 * i for i in range(8))
+        return {vector for vector in range(256) if bits >> vector & 1}
+
+    def irr(self, vcpu_id: int = 0) -> set[int]:
+        """The vectors that wait."""
+        return self.vectors(IRR, vcpu_id)
+
+    def set_lapic(self, registers: dict[int, int], vcpu_id: int = 0) -> None:
+        """Change registers by KVM_SET_LAPIC."""
+        state = self.vcpus[vcpu_id].get_lapic()
+        for register, value in registers.items():
+            state.set_reg(register, value)
+        self.vcpus[vcpu_id].set_lapic(state)
+
+    def enable_lapic(self, vcpu_id: int = 0) -> None:
+        """Set SVR's bit 8 from outside."""
+        self.set_lapic({SVR: ENABLED}, vcpu_id)
+
+    def take_into_service(self, *vectors: int) -> None:
+        """Let vCPU 0 have accepted them: out of IRR, into ISR.
+
+        With IF=0 this shows what a handler sees, without an injection.
+        """
+        state = self.vcpus[0].get_lapic()
+        for vector in vectors:
+            at, bit = 16 * (vector // 32), 1 << vector % 32
+            state.set_reg(IRR + at, state.reg(IRR + at) & ~bit)
+            state.set_reg(ISR + at, state.reg(ISR + at) | bit)
+        self.vcpus[0].set_lapic(state)
+
+    # IOAPIC, PIC and routing.
+
+    def pin(self, pin: int) -> int:
+        """A redirection entry, by KVM_GET_IRQCHIP."""
+        return self.vm.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic.redirtbl[pin].bits
+
+    def set_pin(self, pin: int, entry: int) -> None:
+        """Set a redirection entry by KVM_SET_IRQCHIP."""
+        chip = self.vm.get_irqchip(KVM_IRQCHIP_IOAPIC)
+        chip.chip.ioapic.redirtbl[pin].bits = entry
+        self.vm.set_irqchip(chip)
+
+    def pic(self, chip_id: int = KVM_IRQCHIP_PIC_MASTER, **fields: int) -> dict[str, int]:
+        """A PIC's registers, by KVM_GET_IRQCHIP; `fields` are set before."""
+        chip = self.vm.get_irqchip(chip_id)
+        for name, value in fields.items():
+            setattr(chip.chip.pic, name, value)
+        if fields:
+            self.vm.set_irqchip(chip)
+        return {name: getattr(chip.chip.pic, name) for name, *_ in chip.chip.pic._fields_}
+
+    def pulse(self, gsi: int) -> None:
+        """KVM_IRQ_LINE up and down."""
+        self.vm.irq_line(gsi, 1)
+        self.vm.irq_line(gsi, 0)
+
+
+def _handler(act: Callable[[], object]) -> Handler:
+    def handle(port: int, size_bytes: int, value: int | None) -> None:
+        act()
+
+    return handle
+
+
+def to_ioapic(gsi: int, pin: int) -> kvm_irq_routing_entry:
+    """A routing entry."""
+    return _to_chip(gsi, KVM_IRQCHIP_IOAPIC, pin)
+
+
+def to_pic(gsi: int, irq: int) -> kvm_irq_routing_entry:
+    """A routing entry to one of the 16 pins of the two PICs."""
+    chip_id = KVM_IRQCHIP_PIC_SLAVE if irq >= 8 else KVM_IRQCHIP_PIC_MASTER
+    return _to_chip(gsi, chip_id, irq % 8)
+
+
+def _to_chip(gsi: int, chip_id: int, pin: int) -> kvm_irq_routing_entry:
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
+    entry.u.irqchip.irqchip = chip_id
+    entry.u.irqchip.pin = pin
+    return entry
+
+
+def to_msi(
+    gsi: int, data: int, address: int = MSI_ADDRESS, flags: int = 0
+) -> kvm_irq_routing_entry:
+    """A routing entry to a message."""
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
+    entry.u.msi.address_lo = address & 0xFFFF_FFFF
+    entry.u.msi.address_hi = address >> 32
+    entry.u.msi.data = data
+    return entry
+
+
+def nominal_ns(script: Script) -> int:
+    """How long a script takes on a punctual host: its waits, and one tick to end each `idle_ms`.
+
+    All ticks are those of a PIT with `COUNT`.
+    """
+    out = 0
+    seen = 0
+    for op in Scenario("conformance", "", script).ops():
+        match op.code:
+            case Code.SPIN_MS:
+                out += op.arg32 * 1_000_000
+            case Code.IDLE_MS:
+                out += op.arg32 * 1_000_000 + PERIOD_NS
+            case Code.WAIT_TICKS:
+                out += op.arg32 * PERIOD_NS
+            case Code.WAIT_VECTOR | Code.WAIT_NMIS:
+                # these count from the start
+                out += max(0, op.arg32 - seen) * PERIOD_NS
+                seen = max(seen, op.arg32)
+            case Code.OUT32 if op.arg16 == PORT_SLEEP:
+                out += op.arg32 * 1_000
+    return out

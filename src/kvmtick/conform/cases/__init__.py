@@ -1,0 +1,1 @@
+"""The cases, a module a chip or a subject."""
