@@ -5,7 +5,8 @@ vCPU (`kvmtick.vcpu`) decides, the engine obeys. `enter` is one VM entry and the
 to the next VM exit:
 
 * the event in `intr_info` (VM-entry interruption information, SDM 25.8.3) is delivered through the
-  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow;
+  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow. An
+  exception whose bit 11 is set pushes `entry_error_code`;
 * at every instruction boundary, the first included, in this order: a kick ends the execution
   (`EXTERNAL_INTERRUPT`), then an open NMI window if `nmi_window` (`NMI_WINDOW`), then an open
   interrupt window if `irq_window` (`INTERRUPT_WINDOW`), then an exhausted `budget`
@@ -164,6 +165,7 @@ class Engine(Protocol):
     interruptibility: int
     retired: int
     idt_vectoring_info: int
+    entry_error_code: int
     error: str
 
     @property
@@ -242,6 +244,13 @@ class Engine(Protocol):
 
         A selector alone is stored and loads no descriptor. ValueError: there is none of that name;
         nothing is written then.
+        """
+
+    def set_interruptibility(self, state: int) -> None:
+        """What holds events back from now on, as `interruptibility` tells it: the shadow of an STI or
+        a MOV SS that has just been executed, or an NMI in service.
+
+        ValueError: other bits, or both shadows.
         """
 
     def close(self) -> None:
