@@ -40,6 +40,11 @@ handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
 budget by one. Either kind is deterministic: the same entries give the same run.
 
+An engine that is `real_time` is a real processor: nothing counts instructions, so `retired` is 0, a
+budget bounds nothing, and it needs a clock that goes on by itself. Its TSC has a rate of its own
+(`tsc_khz`). A kick that comes before the event of an entry is delivered gives the event back in
+`idt_vectoring_info`.
+
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
@@ -53,6 +58,7 @@ __all__ = [
     "CPU_MSRS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
+    "RESET_REGISTERS",
     "Cpuid",
     "Cr8Read",
     "Cr8Write",
@@ -88,6 +94,35 @@ CPU_MSRS = {
 }
 """The MSRs that are the CPU's own, by the names that `registers` has them under: what instructions
 work with. The handlers answer all others."""
+
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_CODE_ACCESS = 0x9B
+_DATA_ACCESS = 0x93
+RESET_REGISTERS = {
+    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
+    **{f"r{number}": 0 for number in range(8, 16)},
+    "rip": 0,
+    **dict.fromkeys(_SEGMENTS, 0),
+    **{f"{name}_base": 0 for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_limit": 0xFFFF for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_access": _DATA_ACCESS for name in _SEGMENTS},
+    "cs_access": _CODE_ACCESS,
+    "ldtr_access": 0x82,
+    "tr_access": 0x8B,
+    "cr0": 0x6000_0010,
+    "cr2": 0,
+    "cr3": 0,
+    "cr4": 0,
+    "dr0": 0,
+    "dr1": 0,
+    "dr2": 0,
+    "dr3": 0,
+    "dr6": 0xFFFF_0FF0,
+    "dr7": 0x400,
+    **dict.fromkeys(CPU_MSRS.values(), 0),
+}
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 
 class EventType(IntEnum):
@@ -161,6 +196,8 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    real_time: bool
+    tsc_khz: int
     rflags: int
     interruptibility: int
     retired: int
@@ -218,7 +255,13 @@ class Engine(Protocol):
         """
 
     def use_host_tsc(self, offset_ns: int) -> None:
-        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
+        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time), times
+        `tsc_khz`.
+        """
+
+    @property
+    def read_tsc(self) -> Callable[[], int] | None:
+        """Tells what RDTSC would read now; None: it reads what `tsc` and `use_host_tsc` say."""
 
     def exit_on_pause(self, enabled: bool) -> None:
         """Whether PAUSE ends an entry: another vCPU could use the time."""
@@ -247,8 +290,8 @@ class Engine(Protocol):
         """
 
     def set_interruptibility(self, state: int) -> None:
-        """What holds events back from now on, as `interruptibility` tells it: the shadow of an STI or
-        a MOV SS that has just been executed, or an NMI in service.
+        """What holds events back from now on, as `interruptibility` tells it: the shadow of an STI
+        or a MOV SS that has just been executed, or an NMI in service.
 
         ValueError: other bits, or both shadows.
         """

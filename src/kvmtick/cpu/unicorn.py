@@ -75,6 +75,7 @@ import importlib.util
 from pathlib import Path
 
 from kvmtick.cpu import _shim
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 
 __all__ = ["FEATURES", "UnicornEngine", "find_library"]
 
@@ -126,6 +127,9 @@ class UnicornEngine(_shim.Engine):
     """
 
     name = "unicorn"
+    real_time = False
+    tsc_khz = GUEST_TSC_KHZ
+    read_tsc = None
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None:
         """`seed` is that of RDRAND and RDSEED; not `exact`: boundaries are those of blocks."""
