@@ -111,6 +111,7 @@ TSS_ADDRESS: Final = 0xFFFB_D000
 MSR_IA32_TSC: Final = 0x10
 _ACCESSES: Final = (KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR)
 RFLAGS_FIXED: Final = 1 << 1
+RFLAGS_IF: Final = 1 << 9
 NS_PER_MS: Final = 1_000_000
 MAX_SUBLEAVES: Final = 64
 CPUID_RANGES: Final = (0, 0x4000_0000, 0x8000_0000)
@@ -299,6 +300,8 @@ class HostKvmEngine:
                 self._inject(intr_info)
             self._vcpu.area.request_interrupt_window = int(irq_window)
             try:
+                if irq_window and not nmi_window and not intr_info and self._takes_interrupt():
+                    return ExitReason.INTERRUPT_WINDOW
                 if nmi_window:
                     reason = self._run_to_nmi_window(delivers=intr_info != 0)
                 else:
@@ -378,6 +381,13 @@ class HostKvmEngine:
                 if (reason := self._step()) is not None:
                     return reason
         return self._run()
+
+    def _takes_interrupt(self) -> bool:
+        """The window is open before the first instruction: not every KVM looks there. A kick comes
+        first.
+        """
+        is_open = self.rflags & RFLAGS_IF and not self.interruptibility & _SHADOW
+        return bool(is_open and not self._vcpu.area.immediate_exit)
 
     def _takes_nmi(self) -> bool:
         events = self._vcpu.get(ioctls.KVM_GET_VCPU_EVENTS, kvm_vcpu_events)
