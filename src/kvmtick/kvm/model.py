@@ -38,6 +38,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.cpu.engine import Engine
+from kvmtick.cpu.hostkvm import HostKvm
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs, Parameters
 from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, Pit, nominal_period_ns
@@ -45,6 +46,8 @@ from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import USERSPACE_IRQ_SOURCE_ID
+from kvmtick.kvm.host_cpuid import both_have
+from kvmtick.kvm.kernel import KernelSystem
 from kvmtick.kvm.model_vcpu import ModelVcpu, cpuid_entries
 from kvmtick.kvm.setup import prepare
 from kvmtick.machine.machine import QUANTUM_NS, Exit, Machine
@@ -322,7 +325,12 @@ class ModelVm(Closing):
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID: what `ModelVcpu.set_cpuid2` may be given."""
-        return cpuid_entries()
+        host = self._engine
+        if not isinstance(host, HostKvm):
+            return cpuid_entries()
+        with KernelSystem() as system:
+            executed = system.get_supported_cpuid()
+        return both_have(cpuid_entries(), executed, host.tsc_khz, host.filters_msrs)
 
     def prepare(self, needs: Needs, reinject: bool = True) -> list[ModelVcpu]:
         """Set up what a guest needs (`Guest.needs`): irqchip, PIT, routing, vCPUs, their CPUID.
@@ -333,7 +341,7 @@ class ModelVm(Closing):
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: what the TSC of a vCPU counts a millisecond."""
-        return GUEST_TSC_KHZ
+        return self._engine.tsc_khz if isinstance(self._engine, HostKvm) else GUEST_TSC_KHZ
 
     def load(self, guest: Guest) -> None:
         """Put an image into RAM; the vCPU that boots will start at its entry. ValueError if it does
