@@ -79,10 +79,11 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults and the CPU's random
         numbers. `detail`: record the events that only traces need. `engine`: who executes the
-        guest, the unicorn engine if None. `ram_bytes`: a multiple of 4096, `Guest.needs` says how
-        many. `HostKvm` of `kvmtick.cpu.hostkvm` is the host's CPU, in real time. `quantum_ns`: how long a vCPU runs at most while another one waits. `fast`: interrupts
-        come where the next basic block begins, not at the next instruction; None: in real time. An
-        `engine` of yours decides that itself.
+        guest, the unicorn engine if None; a `kvmtick.cpu.hostkvm.HostKvm` is the host's own CPU, in
+        real time. `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how
+        long a vCPU runs at most while another one waits. `fast`: interrupts come where the next
+        basic block begins, not at the next instruction; None: in real time. An `engine` of yours
+        decides that itself.
         """
         if engine is not None and fast is not None:
             raise ValueError(f"fast={fast}: your engine decides that itself, leave it out")
