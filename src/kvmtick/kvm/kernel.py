@@ -122,7 +122,7 @@ class KernelVm(Vm[KernelVcpu]):
         """`device`: an open /dev/kvm, which is then this VM's to close."""
         self._vcpus: list[KernelVcpu] = []
         self._guest: Guest | None = None
-        self._reinject = True
+        self.reinject = True
         self.device: KvmDevice = device or open_kvm(path)
         self.memory: GuestMemory | None = None
         try:
@@ -154,7 +154,7 @@ class KernelVm(Vm[KernelVcpu]):
 
     def reinject_control(self, reinject: bool) -> None:
         super().reinject_control(reinject)
-        self._reinject = reinject
+        self.reinject = reinject
 
     def load(self, guest: Guest) -> None:
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
@@ -225,7 +225,7 @@ class KernelVm(Vm[KernelVcpu]):
             if error.errno != errno.ENXIO:
                 raise
             return None
-        return PitSettings(count, nominal_period_ns(count), self._reinject)
+        return PitSettings(count, nominal_period_ns(count), self.reinject)
 
     def run_until_exit(
         self,
