@@ -69,14 +69,14 @@ def run_until_halted(pc: Pc, code: bytes) -> None:
     if isinstance(pc.vm, ModelVm):
         pc.vm.run(until=lambda: pc.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED)
     else:
-        assert pc.vm.run_until_exit({}, 0.02).reason == "limit"
+        assert pc.vm.run(limit_s=0.02).exit.reason == "limit"
 
 
 def finish(pc: Pc) -> int:
     """Run on; the exit code."""
     if isinstance(pc.vm, ModelVm):
         return pc.vm.run(for_ns=1_000_000).exit.code
-    return pc.vm.run_until_exit({}, LIMIT_S).code
+    return pc.vm.run(limit_s=LIMIT_S).exit.code
 
 
 CLI_HLT = b"\xfa\xf4"
@@ -186,7 +186,7 @@ def test_an_interrupt_does_not_release_a_hlt_with_if_0(backend: Backend) -> None
         if isinstance(pc.vm, ModelVm):
             assert pc.vm.run(for_ns=1_000_000).exit.code == 0
         else:
-            assert pc.vm.run_until_exit({}, 0.02).reason == "limit"
+            assert pc.vm.run(limit_s=0.02).exit.reason == "limit"
         assert pc.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
 
 

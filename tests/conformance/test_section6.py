@@ -158,8 +158,8 @@ class KernelBackend:
             vm.reinject_control(bool(reinject))
             vm.create_vcpu()
             vm.load(Scenario("section6", "", script).guest(vm.get_tsc_khz()))
-            run = vm.run_until_exit(user.handlers, limit_s=LIMIT_S)
-            assert (run.reason, run.code) == ("done", EXIT_CODE), run
+            run = vm.run(handlers=user.handlers, limit_s=LIMIT_S)
+            assert run.exit.code == EXIT_CODE, run.exit
             return _played(vm.read_memory(0, 0x10000), run.elapsed_ns, user)
 
 

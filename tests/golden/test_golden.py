@@ -801,7 +801,7 @@ def test_the_live_kernel_does_the_same(live: None, name: str, reinject: int) -> 
         waited_us = waited_for_cpu_us()
         got = capture.capture(image, arguments)
         waited_us = waited_for_cpu_us() - waited_us
-        assert got.end.reason == "done"
+        assert got.reason == "done"
         assert not got.lost.total
         kernel = project(got.lines)
         difference = differences(expected.lines, kernel)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from eventfds import LIMIT_S, MakeEventFd, wait_for
-from tiny_guests import DONE, HLT, SPIN, MakeVm, bytes_at, out8
+from tiny_guests import DONE, HLT, SPIN, MakeVm, accesses, bytes_at, out8
 
 import kvmtick
 from kvmtick.abi import KvmError
@@ -92,7 +92,7 @@ def test_a_resample_irqfd_holds_the_line_until_the_eoi(
     trigger.signal()
     wait_for(lambda: vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER).chip.pic.irr == 1 << 3)
     assert resample.count() == 0
-    assert vm.run_until_exit(limit_s=LIMIT_S).code == 0x83
+    assert vm.run(limit_s=LIMIT_S).exit.code == 0x83
     assert resample.count() == 1
     assert vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER).chip.pic.irr == 0
 
@@ -104,11 +104,11 @@ def test_an_ioeventfd_takes_the_writes_that_match(make_vm: MakeVm, eventfd: Make
     event = eventfd()
     flags = KVM_IOEVENTFD_FLAG_PIO | KVM_IOEVENTFD_FLAG_DATAMATCH
     vm.ioeventfd(0x510, 2, event.fd, flags, 0x1234)
-    assert vm.run_until_exit(limit_s=LIMIT_S).exits == 3
+    assert accesses(vm, 0x510) == 2
     assert event.count() == 1
     vm.ioeventfd(0x510, 2, event.fd, flags | KVM_IOEVENTFD_FLAG_DEASSIGN, 0x1234)
     vm.load(bytes_at(code))
-    assert vm.run_until_exit(limit_s=LIMIT_S).exits == 4
+    assert accesses(vm, 0x510) == 3
 
 
 def test_an_ioeventfd_in_memory(make_vm: MakeVm, eventfd: MakeEventFd) -> None:
@@ -116,7 +116,7 @@ def test_an_ioeventfd_in_memory(make_vm: MakeVm, eventfd: MakeEventFd) -> None:
     vm.vcpus[0].set_real_mode(0, 0x1000, unreal=True)
     event = eventfd()
     vm.ioeventfd(0xD000_0000, 4, event.fd)
-    assert vm.run_until_exit(limit_s=LIMIT_S).exits == 1
+    assert vm.run(limit_s=LIMIT_S).exit.reason == "done"
     assert event.count() == 1
 
 
@@ -137,7 +137,7 @@ def test_cpuid_is_what_was_set(make_vm: MakeVm) -> None:
     vcpu.set_cpuid2(entries)
     kept = next(entry for entry in vcpu.get_cpuid2() if entry.function == 1)
     assert (kept.eax, kept.ecx & CPUID_X2APIC) == (leaf.eax, CPUID_X2APIC)
-    assert vm.run_until_exit(limit_s=LIMIT_S).code & CPUID_X2APIC
+    assert vm.run(limit_s=LIMIT_S).exit.code & CPUID_X2APIC
     leaf.eax ^= 0x10
     with pytest.raises(KvmError) as caught:
         vcpu.set_cpuid2(entries)
@@ -206,7 +206,7 @@ def test_user_space_injects_where_it_has_the_irqchip(make_vm: MakeVm) -> None:
     vcpu = vm.vcpus[0]
     vcpu.run(0.02)
     vcpu.interrupt(0x40)
-    assert vm.run_until_exit(limit_s=LIMIT_S).code == 9
+    assert vm.run(limit_s=LIMIT_S).exit.code == 9
 
 
 def test_the_interrupt_window_is_told(make_vm: MakeVm) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "ExitShutdown",
     "answer_place",
     "decode",
+    "trouble",
 ]
 
 
@@ -180,6 +181,20 @@ def _decode_io(run: kvm_run, area: Buffer) -> ExitIo:
     write = io.direction == structs.KVM_EXIT_IO_OUT
     data = bytes(memoryview(area)[io.data_offset :][: io.size * io.count]) if write else b""
     return ExitIo(io.port, io.size, io.count, write, data)
+
+
+def trouble(exit_: Exit) -> str:
+    """Why KVM cannot run the guest any further, in words; for the exits that nobody can serve."""
+    if isinstance(exit_, ExitInternalError):
+        if code := exit_.instruction():
+            return f"KVM cannot emulate the instruction at {code.hex(' ')}: use the model's CPU"
+        return f"KVM_EXIT_INTERNAL_ERROR, suberror {exit_.suberror}: see dmesg"
+    if isinstance(exit_, ExitFailEntry):
+        reason = exit_.hardware_entry_failure_reason
+        return f"the processor refused the VM entry (reason {reason:#x}): see dmesg"
+    if isinstance(exit_, ExitOther):
+        return f"KVM_RUN ended with exit_reason {exit_.exit_reason}, which nobody here serves"
+    return f"KVM_RUN ended with {exit_}"
 
 
 def answer_place(run: kvm_run, answer: bytes) -> int:

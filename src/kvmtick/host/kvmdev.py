@@ -15,6 +15,7 @@ Not here: coalesced MMIO, the dirty log and ring.
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import signal
@@ -312,8 +313,9 @@ class VcpuFile(KvmFile):
         return self._kvm_run
 
     @contextmanager
-    def bounded(self, limit_s: float = DEFAULT_LIMIT_S) -> Iterator[None]:
-        """Every `enter` inside ends after `limit_s` wall seconds in all, or at a `kick`.
+    def bounded(self, limit_s: float | None = DEFAULT_LIMIT_S) -> Iterator[None]:
+        """Every `enter` inside ends after `limit_s` wall seconds in all (None: only a `kick` ends
+        one), or at a `kick`.
 
         One vCPU is run by one thread at a time: RuntimeError otherwise.
         """
@@ -325,11 +327,14 @@ class VcpuFile(KvmFile):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
         try:
             self._set_signal_mask(before)
-            self._deadline_s = time.monotonic() + limit_s
-            self._timer.arm(limit_s)
+            self._deadline_s = math.inf
+            if limit_s is not None:
+                self._deadline_s = time.monotonic() + limit_s
+                self._timer.arm(limit_s)
             yield
         finally:
-            self._timer.disarm()
+            if limit_s is not None:
+                self._timer.disarm()
             if threading.current_thread() is not threading.main_thread():
                 # a later thread may get this one's id, but the timer would be for the dead one
                 self._timer.close()

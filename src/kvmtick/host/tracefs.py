@@ -55,8 +55,7 @@ TICK_EVENTS: Final[Mapping[str, str]] = {
     "kvm:kvm_inj_virq": "",
     "kvm:kvm_entry": "intr_info == 0x80000200 || intr_info == 0x80000202",
     "kvm:kvm_apic": "rw == 1 && (reg == 0x320 || reg == 0xf0)",
-    "kvm:kvm_mmio": "type == 2"
-    " && (gpa == 0xfee000b0 || gpa == 0xfec00000 || gpa == 0xfec00010)",
+    "kvm:kvm_mmio": "type == 2 && (gpa == 0xfee000b0 || gpa == 0xfec00000 || gpa == 0xfec00010)",
     "kvm:kvm_msr": "write == 1 && ecx == 0x1b",
     "kvm:kvm_apicv_inhibit_changed": "",
     "kvm:kvm_vcpu_wakeup": "",

@@ -1,8 +1,7 @@
 """The ticks of a VM on the real kernel: its events, read from tracefs while it runs.
 
-    with TickTrace(vm) as trace:
-        vm.run_until_exit()
-    print(trace.assembler.report().summary())
+    run = vm.run(observer=TickTrace(vm))
+    print(run.ticks.summary())
 
 Raw pages of a trace instance of our own are decoded, put in order, cut down to this VM, completed
 (`kvmtick.trace.inferred`) and handed to consumers, as a recorder does with the model's. While the
@@ -19,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from kvmtick.abi.errors import HostError
@@ -42,6 +40,7 @@ BUFFER_KIB: Final = 4096
 """For each CPU: some seconds of a guest at 1 kHz."""
 
 READ_EVERY_S: Final = 0.2
+LIVE_EVERY_S: Final = 0.05
 MOST_PAGES: Final = 16_384
 """So many pages wait until they are decoded: half a minute of a guest at 1 kHz."""
 
@@ -64,12 +63,13 @@ def decoder_of(tracefs: Tracefs, events: Iterable[str]) -> Decoder:
 
 
 class TickTrace:
-    """Traces one run of a VM. Entering raises `HostError` without tracefs or permission."""
+    """Traces one run of a VM: an `Observer` of `KernelVm.run`."""
 
     def __init__(self, vm: "KernelVm", consumers: Iterable[Consumer] = ()) -> None:
         """`consumers` get the records in batches, beside `assembler`."""
         self._vm = vm
         self._stack = ExitStack()
+        self._live = False
         self._one_vm = OneVm()
         self._inferred = Inferred()
         self._merge = Merge()
@@ -98,14 +98,21 @@ class TickTrace:
 
     # From start to end.
 
-    def __enter__(self) -> "TickTrace":
+    def start(self, live: bool = False) -> None:
+        """Trace from now on; `live`: decode as the events come, not when the run is over.
+
+        Raises `HostError` without tracefs or permission.
+        """
+        self._live = live
         with ExitStack() as stack:
             tracefs = stack.enter_context(open_tracefs())
             self._instance = stack.enter_context(tracefs.instance())
             known = [event for event in TICK_EVENTS if tracefs.has_event(event)]
             self.missing = [event for event in TICK_EVENTS if event not in known]
             self._decoder = decoder_of(tracefs, known)
-            self.assembler = TickAssembler(tasks=self.tasks)
+            self.assembler = TickAssembler(
+                tasks=self.tasks, sees_nmis=lambda: self._inferred.sees_nmis
+            )
             self._consumers.insert(0, self.assembler)
             self._instance.set_buffer_size(BUFFER_KIB)
             self._instance.enable_known({event: TICK_EVENTS[event] for event in known})
@@ -115,25 +122,21 @@ class TickTrace:
             self._thread = threading.Thread(target=self._follow, name="tick trace", daemon=True)
             self._thread.start()
             self._stack = stack.pop_all()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
+        """Trace no more, and hand out the rest. Harmless when repeated; raises what went wrong."""
         with self._stack:
+            if self._thread is None:
+                return
             self._instance.stop()
             self._over.set()
-            assert self._thread is not None
             self._thread.join()
-            if self._error is None:
-                self._take_pages()
-                self._decode(None)
-                self.assembler.settle()
-        if self._error is not None and error is None:
-            raise self._error
+            self._thread = None
+            if self._error is not None:
+                raise self._error
+            self._take_pages()
+            self._decode(None)
+            self.assembler.settle()
 
     def _know_worker(self) -> None:
         """With one VM in this process its worker is known; else the events tell which it is."""
@@ -151,10 +154,10 @@ class TickTrace:
 
     def _follow(self) -> None:
         try:
-            while not self._over.wait(READ_EVERY_S):
+            while not self._over.wait(LIVE_EVERY_S if self._live else READ_EVERY_S):
                 end_ns = time.monotonic_ns() - SETTLED_NS
                 self._take_pages()
-                if len(self._pages) > MOST_PAGES:
+                if self._live or len(self._pages) > MOST_PAGES:
                     self._decode(end_ns)
         except BaseException as error:
             self._error = error

@@ -373,7 +373,7 @@ class ModelVm(Closing):
         guest ends when `ticks` ticks have reached it. A guest that does not get its ticks ends
         (reason `time`) after ten times the time they should take. `counter`: where a foreign guest
         keeps a 32-bit tick count, guest-physical. `handlers` answer ports of their own (or ours
-        instead) during this run, as in `KernelVm.run_until_exit`, and may call the VM.
+        instead) during this run, as in `KernelVm.run`, and may call the VM.
         `on_ioapic_eoi` is told the vectors of KVM_EXIT_IOAPIC_EOI (split irqchip). May be called
         again to go on.
         """

@@ -60,7 +60,10 @@ class PageLayout:
         if end > len(page):
             raise FormatError(f"a page of {len(page)} bytes cannot hold {end}: it was cut short")
         return Page(
-            page, list(_events(page, self._data, end, first_ns)), first_ns, _missed(page, commit, end)
+            page,
+            list(_events(page, self._data, end, first_ns)),
+            first_ns,
+            _missed(page, commit, end),
         )
 
     @staticmethod
