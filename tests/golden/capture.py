@@ -88,10 +88,13 @@ def parser() -> argparse.ArgumentParser:
 def enable(trace: Instance, tids: Iterable[int], timer: str) -> None:
     """The events of a tick of `timer`; those of KVM only where `tids` cause them."""
     ours = " || ".join(f"common_pid == {tid}" for tid in sorted(tids))
-    events = {
-        event: ours if event.startswith("kvm:") else filter_.replace(TIMERS["pit"], TIMERS[timer])
-        for event, filter_ in TICK_EVENTS.items()
-    }
+    events = {}
+    for event, filter_ in TICK_EVENTS.items():
+        if event.startswith("kvm:"):
+            filter_ = f"({ours}) && ({filter_})" if filter_ else ours
+        elif event.startswith("timer:"):
+            filter_ = f"function.function == {TIMERS[timer]}"
+        events[event] = filter_
     for event in trace.enable_known(events):
         print(f"capture: this kernel has no {event}; going on without it", file=sys.stderr)
 

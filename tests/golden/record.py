@@ -17,7 +17,7 @@ from pathlib import Path
 
 from golden import capture
 from golden.apic_scenarios import PIN, SCENARIOS
-from golden.normalise import LINE
+from kvmtick.conform.normalise import LINE
 from kvmtick import guests
 from kvmtick.abi import HostError
 from kvmtick.guests import Guest

@@ -24,21 +24,20 @@ from golden.apic_scenarios import (
     SCENARIOS,
     level_held,
 )
-from golden.normalise import (
+from golden.record import TRACES, duration_us, options, reopened, scenario_image, worst_step_us
+from golden.views import as_excerpt, without_pic_setup
+from kvmtick.abi import HostError
+from kvmtick.abi.structs import (
+    KVM_IRQCHIP_IOAPIC,
+    KVM_IRQFD_FLAG_RESAMPLE,
+)
+from kvmtick.conform.normalise import (
     ChipLines,
-    as_excerpt,
     collapse,
     differences,
     ends_of_interrupt,
     project,
     tally,
-    without_pic_setup,
-)
-from golden.record import TRACES, duration_us, options, reopened, scenario_image, worst_step_us
-from kvmtick.abi import HostError
-from kvmtick.abi.structs import (
-    KVM_IRQCHIP_IOAPIC,
-    KVM_IRQFD_FLAG_RESAMPLE,
 )
 from kvmtick.guests.script import EXIT_CODE, Results, Scenario
 from kvmtick.host.probe import probe_parameters

@@ -295,6 +295,8 @@ class VcpuFile(KvmFile):
         life.descriptors += 1
         self._lock = threading.Lock()
         self._runner = 0
+        self.tid = 0
+        """The thread that runs it, or last did, as the kernel counts threads; 0: none yet."""
         self._kicked = False
         self._ended = False
         self._deadline_s = 0.0
@@ -324,6 +326,7 @@ class VcpuFile(KvmFile):
             if self._runner:
                 raise RuntimeError("this vCPU is running already; one thread at a time")
             self._runner = threading.get_ident()
+            self.tid = threading.get_native_id()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
         try:
             self._set_signal_mask(before)

@@ -124,7 +124,7 @@ class KernelVm(Vm[KernelVcpu]):
         """`device`: an open /dev/kvm, which is then this VM's to close."""
         self._vcpus: list[KernelVcpu] = []
         self._guest: Guest | None = None
-        self._reinject = True
+        self.reinject = True
         self._started_ns = 0
         self._ran_ns = 0
         self.user = UserSpace(self, ram_bytes)
@@ -159,7 +159,7 @@ class KernelVm(Vm[KernelVcpu]):
 
     def reinject_control(self, reinject: bool) -> None:
         super().reinject_control(reinject)
-        self._reinject = reinject
+        self.reinject = reinject
 
     def load(self, guest: Guest) -> None:
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
@@ -210,26 +210,26 @@ class KernelVm(Vm[KernelVcpu]):
             raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
         if for_ns is not None and for_ns < 0:
             raise ValueError(f"for_ns={for_ns} is negative: give 0 or more")
-        stopwatch = Stopwatch()
-        self._started_ns = self._started_ns or stopwatch.started_ns
         questions = [] if until is None else [until]
         goal: TickGoal | None = None
-        if observer is not None:
-            wanted = None if self._guest and self._guest.parameters else ticks
-            goal = TickGoal(observer, wanted)
+        if ticks is not None and not (self._guest and self._guest.parameters):
+            if observer is None:
+                raise ValueError(f"ticks={ticks}: nobody sees a foreign guest's here, give for_ns")
+            goal = TickGoal(observer, ticks)
             questions.append(goal.is_over)
-        elif ticks is not None and not (self._guest and self._guest.parameters):
-            raise ValueError(f"ticks={ticks}: nobody sees a foreign guest's here, give for_ns")
-        lengths_ns = [each for each in (for_ns, self._rest_ns()) if each is not None]
-        end_ns = stopwatch.started_ns + min(lengths_ns) if lengths_ns else None
         self.user.ports.handlers = handlers or {}
         self.user.ports.on_ioapic_eoi = on_ioapic_eoi
-        with nullcontext() if observer is None else observed(observer):
+        with nullcontext() if observer is None else observed(observer, goal is not None):
+            stopwatch = Stopwatch()
+            self._started_ns = self._started_ns or stopwatch.started_ns
+            lengths_ns = [each for each in (for_ns, self._rest_ns()) if each is not None]
+            end_ns = stopwatch.started_ns + min(lengths_ns) if lengths_ns else None
             ends = Ends(end_ns, limit_s, _any_of(questions))
             exit_ = Session(self.vcpus, self.user, ends).run(first)
-        if exit_.reason == "until" and goal is not None and goal.reached:
+            ran_ns = stopwatch.elapsed_ns()
+        if exit_.reason == "until" and goal is not None and goal.is_over():
             exit_ = RunExit("done")
-        return self._result(exit_, stopwatch, counter, observer)
+        return self._result(exit_, stopwatch.started_ns, ran_ns, counter, observer)
 
     def parameters(self) -> Parameters | None:
         """The guest's parameter block as it is now in RAM; None if there is none."""
@@ -243,9 +243,13 @@ class KernelVm(Vm[KernelVcpu]):
         return max(0, whole_ns - self._ran_ns)
 
     def _result(
-        self, exit_: RunExit, stopwatch: Stopwatch, counter: int | None, observer: Observer | None
+        self,
+        exit_: RunExit,
+        began_ns: int,
+        ran_ns: int,
+        counter: int | None,
+        observer: Observer | None,
     ) -> Run:
-        ran_ns = stopwatch.elapsed_ns()
         self._ran_ns += ran_ns
         guest, block, ports = self._guest, self.parameters(), self.user.ports
         guest_ticks = block.counter if block else None
@@ -261,7 +265,7 @@ class KernelVm(Vm[KernelVcpu]):
             chips="kernel",
             clock="real",
             seed=0,
-            elapsed_ns=stopwatch.started_ns + ran_ns - self._started_ns,
+            elapsed_ns=began_ns + ran_ns - self._started_ns,
             wall_s=ran_ns / 1e9,
             instructions=None,
             exit=exit_,
@@ -283,7 +287,7 @@ class KernelVm(Vm[KernelVcpu]):
             if error.errno != errno.ENXIO:
                 raise
             return None
-        return PitSettings(count, nominal_period_ns(count), self._reinject)
+        return PitSettings(count, nominal_period_ns(count), self.reinject)
 
     def close(self) -> None:
         """Give everything back; harmless when repeated."""

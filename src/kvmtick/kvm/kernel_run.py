@@ -41,21 +41,19 @@ class Observer(Protocol):
     """Who sees the events of a run: a reader of the kernel's trace."""
 
     assembler: TickAssembler
+    """From `start` on."""
 
-    def start(self) -> None:
-        """The run begins."""
-
-    def poll(self) -> None:
-        """Hand the assembler what came since; called every `SLICE_S` or so."""
+    def start(self, live: bool = False) -> None:
+        """The run begins; `live`: the assembler has to keep up with it."""
 
     def stop(self) -> None:
         """The run is over, however it ended: hand over the rest."""
 
 
 @contextmanager
-def observed(observer: Observer) -> Iterator[None]:
+def observed(observer: Observer, live: bool) -> Iterator[None]:
     """Started, and stopped whatever happens."""
-    observer.start()
+    observer.start(live)
     try:
         yield
     finally:
@@ -63,23 +61,15 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 class TickGoal:
-    """Polls the observer, and knows when `ticks` (None: any number) have reached a guest."""
+    """Knows when `ticks` have reached a guest."""
 
-    def __init__(self, observer: Observer, ticks: int | None) -> None:
+    def __init__(self, observer: Observer, ticks: int) -> None:
         self._observer = observer
         self._ticks = ticks
-        self._polled_s = 0.0
-        self.reached = False
 
     def is_over(self) -> bool:
-        """Whether they have; the observer is asked every `SLICE_S`."""
-        now_s = time.monotonic()
-        if now_s - self._polled_s >= SLICE_S:
-            self._polled_s = now_s
-            self._observer.poll()
-            reached = self._observer.assembler.reached
-            self.reached = self._ticks is not None and reached >= self._ticks
-        return self.reached
+        """Whether they have."""
+        return self._observer.assembler.reached >= self._ticks
 
 
 class UserSpace:
