@@ -120,13 +120,25 @@ def parser() -> Parser:
     )
     add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
     add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
+    add = p.add_argument_group("where").add_argument
+    add(
+        "--cpu",
+        choices=("unicorn", "kvm"),
+        help="who executes the guest: unicorn, anywhere; kvm: a vCPU of /dev/kvm, in real time"
+        " (unicorn)",
+    )
+    add(
+        "--chips",
+        choices=("model", "kernel"),
+        help="whose PIT, PICs, IOAPIC and local APICs: the model's, or those of /dev/kvm, whose"
+        " ticks are read from tracefs if that is allowed (model)",
+    )
     add = p.add_argument_group("how").add_argument
     add(
         "--clock",
         choices=("virtual", "real"),
-        default="virtual",
         help="virtual: an instruction is 1 ns, HLT jumps to the next deadline; real: this host's"
-        " CLOCK_MONOTONIC (virtual)",
+        " CLOCK_MONOTONIC (virtual; with --cpu kvm real)",
     )
     add(
         "--fast",
@@ -153,7 +165,7 @@ def parser() -> Parser:
         default=[],
         help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
     )
-    add("--seed", metavar="N", default="0", help="seed of the faults and of RDRAND (0)")
+    add("--seed", metavar="N", help="seed of the faults and of RDRAND (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
         "--strict",

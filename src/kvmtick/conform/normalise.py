@@ -455,9 +455,7 @@ class _Reader:
 
     def _give_acks(self, pid: str) -> None:
         vector = self._ended.get(pid, "")
-        self._vcpus.setdefault(pid, []).extend(
-            (vector, ack) for ack in self._acks.pop(pid, ())
-        )
+        self._vcpus.setdefault(pid, []).extend((vector, ack) for ack in self._acks.pop(pid, ()))
 
 
 def _by_vector(tokens: list[tuple[str, str]]) -> tuple[str, ...]:
@@ -465,7 +463,9 @@ def _by_vector(tokens: list[tuple[str, str]]) -> tuple[str, ...]:
     vectors = {vector for vector, _ in tokens if vector}
     if len(vectors) < 2:
         return collapse(token for _, token in tokens)
-    lists = [[token for about, token in tokens if about == vector] for vector in ("", *sorted(vectors))]
+    lists = [
+        [token for about, token in tokens if about == vector] for vector in ("", *sorted(vectors))
+    ]
     return tuple(token for each in lists for token in collapse(each))
 
 
