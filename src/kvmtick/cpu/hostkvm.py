@@ -55,10 +55,6 @@ from kvmtick.abi.exits import (
 from kvmtick.abi.registers import put_registers, register_values
 from kvmtick.abi.structs import (
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-    KVM_EXIT_IO,
-    KVM_EXIT_MMIO,
-    KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
     KVM_MSR_EXIT_REASON_FILTER,
@@ -109,7 +105,6 @@ TSS_ADDRESS: Final = 0xFFFB_D000
 """KVM_SET_TSS_ADDR: three pages below 4 GiB, out of the guest's way; Intel's CPUs want them."""
 
 MSR_IA32_TSC: Final = 0x10
-_ACCESSES: Final = (KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR)
 RFLAGS_FIXED: Final = 1 << 1
 RFLAGS_IF: Final = 1 << 9
 NS_PER_MS: Final = 1_000_000
@@ -119,6 +114,7 @@ CPUID_RANGES: Final = (0, 0x4000_0000, 0x8000_0000)
 MAX_LEAVES: Final = 256
 
 _SHADOW: Final = int(Interruptibility.STI | Interruptibility.MOV_SS)
+_HOLDS_BACK: Final = _SHADOW | int(Interruptibility.NMI)
 _SREGS_MSRS: Final = ("efer", "fs_base", "gs_base")
 """Those of `CPU_MSRS` that KVM_SET_SREGS has."""
 _MSR_OF: Final = {name: index for index, name in CPU_MSRS.items() if name not in _SREGS_MSRS}
@@ -410,7 +406,8 @@ class HostKvmEngine:
             events.interrupt.injected or events.nmi.injected or events.exception.injected
         ):
             self.idt_vectoring_info = injected
-            events.interrupt.injected = events.nmi.injected = events.exception.injected = 0
+            events.interrupt.injected = events.nmi.injected = 0
+            events.exception.injected = events.exception.pending = 0
             self._vcpu.ioctl(ioctls.KVM_SET_VCPU_EVENTS, events)
         self.interruptibility = _interruptibility(events)
         self._nmi_in_service = events.nmi.masked != 0
@@ -476,9 +473,12 @@ class HostKvmEngine:
         """Let KVM finish the instruction that a handler's exception left half done (api.rst,
         KVM_RUN: before the state is looked at).
         """
-        while self._vcpu.area.exit_reason in _ACCESSES:
+        while True:
             self._vcpu.kick()
             exit_ = self._vcpu.enter()
+            if isinstance(exit_, ExitIntr):
+                return
+            # the next part of the same instruction
             if isinstance(exit_, ExitIo | ExitMmio) and not exit_.is_write:
                 size_bytes = exit_.len if isinstance(exit_, ExitMmio) else exit_.size * exit_.count
                 self._vcpu.answer(b"\xff" * size_bytes)
@@ -526,8 +526,8 @@ class HostKvmEngine:
         self.rflags = vcpu.get(ioctls.KVM_GET_REGS, kvm_regs).rflags
 
     def set_interruptibility(self, state: int) -> None:
-        if state & ~(_SHADOW | Interruptibility.NMI) or state & _SHADOW == _SHADOW:
-            raise ValueError(f"interruptibility {state:#x}: one of the shadows, and NMI")
+        if state & ~_HOLDS_BACK or state & _SHADOW == _SHADOW:
+            raise ValueError(f"no such interruptibility: {state}")
         events = self._vcpu.get(ioctls.KVM_GET_VCPU_EVENTS, kvm_vcpu_events)
         events.interrupt.shadow = _kvm_shadow(state)
         events.nmi.masked = int(state & Interruptibility.NMI != 0)
@@ -576,6 +576,9 @@ class HostKvmEngine:
 
 
 def _interruptibility(events: kvm_vcpu_events) -> int:
+    """An exception that KVM itself has still to deliver holds other events back like MOV SS."""
+    if events.exception.injected or events.exception.pending:
+        return int(Interruptibility.MOV_SS)
     state = int(Interruptibility.NMI) if events.nmi.masked else 0
     if events.interrupt.shadow & KVM_X86_SHADOW_INT_STI:
         state |= Interruptibility.STI
