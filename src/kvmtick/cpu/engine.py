@@ -247,8 +247,9 @@ class Engine(Protocol):
         """
 
     def set_interruptibility(self, state: int) -> None:
-        """What holds events back from now on, as `interruptibility` tells it: the shadow of an STI or
-        a MOV SS that has just been executed, or an NMI in service.
+        """What holds events back from now on, in the bits of `Interruptibility`: the shadow of an
+        STI or of a MOV SS that was the last instruction, an NMI in service. In a handler it is what
+        holds behind the access; the handler kicks.
 
         ValueError: other bits, or both shadows.
         """

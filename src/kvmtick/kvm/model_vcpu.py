@@ -3,9 +3,7 @@
 Each method is one vCPU ioctl of Documentation/virt/kvm/api.rst, with the kernel's errno in
 `KvmError`.
 
-Not modelled: general, segment and control registers are read only (KVM_GET_REGS); of
-KVM_SET_VCPU_EVENTS an NMI that is injected or masked, shadows, SMM and exceptions; the MSRs that
-`kvmtick.vcpu.msr` does not model.
+Not modelled: the MSRs that `kvmtick.vcpu.msr` does not model.
 """
 
 from __future__ import annotations
@@ -16,35 +14,22 @@ from collections.abc import Iterable, Mapping
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-    KVM_VCPUEVENT_VALID_NMI_PENDING,
-    KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_VCPUEVENT_VALID_SIPI_VECTOR,
-    KVM_VCPUEVENT_VALID_SMM,
-    KVM_X86_SHADOW_INT_MOV_SS,
-    KVM_X86_SHADOW_INT_STI,
     kvm_cpuid_entry2,
     kvm_lapic_state,
     kvm_regs,
+    kvm_sregs,
     kvm_vcpu_events,
 )
-from kvmtick.cpu.engine import EventType, Interruptibility
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.kvm.registers import get_regs, get_sregs, set_regs, set_sregs
+from kvmtick.kvm.vcpu_events import get_vcpu_events, set_vcpu_events
 from kvmtick.machine.board import Board
 from kvmtick.vcpu.cpuid import LEAF_FEATURES, CpuidLeaf, supported
-from kvmtick.vcpu.events import NMI_LIMIT, NMI_VECTOR
 from kvmtick.vcpu.vcpu import MpState, Vcpu
-from kvmtick.vcpu.vmcs import intr_type, intr_vector
 
 __all__ = ["ModelVcpu", "cpuid_entries"]
 
 NR_VECTORS = 256
-NR_EXCEPTIONS = 32
-_EVENT_FLAGS = (
-    KVM_VCPUEVENT_VALID_NMI_PENDING
-    | KVM_VCPUEVENT_VALID_SIPI_VECTOR
-    | KVM_VCPUEVENT_VALID_SHADOW
-    | KVM_VCPUEVENT_VALID_SMM
-)
 
 
 class ModelVcpu:
@@ -79,9 +64,19 @@ class ModelVcpu:
 
     def get_regs(self) -> kvm_regs:
         """KVM_GET_REGS."""
-        registers = self.vcpu.engine.registers()
-        names = (name for name, *_ in kvm_regs._fields_)
-        return kvm_regs(**{name: registers[name] for name in names if name in registers})
+        return get_regs(self.vcpu)
+
+    def set_regs(self, regs: kvm_regs) -> None:
+        """KVM_SET_REGS."""
+        set_regs(self.vcpu, regs)
+
+    def get_sregs(self) -> kvm_sregs:
+        """KVM_GET_SREGS."""
+        return get_sregs(self.vcpu)
+
+    def set_sregs(self, sregs: kvm_sregs) -> None:
+        """KVM_SET_SREGS. EINVAL: the registers contradict each other."""
+        set_sregs(self.vcpu, sregs)
 
     # The local APIC.
 
@@ -122,47 +117,11 @@ class ModelVcpu:
     def get_vcpu_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
         self._board.irqfds.poll()
-        vcpu = self.vcpu
-        events = kvm_vcpu_events(
-            flags=KVM_VCPUEVENT_VALID_NMI_PENDING
-            | KVM_VCPUEVENT_VALID_SHADOW
-            | KVM_VCPUEVENT_VALID_SMM
-        )
-        info = vcpu.pending.reinject_info
-        if info and intr_type(info) == EventType.EXTERNAL:
-            events.interrupt.injected = 1
-            events.interrupt.nr = intr_vector(info)
-        events.nmi.injected = int(info != 0 and intr_type(info) == EventType.NMI)
-        events.nmi.pending = vcpu.pending.nmi_pending
-        state = vcpu.engine.interruptibility
-        events.nmi.masked = int(state & Interruptibility.NMI != 0)
-        if state & Interruptibility.STI:
-            events.interrupt.shadow |= KVM_X86_SHADOW_INT_STI
-        if state & Interruptibility.MOV_SS:
-            events.interrupt.shadow |= KVM_X86_SHADOW_INT_MOV_SS
-        return events
+        return get_vcpu_events(self.vcpu)
 
     def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
-        """KVM_SET_VCPU_EVENTS: the injected interrupt, pending NMIs and the SIPI vector.
-
-        EINVAL: unknown flags, or an exception that is none.
-        """
-        exception = events.exception
-        wrong = (exception.injected or exception.pending) and (
-            exception.nr >= NR_EXCEPTIONS or exception.nr == NMI_VECTOR
-        )
-        if events.flags & ~_EVENT_FLAGS or wrong:
-            raise KvmError(errno.EINVAL, "KVM_SET_VCPU_EVENTS")
-        vcpu = self.vcpu
-        if events.interrupt.injected:
-            vcpu.queue_interrupt(events.interrupt.nr)
-        else:
-            vcpu.pending.reinject_info = 0
-        if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING:
-            vcpu.pending.nmi_pending = min(events.nmi.pending, NMI_LIMIT)
-        if events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.lapic is not None:
-            vcpu.lapic.sipi_vector = events.sipi_vector & 0xFF
-        vcpu.request_event()
+        """KVM_SET_VCPU_EVENTS. EINVAL: unknown flags, or an exception that is none."""
+        set_vcpu_events(self.vcpu, events)
 
     # CPUID, MSRs and time.
 

@@ -249,7 +249,7 @@ static PyObject *engine_set_interruptibility(PyObject *object, PyObject *value)
 {
     Engine *self = (Engine *)object;
     unsigned long state = PyLong_AsUnsignedLong(value);
-    if (PyErr_Occurred() || !check_idle(self)) {
+    if (PyErr_Occurred() || !check_open(self)) {
         return NULL;
     }
     unsigned long shadows = state & (SHADOW_STI | SHADOW_MOV_SS);
