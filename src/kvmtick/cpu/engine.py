@@ -40,6 +40,8 @@ handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
 budget by one. Either kind is deterministic: the same entries give the same run.
 
+`cr4_bits` are the bits of CR4 that it can have.
+
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
@@ -161,6 +163,7 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    cr4_bits: int
     rflags: int
     interruptibility: int
     retired: int

@@ -311,6 +311,7 @@ class ScriptedEngine:
 
     def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
         self.name = "scripted"
+        self.cr4_bits = (1 << 64) - 1
         self.exact = True
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0

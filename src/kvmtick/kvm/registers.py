@@ -34,14 +34,17 @@ CR4_PAE = 1 << 5
 CR4_ALWAYS = 0x7FF
 """VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT: KVM looks at no CPUID for them."""
 _CR4_OF_CPUID = {
+    1 << 11: (0x7, "ecx", 1 << 2),  # UMIP
     1 << 12: (0x7, "ecx", 1 << 16),  # LA57
     1 << 16: (0x7, "ebx", 1 << 0),  # FSGSBASE
+    1 << 17: (0x1, "ecx", 1 << 17),  # PCIDE: PCID
     1 << 18: (0x1, "ecx", 1 << 26),  # OSXSAVE: XSAVE
     1 << 20: (0x7, "ebx", 1 << 7),  # SMEP
     1 << 21: (0x7, "ebx", 1 << 20),  # SMAP
     1 << 22: (0x7, "ecx", 1 << 3),  # PKE: PKU
+    1 << 23: (0x7, "ecx", 1 << 7),  # CET: shadow stacks
 }
-"""Bits that the engine has (`kvmtick.cpu.unicorn.FEATURES`), and what of CPUID gives them."""
+"""Bits that KVM knows, and what of CPUID gives them (SDM vol. 3A, 2.5)."""
 EFER_LME = 1 << 8
 CR8_MAX = 15
 VECTORS = 256
@@ -85,7 +88,7 @@ def set_sregs(vcpu: Vcpu, sregs: kvm_sregs) -> None:
     EINVAL: the registers contradict each other, or are not for a guest with this CPUID; nothing
     is changed then.
     """
-    if not _is_valid(vcpu.cpuid, sregs):
+    if sregs.cr4 & ~vcpu.engine.cr4_bits or not _is_valid(vcpu.cpuid, sregs):
         raise KvmError(errno.EINVAL, "KVM_SET_SREGS", "cr0, cr3, cr4, efer and cs do not fit")
     if not vcpu.msrs.set(MSR_IA32_APICBASE, sregs.apic_base, host_initiated=True):
         raise KvmError(errno.EINVAL, "KVM_SET_SREGS", f"apic_base={sregs.apic_base:#x}")
