@@ -1,12 +1,12 @@
 """The state of a VM, moved by `Vm.save` and `Vm.load`: `VmState`.
 
-What KVM's calls give of a VM, and what it was told (`kvmtick.kvm.told`), with its RAM; the file that
+What KVM's calls give of a VM, what it was told (`kvmtick.kvm.told`), and its RAM; the file that
 `write` makes of it is described in docs/state.md. Both back ends give and take the same.
 
-Not here: what KVM does not tell. Ticks of the PIT that are owed (`pending`, `irq_ack`) and where its
-counters stand: KVM_SET_PIT2 starts them anew. The levels of GSIs, but as requests in PIC and IOAPIC.
-A vector that waits in KVM_INTERRUPT with a split irqchip; the vector of a SIPI. irqfds, ioeventfds
-and memory of other slots, which are the process's. x87, SSE and debug registers, XCR0.
+Not here: what KVM does not tell. Ticks of the PIT that are owed (`pending`, `irq_ack`), and where
+its counters stand: KVM_SET_PIT2 starts them anew. The levels of GSIs, but as requests in PIC and
+IOAPIC. A vector that waits in KVM_INTERRUPT with a split irqchip; the vector of a SIPI. irqfds,
+ioeventfds and memory of other slots, which are the process's. x87, SSE and debug registers, XCR0.
 """
 
 import base64
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
+from typing import Literal
 
 from kvmtick.abi.structs import (
     KvmStruct,
@@ -29,7 +30,7 @@ from kvmtick.abi.structs import (
     struct_diff,
 )
 from kvmtick.guests import Guest, Needs, ParameterOffsets
-from kvmtick.irqchip.apicdef import APIC_TMCCT, MSR_IA32_TSC_DEADLINE
+from kvmtick.irqchip.apicdef import APIC_TMCCT
 from kvmtick.kvm.told import IrqchipKind
 from kvmtick.vcpu.msr import MSR_IA32_TSC
 
@@ -51,7 +52,7 @@ class GuestState:
     name: str
     parameters: ParameterOffsets | None
     has_rate: bool
-    tick_source: str
+    tick_source: Literal["pit", "lapic"]
 
     @classmethod
     def of(cls, guest: Guest) -> "GuestState":
@@ -60,11 +61,8 @@ class GuestState:
 
     def guest(self) -> Guest:
         """As `Vm.load` took it, but without image and entry."""
-        source = "lapic" if self.tick_source == "lapic" else "pit"
-        needs = Needs(tick_source=source)
-        return Guest(
-            self.name, b"", 0, (0, 0), self.parameters, needs, has_rate=self.has_rate
-        )
+        needs = Needs(tick_source=self.tick_source)
+        return Guest(self.name, b"", 0, (0, 0), self.parameters, needs, has_rate=self.has_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +170,15 @@ def _differences(a: VmState, b: VmState) -> Iterator[str]:
     plain = ("guest", "irqchip", "boot_cpu_id", "caps", "ram_bytes")
     yield from (name for name in plain if getattr(a, name) != getattr(b, name))
     yield from _list_differences("routing", a.routing, b.routing)
-    if (a.pit and (a.pit.flags, a.pit.reinject)) != (b.pit and (b.pit.flags, b.pit.reinject)):
-        yield "pit"
-    yield from _struct_differences("pit", a.pit and a.pit.state, b.pit and b.pit.state)
+    for name in ("flags", "reinject"):
+        if getattr(a.pit, name, None) != getattr(b.pit, name, None):
+            yield f"pit {name}"
+    states = (getattr(pit, "state", None) for pit in (a.pit, b.pit))
+    yield from _struct_differences("pit", *states)
     for name in ("pic_master", "pic_slave", "ioapic"):
-        yield from _struct_differences(name, getattr(a.chips, name, None), getattr(b.chips, name, None))
+        yield from _struct_differences(
+            name, getattr(a.chips, name, None), getattr(b.chips, name, None)
+        )
     if [vcpu.vcpu_id for vcpu in a.vcpus] != [vcpu.vcpu_id for vcpu in b.vcpus]:
         yield "vcpus"
     for first, second in zip(a.vcpus, b.vcpus, strict=False):
@@ -217,4 +219,4 @@ def _struct_differences(name: str, a: KvmStruct | None, b: KvmStruct | None) -> 
             yield name
         return
     for field in struct_diff(a, b, TIMES):
-        yield f"{name} {field.name}: {field.left} != {field.right}"
+        yield f"{name} {field.name}: {field.left!r} != {field.right!r}"

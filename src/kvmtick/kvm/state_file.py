@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ctypes import sizeof
 from dataclasses import asdict, fields
 from os import PathLike
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from kvmtick.abi.structs import (
     KvmStruct,
@@ -47,6 +47,7 @@ U32: Final = (1 << 32) - 1
 U64: Final = (1 << 64) - 1
 
 _S = TypeVar("_S", bound=KvmStruct)
+_T = TypeVar("_T", bound=str)
 
 
 def write(state: VmState, path: str | PathLike[str]) -> None:
@@ -121,6 +122,7 @@ _CHIPS: Final[dict[str, type[KvmStruct]]] = {
     "ioapic": kvm_ioapic_state,
 }
 _IRQCHIPS: Final[tuple[IrqchipKind, ...]] = ("none", "split", "kernel")
+_TICK_SOURCES: Final[tuple[Literal["pit", "lapic"], ...]] = ("pit", "lapic")
 
 
 class _Node:
@@ -163,6 +165,13 @@ class _Node:
     def text(self) -> str:
         """A string."""
         return str(self._is(str, "a string"))
+
+    def one_of(self, words: tuple[_T, ...]) -> _T:
+        """One of these strings."""
+        for word in words:
+            if self.text() == word:
+                return word
+        raise self.wrong(f"{self.value!r} is none of {', '.join(words)}")
 
     def flag(self) -> bool:
         """True or false."""
@@ -212,7 +221,7 @@ def from_json(value: Any) -> VmState:
     state = VmState(
         backend=file["backend"].text(),
         guest=_guest(file["guest"].optional()),
-        irqchip=_irqchip(file["irqchip"]),
+        irqchip=file["irqchip"].one_of(_IRQCHIPS),
         boot_cpu_id=file["boot_cpu_id"].number(0, U32),
         caps=tuple(_cap(node) for node in file["caps"].items()),
         routing=_routing(file["routing"].optional()),
@@ -231,21 +240,19 @@ def from_json(value: Any) -> VmState:
 def _guest(node: _Node | None) -> GuestState | None:
     if node is None:
         return None
-    offsets = node["parameters"].optional()
-    names = [field.name for field in fields(ParameterOffsets)]
     return GuestState(
         node["name"].text(),
-        offsets and ParameterOffsets(**{name: offsets[name].number(0, U32) for name in names}),
+        _parameters(node["parameters"].optional()),
         node["has_rate"].flag(),
-        node["tick_source"].text(),
+        node["tick_source"].one_of(_TICK_SOURCES),
     )
 
 
-def _irqchip(node: _Node) -> IrqchipKind:
-    for kind in _IRQCHIPS:
-        if node.text() == kind:
-            return kind
-    raise node.wrong(f"{node.value!r} is none of {', '.join(_IRQCHIPS)}")
+def _parameters(node: _Node | None) -> ParameterOffsets | None:
+    if node is None:
+        return None
+    names = [field.name for field in fields(ParameterOffsets)]
+    return ParameterOffsets(**{name: node[name].number(0, U32) for name in names})
 
 
 def _cap(node: _Node) -> tuple[int, tuple[int, ...]]:
@@ -260,7 +267,9 @@ def _routing(node: _Node | None) -> tuple[kvm_irq_routing_entry, ...] | None:
 
 
 def _chips(node: _Node | None) -> IrqchipState | None:
-    return node and IrqchipState(
+    if node is None:
+        return None
+    return IrqchipState(
         node["pic_master"].struct(kvm_pic_state),
         node["pic_slave"].struct(kvm_pic_state),
         node["ioapic"].struct(kvm_ioapic_state),
@@ -268,7 +277,9 @@ def _chips(node: _Node | None) -> IrqchipState | None:
 
 
 def _pit(node: _Node | None) -> PitState | None:
-    return node and PitState(
+    if node is None:
+        return None
+    return PitState(
         node["flags"].number(0, U32),
         node["reinject"].flag(),
         node["state"].struct(kvm_pit_state2),
@@ -285,7 +296,7 @@ def _vcpu(node: _Node) -> VcpuState:
         regs=node["regs"].struct(kvm_regs),
         sregs=node["sregs"].struct(kvm_sregs),
         msrs={name.address(U32): msr.address() for name, msr in node["msrs"].members()},
-        lapic=lapic and lapic.struct(kvm_lapic_state),
+        lapic=None if lapic is None else lapic.struct(kvm_lapic_state),
         events=node["events"].struct(kvm_vcpu_events),
     )
 

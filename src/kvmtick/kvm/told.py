@@ -1,7 +1,7 @@
 """What a VM was told and KVM cannot be asked: `Told` listens to the ioctls of a VM.
 
-KVM has no call that gives the GSI routing, the capabilities that were enabled, the flags of the PIT,
-reinjection or the vCPU that boots; whoever saves a VM has to know them.
+KVM has no call that gives the GSI routing, the capabilities that were enabled, the flags of the
+PIT, reinjection or the vCPU that boots; whoever saves a VM has to know them.
 """
 
 from ctypes import sizeof, string_at
