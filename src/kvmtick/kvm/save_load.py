@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_EXIT_IO,
@@ -205,8 +204,7 @@ def _set_up(vm: "Vm[Any]", state: VmState) -> None:
     vm.set_boot_cpu_id(state.boot_cpu_id)
     if state.irqchip == "kernel":
         vm.create_irqchip()
-    # The split irqchip is one of them, and all others work with either.
-    for cap, args in sorted(state.caps, key=lambda item: item[0] != KVM_CAP_SPLIT_IRQCHIP):
+    for cap, args in state.caps:
         vm.enable_cap(cap, *args)
     if state.pit is not None:
         vm.create_pit2(state.pit.flags)
