@@ -32,6 +32,7 @@ class Engine:
     retired: int
     idt_vectoring_info: int
     error: str
+    rounds: int
     exact: bool
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None: ...

@@ -173,6 +173,8 @@ class Engine(Protocol):
     retired: int
     idt_vectoring_info: int
     error: str
+    rounds: int
+    """After `ACCESS`: how many the REP INS at RIP has left; 1 for any other instruction."""
 
     @property
     def rip(self) -> int:

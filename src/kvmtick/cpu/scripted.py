@@ -320,6 +320,7 @@ class ScriptedEngine:
         self.retired = 0
         self.idt_vectoring_info = 0
         self.error = ""
+        self.rounds = 1
         self._exits_on_pause = False
         self._guest = guest
         self._handlers = dict(handlers or {})

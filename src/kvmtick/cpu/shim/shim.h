@@ -440,6 +440,7 @@ struct Engine {
     unsigned int interruptibility;
     unsigned long long retired;
     unsigned int idt_vectoring_info;
+    unsigned long long rounds;
     PyObject *error;
 };
 
