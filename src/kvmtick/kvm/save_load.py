@@ -110,10 +110,9 @@ def _save_vcpu(vcpu: "Vcpu", has_lapic: bool) -> VcpuState:
 
 
 def _finish_access(vcpu: "Vcpu") -> None:
-    with suppress(NotImplementedError):
-        if vcpu.area.exit_reason in (KVM_EXIT_IO, KVM_EXIT_MMIO):
-            vcpu.kick()
-            vcpu.run()
+    if vcpu.area.exit_reason in (KVM_EXIT_IO, KVM_EXIT_MMIO):
+        vcpu.kick()
+        vcpu.run()
 
 
 def _save_chips(vm: "Vm[Any]") -> IrqchipState:
