@@ -18,6 +18,7 @@ from kvmtick.abi.caps import (
     KVM_CAP_X2APIC_API,
     KVM_CAP_X86_APIC_BUS_CYCLES_NS,
 )
+from kvmtick.abi.exits import ExitIo
 from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
@@ -435,6 +436,25 @@ class TestWhatGoesOn:
         assert moved.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
         moved.signal_msi(0xFEE0_0000, 0x45)
         assert finish(moved) == 1
+
+    def test_an_access_that_is_under_way(self, new_vm: MakeVm, source: str, target: str) -> None:
+        vm = new_vm(source)
+        (vcpu,) = irqchip(vm)
+        load_code(vm, bytes.fromhex("e480 fec0 e6f4"), 0)  # in al, 0x80; inc al; out 0xf4, al
+        assert isinstance(vcpu.run(), ExitIo)
+        vcpu.answer(b"\x04")
+        assert finish(self.move(new_vm, vm, target)) == 5
+
+    def test_cr8_without_a_local_apic(self, new_vm: MakeVm, source: str, target: str) -> None:
+        vm = new_vm(source)
+        vcpu = vm.create_vcpu(0)
+        sregs = vcpu.get_sregs()
+        sregs.cr8 = 5
+        vcpu.set_sregs(sregs)
+        load_code(vm, EXIT_1, 0)
+        moved = self.move(new_vm, vm, target)
+        assert isinstance(moved.vcpus[0].run(), ExitIo)
+        assert moved.vcpus[0].get_sregs().cr8 == 5
 
 
 def run_a_while(vm: Any, ms: int = 100) -> Run:

@@ -221,7 +221,10 @@ def _put_vcpu(vcpu: "Vcpu", saved: VcpuState) -> None:
     vcpu.set_sregs(saved.sregs)
     vcpu.set_regs(saved.regs)
     _put_msrs(vcpu, (item for item in saved.msrs.items() if item[0] != MSR_IA32_TSC_DEADLINE))
-    if saved.lapic is not None:
+    if saved.lapic is None:
+        # KVM_RUN takes CR8 from there.
+        vcpu.area.cr8 = saved.sregs.cr8
+    else:
         vcpu.set_lapic(saved.lapic)
     _put_msrs(vcpu, (item for item in saved.msrs.items() if item[0] == MSR_IA32_TSC_DEADLINE))
     events = kvm_vcpu_events.from_buffer_copy(saved.events)
