@@ -26,6 +26,7 @@ from kvmtick.abi.structs import (
     KVM_MP_STATE_UNINITIALIZED,
     KVM_PIT_SPEAKER_DUMMY,
     KVM_X86_SHADOW_INT_STI,
+    kvm_clock_data,
     kvm_regs,
 )
 from kvmtick.conform.bench import to_ioapic, to_msi, to_pic
@@ -36,6 +37,7 @@ from kvmtick.machine.run import Run
 
 PAIRS = [(source, target) for source in ("model", "kernel") for target in ("model", "kernel")]
 ICR_LOW, SVR, LVTT, TMICT, TMCCT, TDCR, IRR = 0x300, 0xF0, 0x320, 0x380, 0x390, 0x3E0, 0x200
+TSC, TSC_DEADLINE = 0x10, 0x6E0
 PIC_ENABLED, LEVEL, REMOTE_IRR = 0x1FF, 1 << 15, 1 << 14
 NO_PIT_ROUTE = [to_pic(1, 1), to_ioapic(20, 20)]
 """GSI 0 leads nowhere: what the PIT of a running VM does is not seen."""
@@ -185,6 +187,12 @@ def events(vm: Any) -> None:
     vcpu.set_vcpu_events(given)
 
 
+def tsc_deadline(vm: Any) -> None:
+    (vcpu,) = irqchip(vm)
+    set_lapic(vcpu, SVR=PIC_ENABLED, LVTT=0x4_0055)
+    assert vcpu.set_msrs({TSC_DEADLINE: 1 << 60}) == 1
+
+
 def long_mode(vm: Any) -> None:
     (vcpu,) = irqchip(vm)
     registers = start.long_mode(0x10_0000, 0x9000, rsp=0x8000)
@@ -195,7 +203,7 @@ def long_mode(vm: Any) -> None:
 
 KINDS = [
     *(bare, ram_only, pc, without_reinjection, one_shot, split, slow_bus, two_vcpus),
-    *(the_second_boots, x2apic, halted, level_pin, requests, events, long_mode),
+    *(the_second_boots, x2apic, halted, level_pin, requests, events, tsc_deadline, long_mode),
 ]
 OF_THE_HOST = ("tsc_khz", "cpuid")
 """The TSC's rate; and what the kernel makes of a CPUID that is not its own."""
@@ -217,6 +225,18 @@ def test_what_is_saved_anew_is_the_same(
     assert found == []
     vm.close()
     moved.close()
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_clocks_go_on(new_vm: MakeVm, source: str, target: str) -> None:
+    vm, moved = new_vm(source), new_vm(target)
+    (vcpu,) = irqchip(vm)
+    vm.set_clock(kvm_clock_data(clock=10**15))
+    vcpu.set_msrs({TSC: 10**17})
+    state = vm.save()
+    moved.load(state)
+    assert 10**15 <= state.clock_ns <= moved.get_clock().clock < 2 * 10**15
+    assert 10**17 <= state.vcpus[0].msrs[TSC] <= moved.vcpus[0].get_msrs([TSC])[TSC] < 2 * 10**17
 
 
 @pytest.mark.parametrize("kind", KINDS)
