@@ -17,9 +17,9 @@ from pathlib import Path
 
 from golden import capture
 from golden.apic_scenarios import PIN, SCENARIOS
-from kvmtick.conform.normalise import LINE
 from kvmtick import guests
 from kvmtick.abi import HostError
+from kvmtick.conform.normalise import LINE
 from kvmtick.guests import Guest
 from kvmtick.guests.script import Scenario
 from kvmtick.kvm.kernel import KernelVm

@@ -21,7 +21,7 @@ Not modelled, because KVM does not let user space do it:
   it;
 * software interrupts and exceptions cannot be injected; an NMI window behind an external interrupt,
   and one that is open after `MOST_STEPS` steps, is found late;
-* registers that contradict each other cannot be set;
+* registers that contradict each other cannot be set, and no access can be refused;
 * without KVM_CAP_X86_MSR_FILTER (Linux 5.10) KVM answers the MSRs, and the guest gets no x2APIC and
   no TSC deadline.
 """
@@ -32,6 +32,9 @@ import ctypes
 import errno
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import Array, c_char
+from dataclasses import dataclass
+from itertools import count
 from mmap import mmap
 from typing import Final
 
@@ -57,6 +60,7 @@ from kvmtick.abi.structs import (
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
+    KVM_MEM_READONLY,
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_INVAL,
     KVM_MSR_EXIT_REASON_UNKNOWN,
@@ -112,6 +116,8 @@ MAX_SUBLEAVES: Final = 64
 CPUID_RANGES: Final = (0, 0x4000_0000, 0x8000_0000)
 """Where CPUID's ranges begin; EAX of the first leaf is the last."""
 MAX_LEAVES: Final = 256
+CR4_BITS: Final = 0x75_17FF
+"""VME to OSXMMEXCPT, LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE; KVM has a say in it, too."""
 
 _SHADOW: Final = int(Interruptibility.STI | Interruptibility.MOV_SS)
 _HOLDS_BACK: Final = _SHADOW | int(Interruptibility.NMI)
@@ -120,6 +126,15 @@ _SREGS_MSRS: Final = ("efer", "fs_base", "gs_base")
 _MSR_OF: Final = {name: index for index, name in CPU_MSRS.items() if name not in _SREGS_MSRS}
 _DEBUG_REGISTERS: Final = ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 _GENERAL: Final = frozenset(name for name, *_ in kvm_regs._fields_)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A memory slot, and how many engines have put the RAM there."""
+
+    number: int
+    ram: mmap | Array[c_char]
+    users: int = 0
 
 
 class HostKvm(Closing):
@@ -131,7 +146,7 @@ class HostKvm(Closing):
 
     def __init__(self, path: str = KVM_PATH) -> None:
         self._vm: VmFile | None = None
-        self._slots: list[tuple[int, mmap]] = []
+        self._slots: dict[int, _Slot] = {}
         self._created = 0
         self._open = 0
         with open_kvm(path) as device:
@@ -155,12 +170,30 @@ class HostKvm(Closing):
         self._open += 1
         return HostKvmEngine(self, vcpu)
 
-    def map_ram(self, gpa: int, ram: mmap) -> None:
-        """A memory slot; the engines of one machine share it."""
+    def map_ram(self, gpa: int, ram: mmap | Array[c_char], writable: bool) -> None:
+        """A memory slot; the engines of one machine, which all ask for it, share it."""
         assert self._vm is not None
-        if not any(at == gpa and there is ram for at, there in self._slots):
-            self._vm.map_memory(gpa, ram, slot=len(self._slots))
-            self._slots.append((gpa, ram))
+        slot = self._slots.get(gpa)
+        if slot is None:
+            number = next(number for number in count() if number not in self._numbers())
+            self._vm.map_memory(gpa, ram, number, 0 if writable else KVM_MEM_READONLY)
+            slot = self._slots[gpa] = _Slot(number, ram)
+        elif slot.ram is not ram:
+            raise ValueError(f"there is other RAM at {gpa:#x}: unmap_ram it first")
+        slot.users += 1
+
+    def unmap_ram(self, gpa: int) -> None:
+        """Take it away with the last engine that asks for it; ValueError: there is none."""
+        slot = self._slots.get(gpa)
+        if slot is None:
+            raise ValueError(f"no RAM was put at {gpa:#x}")
+        slot.users -= 1
+        if not slot.users and self._vm is not None:
+            del self._slots[gpa]
+            self._vm.unmap_memory(gpa, slot.number)
+
+    def _numbers(self) -> set[int]:
+        return {slot.number for slot in self._slots.values()}
 
     def engine_closed(self) -> None:
         """One fewer."""
@@ -201,6 +234,7 @@ class HostKvmEngine:
     name = "kvm"
     exact = False
     real_time = True
+    cr4_bits = CR4_BITS
 
     def __init__(self, host: HostKvm, vcpu: VcpuFile) -> None:
         self.rflags = RFLAGS_FIXED
@@ -209,6 +243,7 @@ class HostKvmEngine:
         self.idt_vectoring_info = 0
         self.entry_error_code = 0
         self.error = ""
+        self.rounds = 1
         self.tsc_khz = host.tsc_khz
         self._host: HostKvm | None = host
         self._vcpu = vcpu
@@ -248,11 +283,24 @@ class HostKvmEngine:
         self._on_cr8_write = on_cr8_write
         self._on_cr8_read = on_cr8_read
 
-    def map_ram(self, gpa: int, ram: mmap) -> None:
-        self._open_host().map_ram(gpa, ram)
+    def map_ram(
+        self, gpa: int, ram: mmap | Array[c_char], *, writable: bool = True, shared: bool = False
+    ) -> None:
+        """As the contract says; RAM may come and go at any time."""
+        self._open_host().map_ram(gpa, ram, writable)
+
+    def unmap_ram(self, gpa: int) -> None:
+        self._open_host().unmap_ram(gpa)
 
     def ram_written(self, gpa: int, size_bytes: int) -> None:
         """Nothing: the processor sees it."""
+
+    def forget_changed_code(self) -> None:
+        """Nothing: the processor sees it."""
+
+    def refuse(self) -> None:
+        """RuntimeError: KVM is past the access when it tells of it."""
+        raise RuntimeError("a vCPU of /dev/kvm cannot leave before an access: use the unicorn CPU")
 
     def kick(self) -> None:
         self._vcpu.kick()

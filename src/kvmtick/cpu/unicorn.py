@@ -130,6 +130,8 @@ class UnicornEngine(_shim.Engine):
     real_time = False
     tsc_khz = GUEST_TSC_KHZ
     read_tsc = None
+    # VME to OSXMMEXCPT (VME and PVI do nothing), LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE
+    cr4_bits = 0x75_17FF
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None:
         """`seed` is that of RDRAND and RDSEED; not `exact`: boundaries are those of blocks."""

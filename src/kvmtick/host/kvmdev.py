@@ -165,7 +165,8 @@ class _VmLife:
 
     def __init__(self) -> None:
         self.descriptors = 0
-        self.ram: list[mmap.mmap] = []
+        self.ram: dict[int, mmap.mmap | ctypes.Array[ctypes.c_char]] = {}
+        """By slot."""
 
     def leave(self) -> None:
         """One descriptor fewer."""
@@ -201,10 +202,14 @@ class VmFile(KvmFile):
         if size_bytes <= 0:
             # 0 would ask the kernel to take the slot away
             raise KvmError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION")
-        return self.map_memory(gpa, mmap.mmap(-1, size_bytes), slot, flags)
+        ram = mmap.mmap(-1, size_bytes)
+        self.map_memory(gpa, ram, slot, flags)
+        return GuestMemory(self, slot, gpa, ram)
 
-    def map_memory(self, gpa: int, ram: mmap.mmap, slot: int, flags: int = 0) -> "GuestMemory":
-        """As `add_memory`, but memory that others share: it stays mapped as long as the VM."""
+    def map_memory(
+        self, gpa: int, ram: "mmap.mmap | ctypes.Array[ctypes.c_char]", slot: int, flags: int = 0
+    ) -> None:
+        """As `add_memory`, but memory of others, which the VM keeps mapped as long as it lives."""
         region = structs.kvm_userspace_memory_region(
             slot=slot,
             flags=flags,
@@ -213,21 +218,22 @@ class VmFile(KvmFile):
             userspace_addr=ctypes.addressof(ctypes.c_char.from_buffer(ram)),
         )
         self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
-        self._life.ram.append(ram)
-        return GuestMemory(self, slot, gpa, ram)
+        self._life.ram[slot] = ram
+
+    def unmap_memory(self, gpa: int, slot: int) -> None:
+        """Take a slot away (KVM_SET_USER_MEMORY_REGION of size 0)."""
+        region = structs.kvm_userspace_memory_region(slot=slot, guest_phys_addr=gpa)
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
+        del self._life.ram[slot]
 
     def remove_memory(self, memory: "GuestMemory") -> None:
-        """Take a slot away (KVM_SET_USER_MEMORY_REGION of size 0) and unmap its memory.
+        """Take a slot away and unmap its memory.
 
         Where only vCPUs keep the VM alive that cannot be told the kernel any more: the memory
         then goes with the last of them.
         """
         if not self.closed:
-            region = structs.kvm_userspace_memory_region(
-                slot=memory.slot, guest_phys_addr=memory.gpa
-            )
-            self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
-            self._life.ram.remove(memory.ram)
+            self.unmap_memory(memory.gpa, memory.slot)
         elif self._life.descriptors:
             return
         # somebody else may look at the same bytes: they then stay for him

@@ -63,7 +63,7 @@ class GuestRun:
         that has overwritten it.
         """
         guest = self.machine.loaded[-1] if self.machine.loaded else None
-        return parameters_of(guest, self.machine.ram)
+        return parameters_of(guest, self.machine.read_ram)
 
     def _rest_ns(self, guest: Guest) -> list[int]:
         """How much longer a built-in guest may take for the ticks it waits for."""

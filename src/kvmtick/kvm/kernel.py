@@ -28,6 +28,7 @@ from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
 from kvmtick.kvm.kernel_run import Ends, Observer, Session, TickGoal, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
 from kvmtick.kvm.registers import put_registers
+from kvmtick.kvm.told import Told
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
@@ -113,6 +114,8 @@ class KernelVm(Vm[KernelVcpu]):
     Raises `HostError` where /dev/kvm is absent or forbidden. A context manager.
     """
 
+    backend = "kernel"
+
     def __init__(
         self,
         *,
@@ -124,7 +127,7 @@ class KernelVm(Vm[KernelVcpu]):
         """`device`: an open /dev/kvm, which is then this VM's to close."""
         self._vcpus: list[KernelVcpu] = []
         self._guest: Guest | None = None
-        self.reinject = True
+        self.told = Told()
         self._started_ns = 0
         self._ran_ns = 0
         self.user = UserSpace(self, ram_bytes)
@@ -139,7 +142,9 @@ class KernelVm(Vm[KernelVcpu]):
             raise
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
-        return self.file.ioctl(request, arg)
+        result = self.file.ioctl(request, arg)
+        self.told.note(request, arg)
+        return result
 
     @property
     def vcpus(self) -> list[KernelVcpu]:
@@ -157,11 +162,14 @@ class KernelVm(Vm[KernelVcpu]):
         with KernelSystem() as system:
             return system.get_supported_cpuid()
 
-    def reinject_control(self, reinject: bool) -> None:
-        super().reinject_control(reinject)
-        self.reinject = reinject
+    @property
+    def guest(self) -> Guest | None:
+        return self._guest
 
-    def load(self, guest: Guest) -> None:
+    def adopt(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def load_guest(self, guest: Guest) -> None:
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
         self._guest = guest
@@ -178,6 +186,10 @@ class KernelVm(Vm[KernelVcpu]):
         if self.memory is None:
             raise ValueError("this VM was made without RAM: make it with ram_bytes")
         return self.memory
+
+    @property
+    def ram_bytes(self) -> int:
+        return 0 if self.memory is None else self.memory.size_bytes
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         self._ram().write(gpa, data)
@@ -233,7 +245,7 @@ class KernelVm(Vm[KernelVcpu]):
 
     def parameters(self) -> Parameters | None:
         """The guest's parameter block as it is now in RAM; None if there is none."""
-        return parameters_of(self._guest, self.memory.ram) if self.memory else None
+        return parameters_of(self._guest, self.read_memory) if self.memory else None
 
     def _rest_ns(self) -> int | None:
         """How much longer a built-in guest may take for the ticks it waits for."""
@@ -287,7 +299,7 @@ class KernelVm(Vm[KernelVcpu]):
             if error.errno != errno.ENXIO:
                 raise
             return None
-        return PitSettings(count, nominal_period_ns(count), self.reinject)
+        return PitSettings(count, nominal_period_ns(count), self.told.reinject)
 
     def close(self) -> None:
         """Give everything back; harmless when repeated."""

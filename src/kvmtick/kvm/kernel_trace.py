@@ -148,7 +148,7 @@ class TickTrace:
     def _reinject_record(self) -> Record:
         """How the PIT was set up before the trace began."""
         event, reason = int(Event.KVM_APICV_INHIBIT_CHANGED), int(ApicvInhibitReason.PIT_REINJ)
-        return (time.monotonic_ns(), event, 0, reason, int(self._vm.reinject), 0)
+        return (time.monotonic_ns(), event, 0, reason, int(self._vm.told.reinject), 0)
 
     # The thread that follows.
 

@@ -1,6 +1,6 @@
 """How long a built-in guest's ticks should take, and how long it may take for them."""
 
-from mmap import mmap
+from collections.abc import Callable
 from typing import Final
 
 from kvmtick.guests import Guest, Parameters
@@ -12,14 +12,17 @@ NOMINAL_TIMES: Final = 10
 """A guest that never gets its ticks is stopped after so many times the time they should take."""
 
 
-def parameters_of(guest: Guest | None, ram: bytes | mmap) -> Parameters | None:
+def parameters_of(
+    guest: Guest | None, read_ram: Callable[[int, int], bytes | None]
+) -> Parameters | None:
     """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one that
     has overwritten it.
     """
     if guest is None or guest.parameters is None:
         return None
+    data = read_ram(guest.parameters.magic, Parameters.SIZE_BYTES)
     try:
-        return Parameters.read(ram, guest.parameters.magic)
+        return Parameters.read(data or b"", 0)
     except ValueError:
         return None
 

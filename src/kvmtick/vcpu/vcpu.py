@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
-from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
+from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
@@ -29,7 +29,7 @@ from kvmtick.vcpu.events import (
 )
 from kvmtick.vcpu.exits import ExitHandlers, UserSpace
 from kvmtick.vcpu.msr import Msrs
-from kvmtick.vcpu.vmcs import Vmcs, intr_info
+from kvmtick.vcpu.vmcs import Vmcs
 
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
@@ -148,6 +148,7 @@ class Vcpu:
         "task",
         "vcpu_id",
         "vmcs",
+        "wants_window",
     )
 
     def __init__(
@@ -178,6 +179,8 @@ class Vcpu:
         # KVM_EXIT_DEBUG: a breakpoint, or after KVM_GUESTDBG_SINGLESTEP an instruction or an event.
         self.on_debug: Callable[[Vcpu], None] | None = None
         self.single_step = False
+        self.wants_window = False
+        """KVM_RUN's request_interrupt_window: leave when an interrupt could be taken."""
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
@@ -311,7 +314,7 @@ class Vcpu:
 
     def queue_interrupt(self, vector: int) -> None:
         """`kvm_queue_interrupt`: user space's own interrupt controller injects `vector`."""
-        self.pending.reinject_info = intr_info(EventType.EXTERNAL, vector)
+        self.pending.queue_interrupt(vector)
         self.request_event()
 
     def has_events(self) -> bool:
@@ -346,7 +349,7 @@ class Vcpu:
                 self.mp_state = _INIT_RECEIVED
         if events & KVM_APIC_SIPI and self.mp_state == _INIT_RECEIVED:
             self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
-            self._take_over_state()
+            self.take_over_state()
             self.make_runnable()
 
     def make_runnable(self) -> None:
@@ -358,9 +361,9 @@ class Vcpu:
     def _reset(self, lapic: Lapic) -> None:
         """`kvm_vcpu_reset(init_event=true)`."""
         lapic.reset(init_event=True)
-        self.pending = PendingEvents()
+        self.pending.clear()
         self.engine.reset(*RESET_CS_IP)
-        self._take_over_state()
+        self.take_over_state()
 
     def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
         """Real mode at `cs`:`ip`, or the state that `registers` make of it, as user space starts a
@@ -369,11 +372,11 @@ class Vcpu:
         self.engine.reset(cs, ip)
         if registers is not None:
             self.engine.set_registers(registers)
-        self._take_over_state()
+        self.take_over_state()
         self.make_runnable()
 
-    def _take_over_state(self) -> None:
-        """The engine was reset: nothing of the last entry holds any more."""
+    def take_over_state(self) -> None:
+        """The engine's state was set from outside: nothing of the last entry holds any more."""
         vmcs, engine = self.vmcs, self.engine
         vmcs.guest_rflags = engine.rflags
         vmcs.guest_interruptibility = engine.interruptibility
@@ -443,10 +446,31 @@ class Vcpu:
             on_debug(self)
         return reason
 
+    def complete_access(self, rounds: int) -> int:
+        """`complete_userspace_io`: the instruction at RIP, or so many rounds of a REP, now that
+        user space has answered its accesses, and no event before it; returns the `ExitReason`.
+        """
+        vmcs, engine = self.vmcs, self.engine
+        self._recorder.task = self.task
+        windows = vmcs.intr_window_exiting, vmcs.nmi_window_exiting
+        vmcs.intr_window_exiting = vmcs.nmi_window_exiting = False
+        reason = self._enter_guest(0, rounds)
+        vmcs.intr_window_exiting, vmcs.nmi_window_exiting = windows
+        vmcs.guest_rflags = engine.rflags
+        vmcs.guest_interruptibility = engine.interruptibility
+        return reason
+
+    def may_take_interrupt(self) -> bool:
+        """`kvm_vcpu_ready_for_interrupt_injection`: one that user space injects would go in now."""
+        accepts = self.lapic is None or self.lapic.accepts_pic_intr()
+        return accepts and interrupt_allowed(self.vmcs) and not self.pending.injected
+
     def _enter_guest(self, intr_info: int, budget: int) -> int:
         """Let the engine run, and the clock with it."""
         vmcs, engine, clock = self.vmcs, self.engine, self._clock
         entered_ns = clock.now_ns
+        if intr_info & INTR_INFO_DELIVER_CODE:
+            engine.entry_error_code = vmcs.entry_error_code
         self.exits.entered_ns = entered_ns
         self.in_guest = True
         try:
@@ -505,8 +529,9 @@ class Vcpu:
         if self.requests & _REQ_UNBLOCK:
             self._serve_unblock()
         requests, self.requests = self.requests, 0
-        if requests & ~_REQ_EVENT:
-            self._serve_rare(requests)
+        if requests & ~_REQ_EVENT and self._serve_rare(requests):
+            self.requests |= requests & ~_REQ_IOAPIC_EOI_EXIT
+            return
         if requests & _REQ_EVENT:
             lapic = self.lapic
             if lapic is not None and lapic.pending_events:
@@ -514,6 +539,8 @@ class Vcpu:
                 if self.mp_state != _RUNNABLE:
                     return
             inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+            if self.wants_window:
+                self.vmcs.intr_window_exiting = True
 
     def _serve_unblock(self) -> None:
         """`kvm_inject_pending_timer_irqs`: the vCPU itself puts its timer's interrupt in IRR."""
@@ -523,18 +550,22 @@ class Vcpu:
             self._recorder.task = self.task
             lapic.inject_pending_timer_irqs()
 
-    def _serve_rare(self, requests: int) -> None:
+    def _serve_rare(self, requests: int) -> bool:
+        """True: leave to user space first."""
         lapic = self.lapic
         if requests & _REQ_MIGRATE_TIMER:
             self._board.migrate_pit_timer()
             if lapic is not None:
                 lapic.migrate_timer()
         if lapic is None:
-            return
-        if requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> self._eoi_exit_vector & 1:
-            self._board.ports.ioapic_eoi(self._eoi_exit_vector)
+            return False
+        vector = self._eoi_exit_vector
+        wanted = requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> vector & 1
+        if wanted and self.exits.user_space.ioapic_eoi(vector):
+            return True
         if requests & _REQ_SCAN_IOAPIC and lapic.hw_enabled:
             lapic.handled_vectors = self._board.handled_vectors(lapic)
+        return False
 
     def _handle_exit(self, reason: int) -> None:
         if complete_interrupts(self.vmcs, self.pending):

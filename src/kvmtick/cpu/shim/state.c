@@ -22,9 +22,7 @@ const uint8_t *code_at(Engine *self, uint64_t linear)
     uint64_t gpa = (uint32_t)linear;
     uint64_t attributes[2]; /* MemTxAttrs, and more */
     if (U64(self->env, ENV_CR) & CR0_PG) {
-        self->looks_around = true;
         uint64_t page = lib.page_of(self->cpu, linear, attributes);
-        self->looks_around = false;
         if (page == NO_ADDRESS) {
             return NULL;
         }
@@ -117,14 +115,14 @@ uint64_t running_instruction(const Engine *self, uintptr_t return_address)
     return address;
 }
 
-/* As after an exit behind which `state` holds. */
+/* What holds behind the last instruction, or in a handler behind the access. */
 void set_interruptibility(Engine *self, unsigned state)
 {
     uint32_t hflags = U32(self->env, ENV_HFLAGS) & ~HF_INHIBIT_IRQ;
     uint32_t hflags2 = U32(self->env, ENV_HFLAGS2) & ~HF2_NMI;
     U32(self->env, ENV_HFLAGS) = hflags | (state & (SHADOW_STI | SHADOW_MOV_SS) ? HF_INHIBIT_IRQ : 0);
     U32(self->env, ENV_HFLAGS2) = hflags2 | (state & SHADOW_NMI ? HF2_NMI : 0);
-    self->sti_at = state & SHADOW_STI ? 0 : NEVER;
+    self->sti_at = !(state & SHADOW_STI) ? NEVER : self->running ? self->started : 0;
     self->interruptibility = state;
 }
 
