@@ -484,7 +484,9 @@ def _by_vector(tokens: list[tuple[str, str]]) -> tuple[str, ...]:
     vectors = {vector for vector, _ in tokens if vector}
     if len(vectors) < 2:
         return collapse(token for _, token in tokens)
-    lists = [[token for about, token in tokens if about == vector] for vector in ("", *sorted(vectors))]
+    lists = [
+        [token for about, token in tokens if about == vector] for vector in ("", *sorted(vectors))
+    ]
     return tuple(token for each in lists for token in collapse(each))
 
 
