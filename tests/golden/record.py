@@ -15,9 +15,9 @@ from pathlib import Path
 
 from golden import capture
 from golden.apic_scenarios import PIN, SCENARIOS
-from kvmtick.conform.punctual import reopened, worst_step_us
 from kvmtick import guests
 from kvmtick.abi import HostError
+from kvmtick.conform.punctual import reopened, worst_step_us
 from kvmtick.guests import Guest
 from kvmtick.guests.script import Scenario
 from kvmtick.kvm.kernel import KernelVm

@@ -1,4 +1,4 @@
-"""`TickTrace` on the live kernel: verdicts, one VM of several, what is lost, and that it goes away."""
+"""`TickTrace` on the live kernel: verdicts, one VM of several, what is lost, nothing that stays."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Pages that a real kernel's ring buffer gave (record.py) as records, and what they say of ticks."""
+"""Pages of a real kernel's ring buffer (record.py) as records, and what they say of ticks."""
 
 import re
 
@@ -114,7 +114,9 @@ def test_a_field_that_is_elsewhere_in_another_kernel_is_found() -> None:
         for text in KERNEL["formats"]
     ]
     other = Decoder(KERNEL["header_page"], formats, FUNCTIONS)
-    ours = [record for record in records_of("tick-pic", decoder()) if record[1] == Event.KVM_SET_IRQ]
+    ours = [
+        record for record in records_of("tick-pic", decoder()) if record[1] == Event.KVM_SET_IRQ
+    ]
     theirs = [record for record in records_of("tick-pic", other) if record[1] == Event.KVM_SET_IRQ]
     assert [(r[4], r[3], r[5]) for r in theirs] == [r[3:] for r in ours] != [r[3:] for r in theirs]
 

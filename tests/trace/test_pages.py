@@ -92,7 +92,9 @@ def test_what_was_lost_before_a_page(flags: int, behind: bytes, missed: int) -> 
 
 
 def test_a_header_that_lies_elsewhere() -> None:
-    text = HEADER.replace("offset:0;", "offset:8;").replace("commit;\toffset:8;", "commit;\toffset:0;")
+    text = HEADER.replace("offset:0;", "offset:8;").replace(
+        "commit;\toffset:8;", "commit;\toffset:0;"
+    )
     raw = page(entry(1, 5, 1))
     swapped = raw[8:16] + raw[:8] + raw[16:]
     assert PageLayout(text).read(swapped).events == LAYOUT.read(raw).events

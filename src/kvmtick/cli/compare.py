@@ -164,17 +164,18 @@ def _text(wanted: Wanted, result: Comparison, context: int | None) -> str:
     """`context` None: everything."""
     out = []
     for line in LINES:
-        found = [each for each in result.differences if each.line == line]
-        if found or context is None:
-            out += [f"{LINES[line]}:", *_line(result, line, found, context), ""]
+        here = [each for each in result.differences if each.line == line]
+        if here or context is None:
+            out += [f"{LINES[line]}:", *_line(result, line, here, context), ""]
     verdict = "do the same" if result.equal else "differ"
     runs = "a run" if result.runs == 1 else f"{result.runs} runs"
     steps = sum(len(steps) for steps in result.model.lines.values())
     steps -= sum(len(each.model) for each in result.differences)
+    found = len(result.differences)
     out.append(
         f"{wanted.guest.name}: the model and the kernel {verdict}: {steps:,} steps equal,"
-        f" {len(result.differences)} differences; {result.model.events:,} events of the model,"
-        f" {result.kernel.events:,} of the kernel ({runs})"
+        f" {found} difference{'' if found == 1 else 's'}; {result.model.events:,} events of the"
+        f" model, {result.kernel.events:,} of the kernel ({runs})"
     )
     return "\n".join(out)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 
 from kvmtick.abi.errors import HostError
-from kvmtick.conform.normalise import LINE, SET_ASIDE, ChipLines, project, tally
+from kvmtick.conform.normalise import SET_ASIDE, ChipLines, project, tally
 from kvmtick.conform.punctual import duration_us, reopened, worst_step_us
 from kvmtick.guests import Guest
 from kvmtick.host.probe import waited_for_cpu_ns
@@ -24,7 +24,7 @@ from kvmtick.kvm.kernel_trace import TickTrace
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.run import Run
 from kvmtick.trace.events import Record
-from kvmtick.trace.ftrace import format_line
+from kvmtick.trace.ftrace import event_name, format_line
 
 __all__ = ["ATTEMPTS", "Comparison", "Difference", "NoisyHostError", "Side", "Wanted", "compare"]
 
@@ -39,6 +39,9 @@ CLOSE, CLOSE_SHARE = 2, 20
 
 MOST_LATE_US = 500.0
 IDLE_BY_ACK = "by ack:"
+
+NOT_COMPARED = SET_ASIDE - {"kvm_vcpu_wakeup"}
+"""Wake-ups tell how late a run was."""
 
 Steps = tuple[str, ...]
 
@@ -66,12 +69,7 @@ class Side:
     run: Run
     trace: list[str]
     lines: dict[str, Steps]
-
-    @property
-    def events(self) -> int:
-        """How many events of the trace are compared."""
-        names = (match["event"] for match in map(LINE.match, self.trace) if match)
-        return sum(name not in SET_ASIDE for name in names)
+    events: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +141,9 @@ def compare(wanted: Wanted) -> Comparison:
 
 def _steps(side: Side) -> set[tuple[str, str]]:
     """All steps there are, each once; not how often."""
-    return {(line, step) for line, steps in side.lines.items() if line != "counts" for step in steps}
+    return {
+        (line, step) for line, steps in side.lines.items() if line != "counts" for step in steps
+    }
 
 
 # The two sides.
@@ -182,10 +182,13 @@ def run_kernel(wanted: Wanted) -> tuple[Side, int]:
 
 
 def _side(run: Run, records: Iterable[Record], tasks: list[str]) -> Side:
-    trace = [format_line(record, tasks) for record in records]
+    compared = [record for record in records if event_name(record) not in NOT_COMPARED]
+    trace = [format_line(record, tasks) for record in compared]
     chips = project(trace)
     lines = {field.name: getattr(chips, field.name) for field in fields(ChipLines)}
-    return Side(run, trace, {**lines, "counts": _counts(run, trace), "guest": _facts(run)})
+    lines |= {"counts": _counts(run, trace), "guest": _facts(run)}
+    events = sum(event_name(record) not in SET_ASIDE for record in compared)
+    return Side(run, trace, lines, events)
 
 
 def _counts(run: Run, trace: list[str]) -> Steps:
@@ -247,9 +250,9 @@ def _was_late(model: Side, kernel: Side, waited_us: float) -> bool:
     CPU, or by one at the end; or reinjection met an acknowledgement out of turn.
     """
     late_us = min(MOST_LATE_US, _period_us(model.run) / 2)
-    if model.run.pit is not None and model.run.pit.reinject:
-        if reopened(kernel.trace) or IDLE_BY_ACK in kernel.lines["worker"]:
-            return True
+    reinject = model.run.pit is not None and model.run.pit.reinject
+    if reinject and (reopened(kernel.trace) or IDLE_BY_ACK in kernel.lines["worker"]):
+        return True
     if max(waited_us, worst_step_us(kernel.trace)) > late_us:
         return True
     return duration_us(kernel.trace) - duration_us(model.trace) > 2 * late_us

@@ -306,12 +306,12 @@ class _Reader:
         if self._run is not None:
             for line, length in zip(self._pins(), self._before_run, strict=True):
                 del line[length:]
-        timers = (
+        hrtimer, lapic_timer = (
             tuple(token for timer in timers.values() for token in collapse(timer.line()))
             for timers in self._timers.values()
         )
-        lines = (self._worker, self._gsi, self._ioapic, self._pic)
-        return ChipLines(*timers, *(collapse(line) for line in lines), self._vcpu_line())
+        worker, gsi, ioapic, pic = map(collapse, (self._worker, *self._pins()))
+        return ChipLines(hrtimer, lapic_timer, worker, gsi, ioapic, pic, self._vcpu_line())
 
     def _vcpu_line(self) -> tuple[str, ...]:
         """Every vCPU's, by its id, or by who came first where threads do not tell it."""

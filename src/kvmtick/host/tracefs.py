@@ -68,7 +68,8 @@ TICK_EVENTS: Final[Mapping[str, str]] = {
 """The life of a tick: events, and the filter that keeps out what says nothing of one.
 
 Of kvm_entry those with an NMI (both vendors' numbers), of kvm_apic writes of the timer's LVT entry
-and of SVR, of kvm_mmio those of the local APIC's EOI and of the IOAPIC, of kvm_msr of the APIC base.
+and of SVR, of kvm_mmio writes of the local APIC's EOI and of the IOAPIC, of kvm_msr of the APIC's
+base.
 """
 
 _PREFIX = "kvmtick"
