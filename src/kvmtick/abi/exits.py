@@ -13,6 +13,7 @@ from kvmtick.abi.structs import KvmStruct, kvm_run
 
 __all__ = [
     "Exit",
+    "ExitDebug",
     "ExitFailEntry",
     "ExitHlt",
     "ExitInternalError",
@@ -22,8 +23,10 @@ __all__ = [
     "ExitIrqWindowOpen",
     "ExitMmio",
     "ExitOther",
+    "ExitRdmsr",
     "ExitSetTpr",
     "ExitShutdown",
+    "ExitWrmsr",
     "answer_place",
     "decode",
     "trouble",
@@ -68,6 +71,11 @@ class ExitHlt:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitDebug:
+    """KVM_EXIT_DEBUG: what KVM_SET_GUEST_DEBUG asked for has happened."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExitShutdown:
     """KVM_EXIT_SHUTDOWN: the guest took a triple fault."""
 
@@ -87,6 +95,26 @@ class ExitIoapicEoi:
     """KVM_EXIT_IOAPIC_EOI: the guest ended `vector`, which is level-triggered (split irqchip)."""
 
     vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRdmsr:
+    """KVM_EXIT_X86_RDMSR: the guest reads MSR `index`; answer in `kvm_run.u.msr`.
+
+    `reason` is one of KVM_MSR_EXIT_REASON_*, as KVM_CAP_X86_USER_SPACE_MSR was enabled with.
+    """
+
+    index: int
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitWrmsr:
+    """KVM_EXIT_X86_WRMSR: the guest writes `data` to MSR `index`; else as `ExitRdmsr`."""
+
+    index: int
+    reason: int
+    data: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +160,13 @@ Exit: TypeAlias = (
     ExitIo
     | ExitMmio
     | ExitHlt
+    | ExitDebug
     | ExitShutdown
     | ExitIrqWindowOpen
     | ExitSetTpr
     | ExitIoapicEoi
+    | ExitRdmsr
+    | ExitWrmsr
     | ExitInternalError
     | ExitFailEntry
     | ExitIntr
@@ -146,6 +177,7 @@ Buffer: TypeAlias = mmap | bytearray
 
 _PLAIN: dict[int, Exit] = {
     structs.KVM_EXIT_HLT: ExitHlt(),
+    structs.KVM_EXIT_DEBUG: ExitDebug(),
     structs.KVM_EXIT_SHUTDOWN: ExitShutdown(),
     structs.KVM_EXIT_IRQ_WINDOW_OPEN: ExitIrqWindowOpen(),
     structs.KVM_EXIT_SET_TPR: ExitSetTpr(),
@@ -167,6 +199,10 @@ def decode(run: kvm_run, area: Buffer) -> Exit:
         )
     if reason == structs.KVM_EXIT_IOAPIC_EOI:
         return ExitIoapicEoi(run.u.eoi.vector)
+    if reason == structs.KVM_EXIT_X86_RDMSR:
+        return ExitRdmsr(run.u.msr.index, run.u.msr.reason)
+    if reason == structs.KVM_EXIT_X86_WRMSR:
+        return ExitWrmsr(run.u.msr.index, run.u.msr.reason, run.u.msr.data)
     if reason == structs.KVM_EXIT_INTERNAL_ERROR:
         internal = run.u.internal
         return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from kvmtick import __version__
+from kvmtick.abi.errors import HostError
 
 __all__ = [
     "EXIT_DIFFERENCE",
@@ -76,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"kvmtick: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except HostError as error:
+        print(f"kvmtick: {error}", file=sys.stderr)
+        return EXIT_HOST
     except KeyboardInterrupt:
         print("kvmtick: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -80,6 +80,7 @@ def parser() -> Parser:
     )
     add_guest(p)
     add_file(p)
+    _add_where(p)
     _add_how(p)
     add = p.add_argument_group("what to show").add_argument
     add("--story", metavar="N", help="tell the life of tick N, step by step")
@@ -152,15 +153,30 @@ def add_reinject(p: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_where(p: Parser) -> None:
+    add = p.add_argument_group("where").add_argument
+    add(
+        "--cpu",
+        choices=("unicorn", "kvm"),
+        help="who executes the guest: unicorn, anywhere; kvm: a vCPU of /dev/kvm, in real time"
+        " (unicorn)",
+    )
+    add(
+        "--chips",
+        choices=("model", "kernel"),
+        help="whose PIT, PICs, IOAPIC and local APICs: the model's, or those of /dev/kvm, whose"
+        " ticks are read from tracefs if that is allowed (model)",
+    )
+
+
 def _add_how(p: Parser) -> None:
     group = p.add_argument_group("how")
     add = group.add_argument
     add(
         "--clock",
         choices=("virtual", "real"),
-        default="virtual",
         help="virtual: an instruction is 1 ns, HLT jumps to the next deadline; real: this host's"
-        " CLOCK_MONOTONIC (virtual)",
+        " CLOCK_MONOTONIC (virtual; with --cpu kvm real)",
     )
     add(
         "--fast",
@@ -181,7 +197,7 @@ def _add_how(p: Parser) -> None:
         default=[],
         help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
     )
-    add("--seed", metavar="N", default="0", help="seed of the faults and of RDRAND (0)")
+    add("--seed", metavar="N", help="seed of the faults and of RDRAND (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
         "--strict",

@@ -5,7 +5,8 @@ vCPU (`kvmtick.vcpu`) decides, the engine obeys. `enter` is one VM entry and the
 to the next VM exit:
 
 * the event in `intr_info` (VM-entry interruption information, SDM 25.8.3) is delivered through the
-  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow;
+  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow. An
+  exception whose bit 11 is set pushes `entry_error_code`;
 * at every instruction boundary, the first included, in this order: a kick ends the execution
   (`EXTERNAL_INTERRUPT`), then an open NMI window if `nmi_window` (`NMI_WINDOW`), then an open
   interrupt window if `irq_window` (`INTERRUPT_WINDOW`), then an exhausted `budget`
@@ -39,6 +40,11 @@ handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
 budget by one. Either kind is deterministic: the same entries give the same run.
 
+An engine that is `real_time` is a real processor: nothing counts instructions, so `retired` is 0, a
+budget bounds nothing, and it needs a clock that goes on by itself. Its TSC has a rate of its own
+(`tsc_khz`). A kick that comes before the event of an entry is delivered gives the event back in
+`idt_vectoring_info`.
+
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
@@ -52,6 +58,7 @@ __all__ = [
     "CPU_MSRS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
+    "RESET_REGISTERS",
     "Cpuid",
     "Cr8Read",
     "Cr8Write",
@@ -87,6 +94,35 @@ CPU_MSRS = {
 }
 """The MSRs that are the CPU's own, by the names that `registers` has them under: what instructions
 work with. The handlers answer all others."""
+
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_CODE_ACCESS = 0x9B
+_DATA_ACCESS = 0x93
+RESET_REGISTERS = {
+    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
+    **{f"r{number}": 0 for number in range(8, 16)},
+    "rip": 0,
+    **dict.fromkeys(_SEGMENTS, 0),
+    **{f"{name}_base": 0 for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_limit": 0xFFFF for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_access": _DATA_ACCESS for name in _SEGMENTS},
+    "cs_access": _CODE_ACCESS,
+    "ldtr_access": 0x82,
+    "tr_access": 0x8B,
+    "cr0": 0x6000_0010,
+    "cr2": 0,
+    "cr3": 0,
+    "cr4": 0,
+    "dr0": 0,
+    "dr1": 0,
+    "dr2": 0,
+    "dr3": 0,
+    "dr6": 0xFFFF_0FF0,
+    "dr7": 0x400,
+    **dict.fromkeys(CPU_MSRS.values(), 0),
+}
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 
 class EventType(IntEnum):
@@ -160,10 +196,13 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    real_time: bool
+    tsc_khz: int
     rflags: int
     interruptibility: int
     retired: int
     idt_vectoring_info: int
+    entry_error_code: int
     error: str
 
     @property
@@ -216,7 +255,13 @@ class Engine(Protocol):
         """
 
     def use_host_tsc(self, offset_ns: int) -> None:
-        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
+        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time), times
+        `tsc_khz`.
+        """
+
+    @property
+    def read_tsc(self) -> Callable[[], int] | None:
+        """Tells what RDTSC would read now; None: it reads what `tsc` and `use_host_tsc` say."""
 
     def exit_on_pause(self, enabled: bool) -> None:
         """Whether PAUSE ends an entry: another vCPU could use the time."""
@@ -242,6 +287,13 @@ class Engine(Protocol):
 
         A selector alone is stored and loads no descriptor. ValueError: there is none of that name;
         nothing is written then.
+        """
+
+    def set_interruptibility(self, state: int) -> None:
+        """What holds events back from now on, as `interruptibility` tells it: the shadow of an STI
+        or a MOV SS that has just been executed, or an NMI in service.
+
+        ValueError: other bits, or both shadows.
         """
 
     def close(self) -> None:

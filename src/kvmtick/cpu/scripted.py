@@ -38,12 +38,14 @@ from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
     CPU_MSRS,
     INTR_INFO_VALID,
+    RESET_REGISTERS,
     EventType,
     ExitReason,
     Interruptibility,
     PortIn,
     PortOut,
 )
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
@@ -76,34 +78,6 @@ FLAGS_IF = 1 << 9
 NMI_VECTOR = 2
 UD_VECTOR = 6
 GP_VECTOR = 13
-
-SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
-CODE_ACCESS = 0x9B
-DATA_ACCESS = 0x93
-RESET_REGISTERS = {
-    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
-    **{f"r{number}": 0 for number in range(8, 16)},
-    "rip": 0,
-    **dict.fromkeys(SEGMENTS, 0),
-    **{f"{name}_base": 0 for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_limit": 0xFFFF for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_access": DATA_ACCESS for name in SEGMENTS},
-    "cs_access": CODE_ACCESS,
-    "ldtr_access": 0x82,
-    "tr_access": 0x8B,
-    "cr0": 0x6000_0010,
-    "cr2": 0,
-    "cr3": 0,
-    "cr4": 0,
-    "dr0": 0,
-    "dr1": 0,
-    "dr2": 0,
-    "dr3": 0,
-    "dr6": 0xFFFF_0FF0,
-    "dr7": 0x400,
-    **dict.fromkeys(CPU_MSRS.values(), 0),
-}
-"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
@@ -312,10 +286,14 @@ class ScriptedEngine:
     def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
         self.name = "scripted"
         self.exact = True
+        self.real_time = False
+        self.tsc_khz = GUEST_TSC_KHZ
+        self.read_tsc = None
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
         self.idt_vectoring_info = 0
+        self.entry_error_code = 0
         self.error = ""
         self._exits_on_pause = False
         self._guest = guest
@@ -416,6 +394,12 @@ class ScriptedEngine:
             raise ValueError(f"no such register: {unknown[0]}")
         self._registers.update(values)
         self.rflags = self._registers.pop("rflags", self.rflags) | FLAGS_FIXED
+
+    def set_interruptibility(self, state: int) -> None:
+        shadows = state & (SHADOW_STI | SHADOW_MOV_SS)
+        if state & ~SHADOW_NMI != shadows or shadows == SHADOW_STI | SHADOW_MOV_SS:
+            raise ValueError(f"no such interruptibility: {state}")
+        self.interruptibility = state
 
     def close(self) -> None:
         self._closed = True

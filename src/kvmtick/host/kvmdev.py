@@ -201,12 +201,15 @@ class VmFile(KvmFile):
         if size_bytes <= 0:
             # 0 would ask the kernel to take the slot away
             raise KvmError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION")
-        ram = mmap.mmap(-1, size_bytes)
+        return self.map_memory(gpa, mmap.mmap(-1, size_bytes), slot, flags)
+
+    def map_memory(self, gpa: int, ram: mmap.mmap, slot: int, flags: int = 0) -> "GuestMemory":
+        """As `add_memory`, but memory that others share: it stays mapped as long as the VM."""
         region = structs.kvm_userspace_memory_region(
             slot=slot,
             flags=flags,
             guest_phys_addr=gpa,
-            memory_size=size_bytes,
+            memory_size=len(ram),
             userspace_addr=ctypes.addressof(ctypes.c_char.from_buffer(ram)),
         )
         self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)

@@ -260,7 +260,7 @@ class LapicTimer:
         if not self.tscdeadline:
             return
         ahead = self.tscdeadline - self.vcpu.guest_tsc()
-        remaining_ns = (ahead * _CYCLES_PER_MS & U64) // GUEST_TSC_KHZ
+        remaining_ns = (ahead * _CYCLES_PER_MS & U64) // self.vcpu.tsc_khz
         if ahead > 0 and remaining_ns > 0:
             self.timer.start(self._clock.now_ns + remaining_ns)
         else:

@@ -34,6 +34,7 @@ from kvmtick.vcpu.vmcs import Vmcs, intr_info
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
 NO_VECTOR = -1
+NS_PER_MS = 1_000_000
 RESET_CS_IP = (0xF000, 0xFFF0)
 """Where a processor starts after RESET and INIT (SDM table 10-1), but for CS's base: there is no
 firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
@@ -241,13 +242,19 @@ class Vcpu:
 
     # Time.
 
+    @property
+    def tsc_khz(self) -> int:
+        """What the guest's time stamp counter counts a millisecond: 1 GHz, or what the CPU has."""
+        return self.engine.tsc_khz
+
     def guest_tsc(self) -> int:
-        """The guest's time stamp counter: 1 GHz, from 0 at power-on unless the guest wrote it."""
-        return self._clock.now_ns - self._tsc_offset_ns & U64
+        """The guest's time stamp counter, from 0 at power-on unless the guest wrote it."""
+        read = self.engine.read_tsc
+        return read() if read is not None else self._clock.now_ns - self._tsc_offset_ns & U64
 
     def set_guest_tsc(self, value: int) -> None:
         """The guest, or KVM_SET_MSRS, wrote IA32_TIME_STAMP_COUNTER."""
-        self.start_tsc_at(self._clock.now_ns - value)
+        self.start_tsc_at(self._clock.now_ns - value * NS_PER_MS // self.tsc_khz)
 
     def start_tsc_at(self, zero_ns: int) -> None:
         """The TSC was 0 at `zero_ns` of the machine's clock."""
