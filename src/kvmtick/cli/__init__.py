@@ -10,6 +10,7 @@ from kvmtick import __version__
 from kvmtick.abi.errors import HostError
 
 __all__ = [
+    "EXIT_DIFFERENCE",
     "EXIT_GUEST",
     "EXIT_HOST",
     "EXIT_INTERRUPTED",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 EXIT_OK = 0
+EXIT_DIFFERENCE = 1
 EXIT_USAGE = 2
 EXIT_HOST = 3
 EXIT_GUEST = 4
@@ -27,6 +29,7 @@ EXIT_INTERRUPTED = 130
 
 VERBS = {
     "run": "boot a guest and follow its ticks",
+    "compare": "run a guest on the model and on the kernel: does the same happen?",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 
@@ -54,7 +57,7 @@ examples:
   kvmtick run --json | jq .ticks                for programs
 
 exit codes:
-  0 fine   2 usage   3 the host lacks what was asked for
+  0 fine   1 the check found a difference   2 usage   3 the host lacks what was asked for
   4 the guest failed (triple fault, deadlock, wall-time limit)   130 interrupted
 """
 

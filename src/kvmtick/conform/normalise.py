@@ -6,10 +6,12 @@ set aside, and why:
 
 * **times**: timestamps, `now`, `softexpires`, how long a vCPU slept. They are the host's. Kept is
   what is exact in them: a timer's step from one `expires` to the next, and in how many tenths of a
-  millisecond a newly programmed timer is due (of a timer whose start is not in the trace: how many
-  from one expiry to the next).
+  millisecond a newly programmed timer is due: from now, or, as a TSC deadline, from when it was due
+  the last time (of a timer whose start is not in the trace: how many from one expiry to the next).
 * **CPU numbers, latency flags, pointers, thread names and pids**: another host, other numbers.
   Only the kind of thread is used: the worker (`kvm-pit/...`), an interrupt, or which vCPU.
+* **what a port read gives**, for it may be a time; of a write to **port 0x61** all but gate and
+  speaker: guests write the bits back that show times.
 * **kvm_vcpu_wakeup**: some back ends poll before they sleep and may find their event then.
 * **kvm_entry, kvm_exit**: a back end that emulates the guest has no exit where a port is accessed.
 * **whose EOI a kvm_eoi is**: a back end that never writes kvm_inj_virq, and writes EOI to the local
@@ -20,7 +22,7 @@ set aside, and why:
   it is known: `EOI` means the last one injected, any other is named.
 * **when the IOAPIC's kvm_ack_irq comes**: it follows an EOI, there the back end's at the injection,
   here the guest's. It is put behind the guest's EOI; that each injection has one, or none, and of
-  which pin, is compared.
+  which pin, is compared. One whose EOI the trace ends before is dropped.
 * **kvm_apicv_inhibit_changed**: KVM_REINJECT_CONTROL's; a recording starts later.
 * **kvm_pit_reset_reinject, kvm_inj_nmi**: the model's own events, the kernel has no such
   tracepoint. NMIs are compared where they are accepted, and by the guest's own count.
@@ -80,9 +82,13 @@ SET_ASIDE = frozenset(
 )
 EXIT_WRITE = f"pio_write at {PORT_DEBUG_EXIT:#x} "
 MASKABLE = ("Fixed|", "LowPrio|")
+SYSTEM_CONTROL = "pio_write at 0x61 "
+SYSTEM_CONTROL_WRITABLE = 0x03
 WORKER = "kvm-pit/"
 VCPU = re.compile(r"CPU (\d+)/KVM")
 LONGEST_BLOCK = 3
+LATE_NS = 40_000
+"""So late is the kernel's record of a timer's start, or the guest with programming it anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +221,7 @@ class _Timer:
         self._restarts = False
         self._started = False
         self._expired_ns = 0
+        self._lengths_ns: list[int] = []
 
     def start(self, match: re.Match[str]) -> None:
         """hrtimer_start."""
@@ -229,7 +236,15 @@ class _Timer:
             self.tokens[-1] += f", start {expires - previous:+d} ns"
         else:
             due_ns = expires - int(match["ts"].replace(".", "")) * 1000
-            self.tokens.append(f"start in {due_ns / 1e6:.1f} ms")
+            self.tokens.append(f"start in {self._length_ms(due_ns, expires - previous):.1f} ms")
+
+    def _length_ms(self, due_ns: int, step_ns: int) -> float:
+        """What it was programmed for: from now, or from when it was due the last time."""
+        for known_ns in self._lengths_ns:
+            if min(abs(due_ns - known_ns), abs(step_ns - known_ns)) <= LATE_NS:
+                return known_ns / 1e6
+        self._lengths_ns.append(due_ns + LATE_NS // 2)
+        return self._lengths_ns[-1] / 1e6
 
     def expire(self, match: re.Match[str]) -> None:
         """hrtimer_expire_entry."""
@@ -274,7 +289,8 @@ class _Reader:
         self._requested: set[str] = set()
         self._in_service: dict[str, list[str]] = {}
         self._ended: dict[str, str] = {}
-        self._acks: dict[str, list[str]] = {}
+        self._acks: dict[str, list[tuple[str, str]]] = {}
+        """By thread: the vector they are of, and the acknowledgements its EOI will give."""
 
     def event(self, match: re.Match[str]) -> None:
         """The next event."""
@@ -290,14 +306,12 @@ class _Reader:
         if self._run is not None:
             for line, length in zip(self._pins(), self._before_run, strict=True):
                 del line[length:]
-        for pid in list(self._acks):
-            self._give_acks(pid)
-        timers = (
+        hrtimer, lapic_timer = (
             tuple(token for timer in timers.values() for token in collapse(timer.line()))
             for timers in self._timers.values()
         )
-        lines = (self._worker, self._gsi, self._ioapic, self._pic)
-        return ChipLines(*timers, *(collapse(line) for line in lines), self._vcpu_line())
+        worker, gsi, ioapic, pic = map(collapse, (self._worker, *self._pins()))
+        return ChipLines(hrtimer, lapic_timer, worker, gsi, ioapic, pic, self._vcpu_line())
 
     def _vcpu_line(self) -> tuple[str, ...]:
         """Every vCPU's, by its id, or by who came first where threads do not tell it."""
@@ -397,16 +411,20 @@ class _Reader:
             self._gsi.append(what)
 
     def _kvm_pio(self, match: re.Match[str]) -> None:
-        what = match["rest"]
-        # What a read gives may be a time.
-        self._say(match, what if what.startswith("pio_write") else what.partition(" val ")[0])
+        what, _, value = match["rest"].partition(" val ")
+        if what.startswith("pio_write"):
+            number = int(value.split()[0], 16)
+            if what.startswith(SYSTEM_CONTROL):
+                number &= SYSTEM_CONTROL_WRITABLE
+            what += f" val {number:#x}"
+        self._say(match, what)
 
     def _kvm_ack_irq(self, match: re.Match[str]) -> None:
         self.tally["ack"] += 1
         pid, what = match["pid"], f"ack {match['rest']}"
         in_service = self._in_service.get(pid)
         if self._eoi_is_injection and in_service:
-            self._acks.setdefault(pid, []).append(what)
+            self._acks.setdefault(pid, []).append((in_service[-1], what))
         elif "IOAPIC" in what:
             self._say(match, what, self._ended.get(pid, ""))
         else:
@@ -437,7 +455,7 @@ class _Reader:
     def _inject(self, match: re.Match[str], vector: str) -> None:
         self.tally["inject"] += 1
         self._requested.discard(vector)
-        self._give_acks(match["pid"])
+        self._give_acks(match["pid"], vector)
         self._in_service.setdefault(match["pid"], []).append(vector)
         self._say(match, f"inject {vector}", vector)
 
@@ -451,11 +469,14 @@ class _Reader:
         last = in_service.pop() if in_service else ""
         self._ended[match["pid"]] = vector
         self._say(match, "EOI" if vector == last else f"EOI of {vector}", vector)
-        self._give_acks(match["pid"])
+        self._give_acks(match["pid"], vector)
 
-    def _give_acks(self, pid: str) -> None:
-        vector = self._ended.get(pid, "")
-        self._vcpus.setdefault(pid, []).extend((vector, ack) for ack in self._acks.pop(pid, ()))
+    def _give_acks(self, pid: str, vector: str) -> None:
+        waiting = self._acks.get(pid, [])
+        given = [ack for ack in waiting if ack[0] == vector]
+        if given:
+            self._vcpus[pid] += given
+            self._acks[pid] = [ack for ack in waiting if ack not in given]
 
 
 def _by_vector(tokens: list[tuple[str, str]]) -> tuple[str, ...]:

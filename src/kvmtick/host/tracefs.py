@@ -68,7 +68,8 @@ TICK_EVENTS: Final[Mapping[str, str]] = {
 """The life of a tick: events, and the filter that keeps out what says nothing of one.
 
 Of kvm_entry those with an NMI (both vendors' numbers), of kvm_apic writes of the timer's LVT entry
-and of SVR, of kvm_mmio those of the local APIC's EOI and of the IOAPIC, of kvm_msr of the APIC base.
+and of SVR, of kvm_mmio writes of the local APIC's EOI and of the IOAPIC, of kvm_msr of the APIC's
+base.
 """
 
 _PREFIX = "kvmtick"
@@ -355,21 +356,21 @@ def _is_leftover(name: str) -> bool:
     return parts[2].isdigit() and not Path("/proc", parts[2]).exists()
 
 
-_KALLSYMS = Path("/proc/kallsyms")
+KALLSYMS = Path("/proc/kallsyms")
 _FUNCTION_TERM = re.compile(r"(\w+)\.function == (\w+)")
 
 
-def _addresses(names: set[str], kallsyms: Path = _KALLSYMS) -> dict[int, str]:
+def _addresses(names: set[str], kallsyms: Path | None = None) -> dict[int, str]:
     """Addresses of kernel functions; empty where they are hidden."""
     try:
-        text = kallsyms.read_text()
+        text = (kallsyms or KALLSYMS).read_text()
     except OSError:
         return {}
     lines = re.findall(rf"^(\w+) \w ({'|'.join(names)})\s", text, re.MULTILINE) if names else []
     return {int(address, 16): name for address, name in lines if int(address, 16)}
 
 
-def _function_filter(filter_: str, kallsyms: Path = _KALLSYMS) -> str:
+def _function_filter(filter_: str, kallsyms: Path | None = None) -> str:
     """A filter by function names with their addresses; empty where one cannot be known."""
     names = {match[2] for match in _FUNCTION_TERM.finditer(filter_)}
     addresses = {name: address for address, name in _addresses(names, kallsyms).items()}

@@ -65,8 +65,15 @@ def decoder_of(tracefs: Tracefs, events: Iterable[str]) -> Decoder:
 class TickTrace:
     """Traces one run of a VM: an `Observer` of `KernelVm.run`."""
 
-    def __init__(self, vm: "KernelVm", consumers: Iterable[Consumer] = ()) -> None:
-        """`consumers` get the records in batches, beside `assembler`."""
+    def __init__(
+        self,
+        vm: "KernelVm",
+        consumers: Iterable[Consumer] = (),
+        as_written: Iterable[Consumer] = (),
+    ) -> None:
+        """`consumers` get the records in batches, beside `assembler`; those of `as_written` without
+        what is inferred.
+        """
         self._vm = vm
         self._stack = ExitStack()
         self._live = False
@@ -86,15 +93,12 @@ class TickTrace:
         self.lost = 0
         """How many records were lost, as far as the kernel says."""
         self._consumers = list(consumers)
+        self._as_written = list(as_written)
 
     @property
     def tasks(self) -> list[str]:
         """Names of the records' tasks; may still grow."""
         return self._decoder.tasks.names
-
-    def add_consumer(self, consumer: Consumer) -> None:
-        """Hand all records, in batches and in order, to `consumer` too."""
-        self._consumers.append(consumer)
 
     # From start to end.
 
@@ -171,7 +175,11 @@ class TickTrace:
             self._merge.add(cpu, self._decoder.decode(page, cpu))
         self._pages.clear()
         self._name_vcpus()
-        self._hand_out(self._inferred(self._one_vm.keep(self._merge.until(end_ns))))
+        own = self._one_vm.keep(self._merge.until(end_ns))
+        self._name_workers()
+        for consumer in self._as_written:
+            consumer(own)
+        self._hand_out(self._inferred(own))
 
     def _name_vcpus(self) -> None:
         """Threads appear when they first run their vCPU."""
@@ -180,6 +188,11 @@ class TickTrace:
             if tid and tid not in self._named:
                 self._named.add(tid)
                 self._one_vm.add_task(self._decoder.tasks.name(tid, f"CPU {vcpu.vcpu_id}/KVM"))
+
+    def _name_workers(self) -> None:
+        for task in self._one_vm.workers:
+            pid = int(self.tasks[task].rpartition("-")[2])
+            self._decoder.tasks.name(pid, f"kvm-pit/{os.getpid()}")
 
     def _hand_out(self, batch: list[Record]) -> None:
         self.lost += sum(max(1, r[4]) for r in batch if r[1] == Event.LOST_EVENTS)

@@ -28,6 +28,8 @@ class OneVm:
     """Keeps the records of one VM."""
 
     def __init__(self) -> None:
+        self.workers: set[int] = set()
+        """Tasks that ran its work items."""
         self._tasks: set[int] = set()
         self._timers: set[int] = set()
         self._works: set[int] = set()
@@ -71,5 +73,6 @@ class OneVm:
         if work not in self._works:
             return False
         if event == _WORK_START:
+            self.workers.add(task & ~IRQ_CONTEXT)
             self._tasks.add(task & ~IRQ_CONTEXT)
         return True

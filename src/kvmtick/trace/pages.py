@@ -37,6 +37,8 @@ class Page:
     data: bytes
     events: list[tuple[int, int, int]]
     first_ns: int
+    end: int
+    """Where the events end in `data`."""
     missed: int
     """How many events were lost before it; `UNKNOWN_COUNT` if that is not stored."""
 
@@ -59,12 +61,8 @@ class PageLayout:
         end = self._data + (commit & _LENGTH)
         if end > len(page):
             raise FormatError(f"a page of {len(page)} bytes cannot hold {end}: it was cut short")
-        return Page(
-            page,
-            list(_events(page, self._data, end, first_ns)),
-            first_ns,
-            _missed(page, commit, end),
-        )
+        events = list(_events(page, self._data, end, first_ns))
+        return Page(page, events, first_ns, end, _missed(page, commit, end))
 
     @staticmethod
     def _number(page: bytes, offset: int, size: int) -> int:
