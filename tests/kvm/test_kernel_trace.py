@@ -49,6 +49,13 @@ def total(report: TickReport) -> int:
     return sum(count for _, count, _ in report.rows())
 
 
+def taken(report: TickReport) -> int:
+    """Interrupts that the guest took: a back end that acknowledges by itself may let the PIT pulse
+    once more than it expired.
+    """
+    return sum(tick.inject_ns is not None for tick in report) + report.extra
+
+
 @pytest.mark.parametrize(
     ("name", "source", "path"),
     [
@@ -71,7 +78,7 @@ def test_every_tick_has_a_verdict(name: str, source: str, path: str) -> None:
     assert (run.ticks.source, run.ticks.path) == (source, path)
     assert total(run.ticks) == run.ticks.expired >= 60
     assert run.ticks.count("unknown") == trace.lost == 0
-    assert sum(tick.inject_ns is not None for tick in run.ticks) == 60
+    assert taken(run.ticks) == 60
     if name == "tick-if0":
         assert run.ticks.count("reinjected") + run.ticks.count("late") >= 45
     if name == "tick-mask":
@@ -134,7 +141,7 @@ def test_two_vms_of_one_process_at_once() -> None:
         assert ticks is not None
         assert {tick.path for tick in ticks if tick.path} == {path}
         assert total(ticks) == ticks.expired
-        assert sum(tick.inject_ns is not None for tick in ticks) == 100
+        assert taken(ticks) == 100
 
 
 def test_what_a_small_buffer_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
