@@ -47,6 +47,9 @@ class KernelSystem(System):
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.device.ioctl(request, arg)
 
+    def fileno(self) -> int:
+        return self.device.fileno()
+
     def create_vm(
         self,
         machine_type: int = 0,
@@ -74,6 +77,9 @@ class KernelVcpu(Vcpu):
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.file.ioctl(request, arg)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     @property
     def area(self) -> kvm_run:
@@ -135,6 +141,9 @@ class KernelVm(Vm[KernelVcpu]):
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.file.ioctl(request, arg)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     @property
     def vcpus(self) -> list[KernelVcpu]:
