@@ -379,6 +379,57 @@ def test_mov_ss_casts_a_shadow(build: Build) -> None:
     assert machine.engine.interruptibility == 0
 
 
+@any_engine
+@pytest.mark.parametrize("shadow", [Interruptibility.STI, Interruptibility.MOV_SS])
+def test_a_shadow_that_was_set_holds_for_one_instruction(
+    build: Build, shadow: Interruptibility
+) -> None:
+    machine = build(STI_SPIN_HLT)
+    assert machine.enter(budget=2) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(shadow)
+    assert machine.engine.interruptibility == shadow
+    machine.engine.kick()
+    assert machine.enter(irq_window=True) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.interruptibility == shadow
+    assert machine.enter(irq_window=True, nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 1
+    assert machine.engine.interruptibility == 0
+
+
+@any_engine
+def test_a_shadow_can_be_taken_away(build: Build) -> None:
+    machine = build(STI_SPIN_HLT)
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(0)
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 0
+
+
+def test_an_nmi_in_service_that_was_set_blocks_until_iret(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    machine.enter()
+    assert machine.enter(IRQ, budget=1) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(Interruptibility.NMI)
+    machine.engine.kick()
+    assert machine.enter(nmi_window=True) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.interruptibility == Interruptibility.NMI
+    assert machine.enter(nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.interruptibility == 0
+    machine.engine.set_interruptibility(Interruptibility.NMI)
+    machine.engine.set_interruptibility(0)
+    assert machine.enter(nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 0
+
+
+@any_engine
+@pytest.mark.parametrize("state", [3, 4, 16, 1 << 32])
+def test_no_other_interruptibility_can_be_set(build: Build, state: int) -> None:
+    machine = build(HALT)
+    with pytest.raises(ValueError, match=f"no such interruptibility: {state}"):
+        machine.engine.set_interruptibility(state)
+    assert machine.engine.interruptibility == 0
+
+
 def test_nmi_blocks_nmis_until_iret(build: Build) -> None:
     machine = build(HLT_LOOP)
     machine.enter()
@@ -1287,3 +1338,59 @@ def test_scripted_reports_an_injection_cut_short() -> None:
     assert machine.enter(engine.idt_vectoring_info) is ExitReason.HLT
     assert engine.idt_vectoring_info == 0
     assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]
+
+
+# ---- refused accesses ----------------------------------------------------------------------------
+
+
+@any_engine
+def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Out(0x40, (yield In(0x61)))
+        yield Hlt()
+
+    machine = build(Guest("90 e461 e640 f4", routine))  # nop; in al, 0x61; out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter() is ExitReason.ACCESS
+    if machine.engine.exact:
+        assert machine.engine.retired == 1
+    assert [access[0] for access in machine.accesses] == ["in"]
+    machine.on_out = lambda port: None
+    machine.input = 0x77
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 1
+    machine.accesses.clear()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[:4] for access in machine.accesses] == [("out", 0x40, 1, 0x77)]
+
+
+@any_engine
+def test_a_refused_write_happens_when_it_is_let_through(build: Build) -> None:
+    def routine() -> Program:
+        yield Out(0x40, 0)
+        yield Hlt()
+
+    machine = build(Guest("e640 f4", routine))  # out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    for _ in range(3):
+        assert machine.enter() is ExitReason.ACCESS
+    machine.on_out = lambda port: None
+    assert machine.enter() is ExitReason.HLT
+    assert len(machine.accesses) == 4
+
+
+def test_a_refused_access_keeps_the_shadow(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield In(0x61)
+        yield Hlt()
+
+    machine = build(Guest("fb e461 f4", routine, {VECTOR: IRET}))  # sti; in al, 0x61; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter(irq_window=True) is ExitReason.ACCESS
+    assert machine.engine.interruptibility == Interruptibility.STI
+    assert machine.interrupts_enabled
+    machine.on_out = lambda port: None
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 1
