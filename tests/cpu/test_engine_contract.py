@@ -1258,7 +1258,7 @@ def test_host_tsc_runs_by_itself(build: Build) -> None:
             yield Hlt()
 
     machine = build(Guest("0f31 66e780 f4 ebf8", routine))  # again: rdtsc; out; hlt; jmp again
-    machine.engine.use_host_tsc(0)
+    machine.engine.set_tsc(1_000_000, 0, 0, live=True)
     machine.enter(tsc=5)
     machine.enter(tsc=5)
     first, second = (access[3] for access in machine.accesses)
@@ -1400,3 +1400,59 @@ def test_scripted_reports_an_injection_cut_short() -> None:
     assert machine.enter(engine.idt_vectoring_info) is ExitReason.HLT
     assert engine.idt_vectoring_info == 0
     assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]
+
+
+# ---- refused accesses ----------------------------------------------------------------------------
+
+
+@any_engine
+def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Out(0x40, (yield In(0x61)))
+        yield Hlt()
+
+    machine = build(Guest("90 e461 e640 f4", routine))  # nop; in al, 0x61; out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter() is ExitReason.ACCESS
+    if machine.engine.exact:
+        assert machine.engine.retired == 1
+    assert [access[0] for access in machine.accesses] == ["in"]
+    machine.on_out = lambda port: None
+    machine.input = 0x77
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 1
+    machine.accesses.clear()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[:4] for access in machine.accesses] == [("out", 0x40, 1, 0x77)]
+
+
+@any_engine
+def test_a_refused_write_happens_when_it_is_let_through(build: Build) -> None:
+    def routine() -> Program:
+        yield Out(0x40, 0)
+        yield Hlt()
+
+    machine = build(Guest("e640 f4", routine))  # out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    for _ in range(3):
+        assert machine.enter() is ExitReason.ACCESS
+    machine.on_out = lambda port: None
+    assert machine.enter() is ExitReason.HLT
+    assert len(machine.accesses) == 4
+
+
+def test_a_refused_access_keeps_the_shadow(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield In(0x61)
+        yield Hlt()
+
+    machine = build(Guest("fb e461 f4", routine, {VECTOR: IRET}))  # sti; in al, 0x61; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter(irq_window=True) is ExitReason.ACCESS
+    assert machine.engine.interruptibility == Interruptibility.STI
+    assert machine.interrupts_enabled
+    machine.on_out = lambda port: None
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 1

@@ -607,8 +607,11 @@ class HostKvmEngine:
 
     # Time and CPUID.
 
-    def use_host_tsc(self, offset_ns: int) -> None:
-        cycles = (MonotonicClock().now_ns - offset_ns) * self.tsc_khz // NS_PER_MS
+    def set_tsc(self, khz: int, value: int, at_ns: int, live: bool) -> None:
+        if khz != self.tsc_khz:
+            self._vcpu.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
+            self.tsc_khz = khz
+        cycles = value + (MonotonicClock().now_ns - at_ns) * khz // NS_PER_MS
         self._set_msrs({MSR_IA32_TSC: cycles & U64})
 
     def read_tsc(self) -> int:

@@ -28,7 +28,6 @@ class ModelVcpu(MachineFile, Vcpu):
         self.vcpu = vcpu
         self.vcpu_id = vcpu.vcpu_id
         self._kvm_run = KvmRun(machine, vcpu)
-        self.tsc_khz = vcpu.tsc_khz
         self.signal_mask: int | None = None
         """KVM_SET_SIGNAL_MASK: the signals blocked in KVM_RUN, bit n for signal n + 1."""
 

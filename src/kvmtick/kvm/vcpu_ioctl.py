@@ -32,6 +32,7 @@ from kvmtick.abi.structs import (
     kvm_vcpu_events,
 )
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import MAX_CPUID_ENTRIES, Arg
 from kvmtick.kvm.dev_ioctl import cpuid_entries, put_cpuid2
 from kvmtick.kvm.model_file import Handler
@@ -57,6 +58,10 @@ MAX_IO_MSRS: Final = 256
 """KVM_GET_MSRS and KVM_SET_MSRS take fewer."""
 SIGSET_BYTES: Final = 8
 VAPIC_BYTES: Final = 4
+SLOWEST_TSC_KHZ: Final = GUEST_TSC_KHZ * 999_750 // 1_000_000
+"""Where KVM would have to scale (`tsc_tolerance_ppm`)."""
+
+_U32 = 0xFFFF_FFFF
 
 _MP_STATES = frozenset(MpState)
 
@@ -265,11 +270,16 @@ def _set_vapic_addr(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 
 def _get_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
-    return vcpu.tsc_khz
+    return vcpu.vcpu.tsc_khz
 
 
 def _set_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
-    raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    """`kvm_set_tsc_khz` of a host without TSC scaling: no rate below its own (250 ppm aside)."""
+    khz = as_number(arg) & _U32 or GUEST_TSC_KHZ
+    if khz < SLOWEST_TSC_KHZ:
+        raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    vcpu.vcpu.set_tsc_khz(khz)
+    return 0
 
 
 def _enable_cap(vcpu: "ModelVcpu", arg: Arg) -> int:
