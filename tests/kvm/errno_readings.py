@@ -114,6 +114,9 @@ class Pages:
     def write(self, data: bytes) -> None:
         self._map[: len(data)] = data
 
+    def read(self, size_bytes: int) -> bytes:
+        return self._map[:size_bytes]
+
 
 Act = Callable[[Desk], Answer]
 Given = Arg | Callable[[Desk], Arg]
