@@ -1,7 +1,6 @@
 """What an ioctl's argument points to: kvmtick.kvm.user_memory."""
 
 import mmap
-from collections.abc import Iterator
 from ctypes import addressof, sizeof
 
 import pytest
@@ -25,13 +24,17 @@ BAD = (NULL, BAD_POINTER, KERNEL_POINTER, U64, -1)
 LINE = bytes(kvm_irq_level(irq=4, level=1))
 
 
+@pytest.fixture
+def pages() -> Pages:
+    return Pages()
+
+
 @pytest.fixture(params=["structure", "buffer", "address"])
-def arg(request: pytest.FixtureRequest) -> Iterator[Arg]:
-    pages = Pages()
+def arg(request: pytest.FixtureRequest, pages: Pages) -> Arg:
     pages.write(LINE)
     struct = kvm_irq_level.from_buffer_copy(LINE)
     forms = {"structure": struct, "buffer": bytearray(LINE), "address": pages.address}
-    yield forms[request.param]
+    return forms[request.param]
 
 
 def test_what_is_stored_is_read_back(arg: Arg) -> None:
@@ -74,8 +77,7 @@ def test_an_address_that_is_not_ours(address: int) -> None:
         put_struct(address, kvm_irq_level())
 
 
-def test_pages_are_checked_to_the_last_byte() -> None:
-    pages = Pages()
+def test_pages_are_checked_to_the_last_byte(pages: Pages) -> None:
     pages.protect(1, 0)
     size = sizeof(kvm_irq_level)
     last = pages.address + mmap.PAGESIZE - size
