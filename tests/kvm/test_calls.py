@@ -7,18 +7,20 @@ are something else or closed, other processes; KVM_SET_CPUID2 and KVM_GET_CLOCK 
 import errno
 import mmap
 import os
+import signal
 from collections.abc import Callable
 from ctypes import c_uint8, sizeof
 from typing import Any
 
 import pytest
-from backends import MakeVm, vms
+from backends import MakeVm, make_vm, vms
 from errno_readings import BAD_POINTER, KERNEL_POINTER, NULL, Pages
 
 from kvmtick import Kvm, KvmError, guests
 from kvmtick.abi import ioctls
 from kvmtick.abi.structs import (
     KVM_CLOCK_TSC_STABLE,
+    KVM_EXIT_INTR,
     KvmStruct,
     kvm_cpuid2,
     kvm_cpuid_entry2,
@@ -100,7 +102,7 @@ def test_get_into_a_page_that_cannot_be_written(vms: MakeVm, pages: Pages) -> No
         assert refusal(vm.ioctl, ioctls.IOCTLS[f"KVM_{name}"], pages.address) == "EFAULT", name
     for name in ("GET_REGS", "GET_LAPIC", "GET_MP_STATE", "GET_VCPU_EVENTS"):
         assert refusal(vcpu.ioctl, ioctls.IOCTLS[f"KVM_{name}"], pages.address) == "EFAULT", name
-    vm.ioctl(ioctls.KVM_IRQ_LINE, pages.address)
+    vm.ioctl(ioctls.KVM_IRQ_LINE, pages.address)  # reads only
 
 
 def test_values_of_msrs_into_a_page_that_cannot_be_written(vms: MakeVm, pages: Pages) -> None:
@@ -197,6 +199,26 @@ def test_a_child_may_make_vms_of_its_own(vms: MakeVm) -> None:
             return vm.create_vcpu(0).get_mp_state() == 0
 
     assert in_a_child(makes_one)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_the_kernels_kvm_run() -> None:
+    """The model's ends by kicks and its limit only (kvmtick.kvm.model_run)."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
+    with make_vm("kernel") as vm:
+        vm.create_irqchip()
+        vcpu = vm.create_vcpu(0)
+        vm.load(guests.Guest("hlt", b"\xf4", 0x1000, (0, 0x1000), None))  # with IF=0: for ever
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            assert refusal(vcpu.ioctl, ioctls.KVM_RUN) == "EINTR"
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert vcpu.area.exit_reason == KVM_EXIT_INTR
+    assert heard == [signal.SIGALRM]
 
 
 # --- CPUID ----------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ class ModelFile(Ioctls):
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         request &= _U32
         self.check_usable(request)
+        return self._do(request, arg)
+
+    def _do(self, request: int, arg: Arg) -> int:
         handler = self.handlers.get(request)
         if handler is None:
             raise KvmError(self.unknown, ioctl_name(request))
@@ -96,14 +99,14 @@ class MachineFile(ModelFile):
         self.machine = machine
         self._pid = os.getpid()
 
-    def ioctl(self, request: int, arg: Arg = 0) -> int:
-        if request & _U32 == KVM_RUN:
-            return super().ioctl(request, arg)
+    def _do(self, request: int, arg: Arg) -> int:
+        if request == KVM_RUN:
+            return super()._do(request, arg)
         machine = self.machine
         with machine.lock:
             machine.clock.refresh()
             try:
-                return super().ioctl(request, arg)
+                return super()._do(request, arg)
             finally:
                 machine.wake_threads()
 
