@@ -1,8 +1,8 @@
 """What the rows of `kernel_errno.json` say in prose, as calls.
 
 A reading is a sequence of acts on a fresh VM with a page of RAM; the last one is the row's, those
-before prepare for it. `READINGS` gives readings to forms of rows: `{n}` in a form is a number, `{_}` a
-remark, and so on (`PLACES`), and the function beside it gets what stood there.
+before prepare for it. `READINGS` gives readings to forms of rows: `{n}` in a form is a number,
+`{_}` a remark, and so on (`PLACES`), and the function beside it gets what stood there.
 """
 
 import errno
@@ -113,6 +113,9 @@ class Pages:
 
     def write(self, data: bytes) -> None:
         self._map[: len(data)] = data
+
+    def read(self, size_bytes: int) -> bytes:
+        return self._map[:size_bytes]
 
 
 Act = Callable[[Desk], Answer]

@@ -45,7 +45,7 @@ from kvmtick.kvm.user_memory import (
     put_struct,
 )
 from kvmtick.kvm.vcpu_events import get_vcpu_events, set_vcpu_events
-from kvmtick.vcpu.cpuid import LEAF_FEATURES, CpuidLeaf
+from kvmtick.vcpu.cpuid import LEAF_ADDRESS_SIZES, LEAF_FEATURES, CpuidLeaf
 from kvmtick.vcpu.vcpu import MpState
 
 if TYPE_CHECKING:
@@ -146,11 +146,20 @@ def _set_cpuid2(vcpu: "ModelVcpu", arg: Arg) -> int:
     if count > MAX_CPUID_ENTRIES:
         raise KvmError(errno.E2BIG, "KVM_SET_CPUID2")
     data = copy_from_user(arg, sizeof(kvm_cpuid2), count * sizeof(kvm_cpuid_entry2))
+    leaves = _leaves((kvm_cpuid_entry2 * count).from_buffer_copy(data))
     cpuid, lapic = vcpu.vcpu.cpuid, vcpu.vcpu.lapic
-    cpuid.set(_leaves((kvm_cpuid_entry2 * count).from_buffer_copy(data)))
+    changed_late = vcpu.vcpu.has_run and leaves != cpuid.leaves()
+    if changed_late or any(_has_odd_addresses(leaf) for leaf in leaves):
+        raise KvmError(errno.EINVAL, "KVM_SET_CPUID2")
+    cpuid.set(leaves)
     if lapic is not None:
         lapic.after_set_cpuid(cpuid.maxphyaddr(), cpuid.has_leaf(LEAF_FEATURES))
     return 0
+
+
+def _has_odd_addresses(leaf: CpuidLeaf) -> bool:
+    """`kvm_check_cpuid`: page tables have four levels or five."""
+    return leaf.function == LEAF_ADDRESS_SIZES and leaf.eax >> 8 & 0xFF not in (0, 48, 57)
 
 
 def _get_cpuid2(vcpu: "ModelVcpu", arg: Arg) -> int:

@@ -346,7 +346,7 @@ def _pit(vm: "ModelVm", call: str) -> Pit:
 
 
 def _get_clock(vm: "ModelVm", arg: Arg) -> int:
-    put_struct(arg, vm.kvmclock.get())
+    put_struct(arg, vm.kvmclock.get(vm.machine.board.vcpus))
     return 0
 
 

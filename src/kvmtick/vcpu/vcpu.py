@@ -132,6 +132,7 @@ class Vcpu:
         "cpuid",
         "engine",
         "exits",
+        "has_run",
         "in_guest",
         "instructions",
         "is_bsp",
@@ -174,6 +175,7 @@ class Vcpu:
         self.requests = 0
         self.mp_state = _RUNNABLE if is_bsp or not board.irqchip_in_kernel else _UNINITIALIZED
         self.in_guest = False
+        self.has_run = False
         self.kicked = False
         self.instructions = 0
         self.off_until_ns = 0
@@ -473,7 +475,7 @@ class Vcpu:
         if intr_info & INTR_INFO_DELIVER_CODE:
             engine.entry_error_code = vmcs.entry_error_code
         self.exits.entered_ns = entered_ns
-        self.in_guest = True
+        self.in_guest = self.has_run = True
         try:
             return engine.enter(
                 intr_info,
