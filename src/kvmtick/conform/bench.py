@@ -57,6 +57,10 @@ EOI_AT_INJECTION = "the recorded host's back end writes EOI when it injects an i
 PORT_ACT = 0x510
 """A write to this port or one of the next is an exit to user space, where the test acts."""
 PORT_NOBODY = 0x80
+READ_AT = 0x7900
+"""Where images of real-mode code leave what they read."""
+LEAVE = bytes((0xB0, EXIT_CODE, 0xE6, 0xF4))
+"""The end of such an image: mov al, EXIT_CODE; out 0xf4, al."""
 WINDOWS: Script = (out8(PORT_NOBODY, 0),) * 8
 """Exits to user space: after each the guest takes an interrupt if one waits (IF=1)."""
 
@@ -214,6 +218,25 @@ class Pc:
         ended = self.vm.run_until_exit(handlers, LIMIT_S)
         equal(ended.reason, "done", f"end of the guest ({ended})")
         return ended.code
+
+    def accesses(self, *each: tuple[int, int] | int) -> tuple[int, ...]:
+        """Byte accesses to ports with IF=0 and nothing before them: `(port, value)` is written, a
+        port alone is read; what was read.
+        """
+        code = bytearray()
+        reads = 0
+        for access in each:
+            port, *values = (access,) if isinstance(access, int) else access
+            code += b"\xba" + port.to_bytes(2, "little")  # mov dx, port
+            for value in values:
+                code += bytes((0xB0, value, 0xEE))  # mov al, value; out dx, al
+            if not values:
+                code += b"\xec\xa2" + (READ_AT + reads).to_bytes(
+                    2, "little"
+                )  # in al, dx; mov [], al
+                reads += 1
+        equal(self.run_image(bytes(code) + LEAVE), EXIT_CODE, "exit code of the guest")
+        return tuple(self.vm.read_memory(READ_AT, reads))
 
     def elapsed_ns(self, got: Results, begin: int, end: int) -> int:
         """Time between two `tsc_read`, by the indices of their results."""

@@ -7,7 +7,17 @@ and a host that takes its time only widens them.
 from collections.abc import Callable
 
 from kvmtick.abi.structs import KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_SPEAKER_DUMMY
-from kvmtick.conform.bench import COUNT, PERIOD_NS, PORT_ACT, WINDOWS, Bench, Pc, Script
+from kvmtick.conform.bench import (
+    COUNT,
+    LEAVE,
+    PERIOD_NS,
+    PORT_ACT,
+    READ_AT,
+    WINDOWS,
+    Bench,
+    Pc,
+    Script,
+)
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import (
     Op,
@@ -402,8 +412,6 @@ def no_null_count(bench: Bench) -> None:
 # --- what accesses are the PIT's ------------------------------------------------------------------
 
 IN = {1: b"\xe4", 2: b"\xe5", 4: b"\x66\xe5"}
-LEAVE = b"\xb0\x5a\xe6\xf4"
-READ_AT = 0x7900
 STORE_AX = b"\xa3" + READ_AT.to_bytes(2, "little")
 
 
