@@ -455,7 +455,7 @@ def set_pit2_after_30_ms(bench: Bench, reinject: bool, how: str) -> None:
         acts=[lambda pc: pc.vm.set_pit2(pc.vm.get_pit2())],
     )
     taken_at_once(bench, got)
-    equal_in_time(bench, got.counter, 16, "ticks", loses=True)
+    equal_in_time(bench, got.counter, 15, "ticks", loses=True)
 
 
 @variants(
