@@ -1,0 +1,67 @@
+"""What the cases of the APICs, of messages and of events have in common."""
+
+from kvmtick.conform.bench import (
+    ENABLED,
+    ICR,
+    ICR_HIGH,
+    SVR,
+    Pc,
+    Script,
+    to_ioapic,
+)
+from kvmtick.guests.script import Op, Results, lapic_write, unreal
+
+__all__ = [
+    "DONE",
+    "GSI",
+    "ON",
+    "PIN",
+    "REDTBL_HIGH",
+    "REDTBL_LOW",
+    "VECTOR",
+    "level_interrupt_in_service",
+    "only_the_ioapic",
+    "sends",
+    "tsc_ns",
+]
+
+VECTOR = 0x45
+GSI = PIN = 7
+REDTBL_LOW = 0x10 + 2 * PIN
+REDTBL_HIGH = REDTBL_LOW + 1
+"""IOREGSEL of the pin's redirection entry."""
+
+ON: Script = (unreal(), lapic_write(SVR, ENABLED))
+"""The local APIC within reach, and software-enabled."""
+
+DONE = b"\xb0\x5a\xe6\xf4"
+"""mov al, 0x5a; out 0xf4, al: the end of real-mode code that has done what it should."""
+
+
+def only_the_ioapic(pc: Pc, entry: int, gsi: int = GSI, pin: int = PIN) -> None:
+    """`gsi` leads to the IOAPIC's pin alone, which has this redirection entry; the local APIC of
+    vCPU 0 is enabled.
+    """
+    pc.vm.set_gsi_routing([to_ioapic(gsi, pin)])
+    pc.enable_lapic()
+    pc.set_pin(pin, entry)
+
+
+def level_interrupt_in_service(pc: Pc) -> None:
+    """Raise `GSI`, whose pin is level triggered, and take its interrupt into service.
+
+    Works without a handler, and so where a handler would see something else.
+    """
+    pc.vm.irq_line(GSI, 1)
+    pc.take_into_service(VECTOR)
+
+
+def sends(icr: int, high: int = 0) -> tuple[Op, ...]:
+    """Send an IPI: ICR's high half, then the low one."""
+    return *lapic_write(ICR_HIGH, high), *lapic_write(ICR, icr)
+
+
+def tsc_ns(pc: Pc, got: Results, first: int, second: int) -> float:
+    """The guest's time from one `tsc_read` to another, by their indices in the results."""
+    low, high = (got.results[at] | got.results[at + 1] << 32 for at in (first, second))
+    return (high - low) * 1e6 / pc.tsc_khz
