@@ -1,14 +1,17 @@
 """What a conformance case works with: VMs of a back end, and scripts of the `scenario` guest.
 
-A case does with its VMs what it would do with KVM's; the calls are the same on every back end.
-`Bench.needs_model` is for what the host's KVM cannot show: it says what is in the way.
+A case does with its VMs what it would do with KVM's; the calls are the same on every back end, and
+whoever can make VMs with them can be put on the bench (`Bench.make_vm`). `Bench.needs` is for what
+a host's KVM may be unable to show (`kvmtick.conform.probes`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmtick import guests
+from kvmtick.abi import HostError
+from kvmtick.abi.caps import CAPS
 from kvmtick.abi.structs import (
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
@@ -19,7 +22,7 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.conform.case import Skipped, equal
 from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8
-from kvmtick.kvm.kernel import KernelVcpu, KernelVm
+from kvmtick.kvm.kernel import KernelSystem, KernelVcpu, KernelVm
 from kvmtick.kvm.kernel_run import PORT_SLEEP
 from kvmtick.kvm.model import ModelVcpu, ModelVm
 from kvmtick.kvm.setup import cpuid_of
@@ -70,17 +73,36 @@ DEST_ID_SHIFT = 56
 MSI_ADDRESS = guests.MSI_ADDRESS
 
 
+BACKENDS = ("model", "kernel")
+CAPABILITIES = (
+    *("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2", "KVM_CAP_PIT_STATE2", "KVM_CAP_REINJECT_CONTROL"),
+    *("KVM_CAP_IRQ_ROUTING", "KVM_CAP_IRQFD"),
+)
+"""Without these there is nothing to look at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Who makes the VMs; on the model every number is exact."""
+    """Who makes the VMs; where `exact`, time is virtual and every number of it must be right."""
 
     name: str
     make_vm: Callable[[], Vm]
+    exact: bool = False
+    _probed: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def exact(self) -> bool:
-        """It is the model."""
-        return self.name == "model"
+    def vm(self) -> Vm:
+        """A new VM with nothing in it, to be closed by `with`."""
+        return self.make_vm()
+
+    def needs(self, name: str) -> None:
+        """Skip where this back end does not do it; `name` is one of `PROBES`, tried once."""
+        from kvmtick.conform.probes import PROBES
+
+        probe = PROBES[name]
+        if name not in self._probed:
+            self._probed[name] = probe.holds(self)
+        if not self._probed[name]:
+            raise Skipped(probe.reason)
 
     def needs_model(self, why: str) -> None:
         """Skip on the kernel."""
@@ -207,6 +229,19 @@ class Pc:
         """KVM_IRQ_LINE up and down."""
         self.vm.irq_line(gsi, 1)
         self.vm.irq_line(gsi, 0)
+
+
+def bench_of(backend: str) -> Bench:
+    """The bench of a back end, `model` or `kernel`. HostError where it does not work here."""
+    if backend == "model":
+        return Bench(backend, ModelVm, exact=True)
+    with KernelSystem() as system:
+        for name in CAPABILITIES:
+            if not system.check_extension(CAPS[name]):
+                raise HostError(
+                    f"this host's KVM has no {name}", "take a kernel with CONFIG_KVM_IOAPIC"
+                )
+    return Bench(backend, KernelVm)
 
 
 def _handler(act: Callable[[], object]) -> Handler:

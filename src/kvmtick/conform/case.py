@@ -35,14 +35,7 @@ __all__ = [
 MODULES = (
     "pit",
     "pic",
-    "ioapic",
-    "lapic",
-    "timer",
-    "routing",
     "reinject",
-    "nmi_watchdog",
-    "irqfd",
-    "events",
     "state",
 )
 """Of `kvmtick.conform.cases`, in the order in which they are run."""
