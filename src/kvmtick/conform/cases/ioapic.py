@@ -24,7 +24,6 @@ from kvmtick.conform.apics import (
 from kvmtick.conform.bench import (
     DEST_ID_SHIFT,
     EOI,
-    EOI_AT_INJECTION,
     LDR,
     LEVEL,
     MASKED,
@@ -572,7 +571,7 @@ def edge_entry_written_clears_remote_irr(
     "high (82093AA 3.2.4; SDM vol. 3A 12.8.5)."
 )
 def level_interrupt_is_taken_once_until_eoi(bench: Bench) -> None:
-    bench.needs_model(EOI_AT_INJECTION)
+    bench.needs("in-service-after-injection")
     with bench.pc() as pc:
         got = pc.run(
             *(*ON, apic_eoi_off(), ioapic_write(REDTBL_LOW, LEVEL_ENTRY), sti(), out8(PORT_ACT, 0)),

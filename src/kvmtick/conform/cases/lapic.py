@@ -19,7 +19,6 @@ from kvmtick.conform.bench import (
     DFR,
     ENABLED,
     EOI,
-    EOI_AT_INJECTION,
     ESR,
     ICR,
     ICR_HIGH,
@@ -531,7 +530,7 @@ def ppr_of_tpr_and_isr(bench: Bench, tpr: int, ppr: int) -> None:
 
 @case("A vector in service holds back its class until EOI, in or below (SDM 12.8.3.1).")
 def in_service_holds_back_its_class(bench: Bench) -> None:
-    bench.needs_model(EOI_AT_INJECTION)
+    bench.needs("in-service-after-injection")
     with bench.pc() as pc:
         got = pc.run(
             *(*ON, apic_eoi_off(), sti(), lapic_write(ICR, TO_SELF | 0x51), *WINDOWS),
@@ -545,7 +544,7 @@ def in_service_holds_back_its_class(bench: Bench) -> None:
 
 @case("A higher class interrupts a handler (SDM 12.8.3.1).")
 def higher_class_nests(bench: Bench) -> None:
-    bench.needs_model(EOI_AT_INJECTION)
+    bench.needs("in-service-after-injection")
     with bench.pc() as pc:
         got = pc.run(
             *(*ON, apic_eoi_off(), sti(), lapic_write(ICR, TO_SELF | 0x51), *WINDOWS),
@@ -557,7 +556,7 @@ def higher_class_nests(bench: Bench) -> None:
 
 @case("At the handler's entry the vector has gone from IRR to ISR (SDM 12.8.4).")
 def acceptance_moves_irr_to_isr(bench: Bench) -> None:
-    bench.needs_model(EOI_AT_INJECTION)
+    bench.needs("in-service-after-injection")
     with bench.pc() as pc:
         got = pc.run(
             *(*ON, apic_eoi_off(), lapic_write(ICR, TO_SELF | VECTOR), lapic_read(IRR + 0x20, 0)),
