@@ -100,8 +100,8 @@ def count_goes(bench: Bench, pc: Pc, given: Script, count_ns: int) -> None:
 
 
 @variants(
-    "With divide configuration {0:#x} the count goes down every {1} ns: the bus clock has 1 GHz (SDM "
-    "figure 12-10; update_divide_count).",
+    "With divide configuration {0:#x} the count goes down every {1} ns: the bus clock is 1 GHz "
+    "(SDM figure 12-10; update_divide_count).",
     {
         f"{divisor}": (code, divisor)
         for code, divisor in (
@@ -590,7 +590,8 @@ def set_lapic_with_count_0_fires(bench: Bench) -> None:
 
 
 @case(
-    "An expired timer's interrupt is in IRR once the vCPU has run on (kvm_inject_pending_timer_irqs)."
+    "An expired timer's interrupt is in IRR once the vCPU has run on "
+    "(kvm_inject_pending_timer_irqs)."
 )
 def request_comes_when_the_vcpu_runs(bench: Bench) -> None:
     with bench.pc() as pc:
