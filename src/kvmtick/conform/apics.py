@@ -1,5 +1,9 @@
 """What the cases of the APICs, of messages and of events have in common."""
 
+import errno
+from collections.abc import Callable
+
+from kvmtick.abi.errors import KvmError
 from kvmtick.conform.bench import (
     ENABLED,
     ICR,
@@ -19,6 +23,7 @@ __all__ = [
     "REDTBL_HIGH",
     "REDTBL_LOW",
     "VECTOR",
+    "errno_of",
     "level_interrupt_in_service",
     "only_the_ioapic",
     "sends",
@@ -59,6 +64,15 @@ def level_interrupt_in_service(pc: Pc) -> None:
 def sends(icr: int, high: int = 0) -> tuple[Op, ...]:
     """Send an IPI: ICR's high half, then the low one."""
     return *lapic_write(ICR_HIGH, high), *lapic_write(ICR, icr)
+
+
+def errno_of(call: Callable[..., object], *arguments: object) -> str | int:
+    """The name of the error a call fails with, 0 if it does not."""
+    try:
+        call(*arguments)
+    except KvmError as error:
+        return errno.errorcode[error.errno]
+    return 0
 
 
 def tsc_ns(pc: Pc, got: Results, first: int, second: int) -> float:
