@@ -35,6 +35,7 @@ __all__ = [
 MODULES = (
     "pit",
     "pic",
+    "line_status",
     "reinject",
     "state",
 )
