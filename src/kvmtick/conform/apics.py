@@ -13,10 +13,9 @@ from kvmtick.conform.bench import (
     Script,
     to_ioapic,
 )
-from kvmtick.guests.script import Op, Results, lapic_write, unreal
+from kvmtick.guests.script import Op, lapic_write, unreal
 
 __all__ = [
-    "DONE",
     "GSI",
     "ON",
     "PIN",
@@ -27,7 +26,6 @@ __all__ = [
     "level_interrupt_in_service",
     "only_the_ioapic",
     "sends",
-    "tsc_ns",
 ]
 
 VECTOR = 0x45
@@ -38,9 +36,6 @@ REDTBL_HIGH = REDTBL_LOW + 1
 
 ON: Script = (unreal(), lapic_write(SVR, ENABLED))
 """The local APIC within reach, and software-enabled."""
-
-DONE = b"\xb0\x5a\xe6\xf4"
-"""mov al, 0x5a; out 0xf4, al: the end of real-mode code that has done what it should."""
 
 
 def only_the_ioapic(pc: Pc, entry: int, gsi: int = GSI, pin: int = PIN) -> None:
@@ -73,9 +68,3 @@ def errno_of(call: Callable[..., object], *arguments: object) -> str | int:
     except KvmError as error:
         return errno.errorcode[error.errno]
     return 0
-
-
-def tsc_ns(pc: Pc, got: Results, first: int, second: int) -> float:
-    """The guest's time from one `tsc_read` to another, by their indices in the results."""
-    low, high = (got.results[at] | got.results[at + 1] << 32 for at in (first, second))
-    return (high - low) * 1e6 / pc.tsc_khz

@@ -11,7 +11,6 @@ from kvmtick.abi.structs import (
     KVM_MP_STATE_UNINITIALIZED,
 )
 from kvmtick.conform.apics import (
-    DONE,
     GSI,
     ON,
     PIN,
@@ -25,6 +24,7 @@ from kvmtick.conform.bench import (
     DEST_ID_SHIFT,
     EOI,
     LDR,
+    LEAVE,
     LEVEL,
     MASKED,
     NMI,
@@ -35,10 +35,10 @@ from kvmtick.conform.bench import (
     WINDOWS,
     Bench,
     Pc,
-    to_ioapic,
 )
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import (
+    EXIT_CODE,
     IOAPIC,
     Op,
     apic_eoi_off,
@@ -263,7 +263,7 @@ def _movq(pc: Pc, *moves: tuple[str, int], select: int) -> bytes:
         code += address.to_bytes(4, "little")
     pc.vm.write_memory(_GDT_AT, _GDT)
     pc.vm.write_memory(_DATA_AT, _DATA)
-    equal(pc.run_image(code + DONE), 0x5A, "exit code")
+    equal(pc.run_image(code + LEAVE), EXIT_CODE, "exit code")
     return pc.vm.read_memory(_READ_AT, 8)
 
 
@@ -729,16 +729,6 @@ def delivery_mode(
         equal(pc.irr(1), requests, "requests")
         equal(vcpu.get_vcpu_events().nmi.pending, nmis, "pending NMIs")
         equal(vcpu.get_mp_state(), mp_state, "MP state")
-
-
-@case("Two GSIs of one pin drive one line for source 0: the last call counts (kvm_set_irq).")
-def two_gsis_of_one_pin(bench: Bench) -> None:
-    with bench.pc() as pc:
-        pc.vm.set_gsi_routing([to_ioapic(1, PIN), to_ioapic(2, PIN)])
-        pc.enable_lapic()
-        pc.set_pin(PIN, VECTOR)
-        got = [pc.vm.irq_line_status(gsi, level) for gsi, level in ((1, 1), (2, 1), (1, 0), (2, 1))]
-        equal(got, [1, 0, 1, 1], "status of 1 up, 2 up, 1 down, 2 up")
 
 
 @case("An interrupt of NMI delivery comes with IF=0 (82093AA 3.2.4, mode 100; SDM vol. 3A 6.7).")

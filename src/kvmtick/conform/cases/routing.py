@@ -1,8 +1,6 @@
 """GSI routing and messages (api.rst 4.25, 4.52, 4.71; SDM vol. 3A 12.11; KVM's irq_comm.c).
 
-What KVM_IRQ_LINE_STATUS returns is the sum over the chips a GSI leads to: more than 0 delivered, 0
-coalesced or taken by nobody, -1 ignored or masked. No vCPU runs in these cases, so nothing is
-acknowledged unless a case says so.
+What KVM_IRQ_LINE_STATUS says, and the default table, is `line_status`.
 """
 
 from collections.abc import Callable
@@ -30,7 +28,6 @@ from kvmtick.conform.bench import (
     LIMIT_S,
     MASKED,
     MSI_ADDRESS,
-    NMI,
     SVR,
     TMR,
     Bench,
@@ -42,7 +39,6 @@ from kvmtick.conform.bench import (
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import Op, Scenario, end, lapic_write, unreal
 
-LEVELS = (1, 1, 0, 1, 0, 0)
 ABSENT = 5
 """A destination nobody has."""
 LOGICAL, REDIRECTION_HINT = 1 << 2, 1 << 3
@@ -52,9 +48,9 @@ LEVEL_TRIGGERED, ASSERT = 1 << 15, 1 << 14
 DEST_SHIFT = 12
 
 
-def statuses(pc: Pc, gsi: int = GSI, levels: tuple[int, ...] = LEVELS) -> tuple[int, ...]:
+def statuses(pc: Pc, *levels: int) -> tuple[int, ...]:
     """KVM_IRQ_LINE_STATUS of a sequence of levels."""
-    return tuple(pc.vm.irq_line_status(gsi, level) for level in levels)
+    return tuple(pc.vm.irq_line_status(GSI, level) for level in levels)
 
 
 def one_message(pc: Pc, data: int, address: int = MSI_ADDRESS) -> None:
@@ -66,64 +62,6 @@ def one_message(pc: Pc, data: int, address: int = MSI_ADDRESS) -> None:
 # KVM_IRQ_LINE_STATUS.
 
 
-@variants(
-    "An IOAPIC pin, {0}, driven 1 1 0 1 0 0 answers {2} (ioapic_set_irq, ioapic_service).",
-    {
-        "edge": ("edge", VECTOR, (1, 0, 1, 1, 1, 1)),
-        "edge-masked": ("edge and masked", VECTOR | MASKED, (-1, 0, 1, -1, 1, 1)),
-        "level": ("level: Remote IRR refuses", VECTOR | LEVEL, (1, -1, 1, -1, 1, 1)),
-        "level-masked": ("level and masked", VECTOR | LEVEL | MASKED, (-1, -1, 1, -1, 1, 1)),
-        "edge-to-nobody": (
-            "edge, to an APIC that is not there",
-            VECTOR | ABSENT << DEST_ID_SHIFT,
-            (0, 0, 1, 0, 1, 1),
-        ),
-        "nmi": ("edge with NMI delivery", NMI, (1, 0, 1, 1, 1, 1)),
-    },
-)
-def status_of_a_pin(bench: Bench, what: str, entry: int, expected: tuple[int, ...]) -> None:
-    with bench.pc() as pc:
-        only_the_ioapic(pc, entry)
-        equal(statuses(pc), expected, "KVM_IRQ_LINE_STATUS")
-
-
-@case("A pin whose local APIC is software-disabled answers 0: nobody took it (__apic_accept_irq).")
-def status_of_a_disabled_destination(bench: Bench) -> None:
-    with bench.pc() as pc:
-        only_the_ioapic(pc, VECTOR)
-        pc.set_lapic({SVR: 0xFF})
-        equal(statuses(pc), (0, 0, 1, 0, 1, 1), "KVM_IRQ_LINE_STATUS")
-
-
-@variants(
-    "A message{0} driven 1 1 0 1 0 0 answers {2}: each rise sends it, there is no line to fall "
-    "(kvm_set_msi).",
-    {
-        "": ("", MSI_ADDRESS, (1, 1, -1, 1, -1, -1)),
-        "to-nobody": (
-            " to an APIC that is not there",
-            MSI_ADDRESS | ABSENT << DEST_SHIFT,
-            (0, 0, -1, 0, -1, -1),
-        ),
-    },
-)
-def status_of_a_message(bench: Bench, what: str, address: int, expected: tuple[int, ...]) -> None:
-    with bench.pc() as pc:
-        one_message(pc, VECTOR, address)
-        equal(statuses(pc), expected, "KVM_IRQ_LINE_STATUS")
-
-
-@case("An edge that finds its vector requested counts as delivered (__apic_accept_irq returns 1).")
-def coalesced_in_the_lapic_counts(bench: Bench) -> None:
-    with bench.pc() as pc:
-        only_the_ioapic(pc, VECTOR)
-        got = []
-        for _ in range(3):
-            got.append(pc.vm.irq_line_status(GSI, 1))
-            pc.vm.irq_line(GSI, 0)
-        equal((got, pc.irr()), ([1, 1, 1], {VECTOR}), "KVM_IRQ_LINE_STATUS of three edges, IRR")
-
-
 @case("An interrupt for several answers how many took it (kvm_irq_delivery_to_apic).")
 def status_is_how_many_took_it(bench: Bench) -> None:
     with bench.pc(vcpus=3) as pc:
@@ -132,76 +70,12 @@ def status_is_how_many_took_it(bench: Bench) -> None:
         equal(pc.vm.irq_line_status(GSI, 1), 2, "KVM_IRQ_LINE_STATUS, two of three enabled")
 
 
-@case(
-    "Beside another chip a negative answer counts as nothing (kvm_set_irq): IOAPIC masked, PIC not."
-)
-def masked_beside_another_chip(bench: Bench) -> None:
-    with bench.pc() as pc:
-        equal(statuses(pc, 3), (1, 1, 2, 0, 2, 2), "KVM_IRQ_LINE_STATUS")
-
-
-@case("The answers of two chips add up (kvm_set_irq).")
-def two_chips_add_up(bench: Bench) -> None:
-    with bench.pc() as pc:
-        pc.enable_lapic()
-        pc.set_pin(3, VECTOR)
-        equal(statuses(pc, 3), (2, 1, 2, 1, 2, 2), "KVM_IRQ_LINE_STATUS")
-
-
-@case("Only where all chips are masked the answer is -1 (kvm_set_irq).")
-def all_masked(bench: Bench) -> None:
-    with bench.pc() as pc:
-        pc.pic(imr=0xFF)
-        equal(pc.vm.irq_line_status(3, 1), -1, "KVM_IRQ_LINE_STATUS")
-
-
-@variants(
-    "GSI {0} leads nowhere by default: the call succeeds and answers -1 (api.rst 4.25).",
-    {"24": (24,), "4095": (4095,), "4096": (4096,), "0xffffffff": (0xFFFF_FFFF,)},
-)
-def unrouted_gsi(bench: Bench, gsi: int) -> None:
-    with bench.pc() as pc:
-        equal(statuses(pc, gsi, (1, 0)), (-1, -1), "KVM_IRQ_LINE_STATUS")
-
-
 @case("Any level but 0 is high (kvm_vm_ioctl_irq_line).")
 def any_level_but_0_is_high(bench: Bench) -> None:
     with bench.pc() as pc:
         only_the_ioapic(pc, VECTOR)
-        got = statuses(pc, levels=(0xFFFF_FFFF, 2, 0, 0x8000_0000))
+        got = statuses(pc, 0xFFFF_FFFF, 2, 0, 0x8000_0000)
         equal(got, (1, 0, 1, 1), "KVM_IRQ_LINE_STATUS of levels 0xffffffff, 2, 0, 0x80000000")
-
-
-# The default table.
-
-
-@case(
-    "By default GSI n leads to IOAPIC pin n, 0 to 23; also 0 to pin 0, not to pin 2 "
-    "(kvm_setup_default_irq_routing)."
-)
-def default_ioapic_pins(bench: Bench) -> None:
-    with bench.pc() as pc:
-        pc.enable_lapic()
-        for pin in range(24):
-            pc.set_pin(pin, 0x40 + pin)
-        got: list[set[int]] = []
-        for gsi in range(24):
-            before = pc.irr()
-            pc.pulse(gsi)
-            got.append(pc.irr() - before)
-        equal(got, [{0x40 + gsi} for gsi in range(24)], "requests of each GSI")
-
-
-@case("By default GSIs 0 to 15 lead to the PICs' pins as well (kvm_setup_default_irq_routing).")
-def default_pic_pins(bench: Bench) -> None:
-    with bench.pc() as pc:
-        got: list[int] = []
-        for gsi in range(16):
-            pc.pulse(gsi)
-            # the slave drives pin 2 of the master
-            got.append(pc.pic(KVM_IRQCHIP_PIC_SLAVE)["irr"] << 8 | pc.pic()["irr"])
-        expected = [((2 << gsi) - 1) for gsi in range(16)]
-        equal([irr | 4 for irr in got], [irr | 4 for irr in expected], "IRRs after each GSI, but 2")
 
 
 # KVM_SET_GSI_ROUTING.
@@ -213,14 +87,6 @@ def table_is_replaced(bench: Bench) -> None:
         pc.vm.set_gsi_routing([to_pic(5, 3)])
         got = [pc.vm.irq_line_status(gsi, 1) for gsi in (3, 5)]
         equal((got, pc.pic()["irr"]), ([-1, 1], 1 << 3), "status of GSI 3 and 5, PIC's IRR")
-
-
-@case("An empty table leads nowhere (api.rst 4.52).")
-def empty_table(bench: Bench) -> None:
-    with bench.pc() as pc:
-        pc.vm.set_gsi_routing([])
-        got = [pc.vm.irq_line_status(gsi, 1) for gsi in range(25)]
-        equal((got, pc.pic()["irr"]), ([-1] * 25, 0), "status of GSIs 0 to 24, PIC's IRR")
 
 
 @case(
@@ -513,7 +379,7 @@ def split_sends_messages(bench: Bench) -> None:
         vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, RESERVED_PINS)
         pc = Pc(bench, vm, [vm.create_vcpu(0)])
         one_message(pc, VECTOR)
-        equal((statuses(pc, levels=(1, 0)), pc.irr()), ((1, -1), {VECTOR}), "status, IRR")
+        equal((statuses(pc, 1, 0), pc.irr()), ((1, -1), {VECTOR}), "status, IRR")
 
 
 def ended(bench: Bench, gsi: int, trigger: int) -> list[int]:

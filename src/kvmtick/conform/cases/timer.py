@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from kvmtick.abi.caps import KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X86_APIC_BUS_CYCLES_NS
 from kvmtick.conform.apics import ON as LAPIC_ON
-from kvmtick.conform.apics import sends, tsc_ns
+from kvmtick.conform.apics import sends
 from kvmtick.conform.bench import (
     DIVIDE_BY_1,
     ENABLED,
@@ -87,7 +87,7 @@ def count_goes(bench: Bench, pc: Pc, given: Script, count_ns: int) -> None:
     )
     gone_ns = (got.results[2] - got.results[7]) * count_ns
     slack_ns = 2 * count_ns + (0 if bench.exact else SKEW * gone_ns)
-    low_ns, high_ns = tsc_ns(pc, got, 3, 5) - slack_ns, tsc_ns(pc, got, 0, 8) + slack_ns
+    low_ns, high_ns = pc.elapsed_ns(got, 3, 5) - slack_ns, pc.elapsed_ns(got, 0, 8) + slack_ns
     check(
         low_ns <= gone_ns <= high_ns,
         f"what the count lost, in ns at {count_ns} ns a count",
@@ -190,7 +190,7 @@ def new_divisor_keeps_the_count(bench: Bench) -> None:
 def one_shot_is_on_time(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(*ON, tsc_read(0), *timer(0, 500_000), wait_vector(VECTOR, 1), tsc_read(2))
-        took(bench, tsc_ns(pc, got, 0, 2), 500_000, "time to the interrupt")
+        took(bench, pc.elapsed_ns(got, 0, 2), 500_000, "time to the interrupt")
 
 
 @case("A one-shot timer interrupts once, and its count stays 0 (SDM 12.5.4).")
@@ -210,7 +210,7 @@ def periodic_fires_every_period(bench: Bench) -> None:
             *(*ON, tsc_read(0), *timer(LVT_PERIODIC, 500_000), wait_vector(VECTOR, 10)),
             tsc_read(2),
         )
-        took(bench, tsc_ns(pc, got, 0, 2), 10 * 500_000, "time to the 10th interrupt")
+        took(bench, pc.elapsed_ns(got, 0, 2), 10 * 500_000, "time to the 10th interrupt")
 
 
 @case("The periodic count reloads: it never reads more than the initial count (SDM 12.5.4).")
@@ -241,7 +241,7 @@ def short_period_is_raised(bench: Bench) -> None:
         got = pc.run(
             *(*ON, tsc_read(0), *timer(LVT_PERIODIC, 1000), wait_vector(VECTOR, 20), tsc_read(2)),
         )
-        took(bench, tsc_ns(pc, got, 0, 2), 20 * CLAMP_NS, "time to the 20th interrupt")
+        took(bench, pc.elapsed_ns(got, 0, 2), 20 * CLAMP_NS, "time to the 20th interrupt")
 
 
 @case("A one-shot below 200 us is as short as it was asked to be (limit_periodic_timer_frequency).")
@@ -254,7 +254,7 @@ def short_one_shot_is_not_raised(bench: Bench) -> None:
             script += [tsc_read(6 * n), lapic_write(TMICT, 10_000), wait_vector(VECTOR, n + 1)]
             script += [tsc_read(6 * n + 2)]
         got = pc.run(*ON, lapic_write(LVTT, VECTOR), *script)
-        quickest_ns = min(tsc_ns(pc, got, 6 * n, 6 * n + 2) for n in range(shots))
+        quickest_ns = min(pc.elapsed_ns(got, 6 * n, 6 * n + 2) for n in range(shots))
         check(
             10_000 * (1 - SKEW) <= quickest_ns < CLAMP_NS,
             f"the quickest of {shots}",
@@ -328,7 +328,7 @@ def masked_periods_are_not_made_up_for(bench: Bench) -> None:
             *(tsc_read(0), lapic_write(LVTT, LVT_PERIODIC | VECTOR), wait_vector(VECTOR, 6)),
             tsc_read(2),
         )
-        took_ns = tsc_ns(pc, got, 0, 2)
+        took_ns = pc.elapsed_ns(got, 0, 2)
         # the one that waits comes at once, another within a period, four in four more
         least_ns = 4 * CLAMP_NS * (1 - SKEW)
         check(took_ns > least_ns, "time to the 6th interrupt", f"{least_ns} ns", f"{took_ns} ns")
