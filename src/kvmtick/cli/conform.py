@@ -21,8 +21,9 @@ from kvmtick.conform.run import NoSuchCase, Result, as_dict, run_cases, select_c
 
 __all__ = ["main"]
 
+SUBJECTS = ", ".join(f"{module.replace('_', '-')}.*" for module in MODULES)
 EPILOG = f"""\
-modules: {", ".join(MODULES)}
+cases: {SUBJECTS}
 
 outcomes:
   passed   the back end does what is right
@@ -95,8 +96,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         return select_cases(options.case)
     except NoSuchCase as error:
         raise UsageError(
-            f"--case {str(error)!r}: no case has such a name; they are"
-            f" {', '.join(f'{module}.*' for module in MODULES)}: see kvmtick conform --list"
+            f"--case {str(error)!r}: no case has such a name; there are {SUBJECTS}:"
+            " see kvmtick conform --list"
         ) from None
 
 
