@@ -14,22 +14,27 @@ from kvmtick.conform.apics import (
     GSI,
     ON,
     PIN,
+    QUADWORD,
     REDTBL_HIGH,
     REDTBL_LOW,
     VECTOR,
     level_interrupt_in_service,
+    load,
     only_the_ioapic,
+    run_quadwords,
+    store,
+    store_byte,
 )
 from kvmtick.conform.bench import (
     DEST_ID_SHIFT,
     EOI,
     LDR,
-    LEAVE,
     LEVEL,
     MASKED,
     NMI,
     POLARITY_LOW,
     PORT_ACT,
+    READ_AT,
     REMOTE_IRR,
     TMR,
     WINDOWS,
@@ -38,7 +43,6 @@ from kvmtick.conform.bench import (
 )
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import (
-    EXIT_CODE,
     IOAPIC,
     Op,
     apic_eoi_off,
@@ -247,38 +251,30 @@ def unaligned_read_is_one_access(bench: Bench) -> None:
     equal(got, (0, 0), "2 bytes at 0x0f, 4 bytes at 0x11")
 
 
-# Quadwords, by MMX, which needs 32-bit addresses: cli; lgdt; PE on; mov ds, 8; PE off.
-_GDT_AT, _DATA_AT, _READ_AT = 0x7920, 0x7900, 0x7910
-_UNREAL = bytes.fromhex("fa31c08ed8 0f01162079 0f20c00c010f22c0 bb08008edb 24fe0f22c0 31db8edb")
-_GDT = bytes.fromhex("0f002879") + bytes(4) + bytes(8) + bytes.fromhex("ffff00000092cf00")
-_DATA = bytes(range(0x11, 0x19))
-
-
-def _movq(pc: Pc, *moves: tuple[str, int], select: int) -> bytes:
-    """Load and store MM0, which begins with _DATA, at addresses; what is left at _READ_AT."""
-    code = _UNREAL + b"\x67\x0f\x6f\x05" + _DATA_AT.to_bytes(4, "little")
-    code += b"\x67\xc6\x05" + IOREGSEL.to_bytes(4, "little") + bytes((select,))
-    for what, address in moves:
-        code += b"\x67\x0f" + {"load": b"\x6f", "store": b"\x7f"}[what] + b"\x05"
-        code += address.to_bytes(4, "little")
-    pc.vm.write_memory(_GDT_AT, _GDT)
-    pc.vm.write_memory(_DATA_AT, _DATA)
-    equal(pc.run_image(code + LEAVE), EXIT_CODE, "exit code")
-    return pc.vm.read_memory(_READ_AT, 8)
-
-
 @case("A read of 8 bytes gives the register and 0 above it (ioapic_mmio_read).")
 def quadword_read(bench: Bench) -> None:
     with bench.pc() as pc:
-        got = _movq(pc, ("load", IOWIN), ("store", _READ_AT), select=VERSION)
+        got = run_quadwords(pc, store_byte(IOREGSEL, VERSION) + load(IOWIN) + store(READ_AT))
         equal(got, (0x17_0011).to_bytes(8, "little"), "8 bytes at IOWIN")
 
 
 @case("Of a write of 8 bytes the low 4 count (ioapic_mmio_write).")
 def quadword_write(bench: Bench) -> None:
     with bench.pc() as pc:
-        _movq(pc, ("store", IOWIN), select=0x10)
-        equal(pc.pin(0), int.from_bytes(_DATA[:4], "little") & ~0x5000, "entry 0")
+        run_quadwords(pc, store_byte(IOREGSEL, 0x10) + store(IOWIN))
+        equal(pc.pin(0), int.from_bytes(QUADWORD[:4], "little") & ~0x5000, "entry 0")
+
+
+@case(
+    "All ones written to all of the IOAPIC's 256 bytes change the index and nothing else: there is "
+    "no register 0xff (ioapic_mmio_write)."
+)
+def ones_everywhere(bench: Bench) -> None:
+    with bench.pc() as pc:
+        writes = (mmio_write(IOAPIC + offset, ONES) for offset in range(0, 0x100, 4))
+        got = pc.run(unreal(), *writes, mmio_read(IOREGSEL, 0))
+        equal(got.results[0], 0xFF, "IOREGSEL")
+        equal(state(pc), [MASKED] * PINS, "redirection entries")
 
 
 # Edges.
@@ -326,6 +322,12 @@ def second_edge_needs_a_fall(bench: Bench) -> None:
         equal(got.results[0], 2, "interrupts of two edges")
 
 
+def pulse(pc: Pc, times: int) -> None:
+    """Several pulses of GSI."""
+    for _ in range(times):
+        pc.pulse(GSI)
+
+
 @case(
     "Edges that find their vector still requested in the local APIC are one interrupt (SDM vol. 3A "
     "12.8.4: IRR has one bit a vector)."
@@ -335,7 +337,7 @@ def edges_before_the_first_is_taken_are_one(bench: Bench) -> None:
         got = pc.run(
             *(*ON, ioapic_write(REDTBL_LOW, VECTOR), out8(PORT_ACT, 0), sti(), *WINDOWS),
             snap_vector(VECTOR, 0),
-            acts=[lambda: [pc.pulse(GSI) for _ in range(3)]],
+            acts=[lambda: pulse(pc, 3)],
         )
         equal(got.results[0], 1, "interrupts of three pulses with IF=0")
 

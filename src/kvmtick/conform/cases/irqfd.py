@@ -391,7 +391,8 @@ def resampled_pic_pin(bench: Bench, *script: Op | tuple[Op, ...]) -> list[tuple[
 @case("OCW2 acknowledges a resampling irqfd of a PIC's pin, not INTA (kvm_pic_clear_isr).")
 def resampled_by_ocw2(bench: Bench) -> None:
     noted = resampled_pic_pin(
-        *(bench, eoi_off(), out8(0x21, 0x7F), out8(PORT_ACT, 0), sti(), *WINDOWS, cli()),
+        bench,
+        *(eoi_off(), out8(0x21, 0x7F), out8(PORT_ACT, 0), sti(), *WINDOWS, cli()),
         *(out8(PORT_ACT + 1, 0), out8(0x20, 0x20), out8(PORT_ACT + 1, 0)),
     )
     equal(noted, [(0, 1), (1, 0)], "resamplefd's count and request, in service and after OCW2")
@@ -402,7 +403,8 @@ def resampled_by_ocw2(bench: Bench) -> None:
 )
 def resampled_by_a_poll(bench: Bench) -> None:
     noted = resampled_pic_pin(
-        *(bench, out8(0x21, 0x7F), out8(PORT_ACT, 0), out8(0x20, 0x0C), in8(0x20, 0)),
+        bench,
+        *(out8(0x21, 0x7F), out8(PORT_ACT, 0), out8(0x20, 0x0C), in8(0x20, 0)),
         *(out8(PORT_ACT + 1, 0), out8(0x20, 0x20), out8(PORT_ACT + 1, 0)),
     )
     equal(noted, [(1, 0), (0, 0)], "resamplefd's count and request, after the poll and after OCW2")

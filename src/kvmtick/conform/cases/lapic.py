@@ -13,7 +13,7 @@ from kvmtick.abi.structs import (
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS,
 )
-from kvmtick.conform.apics import ON, VECTOR, sends
+from kvmtick.conform.apics import ON, VECTOR, run_quadwords, sends, store
 from kvmtick.conform.bench import (
     APIC_BASE,
     DFR,
@@ -237,6 +237,13 @@ def unaligned_write_is_ignored(bench: Bench) -> None:
     leaves_all_as_it_was(bench, *writes)
 
 
+@case("A write of 8 bytes does nothing (apic_mmio_write: 4 bytes only).")
+def quadword_write_is_ignored(bench: Bench) -> None:
+    with bench.pc() as pc:
+        run_quadwords(pc, store(LAPIC + TPR))
+        equal(pc.lapic(TPR), 0, "TPR")
+
+
 @case("Bytes and words of a register can be read (kvm_lapic_reg_read: 1, 2 or 4 within 32 bits).")
 def parts_of_a_register_can_be_read(bench: Bench) -> None:
     parts = (
@@ -248,6 +255,32 @@ def parts_of_a_register_can_be_read(bench: Bench) -> None:
         reads = (mmio_read(LAPIC + at, n, size) for n, (at, size, _) in enumerate(parts))
         got = pc.run(unreal(), *reads).results[: len(parts)]
         equal(got, tuple(value for _, _, value in parts), f"reads of {parts}")
+
+
+@variants(
+    "Where there is neither RAM nor a chip {0} bytes read all ones (KVM_EXIT_MMIO; user space).",
+    {"1-byte": (1,), "2-bytes": (2,), "4-bytes": (4,)},
+)
+def nobody_answers(bench: Bench, size_bytes: int) -> None:
+    with bench.pc() as pc:
+        got = pc.run(
+            *(unreal(), mmio_read(LAPIC + 0x1000, 0, size_bytes)),
+            mmio_read(0xD000_0000, 1, size_bytes),
+        )
+        ones = (1 << 8 * size_bytes) - 1
+        equal(got.results[:2], (ones, ones), "behind the page, at 0xd0000000")
+
+
+@case(
+    "All ones written to every register but ICR leave what the registers can hold, and a machine "
+    "that runs (kvm_lapic_reg_write)."
+)
+def ones_everywhere(bench: Bench) -> None:
+    held = {TPR: 0xFF, DFR: ONES, SVR: 0x3FF, LVTT: 0x7_10FF, LVT0: 0x1_F7FF, TDCR: 0xB, ESR: 0}
+    with bench.pc() as pc:
+        offsets = (at for at in range(0, 0x1000, 0x10) if at != ICR)
+        pc.run(unreal(), *(lapic_write(at, ONES) for at in offsets))
+        equal({at: pc.lapic(at) for at in held}, held, "registers by offset")
 
 
 # IA32_APIC_BASE.
@@ -778,6 +811,16 @@ def ipi_to_nobody_is_lost(bench: Bench) -> None:
         equal(got.results[:2], (0, ASSERT | VECTOR), "ESR, ICR")
 
 
+@case("No delivery mode does anything to nobody, physical or logical (kvm_irq_delivery_to_apic).")
+def ipis_to_nobody_do_nothing(bench: Bench) -> None:
+    with bench.pc(vcpus=2) as pc:
+        pc.enable_lapic(1)
+        icrs = (mode << 8 | how | VECTOR for mode in range(8) for how in (0, LOGICAL))
+        got = pc.run(*ON, sti(), *(sends(ASSERT | icr, 5 << 24) for icr in icrs), *WINDOWS)
+        equal((got.nmis, each(pc)), (0, [set(), set()]), "NMIs, requests of both vCPUs")
+        equal(pc.vcpus[1].get_mp_state(), KVM_MP_STATE_UNINITIALIZED, "MP state of vCPU 1")
+
+
 @case("ICR reads back as written but for delivery status, which is never busy (SDM 12.6.1).")
 def icr_is_never_busy(bench: Bench) -> None:
     with bench.pc() as pc:
@@ -1007,6 +1050,16 @@ def x2apic_change(bench: Bench, how: str, what: str, bases: tuple[int, ...], fau
 def x2apic_msr(bench: Bench, what: str, does: str, access: Script, faults: int) -> None:
     with bench.pc() as pc:
         equal(pc.run(*X2APIC, *access).faults, faults, "faults")
+
+
+@case(
+    "All ones fault in every x2APIC MSR that is read-only, absent or has reserved bits (SDM 12-6)."
+)
+def x2apic_ones_fault(bench: Bench) -> None:
+    msrs = (0x801, 0x804, 0x808, 0x809, 0x80E, 0x810, 0x82F, 0x830, 0x831, 0x83F, 0x840, 0x8FF)
+    with bench.pc() as pc:
+        got = pc.run(*X2APIC, *(wrmsr(index, (1 << 64) - 1) for index in msrs))
+        equal(got.faults, len(msrs), f"faults of {[hex(index) for index in msrs]}")
 
 
 @case("TPR holds interrupts back in x2APIC mode, too (SDM 12.8.3.1, 12.12.1.2).")

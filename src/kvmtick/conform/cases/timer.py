@@ -509,7 +509,7 @@ def deadline_msr_in(bench: Bench, name: str, mode: int) -> None:
 )
 def change_of_mode(bench: Bench, what: str, before: int, after: int) -> None:
     with bench.pc() as pc:
-        armed = lapic_write(TMICT, 2_000_000)
+        armed: tuple[Op, ...] = lapic_write(TMICT, 2_000_000)
         if before:
             armed = (*wrmsr(MSR_TSC, 0), *wrmsr(MSR_TSC_DEADLINE, cycles(pc, 2_000_000)))
         got = pc.run(
