@@ -101,7 +101,7 @@ def no_more_often_than_the_timer(bench: Bench) -> None:
 
 @case("A one-shot PIT (mode 0) gives one NMI (pit_do_work).")
 def one_shot_gives_one(bench: Bench) -> None:
-    script = (*WATCHDOG, *CLOSE_PIC, pit(COUNT, 0x30), wait_nmis(1), *TEN_MS)
+    script = (*WATCHDOG, *CLOSE_PIC, pit(COUNT, 0x30), *TEN_MS)
     equal(nmis_of(bench, *script), 1, "NMIs")
 
 
@@ -198,7 +198,7 @@ def fixed_mode_alone(bench: Bench) -> None:
     {"irq-0-not-taken": ("IRQ 0 never taken", 0xFE), "pic-masked": ("the PIC masked", 0xFF)},
 )
 def reinjection_without_ack_gives_one(bench: Bench, what: str, imr: int) -> None:
-    script = (*WATCHDOG, out8(0x21, imr), pit(COUNT), wait_nmis(1), *TEN_MS)
+    script = (*WATCHDOG, out8(0x21, imr), pit(COUNT), *TEN_MS)
     equal(nmis_of(bench, *script, reinject=True), 1, "NMIs")
 
 
@@ -223,7 +223,7 @@ def goes_on_with_the_ioapics_ack(bench: Bench) -> None:
 def goes_on_with_polls(bench: Bench) -> None:
     polls: list[Op | tuple[Op, ...]] = []
     for n in range(1, 6):
-        polls += [wait_nmis(n), out8(0x20, 0x0C), in8(0x20, n)]
+        polls += [user_sleep_us(4_000), *WINDOWS, out8(0x20, 0x0C), in8(0x20, n)]
     with bench.pc(pit=True) as pc:
         got = pc.run(*WATCHDOG, *OPEN_PIC, pit(COUNT), *polls, *TEN_MS)
         equal(got.results[1:6], (0x80,) * 5, "answers of the polls")

@@ -34,6 +34,7 @@ from kvmtick.conform.bench import (
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import (
     Op,
+    Results,
     lapic_read,
     lapic_write,
     rdmsr,
@@ -52,6 +53,9 @@ CLAMP_NS = 200_000
 SECOND = 1_000_000_000
 """As a count at divide 1."""
 SOON, LONG = 300_000, 2 * SECOND
+ARMED = 20_000_000
+"""Nothing expires before the guest has written the next register, on a busy host either."""
+PAST_ARMED: Script = (sti(), user_sleep_us(ARMED // 1000 + 1_000), *WINDOWS)
 SKEW = 0.001
 """The host disciplines its clock, but not the TSC."""
 LATE_NS = 1_000
@@ -152,8 +156,8 @@ def without_initial_count(bench: Bench) -> None:
 def initial_count_0_stops(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
-            *(*ON, *timer(0, SECOND // 500), lapic_write(TMICT, 0), lapic_read(TMCCT, 0)),
-            *(sti(), user_sleep_us(3_000), *WINDOWS),
+            *(*ON, *timer(0, ARMED), lapic_write(TMICT, 0), lapic_read(TMCCT, 0)),
+            *PAST_ARMED,
         )
         equal((got.results[0], got.apic_vectors[VECTOR]), (0, 0), "TMCCT, interrupts")
 
@@ -246,21 +250,21 @@ def short_period_is_raised(bench: Bench) -> None:
 
 @case("A one-shot below 200 us is as short as it was asked to be (limit_periodic_timer_frequency).")
 def short_one_shot_is_not_raised(bench: Bench) -> None:
-    """Many, for on a busy host few are quick."""
-    shots = 20
-    with bench.pc() as pc:
-        script: list[Op | tuple[Op, ...]] = []
-        for n in range(shots):
-            script += [tsc_read(6 * n), lapic_write(TMICT, 10_000), wait_vector(VECTOR, n + 1)]
-            script += [tsc_read(6 * n + 2)]
-        got = pc.run(*ON, lapic_write(LVTT, VECTOR), *script)
-        quickest_ns = min(pc.elapsed_ns(got, 6 * n, 6 * n + 2) for n in range(shots))
-        check(
-            10_000 * (1 - SKEW) <= quickest_ns < CLAMP_NS,
-            f"the quickest of {shots}",
-            "10 to 200 us",
-            f"{quickest_ns} ns",
-        )
+    count, shots = 10_000, 20
+
+    def quickest_ns() -> float | None:
+        with bench.pc() as pc:
+            script: list[Op | tuple[Op, ...]] = []
+            for n in range(shots):
+                script += [tsc_read(4 * n), lapic_write(TMICT, count), wait_vector(VECTOR, n + 1)]
+                script += [tsc_read(4 * n + 2)]
+            got = pc.run(*ON, lapic_write(LVTT, VECTOR), *script)
+            quickest = min(pc.elapsed_ns(got, 4 * n, 4 * n + 2) for n in range(shots))
+            return quickest if bench.exact or quickest < CLAMP_NS else None
+
+    # a busy host is never quick; a clamp would be as late every time
+    took_ns = bench.quiet(quickest_ns)
+    check(count * (1 - SKEW) <= took_ns < CLAMP_NS, "quickest of 20", "10 to 200 us", took_ns)
 
 
 @case(
@@ -268,19 +272,27 @@ def short_one_shot_is_not_raised(bench: Bench) -> None:
     "12.5.4.1 has no stop for it; apic_update_lvtt)."
 )
 def one_shot_becomes_periodic(bench: Bench) -> None:
-    with bench.pc() as pc:
-        got = pc.run(
-            *(*ON, *timer(0, SOON), lapic_write(LVTT, LVT_PERIODIC | VECTOR)),
-            *(wait_vector(VECTOR, 3), lapic_read(TMICT, 0)),
-        )
-        equal((got.apic_vectors[VECTOR] >= 3, got.results[0]), (True, SOON), "3 interrupts, TMICT")
+    count = 2_000_000
+
+    def attempt() -> Results | None:
+        with bench.pc() as pc:
+            got = pc.run(
+                *(*ON, tsc_read(0), *timer(0, count), lapic_write(LVTT, LVT_PERIODIC | VECTOR)),
+                *(tsc_read(2), sti(), user_sleep_us(5 * count // 1000), *WINDOWS),
+                *(user_sleep_us(2 * count // 1000), *WINDOWS, lapic_read(TMICT, 4)),
+            )
+            return got if pc.elapsed_ns(got, 0, 2) < count else None
+
+    got = bench.quiet(attempt)
+    check(got.apic_vectors[VECTOR] >= 2, "interrupts", "2 or more", got.apic_vectors[VECTOR])
+    equal(got.results[4], count, "TMICT")
 
 
-@case("The interrupt has the vector LVTT has at the expiry (SDM 12.5.1).")
-def vector_is_that_of_the_expiry(bench: Bench) -> None:
+@case("The interrupt has the vector of its delivery, not that of when it was armed (SDM 12.5.1).")
+def vector_is_that_of_the_delivery(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
-            *(*ON, *timer(0, SOON), lapic_write(LVTT, OTHER_VECTOR)),
+            *(*ON, *timer(LVT_MASKED, SOON), lapic_write(LVTT, OTHER_VECTOR)),
             *(wait_vector(OTHER_VECTOR, 1), snap_vector(VECTOR, 0)),
         )
         equal(got.results[0], 0, "interrupts of the first vector")
@@ -452,9 +464,9 @@ def past_deadline_fires_at_once(bench: Bench) -> None:
 def deadline_0_disarms(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
-            *(*DEADLINE, wrmsr(MSR_TSC, 0), wrmsr(MSR_TSC_DEADLINE, cycles(pc, 2_000_000))),
+            *(*DEADLINE, wrmsr(MSR_TSC, 0), wrmsr(MSR_TSC_DEADLINE, cycles(pc, ARMED))),
             *(wrmsr(MSR_TSC_DEADLINE, 0), rdmsr(MSR_TSC_DEADLINE, 0)),
-            *(sti(), user_sleep_us(3_000), *WINDOWS),
+            *PAST_ARMED,
         )
         equal((*got.results[:2], got.apic_vectors[VECTOR]), (0, 0, 0), "MSR (2), interrupts")
 
@@ -463,12 +475,12 @@ def deadline_0_disarms(bench: Bench) -> None:
 def new_deadline_replaces_the_old(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
-            *(*DEADLINE, wrmsr(MSR_TSC, 0), wrmsr(MSR_TSC_DEADLINE, cycles(pc, 2_000_000))),
-            *(wrmsr(MSR_TSC_DEADLINE, cycles(pc, 10_000_000)), wait_vector(VECTOR, 1)),
+            *(*DEADLINE, wrmsr(MSR_TSC, 0), wrmsr(MSR_TSC_DEADLINE, cycles(pc, ARMED))),
+            *(wrmsr(MSR_TSC_DEADLINE, cycles(pc, 2 * ARMED)), wait_vector(VECTOR, 1)),
             tsc_read(0),
         )
         reached = got.results[0] | got.results[1] << 32
-        took(bench, reached * 1e6 / pc.tsc_khz, 10_000_000, "TSC after the interrupt, in ns")
+        took(bench, reached * 1e6 / pc.tsc_khz, 2 * ARMED, "TSC after the interrupt, in ns")
 
 
 @case(
@@ -509,13 +521,13 @@ def deadline_msr_in(bench: Bench, name: str, mode: int) -> None:
 )
 def change_of_mode(bench: Bench, what: str, before: int, after: int) -> None:
     with bench.pc() as pc:
-        armed: tuple[Op, ...] = lapic_write(TMICT, 2_000_000)
+        armed: tuple[Op, ...] = lapic_write(TMICT, ARMED)
         if before:
-            armed = (*wrmsr(MSR_TSC, 0), *wrmsr(MSR_TSC_DEADLINE, cycles(pc, 2_000_000)))
+            armed = (*wrmsr(MSR_TSC, 0), *wrmsr(MSR_TSC_DEADLINE, cycles(pc, ARMED)))
         got = pc.run(
             *(*ON, lapic_write(LVTT, before | VECTOR), armed, lapic_write(LVTT, after | VECTOR)),
             *(lapic_read(TMICT, 0), rdmsr(MSR_TSC_DEADLINE, 1)),
-            *(sti(), user_sleep_us(3_000), *WINDOWS),
+            *PAST_ARMED,
         )
         equal(got.results[:3], (0, 0, 0), "TMICT, IA32_TSC_DEADLINE (2)")
         equal(got.apic_vectors[VECTOR], 0, "interrupts")
