@@ -30,14 +30,16 @@ from kvmtick.conform.bench import (
     MSI_ADDRESS,
     SVR,
     TMR,
+    WINDOWS,
     Bench,
     Pc,
+    Script,
     to_ioapic,
     to_msi,
     to_pic,
 )
 from kvmtick.conform.case import case, check, equal, variants
-from kvmtick.guests.script import Op, Scenario, end, lapic_write, unreal
+from kvmtick.guests.script import Scenario, end, lapic_write, unreal
 
 ABSENT = 5
 """A destination nobody has."""
@@ -391,7 +393,7 @@ def ended(bench: Bench, gsi: int, trigger: int) -> list[int]:
         vm.set_gsi_routing([to_msi(gsi, trigger | VECTOR)])
         bits = 1 << VECTOR % 32
         pc.set_lapic({SVR: ENABLED, ISR + 0x20: bits, TMR + 0x20: bits if trigger else 0})
-        script: tuple[Op | tuple[Op, ...], ...] = (unreal(), lapic_write(EOI, 0), end(0))
+        script: Script = (unreal(), lapic_write(EOI, 0), *WINDOWS, end(0))
         vm.load(Scenario("split", "", script).guest(pc.tsc_khz))
         run = vm.run(limit_s=LIMIT_S, on_ioapic_eoi=told.append)
         equal(run.exit.reason, "done", "end of the guest")
