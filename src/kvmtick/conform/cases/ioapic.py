@@ -28,6 +28,7 @@ from kvmtick.conform.apics import (
 from kvmtick.conform.bench import (
     DEST_ID_SHIFT,
     EOI,
+    IRR,
     LDR,
     LEVEL,
     MASKED,
@@ -619,6 +620,25 @@ def rtc_is_coalesced_until_eoi(bench: Bench) -> None:
             acts=[take, pulse],
         )
         equal(answers, [1, 0, 0, 1], "sent, requested, in service, ended")
+
+
+@variants(
+    "KVM_SET_LAPIC with the vector of pin 8 {0} in service makes the next one {1} "
+    "(kvm_rtc_eoi_tracking_restore_one).",
+    {"set": ("set", "coalesced", True, 0), "clear": ("not", "a new one", False, 1)},
+)
+def rtc_follows_set_lapic(
+    bench: Bench, what: str, does: str, in_service: bool, status: int
+) -> None:
+    with bench.pc() as pc:
+        only_the_ioapic(pc, VECTOR, gsi=8, pin=8)
+        if in_service:
+            pc.take_into_service(VECTOR)
+        else:
+            pc.vm.irq_line_status(8, 1)
+            pc.vm.irq_line_status(8, 0)
+            pc.set_lapic({IRR + 0x20: 0})
+        equal(pc.vm.irq_line_status(8, 1), status, "KVM_IRQ_LINE_STATUS")
 
 
 @case(

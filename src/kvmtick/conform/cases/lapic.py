@@ -742,6 +742,28 @@ def cluster_destination(bench: Bench, dest: int, who: tuple[bool, ...]) -> None:
     equal(logical(bench, CLUSTER, (0x11, 0x12, 0x21), dest), taken_by(*who), "requests of all")
 
 
+@variants(
+    "A logical id of several bits is reached by each of them: {0:#x} reaches {1} of 0x03 and 0x04 "
+    "(SDM 12.6.2.2.1; kvm_apic_match_logical_addr).",
+    {
+        "first": (0x02, "the first", (True, False)),
+        "second": (0x04, "the second", (False, True)),
+        "none": (0x08, "none", (False, False)),
+    },
+)
+def logical_id_of_several_bits(bench: Bench, dest: int, whom: str, who: tuple[bool, ...]) -> None:
+    equal(logical(bench, ONES, (0x03, 0x04), dest), taken_by(*who), "requests of both vCPUs")
+
+
+@case("Each local APIC reads a logical destination by its own DFR (kvm_apic_match_logical_addr).")
+def logical_models_may_differ(bench: Bench) -> None:
+    with bench.pc(vcpus=2) as pc:
+        pc.set_lapic({SVR: ENABLED, DFR: ONES, LDR: 0x10 << 24}, 0)
+        pc.set_lapic({SVR: ENABLED, DFR: CLUSTER, LDR: 0x11 << 24}, 1)
+        pc.run(unreal(), sends(ASSERT | LOGICAL | VECTOR, 0x12 << 24))
+        equal(each(pc), taken_by(True, False), "requests of the flat one and the cluster's")
+
+
 @case("A lowest-priority IPI for several is taken by one (SDM 12.6.2.4; vector hashing).")
 def lowest_priority_reaches_one(bench: Bench) -> None:
     with bench.pc(vcpus=2) as pc:
