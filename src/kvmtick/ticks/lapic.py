@@ -177,7 +177,11 @@ class LapicTimers:
 
     def hrtimer_expire_entry(self, record: Record) -> None:
         """A timer expired."""
-        self._timer(record[3]).expire(record)
+        timer = self._timer(record[3])
+        if timer.owner is None:
+            # User space has started it (KVM_SET_LAPIC): its vector is not known yet.
+            self._messages.forget_eois()
+        timer.expire(record)
 
     def accept(self, record: Record) -> bool:
         """A local APIC accepts a message; False if it is not its timer's."""
