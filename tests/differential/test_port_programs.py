@@ -214,8 +214,8 @@ class KernelSide(Side):
 
     def run(self) -> None:
         begin_ns = time.monotonic_ns()
-        run = self.vm.run_until_exit({PORT_ACT: self.act}, limit_s=LIMIT_S)
-        assert run.reason == "done", run
+        run = self.vm.run(handlers={PORT_ACT: self.act}, limit_s=LIMIT_S)
+        assert run.exit.reason == "done", run.exit
         if time.monotonic_ns() - begin_ns > LEAST_TIMER_NS * 3 // 4:
             raise LateHostError
 

@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "run": "boot a guest and follow its ticks",
     "conform": "run the conformance suite on the model or on /dev/kvm",
+    "compare": "run a guest on the model and on the kernel: does the same happen?",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 

@@ -27,9 +27,9 @@ from kvmtick.conform.case import Failed, Skipped, equal
 from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8, tsc_read
 from kvmtick.kvm.api import Vcpu, Vm
 from kvmtick.kvm.kernel import KernelSystem, KernelVm
-from kvmtick.kvm.kernel_run import PORT_SLEEP
 from kvmtick.kvm.model import ModelVm
 from kvmtick.kvm.setup import cpuid_of
+from kvmtick.machine.ports import PORT_HOST_SLEEP
 from kvmtick.timing.wall import Stopwatch
 
 T = TypeVar("T")
@@ -409,6 +409,6 @@ def nominal_ns(script: Script) -> int:
                 # these count from the start
                 out += max(0, op.arg32 - seen) * PERIOD_NS
                 seen = max(seen, op.arg32)
-            case Code.OUT32 if op.arg16 == PORT_SLEEP:
+            case Code.OUT32 if op.arg16 == PORT_HOST_SLEEP:
                 out += op.arg32 * 1_000
     return out

@@ -35,8 +35,8 @@ to the next VM exit:
   in a handler `interruptibility` is that behind the access.
 
 Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
-instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus the instructions
-retired since, or CLOCK_MONOTONIC after `use_host_tsc`.
+instruction counts as one). The machine's own TSC counts these, from what was given to `enter` on,
+or it is CLOCK_MONOTONIC; RDTSC and RDTSCP read what `set_tsc` makes of it, at first the same.
 
 An engine whose `exact` is False looks at boundaries only where a basic block of guest code begins
 (STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once; so does a WRMSR whose
@@ -46,6 +46,11 @@ budget by one, unless it is 1: that is one instruction with every engine. A bloc
 `ACCESS` has counted whole. Either kind is deterministic: the same entries give the same run.
 
 `cr4_bits` are the bits of CR4 that it can have.
+
+An engine that is `real_time` is a real processor: nothing counts instructions, so `retired` is 0, a
+budget bounds nothing, and it needs a clock that goes on by itself. Its TSC has a rate of its own
+(`tsc_khz`). A kick that comes before the event of an entry is delivered gives the event back in
+`idt_vectoring_info`.
 
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
@@ -61,6 +66,7 @@ __all__ = [
     "CPU_MSRS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
+    "RESET_REGISTERS",
     "Cpuid",
     "Cr8Read",
     "Cr8Write",
@@ -96,6 +102,35 @@ CPU_MSRS = {
 }
 """The MSRs that are the CPU's own, by the names that `registers` has them under: what instructions
 work with. The handlers answer all others."""
+
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_CODE_ACCESS = 0x9B
+_DATA_ACCESS = 0x93
+RESET_REGISTERS = {
+    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
+    **{f"r{number}": 0 for number in range(8, 16)},
+    "rip": 0,
+    **dict.fromkeys(_SEGMENTS, 0),
+    **{f"{name}_base": 0 for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_limit": 0xFFFF for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_access": _DATA_ACCESS for name in _SEGMENTS},
+    "cs_access": _CODE_ACCESS,
+    "ldtr_access": 0x82,
+    "tr_access": 0x8B,
+    "cr0": 0x6000_0010,
+    "cr2": 0,
+    "cr3": 0,
+    "cr4": 0,
+    "dr0": 0,
+    "dr1": 0,
+    "dr2": 0,
+    "dr3": 0,
+    "dr6": 0xFFFF_0FF0,
+    "dr7": 0x400,
+    **dict.fromkeys(CPU_MSRS.values(), 0),
+}
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 
 class EventType(IntEnum):
@@ -171,6 +206,8 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    real_time: bool
+    tsc_khz: int
     cr4_bits: int
     rflags: int
     interruptibility: int
@@ -230,7 +267,10 @@ class Engine(Protocol):
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
     ) -> int:
-        """Run the guest for at most `budget` (> 0) instructions; returns an `ExitReason` value."""
+        """Run the guest for at most `budget` (> 0) instructions; returns an `ExitReason` value.
+
+        `tsc` is the machine's TSC, its time in ns.
+        """
 
     def kick(self) -> None:
         """Leave the guest at the next instruction boundary (or at once, at the next `enter`)."""
@@ -244,8 +284,15 @@ class Engine(Protocol):
         A `kick` from another thread needs it.
         """
 
-    def use_host_tsc(self, offset_ns: int) -> None:
-        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
+    def set_tsc(self, khz: int, value: int, at_ns: int, live: bool) -> None:
+        """The guest's TSC was `value` when the machine's was `at_ns`, and counts `khz` a ms.
+
+        `live`: the machine's TSC is CLOCK_MONOTONIC.
+        """
+
+    @property
+    def read_tsc(self) -> Callable[[], int] | None:
+        """Tells what RDTSC would read now; None: it reads what `set_tsc` says."""
 
     def exit_on_pause(self, enabled: bool) -> None:
         """Whether PAUSE ends an entry: another vCPU could use the time."""

@@ -39,12 +39,14 @@ from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
     CPU_MSRS,
     INTR_INFO_VALID,
+    RESET_REGISTERS,
     EventType,
     ExitReason,
     Interruptibility,
     PortIn,
     PortOut,
 )
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
@@ -78,34 +80,6 @@ NMI_VECTOR = 2
 UD_VECTOR = 6
 GP_VECTOR = 13
 
-SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
-CODE_ACCESS = 0x9B
-DATA_ACCESS = 0x93
-RESET_REGISTERS = {
-    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
-    **{f"r{number}": 0 for number in range(8, 16)},
-    "rip": 0,
-    **dict.fromkeys(SEGMENTS, 0),
-    **{f"{name}_base": 0 for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_limit": 0xFFFF for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_access": DATA_ACCESS for name in SEGMENTS},
-    "cs_access": CODE_ACCESS,
-    "ldtr_access": 0x82,
-    "tr_access": 0x8B,
-    "cr0": 0x6000_0010,
-    "cr2": 0,
-    "cr3": 0,
-    "cr4": 0,
-    "dr0": 0,
-    "dr1": 0,
-    "dr2": 0,
-    "dr3": 0,
-    "dr6": 0xFFFF_0FF0,
-    "dr7": 0x400,
-    **dict.fromkeys(CPU_MSRS.values(), 0),
-}
-"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
-
 EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
 EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
@@ -115,6 +89,7 @@ EXIT_PAUSE = int(ExitReason.PAUSE)
 EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
 EXIT_ACCESS = int(ExitReason.ACCESS)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
+NS_PER_MS = 1_000_000
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
 SHADOW_NMI = int(Interruptibility.NMI)
@@ -316,6 +291,9 @@ class ScriptedEngine:
         self.name = "scripted"
         self.cr4_bits = (1 << 64) - 1
         self.exact = True
+        self.real_time = False
+        self.tsc_khz = GUEST_TSC_KHZ
+        self.read_tsc = None
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
@@ -344,7 +322,7 @@ class ScriptedEngine:
         self._closed = False
         self._cuts_left = 0
         self._tsc = 0
-        self._host_tsc_offset_ns: int | None = None
+        self._guest_tsc = (1_000_000, 0, 0, False)
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
 
     def attach(
@@ -417,8 +395,8 @@ class ScriptedEngine:
     def set_breakpoints(self, addresses: Collection[int]) -> None:
         self._breakpoints = frozenset(addresses)
 
-    def use_host_tsc(self, offset_ns: int) -> None:
-        self._host_tsc_offset_ns = offset_ns
+    def set_tsc(self, khz: int, value: int, at_ns: int, live: bool) -> None:
+        self._guest_tsc = (khz, value, at_ns, live)
 
     @property
     def rip(self) -> int:
@@ -663,9 +641,9 @@ class ScriptedEngine:
         return 0
 
     def _read_tsc(self) -> int:
-        if self._host_tsc_offset_ns is None:
-            return (self._tsc + self.retired) & 0xFFFF_FFFF_FFFF_FFFF
-        return MonotonicClock().now_ns - self._host_tsc_offset_ns
+        khz, value, at_ns, live = self._guest_tsc
+        now_ns = MonotonicClock().now_ns if live else self._tsc + self.retired
+        return value + (now_ns - at_ns) * khz // NS_PER_MS & 0xFFFF_FFFF_FFFF_FFFF
 
     def _return(self, frame: _Frame) -> int:
         """A routine ended: IRET in a handler (0), HLT in the program (its exit reason)."""

@@ -17,7 +17,7 @@ Not modelled: UART interrupts, modem lines, FIFOs.
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-__all__ = ["PortHandler", "PortMap"]
+__all__ = ["PORT_DEBUG_EXIT", "PORT_HOST_SLEEP", "PortHandler", "PortMap"]
 
 PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
 """`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.
@@ -47,7 +47,7 @@ class PortMap:
     both when the guest prints it.
     """
 
-    defers_writes = False
+    defers = False
 
     def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
         """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""

@@ -44,8 +44,6 @@ from kvmtick.conform.bench import (
     Bench,
     Handler,
     Pc,
-    Vcpu,
-    Vm,
 )
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests.script import (
@@ -57,6 +55,7 @@ from kvmtick.guests.script import (
     sti,
     wait_vector,
 )
+from kvmtick.kvm.api import Vcpu, Vm
 
 HANDLER_AT = 0x7800
 """Between the scenario guest's stack and its image."""
@@ -80,13 +79,13 @@ def image(code: bytes) -> guests.Guest:
     return guests.Guest("image", code, guests.LOAD_AT, guests.ENTRY, None)
 
 
-def handler(vm: Vm, vector: int, code: bytes, at: int = HANDLER_AT) -> None:
+def handler(vm: Vm[Vcpu], vector: int, code: bytes, at: int = HANDLER_AT) -> None:
     """The handler of a vector in the IVT."""
     vm.write_memory(at, code)
     vm.write_memory(4 * vector, at.to_bytes(4, "little"))
 
 
-def counted(vm: Vm) -> int:
+def counted(vm: Vm[Vcpu]) -> int:
     """How often `COUNT` was executed."""
     return int.from_bytes(vm.read_memory(COUNT_AT, 2), "little")
 
@@ -505,7 +504,7 @@ def sipi_by_set_mp_state(bench: Bench) -> None:
 
 
 @contextmanager
-def bare(bench: Bench, code: bytes) -> Iterator[tuple[Vm, Vcpu]]:
+def bare(bench: Bench, code: bytes) -> Iterator[tuple[Vm[Vcpu], Vcpu]]:
     """A VM without irqchip, its vCPU at real-mode code."""
     with bench.vm() as vm:
         vcpu = vm.create_vcpu(0)
