@@ -1,0 +1,356 @@
+"""One back end's VM under a sequence: it carries operations out and tells what there is to see.
+
+Interrupts are taken in windows only (`Side.window`), one each. What makes them comparable with a
+back end that writes EOI itself when it injects one (docs/fidelity.md): a window opens only while
+nothing is in service in the local APIC, and afterwards the guest writes EOI where something is.
+
+No timer may fire by itself: counts are far away (`far_count`), and in real time `keep_pit_away`
+starts the PIT's counters again before they get near. Operations that let one fire wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvmtick.abi import ioctls
+from kvmtick.abi.closing import Closing
+from kvmtick.abi.errors import KvmError
+from kvmtick.abi.exits import ExitHlt, ExitIntr, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
+from kvmtick.abi.structs import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_lapic_state
+from kvmtick.conform.fuzz import mailbox
+from kvmtick.conform.fuzz.mailbox import Mailbox
+from kvmtick.conform.fuzz.observe import (
+    Seen,
+    comparable_events,
+    comparable_lapic,
+    comparable_pit,
+)
+from kvmtick.conform.fuzz.operations import Answer, Operation
+from kvmtick.kvm.api import System, Vcpu, Vm
+from kvmtick.timing.wall import Stopwatch, sleep_ns
+
+__all__ = ["Config", "GuestLostError", "LateHostError", "Side"]
+
+EVENTFDS = 4
+LIMIT_S = 5.0
+"""No entry takes that long, but where the guest is lost."""
+MOST_EXITS = 20
+MOST_NMIS = 6
+
+MSR_TSC, MSR_APIC_BASE, MSR_TSC_DEADLINE, MSR_X2APIC = 0x10, 0x1B, 0x6E0, 0x800
+APIC_BASE_X2APIC, APIC_BASE_ENABLED = 1 << 10, 1 << 11
+TPR, EOI, SVR, ISR, IRR, ESR, TMCCT = 0x80, 0xB0, 0xF0, 0x100, 0x200, 0x280, 0x390
+APIC_PAGES = 0xFED0_0000
+"""From here on there are local APICs, where MSR_IA32_APICBASE puts them."""
+_UNREADABLE = frozenset((EOI, 0xC0, 0x2F0, 0x3F0))
+READABLE = frozenset((0x20, 0x30, *range(0x80, 0x400, 0x10))) - _UNREADABLE - {0x3A0, 0x3B0, 0x3C0, 0x3D0}
+
+LEAST_COUNT = 0xC000
+"""Of the PIT's channel 0: 41 ms."""
+REARM_S, LATE_S = 0.010, 0.035
+LEAST_TIMER_S = 2.2
+"""A sequence must be over before a local APIC's timer may fire: the shortest takes 3.2 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a sequence is about: `runs`: its vCPUs enter the guest."""
+
+    runs: bool
+
+
+class LateHostError(Exception):
+    """The host took so long that a timer may have fired that should not."""
+
+
+class GuestLostError(Exception):
+    """A vCPU has left the guest's program."""
+
+
+class Side(Closing):
+    """A VM of one back end, and what a sequence needs around it."""
+
+    def __init__(self, system: System, config: Config) -> None:
+        self.vm: Vm[Vcpu] = system.create_vm(ram_bytes=mailbox.RAM_BYTES)
+        self.config = config
+        self.vcpus: list[Vcpu] = []
+        self._boxes: list[Mailbox] = []
+        self._fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(EVENTFDS)]
+        self._exits: list[Answer] = []
+        self._real_time = system.backend == "kernel"
+        self._age = Stopwatch()
+        self._since_load = Stopwatch()
+        self._pit = bytearray(112)
+        mailbox.install(self.vm)
+
+    def close(self) -> None:
+        """Give the VM and the eventfds back; harmless when repeated."""
+        self.vm.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    # One step.
+
+    def step(self, operation: Operation) -> Seen:
+        """Carry an operation out and look at everything.
+
+        Raises LateHostError where a timer may have fired, GuestLostError.
+        """
+        if self._real_time:
+            self._keep_pit_away()
+        self._exits = []
+        try:
+            answer = operation.do(self)
+        except KvmError as error:
+            answer = errno.errorcode.get(error.errno, str(error.errno))
+        if self._exits:
+            answer = (answer, *self._exits)
+        seen = self.look(answer)
+        if self._real_time and self._age.elapsed_s() > LEAST_TIMER_S:
+            raise LateHostError
+        return seen
+
+    def look(self, answer: Answer) -> Seen:
+        """What there is to see now."""
+        vm = self.vm
+        states: dict[str, int | bytes | str] = {}
+        pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, 112)
+        if isinstance(pit, bytearray):
+            self._pit = pit
+            states["pit"] = comparable_pit(bytearray(pit))
+        else:
+            states["pit"] = pit
+        for chip_id, name, size_bytes in ((0, "pic 0", 16), (1, "pic 1", 16), (2, "ioapic", 216)):
+            chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, 520, chip_id)
+            states[name] = chip if isinstance(chip, str) else bytes(chip[8 : 8 + size_bytes])
+        for index, vcpu in enumerate(self.vcpus):
+            states[f"mp_state {index}"] = vcpu.get_mp_state()
+            lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
+            states[f"lapic {index}"] = (
+                lapic if isinstance(lapic, str) else comparable_lapic(lapic, self.config.runs)
+            )
+            events = _read(vcpu.ioctl, ioctls.KVM_GET_VCPU_EVENTS, 64)
+            assert isinstance(events, bytearray)
+            states[f"events {index}"] = comparable_events(events)
+            msrs = vcpu.get_msrs((MSR_APIC_BASE, MSR_TSC_DEADLINE))
+            states[f"IA32_APIC_BASE {index}"] = msrs.get(MSR_APIC_BASE, -1)
+            states[f"IA32_TSC_DEADLINE {index}"] = int(msrs.get(MSR_TSC_DEADLINE, 0) != 0)
+        if self.config.runs:
+            nmis, *vectors = mailbox.interrupts_taken(vm)
+            states["NMIs taken"] = nmis
+            states["vectors taken"] = " ".join(map(hex, vectors))
+        return Seen(answer, states)
+
+    # What operations are made of.
+
+    def vcpu(self, index: int) -> Vcpu | None:
+        """The vCPU that was created as the `index`-th; None: there is none."""
+        return self.vcpus[index] if index < len(self.vcpus) else None
+
+    def create_vcpu(self, vcpu_id: int) -> None:
+        """KVM_CREATE_VCPU, at the guest's entry if it runs."""
+        vcpu = self.vm.create_vcpu(vcpu_id)
+        index = len(self.vcpus)
+        self.vcpus.append(vcpu)
+        if self.config.runs:
+            self._boxes.append(Mailbox(self.vm, index))
+            if vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
+                vcpu.start_at(0, mailbox.start_ip(index))
+                self._boxes[index].post("none")
+
+    def fd(self, index: int) -> int:
+        """The descriptor of an eventfd; -1 for what is none."""
+        return self._fds[index] if 0 <= index < EVENTFDS else -1
+
+    def signal_fd(self, index: int) -> None:
+        """Write 1 to an eventfd; returns when an irqfd had time to see it."""
+        os.eventfd_write(self._fds[index], 1)
+        if self._real_time:
+            sleep_ns(300_000)
+
+    def read_fd(self, index: int) -> Answer:
+        """What an eventfd counted; None if nothing."""
+        try:
+            return os.eventfd_read(self._fds[index])
+        except BlockingIOError:
+            return None
+
+    def wait_us(self, us: int) -> None:
+        """Let that much of the VM's time pass."""
+        if self._real_time:
+            sleep_ns(us * 1000)
+            return
+        machine: Any = self.vm.machine  # type: ignore[attr-defined]
+        end_ns = machine.clock.now_ns + us * 1000
+        while machine.board.queue.next_ns <= end_ns:
+            machine.clock.now_ns = max(machine.clock.now_ns, machine.board.queue.next_ns)
+            machine.board.queue.run_due(machine.clock)
+        machine.clock.now_ns = end_ns
+
+    def far_count(self, value: int) -> int:
+        """What to write to counter 0 instead of `value`, so that no count is short."""
+        write_state = self._pit[10]
+        if write_state in (2, 4):
+            return value | LEAST_COUNT >> 8
+        return value if write_state == 3 else value & ~0xFF
+
+    def _keep_pit_away(self) -> None:
+        """Load the PIT's counters anew, with the state as it is, before the timer can fire."""
+        since_s = self._since_load.elapsed_s()
+        if since_s < REARM_S:
+            return
+        try:
+            self.vm.set_pit2(self.vm.get_pit2())
+        except KvmError:
+            self._since_load = Stopwatch()
+            return
+        since_s = self._since_load.elapsed_s()
+        self._since_load = Stopwatch()
+        if since_s > LATE_S:
+            raise LateHostError
+
+    # MSRs.
+
+    def from_now(self, index: int, msr: int, value: int) -> int:
+        """The value for an MSR; a TSC deadline counts from now."""
+        if msr != MSR_TSC_DEADLINE or not value:
+            return value
+        return self.vcpus[index].get_msrs((MSR_TSC,))[MSR_TSC] + value
+
+    @staticmethod
+    def msr_answer(index: int, value: int) -> int:
+        """As much of an MSR's value as is compared."""
+        is_time = index in (MSR_TSC_DEADLINE, MSR_X2APIC + TMCCT // 16)
+        return int(value != 0) if is_time else value
+
+    # The guest.
+
+    def access(self, index: int, kind: str, address: int = 0, value: int = 0) -> Answer:
+        """Let the guest do something; what it read, and 1 for a #GP."""
+        if not self.config.runs or self.vcpus[index].get_mp_state() != KVM_MP_STATE_RUNNABLE:
+            return "not running"
+        box = self._boxes[index]
+        self._take_nmis(index)
+        box.post(kind, address, value)
+        self._enter(index)
+        read, fault = box.answer()
+        if kind.startswith("in"):
+            read &= self._port_mask(address, int(kind[2:]) // 8)
+        else:
+            read = _masked(kind, address, read)
+        self._take_nmis(index)
+        return read, fault
+
+    def _port_mask(self, port: int, size_bytes: int) -> int:
+        """The bits of a port that do not depend on time: of a counter none, of a latched status all
+        but OUT; of port 0x61 not the refresh clock and OUT.
+        """
+        if port == 0x61:
+            return ~0x30
+        if 0x40 <= port < 0x43 and port + size_bytes <= 0x44:
+            is_status = self._pit[(port - 0x40) * 24 + 7]
+            return ~0x80 if is_status else ~0xFF
+        return ~0
+
+    def window(self, index: int, kind: str) -> Answer:
+        """An interrupt window of the guest; `hlt` only where an interrupt waits."""
+        vcpu = self.vcpus[index]
+        lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
+        if isinstance(lapic, bytearray) and _highest(lapic, ISR) >= 0:
+            return "in service"
+        if kind == "hlt" and not self._wakes(index, lapic):
+            return "nothing to wait for"
+        answer = self.access(index, kind)
+        lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
+        if isinstance(lapic, bytearray) and _highest(lapic, ISR) >= 0:
+            base = vcpu.get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
+            if base & APIC_BASE_X2APIC:
+                self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
+            else:
+                self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
+        return answer
+
+    def _wakes(self, index: int, lapic: bytearray | str) -> bool:
+        """Whether the local APIC has a vector for a vCPU with nothing in service."""
+        if isinstance(lapic, str):
+            return False
+        base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
+        enabled = base & APIC_BASE_ENABLED and lapic[SVR + 1] & 1
+        return bool(enabled) and max(_highest(lapic, IRR), 0) & 0xF0 > lapic[TPR] & 0xF0
+
+    def _take_nmis(self, index: int) -> None:
+        """Enter the guest until the vCPU has no NMI to take."""
+        for _ in range(MOST_NMIS):
+            nmi = self.vcpus[index].get_vcpu_events().nmi
+            if not nmi.pending and not nmi.injected:
+                return
+            self._boxes[index].post("none")
+            self._enter(index)
+
+    def _enter(self, index: int) -> None:
+        """Let a vCPU into the guest until it tells that it has done what its mailbox holds."""
+        vcpu, box = self.vcpus[index], self._boxes[index]
+        for _ in range(MOST_EXITS):
+            exit_ = vcpu.run(LIMIT_S)
+            if isinstance(exit_, ExitIo):
+                if exit_.is_write and exit_.port == box.port_done:
+                    if box.is_done:
+                        return
+                    continue
+                self._exits.append((exit_.port, exit_.size, exit_.data.hex()))
+                if not exit_.is_write:
+                    vcpu.answer(b"\xff" * exit_.size * exit_.count)
+            elif isinstance(exit_, ExitMmio):
+                self._exits.append((exit_.phys_addr, exit_.len, exit_.data.hex()))
+                if not exit_.is_write:
+                    vcpu.answer(b"\xff" * exit_.len)
+            elif isinstance(exit_, ExitIoapicEoi):
+                self._exits.append(("IOAPIC EOI", exit_.vector))
+            elif isinstance(exit_, ExitHlt | ExitIrqWindowOpen):
+                self._exits.append(type(exit_).__name__)
+            else:
+                raise GuestLostError(f"vCPU {index}: {exit_}")
+        raise GuestLostError(f"vCPU {index}: still not done after {MOST_EXITS} exits")
+
+
+def _read(
+    ioctl: Callable[[int, bytearray], int], request: int, size_bytes: int, first: int = 0
+) -> bytearray | str:
+    """What an ioctl fills in, or the errno."""
+    data = bytearray(size_bytes)
+    data[0] = first
+    try:
+        ioctl(request, data)
+    except KvmError as error:
+        return errno.errorcode.get(error.errno, str(error.errno))
+    return data
+
+
+def _highest(lapic: bytearray, register: int) -> int:
+    """The highest vector in IRR or ISR; -1: none."""
+    for word in range(7, -1, -1):
+        at = register + 0x10 * word
+        bits = int.from_bytes(lapic[at : at + 4], "little")
+        if bits:
+            return 32 * word + bits.bit_length() - 1
+    return -1
+
+
+def _masked(kind: str, address: int, value: int) -> int:
+    """As much of what a guest read as is compared."""
+    if kind == "rdmsr":
+        return Side.msr_answer(address, value)
+    size_bytes = {"r32": 4, "r16": 2, "r8": 1}.get(kind)
+    if size_bytes is None or address < APIC_PAGES:
+        return value
+    register, byte = address & 0xFF0, address & 0xF
+    if register not in READABLE or byte + size_bytes > 4:
+        return 0
+    if register == TMCCT:
+        return int(value != 0) if size_bytes == 4 else 0
+    return value
