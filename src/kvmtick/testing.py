@@ -14,7 +14,8 @@ from typing import Any
 from kvmtick import guests
 from kvmtick.abi.closing import Closing
 from kvmtick.guests import Guest
-from kvmtick.kvm.model import DEFAULT_LIMIT_S, ModelVm
+from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S
+from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.loader import load_file
 from kvmtick.machine.run import Run
 from kvmtick.ticks.report import TickReport
@@ -65,7 +66,7 @@ class GuestMachine(Closing):
         until: Callable[[GuestMachine], bool] | None = None,
         for_: str | None = None,
         ticks: int | None = None,
-        limit_s: float = DEFAULT_LIMIT_S,
+        limit_s: float = DEFAULT_RUN_LIMIT_S,
     ) -> Run:
         """Run on: until the guest ends, `until(machine)` is true (asked whenever the vCPU is out
         of the guest), `for_` (such as `250ms`) has passed on the machine's clock, or, for a

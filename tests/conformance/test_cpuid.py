@@ -6,7 +6,7 @@ import pytest
 
 from conformance.rig import Backend, Pc
 from kvmtick.guests.script import cpuid
-from kvmtick.kvm.model_vcpu import cpuid_entries
+from kvmtick.kvm.dev_ioctl import cpuid_entries
 from kvmtick.vcpu.cpuid import CpuidLeaf
 
 INTEL = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)

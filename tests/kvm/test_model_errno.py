@@ -252,8 +252,8 @@ def test_the_library_example() -> None:
 
 
 def test_an_unknown_back_end_is_named_with_the_choice() -> None:
-    with pytest.raises(ValueError, match="unknown back end 'nope': choose model or kernel"):
-        Kvm("nope")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="unknown back end 'nope': choose model, kernel or auto"):
+        Kvm("nope")
     assert Kvm().backend == "model"
 
 

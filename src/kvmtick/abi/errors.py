@@ -20,7 +20,6 @@ _WHY: dict[tuple[str, int], str] = {
         _EINVAL,
     ): "gpa and size must be multiples of 4096 bytes, the size above 0, the slot free",
     ("KVM_RUN", _errno.EFAULT): "guest memory went away; keep it open while the vCPU runs",
-    ("KVM_RUN", _errno.EIO): "this is another process than the VM's; create the VM after fork()",
     ("KVM_CREATE_IRQCHIP", _EEXIST): "the VM already has an irqchip; create it once",
     ("KVM_CREATE_IRQCHIP", _EINVAL): "a vCPU exists already; call create_irqchip() first",
     ("KVM_CREATE_PIT", _ENOENT): NO_IRQCHIP,
@@ -62,6 +61,12 @@ _WHY: dict[tuple[str, int], str] = {
     ("KVM_SET_VCPU_EVENTS", _EINVAL): "unknown flags, or an exception that is none",
 }
 
+_WHY_ANY: dict[int, str] = {
+    _errno.EIO: "this is another process than the VM's; create the VM after fork()",
+    _errno.ENOTTY: "no ioctl of a VM; see kvmtick.abi.ioctls",
+}
+"""The same for any call."""
+
 
 class KvmError(OSError):
     """A KVM call failed: `errno` as the kernel gives it, `call` names the ioctl.
@@ -75,7 +80,7 @@ class KvmError(OSError):
 
     def __init__(self, errno: int, call: str, why: str = "") -> None:
         self.call = call
-        self.why = why or _WHY.get((call, errno), "") or os.strerror(errno)
+        self.why = why or _WHY.get((call, errno)) or _WHY_ANY.get(errno) or os.strerror(errno)
         name = _errno.errorcode.get(errno, str(errno))
         super().__init__(errno, f"{call}: {name}: {self.why}")
 

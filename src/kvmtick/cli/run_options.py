@@ -6,7 +6,7 @@ from argparse import BooleanOptionalAction
 from kvmtick import guests
 from kvmtick.cli import UsageError
 from kvmtick.cli.options import Parser
-from kvmtick.kvm.model import DEFAULT_LIMIT_S
+from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S
 from kvmtick.timing.host import parse_duration_ns
 
 __all__ = [
@@ -191,7 +191,7 @@ def limit_s(options: argparse.Namespace) -> float | None:
     limit_ns = duration_ns("--limit", options.limit)
     if limit_ns is not None:
         return limit_ns / 1e9
-    return DEFAULT_LIMIT_S if options.gdb is None else None
+    return DEFAULT_RUN_LIMIT_S if options.gdb is None else None
 
 
 def integer(option: str, text: str) -> int:

@@ -1,17 +1,24 @@
-"""Registers by SDM name (`Engine.registers`, `Guest.start`) into KVM_SET_REGS and KVM_SET_SREGS.
+"""Registers by SDM name (`Engine.registers`, `Guest.start`) in KVM_SET_REGS and KVM_SET_SREGS.
 Debug registers and MSRs have ioctls of their own.
 """
 
 from collections.abc import Mapping
 
 from kvmtick.abi.structs import kvm_regs, kvm_segment, kvm_sregs
+from kvmtick.vcpu.vcpu import Vcpu
 
-__all__ = ["put_registers"]
+__all__ = ["get_regs", "put_registers"]
 
 _SEGMENTS = {name: name for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr")} | {"ldtr": "ldt"}
 _TABLES = {"gdtr": "gdt", "idtr": "idt"}
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 _GENERAL = frozenset(field[0] for field in kvm_regs._fields_)
+
+
+def get_regs(vcpu: Vcpu) -> kvm_regs:
+    """KVM_GET_REGS of the model."""
+    registers = vcpu.engine.registers()
+    return kvm_regs(**{name: registers[name] for name in _GENERAL if name in registers})
 
 
 def put_registers(values: Mapping[str, int], regs: kvm_regs, sregs: kvm_sregs) -> None:

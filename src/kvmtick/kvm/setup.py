@@ -1,10 +1,10 @@
 """What a guest needs of its VMM, set up on either back end by the same calls."""
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kvmtick.abi.errors import HostError
-from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irq_routing_entry
+from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2
 from kvmtick.guests import Needs, gsi_routing
 from kvmtick.vcpu.cpuid import (
     ECX_TSC_DEADLINE,
@@ -15,43 +15,14 @@ from kvmtick.vcpu.cpuid import (
     vendor_registers,
 )
 
-__all__ = ["PreparedVcpu", "PreparedVm", "cpuid_of", "prepare"]
+if TYPE_CHECKING:
+    from kvmtick.kvm.api import Vcpu, Vm
+
+__all__ = ["cpuid_of", "prepare"]
 
 APIC_ID_SHIFT = 24
 
-
-class PreparedVcpu(Protocol):
-    """The calls of a vCPU that it takes."""
-
-    vcpu_id: int
-
-    def set_cpuid2(self, entries: Iterable[kvm_cpuid_entry2]) -> None:
-        """KVM_SET_CPUID2."""
-
-
-_Vcpu = TypeVar("_Vcpu", bound=PreparedVcpu, covariant=True)
-
-
-class PreparedVm(Protocol[_Vcpu]):
-    """The calls of a VM that it takes."""
-
-    def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP."""
-
-    def create_pit2(self, flags: int = 0) -> None:
-        """KVM_CREATE_PIT2."""
-
-    def reinject_control(self, reinject: bool) -> None:
-        """KVM_REINJECT_CONTROL."""
-
-    def set_gsi_routing(self, entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> None:
-        """KVM_SET_GSI_ROUTING."""
-
-    def create_vcpu(self, vcpu_id: int = 0) -> _Vcpu:
-        """KVM_CREATE_VCPU."""
-
-    def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """KVM_GET_SUPPORTED_CPUID."""
+_V = TypeVar("_V", bound="Vcpu")
 
 
 def cpuid_of(entries: list[kvm_cpuid_entry2], vcpu_id: int) -> list[kvm_cpuid_entry2]:
@@ -67,7 +38,7 @@ def cpuid_of(entries: list[kvm_cpuid_entry2], vcpu_id: int) -> list[kvm_cpuid_en
     return entries
 
 
-def prepare(vm: PreparedVm[_Vcpu], needs: Needs, reinject: bool) -> list[_Vcpu]:
+def prepare(vm: "Vm[_V]", needs: Needs, reinject: bool) -> "list[_V]":
     """Irqchip, PIT, routing, vCPUs and their CPUID as `needs` says.
 
     `reinject` is KVM_REINJECT_CONTROL, unless the guest leaves no choice. HostError where KVM does

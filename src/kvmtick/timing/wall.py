@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvmtick.timing.queue import NEVER_NS
 
-__all__ = ["Kicker", "Stopwatch", "sleep_ns"]
+__all__ = ["Kicker", "Stopwatch", "realtime_ns", "sleep_ns"]
 
 REARM_NS = 250_000
 """Who was called back arms the next time within that, if it arms one at all."""
@@ -22,6 +22,11 @@ class Stopwatch:
     def elapsed_s(self) -> float:
         """Wall seconds so far."""
         return (time.monotonic_ns() - self._started_ns) / 1e9
+
+
+def realtime_ns() -> int:
+    """CLOCK_REALTIME."""
+    return time.time_ns()
 
 
 def sleep_ns(duration_ns: int, wake_on: Sequence[int] = ()) -> None:
