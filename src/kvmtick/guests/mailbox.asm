@@ -1,48 +1,42 @@
 ; mailbox.asm - carries out single accesses that the host hands over, with interrupts off.
 ;
-; Real mode, all segments 0; DS gets a limit of 4 GiB. vCPU n starts at 0x8000 + 0x1000 * n, by the
-; host or by a SIPI with vector 8 + n; there are four. Each has a mailbox, which EBP points to:
+; Real mode, all segments 0; DS gets a limit of 4 GiB. A vCPU starts at 0x8000, by the host or by a
+; SIPI with vector 8. The host lets one vCPU run at a time, so there is one mailbox for all:
 ;
 ;   +0   operation; the guest writes 0 here when it is done
 ;   +4   address, port or MSR
 ;   +8   value, low half            +12  high half
 ;   +16  result, low half           +20  high half
 ;   +24  1 if the access gave #GP, else 0
-;   +28  port to write to when an operation is done
+;
+; A vCPU with nothing to do writes to PORT_DONE, which is where the host has it back.
 ;
 ; Operations: 0 and 1 nothing, 2-4 read memory (1, 2, 4 bytes), 5-7 write memory, 8-10 read a port
 ; (1, 2, 4 bytes), 11-13 write a port, 14 RDMSR, 15 WRMSR, 16 an interrupt window with an exit to
 ; user space in it (STI; OUT), 17 one that waits (STI; HLT).
 ;
 ; In a window one interrupt is taken: the handler returns with IF=0. Vectors taken are noted at LOG,
-; each plus 1, NMIs are counted; both for all vCPUs together.
+; each plus 1; NMIs are counted.
 
         bits 16
         cpu 586
         org 0x8000
 
-MAILBOXES       equ 0x600
+MAILBOX         equ 0x600
 NMIS            equ 0x700
 MAY_FAULT       equ 0x704               ; an access that may give #GP is under way
 LOG_BYTES       equ 0x708
 LOG             equ 0x710               ; 64 words, written round and round
+PORT_DONE       equ 0x510
 PORT_WINDOW     equ 0x80
 HANDLER         equ 0x8900
 
-%macro start 1
-start%1:
         times 8 nop                     ; an exit that INIT cut short may skip an instruction
-        mov     ebp, MAILBOXES + 0x40 * %1
-        mov     esp, 0x7400 + 0x400 * %1
-        jmp     0:begin
-%endmacro
-
-        start 0
-
-begin:  xor     ax, ax
+        xor     ax, ax
         mov     ds, ax
         mov     es, ax
         mov     ss, ax
+        mov     esp, 0x7000
         lgdt    [gdt]                   ; protected mode, only for DS to get a limit of 4 GiB
         mov     eax, cr0
         or      al, 1
@@ -55,16 +49,16 @@ begin:  xor     ax, ax
         mov     ds, ax
         jmp     0:next
 
-next:   mov     edx, [ebp + 28]
+next:   mov     dx, PORT_DONE
         out     dx, al
-        mov     bx, [ebp]
+        mov     bx, [MAILBOX]
         cmp     bx, OPERATIONS
         jae     next
         add     bx, bx
-        mov     esi, [ebp + 4]
+        mov     esi, [MAILBOX + 4]
         mov     dx, si
         mov     ecx, esi
-        mov     eax, [ebp + 8]
+        mov     eax, [MAILBOX + 8]
         jmp     [operations + bx]
 
 gdt:    dw      15, gdt, 0, 0           ; the first descriptor is not used: the pointer lies there
@@ -107,9 +101,9 @@ rd_msr: xor     eax, eax
         mov     byte [MAY_FAULT], 1
         rdmsr
         mov     byte [MAY_FAULT], 0
-        mov     [ebp + 20], edx
+        mov     [MAILBOX + 20], edx
         jmp     result
-wr_msr: mov     edx, [ebp + 12]
+wr_msr: mov     edx, [MAILBOX + 12]
         mov     byte [MAY_FAULT], 1
         wrmsr
         mov     byte [MAY_FAULT], 0
@@ -123,19 +117,19 @@ wait_hlt:
         hlt
         cli
         jmp     done
-result: mov     [ebp + 16], eax
-done:   mov     dword [ebp], 0
+result: mov     [MAILBOX + 16], eax
+done:   mov     dword [MAILBOX], 0
         jmp     next
 
         times 0x800 - ($ - $$) nop
-nmi:    inc     dword [cs:NMIS]         ; at 0x8800: vector 2; it may come before EBP is set
-        iret
+nmi:    inc     dword [cs:NMIS]         ; at 0x8800: vector 2, of an NMI or of an interrupt
+        jmp     leave_off
 
         times 0x840 - ($ - $$) nop
 gp:     cmp     byte [cs:MAY_FAULT], 0  ; at 0x8840: vector 13, of #GP or of an interrupt
         jne     fault
         jmp     13:HANDLER - 16 * 13
-fault:  mov     dword [ebp + 24], 1
+fault:  mov     dword [MAILBOX + 24], 1
         add     word [esp], 2           ; RDMSR and WRMSR are two bytes long
         iret
 
@@ -150,15 +144,9 @@ fault:  mov     dword [ebp + 24], 1
         add     word [LOG_BYTES], 2
         pop     bx
         pop     ax
+leave_off:
         push    bp
         mov     bp, sp
         and     word [bp + 6], 0xfdff   ; IF=0 in the flags on the stack
         pop     bp
         iret
-
-        times 0x1000 - ($ - $$) nop
-        start 1
-        times 0x2000 - ($ - $$) nop
-        start 2
-        times 0x3000 - ($ - $$) nop
-        start 3

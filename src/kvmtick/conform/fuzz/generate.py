@@ -79,6 +79,8 @@ TMICT, TMCCT, TDCR, SELF_IPI = 0x380, 0x390, 0x3E0, 0x3F0
 MSR_APIC_BASE, MSR_TSC_DEADLINE, MSR_X2APIC = 0x1B, 0x6E0, 0x800
 
 COUNTS = (0, 0xC012_3457, 0xFFFF_FFFF)
+MOST_VCPUS = 3
+
 DEADLINE = 0x100_0000_0000
 """Minutes of any TSC, from now."""
 
@@ -176,7 +178,7 @@ class _Maker:
             if mode == INIT:
                 message &= ~0x700
             elif mode == STARTUP:
-                message = message & ~0xFF | mailbox.LAST_START
+                message = message & ~0xFF | mailbox.SIPI_VECTOR
         return message
 
     def message(self, level: int = 1 << 14) -> int:
@@ -228,7 +230,7 @@ class _Maker:
         if offset == ID:
             value = self.destination()
             # only its own vCPU answers to an id that is sent an INIT
-            return (0 if self.vm.runs and 0 < value < mailbox.MOST_VCPUS else value) << 24
+            return (0 if self.vm.runs and 0 < value < MOST_VCPUS else value) << 24
         if offset in LVTS:
             low = self.vector() | rng.choice(MODES) << 8 | rng.choice((0, 0, 1 << 16))
             return rng.choice((low, low | rng.choice((1, 2, 2, 3)) << 17, 0x700, self.word()))
@@ -283,7 +285,9 @@ class _Maker:
                     CreatePit(),
                     CreatePit2(rng.choice((0, 1, 2, 0xFFFF_FFFF))),
                     CreateVcpu(vcpu_id),
-                    SetBootCpuId(0 if self.vm.runs else rng.choice((0, 1, 5000, 4096, 0xFFFF_FFFF))),
+                    SetBootCpuId(
+                        0 if self.vm.runs else rng.choice((0, 1, 5000, 4096, 0xFFFF_FFFF))
+                    ),
                 )
             )
         ]
@@ -446,7 +450,7 @@ class _Maker:
         rng = self.rng
         events = kvm_vcpu_events(flags=rng.choice((0, 1, 1, 2, 4, 5, 7)))
         events.nmi.pending = rng.choice((0, 1, 2, 3))
-        events.sipi_vector = mailbox.LAST_START if self.vm.runs else self.byte()
+        events.sipi_vector = mailbox.SIPI_VECTOR if self.vm.runs else self.byte()
         if rng.random() < 0.3:
             events.interrupt.injected, events.interrupt.nr = 1, rng.choice((0x20, 0x31, 0xFF))
         if not self.vm.runs:
@@ -493,7 +497,8 @@ class _Maker:
         rng, vcpu = self.rng, self.vcpu()
         if not self.vm.runs:
             return [SetMpState(vcpu, rng.choice((*range(11), 0, 1, 2, 3, 4)))]
-        return [SetMpState(vcpu, rng.choice((3, 5, 9))), self.any_call(), SetMpState(vcpu, 0)]
+        # a vCPU that was never started has nowhere to run
+        return [SetMpState(0, rng.choice((3, 5, 9))), self.any_call(), SetMpState(0, 0)]
 
     def any_call(self) -> Operation:
         return self.rng.choice((self.line, self.msi, self.nmi, self.set_lapic))()[0]
@@ -530,7 +535,7 @@ class _Maker:
         if self.vm.vcpus < 2:
             return self.lapic_access()
         other = rng.randrange(1, self.vm.vcpus)
-        sipi = 0x4600 | (mailbox.START >> 12) + other
+        sipi = 0x4600 | mailbox.SIPI_VECTOR
         init = rng.choice((0x4500, 0x4500, 0xC500, 0x8500, 0xC4500, 0x0500))
         steps: Piece
         if rng.random() < 0.2:

@@ -1,4 +1,4 @@
-"""The guest that carries out single accesses (`mailbox.asm`), and its mailboxes in guest RAM."""
+"""The guest that carries out single accesses (`mailbox.asm`), and its mailbox in guest RAM."""
 
 import struct
 from pathlib import Path
@@ -6,22 +6,20 @@ from typing import Final, Protocol
 
 from kvmtick import guests
 
-__all__ = ["KINDS", "LAST_START", "PORT_DONE", "RAM_BYTES", "Mailbox", "Ram", "install", "start_ip"]
+__all__ = ["KINDS", "PORT_DONE", "RAM_BYTES", "SIPI_VECTOR", "START", "Mailbox", "Ram", "install"]
 
 RAM_BYTES: Final = 0x10000
-MOST_VCPUS: Final = 4
-"""So many have code to start at."""
 
+START: Final = guests.LOAD_AT
+SIPI_VECTOR: Final = START >> 12
 PORT_DONE: Final = 0x510
-"""vCPU n writes to the n-th port from here when it has done what its mailbox told."""
+"""The guest writes here when it has nothing to do."""
 
 PORT_WINDOW: Final = 0x80
 """A write to this port lies in an interrupt window."""
 
-START, START_STEP = guests.LOAD_AT, 0x1000
-LAST_START: Final = (START >> 12) + MOST_VCPUS - 1
 NMI_AT, GP_AT, HANDLER_AT = 0x8800, 0x8840, 0x8900
-MAILBOX, MAILBOX_BYTES, NMIS_AT, LOG_BYTES_AT, LOG_AT = 0x600, 0x40, 0x700, 0x708, 0x710
+MAILBOX_AT, NMIS_AT, LOG_BYTES_AT, LOG_AT = 0x600, 0x700, 0x708, 0x710
 LOG_ENTRIES = 64
 NMI_VECTOR, GP_VECTOR = 2, 13
 
@@ -59,33 +57,26 @@ def install(ram: Ram) -> None:
     ram.write_memory(START, _IMAGE)
 
 
-def start_ip(index: int) -> int:
-    """Where a vCPU starts (CS is 0)."""
-    return START + START_STEP * index
-
-
 class Mailbox:
-    """A vCPU's mailbox in guest RAM."""
+    """The mailbox in guest RAM."""
 
-    def __init__(self, ram: Ram, index: int) -> None:
+    def __init__(self, ram: Ram) -> None:
         self._ram = ram
-        self._at = MAILBOX + index * MAILBOX_BYTES
-        self.port_done = PORT_DONE + index
 
     def post(self, kind: str, address: int = 0, value: int = 0) -> None:
         """Something to do: one of `KINDS`."""
         low, high = value & 0xFFFF_FFFF, value >> 32
-        words = struct.pack("<8I", KINDS[kind], address, low, high, 0, 0, 0, self.port_done)
-        self._ram.write_memory(self._at, words)
+        words = struct.pack("<7I", KINDS[kind], address, low, high, 0, 0, 0)
+        self._ram.write_memory(MAILBOX_AT, words)
 
     @property
     def is_done(self) -> bool:
         """Whether the guest has done it."""
-        return not any(self._ram.read_memory(self._at, 4))
+        return not any(self._ram.read_memory(MAILBOX_AT, 4))
 
     def answer(self) -> tuple[int, int]:
         """The value read, and 1 if there was a #GP."""
-        data = self._ram.read_memory(self._at + 16, 12)
+        data = self._ram.read_memory(MAILBOX_AT + 16, 12)
         low, high, fault = struct.unpack("<3I", data)
         return high << 32 | low, fault
 

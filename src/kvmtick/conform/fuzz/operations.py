@@ -245,6 +245,7 @@ class IrqFd(Operation):
 
     def do(self, side: Side) -> Answer:
         side.vm.irqfd(side.fd(self.fd), self.gsi, self.flags, side.fd(self.resample))
+        side.let_irqfds_work()  # it may have been signalled before
         return None
 
 

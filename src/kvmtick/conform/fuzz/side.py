@@ -47,11 +47,14 @@ TPR, EOI, SVR, ISR, IRR, ESR, TMCCT = 0x80, 0xB0, 0xF0, 0x100, 0x200, 0x280, 0x3
 APIC_PAGES = 0xFED0_0000
 """From here on there are local APICs, where MSR_IA32_APICBASE puts them."""
 _UNREADABLE = frozenset((EOI, 0xC0, 0x2F0, 0x3F0))
-READABLE = frozenset((0x20, 0x30, *range(0x80, 0x400, 0x10))) - _UNREADABLE - {0x3A0, 0x3B0, 0x3C0, 0x3D0}
+READABLE = (
+    frozenset((0x20, 0x30, *range(0x80, 0x400, 0x10))) - _UNREADABLE - {0x3A0, 0x3B0, 0x3C0, 0x3D0}
+)
 
 LEAST_COUNT = 0xC000
 """Of the PIT's channel 0: 41 ms."""
 REARM_S, LATE_S = 0.010, 0.035
+IRQFD_WORK_NS = 300_000
 LEAST_TIMER_S = 2.2
 """A sequence must be over before a local APIC's timer may fire: the shortest takes 3.2 s."""
 
@@ -78,13 +81,14 @@ class Side(Closing):
         self.vm: Vm[Vcpu] = system.create_vm(ram_bytes=mailbox.RAM_BYTES)
         self.config = config
         self.vcpus: list[Vcpu] = []
-        self._boxes: list[Mailbox] = []
+        self._mailbox = Mailbox(self.vm)
         self._fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(EVENTFDS)]
         self._exits: list[Answer] = []
         self._real_time = system.backend == "kernel"
         self._age = Stopwatch()
         self._since_load = Stopwatch()
         self._pit = bytearray(112)
+        self._port_masks: dict[int, int] = {}
         mailbox.install(self.vm)
 
     def close(self) -> None:
@@ -155,13 +159,9 @@ class Side(Closing):
     def create_vcpu(self, vcpu_id: int) -> None:
         """KVM_CREATE_VCPU, at the guest's entry if it runs."""
         vcpu = self.vm.create_vcpu(vcpu_id)
-        index = len(self.vcpus)
         self.vcpus.append(vcpu)
-        if self.config.runs:
-            self._boxes.append(Mailbox(self.vm, index))
-            if vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
-                vcpu.start_at(0, mailbox.start_ip(index))
-                self._boxes[index].post("none")
+        if self.config.runs and vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
+            vcpu.start_at(0, mailbox.START)
 
     def fd(self, index: int) -> int:
         """The descriptor of an eventfd; -1 for what is none."""
@@ -170,8 +170,12 @@ class Side(Closing):
     def signal_fd(self, index: int) -> None:
         """Write 1 to an eventfd; returns when an irqfd had time to see it."""
         os.eventfd_write(self._fds[index], 1)
+        self.let_irqfds_work()
+
+    def let_irqfds_work(self) -> None:
+        """The kernel leaves an irqfd that was signalled to a work item: let that be done."""
         if self._real_time:
-            sleep_ns(300_000)
+            sleep_ns(IRQFD_WORK_NS)
 
     def read_fd(self, index: int) -> Answer:
         """What an eventfd counted; None if nothing."""
@@ -234,50 +238,64 @@ class Side(Closing):
         """Let the guest do something; what it read, and 1 for a #GP."""
         if not self.config.runs or self.vcpus[index].get_mp_state() != KVM_MP_STATE_RUNNABLE:
             return "not running"
-        box = self._boxes[index]
+        if self.vcpus[index].get_vcpu_events().interrupt.injected and self._in_service(index):
+            return "in service"
         self._take_nmis(index)
-        box.post(kind, address, value)
+        self._mailbox.post(kind, address, value)
         self._enter(index)
-        read, fault = box.answer()
+        read, fault = self._mailbox.answer()
         if kind.startswith("in"):
-            read &= self._port_mask(address, int(kind[2:]) // 8)
+            read &= self._port_mask(index, address, int(kind[2:]) // 8)
         else:
             read = _masked(kind, address, read)
         self._take_nmis(index)
         return read, fault
 
-    def _port_mask(self, port: int, size_bytes: int) -> int:
+    def _port_mask(self, index: int, port: int, size_bytes: int) -> int:
         """The bits of a port that do not depend on time: of a counter none, of a latched status all
-        but OUT; of port 0x61 not the refresh clock and OUT.
+        but OUT; of port 0x61 not the refresh clock and OUT. Port 0x43 leaves the vCPU's buffer of
+        port reads as the last one left it.
         """
+        in_pit = port + size_bytes <= 0x44
+        if port == 0x43 and in_pit:
+            return self._port_masks.get(index, ~0)
+        mask = ~0
         if port == 0x61:
-            return ~0x30
-        if 0x40 <= port < 0x43 and port + size_bytes <= 0x44:
-            is_status = self._pit[(port - 0x40) * 24 + 7]
-            return ~0x80 if is_status else ~0xFF
-        return ~0
+            mask = ~0x30
+        elif 0x40 <= port < 0x43 and in_pit:
+            mask = ~0x80 if self._pit[(port - 0x40) * 24 + 7] else ~0xFF
+        self._port_masks[index] = mask
+        return mask
 
     def window(self, index: int, kind: str) -> Answer:
         """An interrupt window of the guest; `hlt` only where an interrupt waits."""
-        vcpu = self.vcpus[index]
-        lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
-        if isinstance(lapic, bytearray) and _highest(lapic, ISR) >= 0:
+        if self._in_service(index):
             return "in service"
-        if kind == "hlt" and not self._wakes(index, lapic):
+        if kind == "hlt" and not self._wakes(index):
             return "nothing to wait for"
         answer = self.access(index, kind)
-        lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
-        if isinstance(lapic, bytearray) and _highest(lapic, ISR) >= 0:
-            base = vcpu.get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
+        if self._in_service(index):
+            base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
             if base & APIC_BASE_X2APIC:
                 self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
             else:
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
         return answer
 
-    def _wakes(self, index: int, lapic: bytearray | str) -> bool:
+    def _lapic(self, index: int) -> bytearray | None:
+        """KVM_GET_LAPIC; None without an in-kernel local APIC."""
+        lapic = _read(self.vcpus[index].ioctl, ioctls.KVM_GET_LAPIC, 1024)
+        return None if isinstance(lapic, str) else lapic
+
+    def _in_service(self, index: int) -> bool:
+        """Whether a vCPU's local APIC has a vector in ISR."""
+        lapic = self._lapic(index)
+        return lapic is not None and _highest(lapic, ISR) >= 0
+
+    def _wakes(self, index: int) -> bool:
         """Whether the local APIC has a vector for a vCPU with nothing in service."""
-        if isinstance(lapic, str):
+        lapic = self._lapic(index)
+        if lapic is None:
             return False
         base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
         enabled = base & APIC_BASE_ENABLED and lapic[SVR + 1] & 1
@@ -289,17 +307,17 @@ class Side(Closing):
             nmi = self.vcpus[index].get_vcpu_events().nmi
             if not nmi.pending and not nmi.injected:
                 return
-            self._boxes[index].post("none")
+            self._mailbox.post("none")
             self._enter(index)
 
     def _enter(self, index: int) -> None:
         """Let a vCPU into the guest until it tells that it has done what its mailbox holds."""
-        vcpu, box = self.vcpus[index], self._boxes[index]
+        vcpu = self.vcpus[index]
         for _ in range(MOST_EXITS):
             exit_ = vcpu.run(LIMIT_S)
             if isinstance(exit_, ExitIo):
-                if exit_.is_write and exit_.port == box.port_done:
-                    if box.is_done:
+                if exit_.is_write and exit_.port == mailbox.PORT_DONE:
+                    if self._mailbox.is_done:
                         return
                     continue
                 self._exits.append((exit_.port, exit_.size, exit_.data.hex()))
