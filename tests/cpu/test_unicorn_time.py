@@ -41,9 +41,20 @@ def test_a_block_counts_when_it_begins() -> None:
 def test_an_entry_ends_at_a_block_and_exceeds_its_budget_by_less_than_one() -> None:
     cpu = fast("b90300 40 40 49 75fb f4")  # mov cx, 3; inc ax; inc ax; dec cx; jnz; hlt
     ends = []
-    while cpu.enter(budget=1) is ExitReason.PREEMPTION_TIMER:
+    while cpu.enter(budget=2) is ExitReason.PREEMPTION_TIMER:
         ends.append((cpu.engine.retired, cpu.register("rip") - CODE, cpu.register("rax")))
     assert ends == [(5, 3, 2), (4, 3, 4), (4, 8, 6)]
+    assert (cpu.engine.retired, cpu.register("rip") - CODE) == (1, 9)
+
+
+def test_a_budget_of_one_is_one_instruction() -> None:
+    cpu = fast("b90300 40 40 49 75fb f4")  # as above
+    assert cpu.enter(budget=5) is ExitReason.PREEMPTION_TIMER  # the whole block is translated
+    cpu.engine.reset(0, CODE)
+    ends = []
+    while cpu.enter(budget=1) is ExitReason.PREEMPTION_TIMER:
+        ends.append((cpu.engine.retired, cpu.register("rip") - CODE))
+    assert ends == [(1, 3), *3 * [(1, 4), (1, 5), (1, 6), (1, 3)]][:-1] + [(1, 8)]
     assert (cpu.engine.retired, cpu.register("rip") - CODE) == (1, 9)
 
 
@@ -497,6 +508,6 @@ def test_both_kinds_of_engine_run_side_by_side() -> None:
     for _ in range(3):
         for machine in (cpu, other):
             machine.engine.reset(0, CODE)
-            assert machine.enter(budget=1) is (
+            assert machine.enter(budget=2) is (
                 ExitReason.PREEMPTION_TIMER if machine is cpu else ExitReason.HLT
             )

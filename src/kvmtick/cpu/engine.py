@@ -23,6 +23,10 @@ to the next VM exit:
   with the number of instructions retired since the entry, the access itself not counted. To leave
   after it the handler kicks; the access is done once, and the kick ends the execution at the
   boundary behind the instruction;
+* a handler of a port or of memory that is no RAM may `refuse` the access. Its answer does not
+  count then, and the execution ends with `ACCESS` before the instruction: registers and shadow are
+  as if it had not begun, the next entry begins it anew. What it has already asked of handlers, and
+  stored to RAM, stays; of an access in the delivery of an event that is an `INTERNAL_ERROR`;
 * memory accesses have any address and 1 to 8 bytes: one that crosses the end of a page comes as its
   two parts, in the order of their addresses;
 * CPUID answers what the handler says;
@@ -37,13 +41,15 @@ An engine whose `exact` is False looks at boundaries only where a basic block of
 (STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once; so does a WRMSR whose
 handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
-budget by one. Either kind is deterministic: the same entries give the same run.
+budget by one, unless it is 1: that is one instruction with every engine. A block that ends with
+`ACCESS` has counted whole. Either kind is deterministic: the same entries give the same run.
 
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from ctypes import Array, c_char
 from enum import IntEnum, IntFlag
 from mmap import mmap
 from typing import Protocol
@@ -109,7 +115,7 @@ class Interruptibility(IntFlag):
 
 
 class ExitReason(IntEnum):
-    """Basic VM-exit reasons (SDM vol. 3D, appendix C); the last two are ours."""
+    """Basic VM-exit reasons (SDM vol. 3D, appendix C); those from 0x10000 on are ours."""
 
     EXTERNAL_INTERRUPT = 1
     TRIPLE_FAULT = 2
@@ -121,6 +127,8 @@ class ExitReason(IntEnum):
     INTERNAL_ERROR = 0x1_0000
     """The engine cannot go on: `error` says why (an address nothing answers, a broken decoder)."""
     BREAKPOINT = 0x1_0001
+    ACCESS = 0x1_0002
+    """A handler refused an access."""
 
 
 PortOut = Callable[[int, int, int, int], None]
@@ -189,14 +197,25 @@ class Engine(Protocol):
         not in `CPU_MSRS` give #GP(0), CPUID and CR8 read 0, and a hypercall is #UD.
         """
 
-    def map_ram(self, gpa: int, ram: mmap) -> None:
-        """Put `ram` (anonymous, a multiple of 4096 bytes) at guest-physical address `gpa`.
+    def map_ram(
+        self, gpa: int, ram: mmap | Array[c_char], *, writable: bool = True, shared: bool = False
+    ) -> None:
+        """Put `ram` (whole pages of 4096 bytes) at guest-physical address `gpa`.
 
-        The guest and the host see the same bytes; what is not mapped is the MMIO handlers'.
+        The guest and the host see the same bytes; what is not mapped is the MMIO handlers', and so
+        are stores to RAM that is not `writable`. `shared`: the host may write it without saying so
+        (`forget_changed_code`). ValueError: not whole pages, taken, or mapped already; RAM from 4
+        GiB on must come and stay before the first `enter`.
         """
+
+    def unmap_ram(self, gpa: int) -> None:
+        """Take away the RAM that was put at `gpa`; ValueError: there is none."""
 
     def ram_written(self, gpa: int, size_bytes: int) -> None:
         """The host wrote guest RAM: forget what was translated from it."""
+
+    def forget_changed_code(self) -> None:
+        """The host may have written RAM that is `shared`: look at the pages with code there."""
 
     def reset(self, cs: int, ip: int) -> None:
         """Registers as after RESET (SDM table 10-1), but starting at `cs`:`ip` in real mode."""
@@ -208,6 +227,9 @@ class Engine(Protocol):
 
     def kick(self) -> None:
         """Leave the guest at the next instruction boundary (or at once, at the next `enter`)."""
+
+    def refuse(self) -> None:
+        """For the handler of a port or of memory that is no RAM, while it answers: not now."""
 
     def release_gil(self, enabled: bool) -> None:
         """Whether other Python threads run while the guest does; off, port accesses cost less.

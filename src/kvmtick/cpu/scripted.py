@@ -23,14 +23,15 @@ No code is at an address, but a routine may say where its next instruction would
 tells it, and a breakpoint there stops before that instruction.
 
 Not modelled: registers other than RFLAGS (the others can be written and read, nothing uses them),
-guest memory (a routine that wants some keeps the `mmap` it gave to `map_ram`; `MmioWrite` and
-`MmioRead` always go to the handlers), code in RAM, stack, error codes, exceptions other than that
+guest memory (a routine that wants some keeps the `mmap` itself; `MmioWrite` and `MmioRead` always
+go to the handlers), code in RAM, stack, error codes, exceptions other than that
 #GP, software interrupts of the guest itself, SYSCALL, string I/O; MSRs that handlers do not answer
 read 0 and lose writes. An IRET restores the whole RFLAGS that delivery pushed; a routine cannot
 change what was pushed.
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping
+from ctypes import Array, c_char
 from mmap import mmap
 from typing import TypeAlias
 
@@ -112,6 +113,7 @@ EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
 EXIT_HLT = int(ExitReason.HLT)
 EXIT_PAUSE = int(ExitReason.PAUSE)
 EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
+EXIT_ACCESS = int(ExitReason.ACCESS)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
@@ -292,7 +294,7 @@ Routine: TypeAlias = Callable[[], Program]
 class _Frame:
     """A routine that was started: the running one, or one that an event interrupted."""
 
-    __slots__ = ("address", "answer", "interrupted_rflags", "program", "spin_left")
+    __slots__ = ("address", "again", "answer", "interrupted_rflags", "program", "spin_left")
 
     def __init__(self, program: Program, interrupted_rflags: int) -> None:
         self.program = program
@@ -300,6 +302,7 @@ class _Frame:
         self.answer: int | None = None  # a generator must be started with None
         self.spin_left = 0
         self.address: int | None = None  # of the next instruction, as far as `At` said
+        self.again: Operation | None = None  # its access was refused
 
 
 class ScriptedEngine:
@@ -331,9 +334,9 @@ class ScriptedEngine:
         self._on_cr8_read: contract.Cr8Read | None = None
         self._on_hypercall: contract.Hypercall | None = None
         self._breakpoints: frozenset[int] = frozenset()
-        self._ram: list[tuple[int, mmap]] = []
         self._registers = dict(RESET_REGISTERS)
         self._kicked = False
+        self._refused = False
         self._running = False
         self._closed = False
         self._cuts_left = 0
@@ -365,11 +368,19 @@ class ScriptedEngine:
         self._on_cr8_read = on_cr8_read
         self._on_hypercall = on_hypercall
 
-    def map_ram(self, gpa: int, ram: mmap) -> None:
-        self._ram.append((gpa, ram))
+    def map_ram(
+        self, gpa: int, ram: mmap | Array[c_char], *, writable: bool = True, shared: bool = False
+    ) -> None:
+        """Nothing: no guest code is in RAM."""
+
+    def unmap_ram(self, gpa: int) -> None:
+        """Nothing."""
 
     def ram_written(self, gpa: int, size_bytes: int) -> None:
-        """Nothing: no guest code is in RAM."""
+        """Nothing."""
+
+    def forget_changed_code(self) -> None:
+        """Nothing."""
 
     def release_gil(self, enabled: bool) -> None:
         """Nothing: other threads run between instructions anyway."""
@@ -393,6 +404,9 @@ class ScriptedEngine:
 
     def kick(self) -> None:
         self._kicked = True
+
+    def refuse(self) -> None:
+        self._refused = True
 
     def exit_on_pause(self, enabled: bool) -> None:
         self._exits_on_pause = enabled
@@ -420,7 +434,6 @@ class ScriptedEngine:
     def close(self) -> None:
         self._closed = True
         self._frames.clear()
-        self._ram.clear()
 
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
@@ -508,12 +521,16 @@ class ScriptedEngine:
 
         A Spin only begins, and counts nothing; neither does `At`.
         """
-        try:
-            operation: Operation = (
-                next(frame.program) if frame.answer is None else frame.program.send(frame.answer)
-            )
-        except StopIteration:
-            return self._return(frame)
+        operation, frame.again = frame.again, None
+        if operation is None:
+            try:
+                operation = (
+                    next(frame.program)
+                    if frame.answer is None
+                    else frame.program.send(frame.answer)
+                )
+            except StopIteration:
+                return self._return(frame)
         frame.answer = 0
         kind = operation.__class__
         if kind is Spin:
@@ -525,13 +542,20 @@ class ScriptedEngine:
             frame.address = operation.address
             self._registers["rip"] = operation.address - self._registers["cs_base"]
             return 0
-        frame.address = None
+        address, frame.address = frame.address, None
         shadow = self.interruptibility & ~SHADOW_NMI
         self.interruptibility &= SHADOW_NMI
+        self._refused = False
         try:
-            return self._execute(frame, operation, shadow)
+            reason = self._execute(frame, operation, shadow)
         finally:
             self.retired += 1
+        if not self._refused:
+            return reason
+        self.retired -= 1
+        self.interruptibility |= shadow
+        frame.address, frame.again = address, operation
+        return EXIT_ACCESS
 
     def _execute(self, frame: _Frame, operation: Operation, shadow: int) -> int:
         if isinstance(operation, Out):

@@ -56,6 +56,7 @@ from kvmtick.kvm.model_file import Handler
 from kvmtick.kvm.user_memory import (
     as_number,
     copy_from_user,
+    copy_to_user,
     get_struct,
     memdup_struct,
     put_struct,
@@ -227,7 +228,7 @@ def _irq_line(vm: "ModelVm", arg: Arg) -> int:
 def _irq_line_status(vm: "ModelVm", arg: Arg) -> int:
     line = get_struct(arg, kvm_irq_level)
     status = _set_line(vm, "KVM_IRQ_LINE_STATUS", line, line_status=True)
-    put_struct(arg, kvm_irq_level(irq=status & _U32, level=line.level))
+    copy_to_user(arg, 0, (status & _U32).to_bytes(4, "little"))
     return 0
 
 

@@ -47,6 +47,8 @@ class PortMap:
     both when the guest prints it.
     """
 
+    defers_writes = False
+
     def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
         """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""
         self._on_exit = on_exit
@@ -95,10 +97,14 @@ class PortMap:
     def mmio_write(self, gpa: int, size_bytes: int, value: int) -> None:
         """A write to nothing is lost."""
 
-    def ioapic_eoi(self, vector: int) -> None:
+    def ioapic_eoi(self, vector: int) -> bool:
         """KVM_EXIT_IOAPIC_EOI: tell the IOAPIC in user space, if there is one."""
         if self.on_ioapic_eoi is not None:
             self.on_ioapic_eoi(vector)
+        return False
+
+    def set_tpr(self) -> None:
+        """Nobody wants to know of CR8."""
 
     def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
         """KVM_EXIT_X86_RDMSR and _WRMSR: tell who wants to know of unknown MSRs."""

@@ -42,20 +42,28 @@ RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 class UserSpace(Protocol):
     """What no in-kernel device answers: an exit to user space."""
 
-    def read(self, port: int, size_bytes: int) -> int:
-        """The value the guest reads from a port."""
+    defers_writes: bool
+    """Not now: leave the guest before a write."""
+
+    def read(self, port: int, size_bytes: int) -> int | None:
+        """The value the guest reads from a port; None: not known yet, leave the guest before it."""
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value` to a port."""
 
-    def mmio_read(self, gpa: int, size_bytes: int) -> int:
-        """The value the guest reads from memory that is no RAM."""
+    def mmio_read(self, gpa: int, size_bytes: int) -> int | None:
+        """The value the guest reads from memory that is no RAM; None as for `read`."""
 
     def mmio_write(self, gpa: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value` to memory that is no RAM."""
 
-    def ioapic_eoi(self, vector: int) -> None:
-        """KVM_EXIT_IOAPIC_EOI: the guest ended an interrupt of the IOAPIC in user space."""
+    def ioapic_eoi(self, vector: int) -> bool:
+        """KVM_EXIT_IOAPIC_EOI: the guest ended an interrupt of the IOAPIC in user space. Whether
+        to leave now, before anything else is done for the vCPU.
+        """
+
+    def set_tpr(self) -> None:
+        """KVM_EXIT_SET_TPR: without a local APIC in the kernel the guest lowered CR8."""
 
     def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
         """KVM_EXIT_X86_RDMSR (`access` is "read") or _WRMSR ("write"), reason UNKNOWN: #GP."""
@@ -69,12 +77,12 @@ class ExitHandlers:
         "_bus",
         "_clock",
         "_pio_data",
-        "_ports",
         "_queue",
         "_recorder",
         "_vcpu",
         "cr8",
         "entered_ns",
+        "user_space",
     )
 
     def __init__(self, board: VcpuBoard, vcpu: Vcpu) -> None:
@@ -84,7 +92,7 @@ class ExitHandlers:
         self._queue = board.queue
         self._recorder = board.recorder
         self._bus = board.bus
-        self._ports = board.ports
+        self.user_space: UserSpace = board.ports
         self._pio_data = 0
         self.cr8 = 0
         """CR8 of a vCPU whose local APIC is user space's business."""
@@ -128,16 +136,19 @@ class ExitHandlers:
             clock.refresh()
         else:
             clock.now_ns = self.entered_ns + retired
+        device = self._bus.find(port, size_bytes)
+        if device is None and self.user_space.defers_writes:
+            self._vcpu.engine.refuse()
+            return
         recorder = self._recorder
         if recorder.detail:
             self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 0))
         recorder.kvm_pio(1, port, size_bytes, 1, value)
         deadline_ns = self._queue.next_ns
-        device = self._bus.find(port, size_bytes)
         if device is not None:
             device.io_write(port, size_bytes, value)
         elif not self._board.signal_ioeventfd(True, port, size_bytes, value):
-            self._ports.write(port, size_bytes, value)
+            self.user_space.write(port, size_bytes, value)
         # The slice was cut for the deadline there was; an earlier one needs a new slice.
         if self._queue.next_ns < deadline_ns:
             self._vcpu.engine.kick()
@@ -152,10 +163,14 @@ class ExitHandlers:
             self._record_exit(EXIT_IO_INSTRUCTION, _io_qualification(port, size_bytes, 1))
         deadline_ns = self._queue.next_ns
         device = self._bus.find(port, size_bytes)
-        if device is None:
-            value = self._ports.read(port, size_bytes)
-        else:
-            value = device.io_read(port, size_bytes, self._pio_data)
+        value = (
+            self.user_space.read(port, size_bytes)
+            if device is None
+            else device.io_read(port, size_bytes, self._pio_data)
+        )
+        if value is None:
+            self._vcpu.engine.refuse()
+            return 0
         value &= RAX_BYTES[size_bytes]
         self._pio_data = value
         recorder.kvm_pio(0, port, size_bytes, 1, value)
@@ -179,7 +194,10 @@ class ExitHandlers:
         if (lapic is None or not lapic.mmio_write(gpa, size_bytes, value)) and not (
             self._board.mmio_write(gpa, size_bytes, value)
         ):
-            self._ports.mmio_write(gpa, size_bytes, value)
+            if self.user_space.defers_writes:
+                self._vcpu.engine.refuse()
+                return
+            self.user_space.mmio_write(gpa, size_bytes, value)
         self._after_access(deadline_ns)
 
     def mmio_read(self, gpa: int, size_bytes: int, retired: int) -> int:
@@ -196,7 +214,10 @@ class ExitHandlers:
         kind = MMIO_READ
         if value is None:
             kind = MMIO_READ_UNSATISFIED
-            value = self._ports.mmio_read(gpa, size_bytes)
+            value = self.user_space.mmio_read(gpa, size_bytes)
+            if value is None:
+                self._vcpu.engine.refuse()
+                return 0
         if recorder.detail:
             recorder.kvm_mmio(kind, size_bytes, gpa, value)
         self._after_access(deadline_ns)
@@ -247,7 +268,7 @@ class ExitHandlers:
         """`kvm_msr_ignored_check`: user space hears of an MSR that the guest has not."""
         vcpu = self._vcpu
         if not vcpu.msrs.is_known(index):
-            self._ports.unknown_msr(vcpu.vcpu_id, access, index, vcpu.engine.rip)
+            self.user_space.unknown_msr(vcpu.vcpu_id, access, index, vcpu.engine.rip)
 
     # CR8.
 
@@ -258,7 +279,10 @@ class ExitHandlers:
         self._set_clock(retired)
         lapic = self._vcpu.lapic
         if lapic is None:
+            lowered = value < self.cr8
             self.cr8 = value
+            if lowered:
+                self.user_space.set_tpr()
         else:
             lapic.set_tpr(value)
         return True

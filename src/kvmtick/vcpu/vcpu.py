@@ -147,6 +147,7 @@ class Vcpu:
         "task",
         "vcpu_id",
         "vmcs",
+        "wants_window",
     )
 
     def __init__(
@@ -177,6 +178,8 @@ class Vcpu:
         # KVM_EXIT_DEBUG: a breakpoint, or after KVM_GUESTDBG_SINGLESTEP an instruction or an event.
         self.on_debug: Callable[[Vcpu], None] | None = None
         self.single_step = False
+        self.wants_window = False
+        """KVM_RUN's request_interrupt_window: leave when an interrupt could be taken."""
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
@@ -436,6 +439,25 @@ class Vcpu:
             on_debug(self)
         return reason
 
+    def complete_access(self, rounds: int) -> int:
+        """`complete_userspace_io`: the instruction at RIP, or so many rounds of a REP, now that
+        user space has answered its accesses, and no event before it; returns the `ExitReason`.
+        """
+        vmcs, engine = self.vmcs, self.engine
+        self._recorder.task = self.task
+        windows = vmcs.intr_window_exiting, vmcs.nmi_window_exiting
+        vmcs.intr_window_exiting = vmcs.nmi_window_exiting = False
+        reason = self._enter_guest(0, rounds)
+        vmcs.intr_window_exiting, vmcs.nmi_window_exiting = windows
+        vmcs.guest_rflags = engine.rflags
+        vmcs.guest_interruptibility = engine.interruptibility
+        return reason
+
+    def may_take_interrupt(self) -> bool:
+        """`kvm_vcpu_ready_for_interrupt_injection`: one that user space injects would go in now."""
+        accepts = self.lapic is None or self.lapic.accepts_pic_intr()
+        return accepts and interrupt_allowed(self.vmcs) and not self.pending.reinject_info
+
     def _enter_guest(self, intr_info: int, budget: int) -> int:
         """Let the engine run, and the clock with it."""
         vmcs, engine, clock = self.vmcs, self.engine, self._clock
@@ -498,8 +520,9 @@ class Vcpu:
         if self.requests & _REQ_UNBLOCK:
             self._serve_unblock()
         requests, self.requests = self.requests, 0
-        if requests & ~_REQ_EVENT:
-            self._serve_rare(requests)
+        if requests & ~_REQ_EVENT and self._serve_rare(requests):
+            self.requests |= requests & ~_REQ_IOAPIC_EOI_EXIT
+            return
         if requests & _REQ_EVENT:
             lapic = self.lapic
             if lapic is not None and lapic.pending_events:
@@ -507,6 +530,8 @@ class Vcpu:
                 if self.mp_state != _RUNNABLE:
                     return
             inject_pending_event(self.vmcs, self.pending, self, self._recorder)
+            if self.wants_window:
+                self.vmcs.intr_window_exiting = True
 
     def _serve_unblock(self) -> None:
         """`kvm_inject_pending_timer_irqs`: the vCPU itself puts its timer's interrupt in IRR."""
@@ -516,18 +541,22 @@ class Vcpu:
             self._recorder.task = self.task
             lapic.inject_pending_timer_irqs()
 
-    def _serve_rare(self, requests: int) -> None:
+    def _serve_rare(self, requests: int) -> bool:
+        """True: leave to user space first."""
         lapic = self.lapic
         if requests & _REQ_MIGRATE_TIMER:
             self._board.migrate_pit_timer()
             if lapic is not None:
                 lapic.migrate_timer()
         if lapic is None:
-            return
-        if requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> self._eoi_exit_vector & 1:
-            self._board.ports.ioapic_eoi(self._eoi_exit_vector)
+            return False
+        vector = self._eoi_exit_vector
+        if requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> vector & 1:
+            if self.exits.user_space.ioapic_eoi(vector):
+                return True
         if requests & _REQ_SCAN_IOAPIC and lapic.hw_enabled:
             lapic.handled_vectors = self._board.handled_vectors(lapic)
+        return False
 
     def _handle_exit(self, reason: int) -> None:
         if complete_interrupts(self.vmcs, self.pending):

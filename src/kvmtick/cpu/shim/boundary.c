@@ -100,6 +100,7 @@ EXPORTED void cpu_loop_exit_noexc_x86_64(void *cpu)
     Engine *self = entered;
     if (self == NULL || self->cpu != cpu) {
         intercepted |= 1ull << LOOP_EXIT_NOEXC;
+        probed_next_block |= probing && U32(cpu, CPU_NEXT_BLOCK) == 1;
     } else if (self->exact) {
         self->started--;
     }

@@ -44,6 +44,7 @@ PyObject *call_handler(Engine *self, int which, const unsigned long long *values
     if (made == count) {
         /* The access ends a shadow, so there is none. */
         self->interruptibility = U32(self->env, ENV_HFLAGS2) & HF2_NMI ? SHADOW_NMI : 0;
+        self->refused = false;
         result = PyObject_Vectorcall(self->handlers[which], arguments, count, NULL);
     }
     while (made > 0) {
@@ -83,6 +84,30 @@ static uint64_t retired_before(const Engine *self)
     return self->started > 0 ? self->started - 1 : 0;
 }
 
+/* The registers as they were before the running instruction. `return_address` is where translated
+ * code goes on, 0 when they are so already; IRET has its own place for it. */
+static bool restore_registers(Engine *self, uintptr_t return_address)
+{
+    if (self->iret_return_address != 0) {
+        return_address = self->iret_return_address;
+        self->iret_return_address = 0;
+    }
+    return return_address == 0 || lib.restore_state(self->cpu, return_address, true) || self->exact;
+}
+
+/* The access was refused: nothing of its instruction shall have happened. Does not return. */
+static void leave_before_access(Engine *self, uintptr_t return_address)
+{
+    if (self->delivering || !restore_registers(self, return_address)) {
+        self->exit_reason = EXIT_INTERNAL_ERROR;
+    } else {
+        self->exit_reason = EXIT_ACCESS;
+        self->started -= self->exact;
+    }
+    lib.emu_stop(self->uc);
+    lib.loop_exit(self->cpu);
+}
+
 void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine)
 {
     (void)uc;
@@ -91,6 +116,9 @@ void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *
     take_gil(self);
     tell(self, ON_OUT, values, COUNT(values));
     give_gil(self);
+    if (unlikely(self->refused)) {
+        leave_before_access(self, 0);
+    }
 }
 
 uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
@@ -101,6 +129,9 @@ uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
     take_gil(self);
     uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
     give_gil(self);
+    if (unlikely(self->refused)) {
+        leave_before_access(self, 0);
+    }
     return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
 }
 
@@ -120,7 +151,8 @@ static bool nobody_answers(const Engine *self, int which)
     return self->handlers[which] == NULL || self->failed;
 }
 
-void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value)
+void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value,
+                uintptr_t return_address)
 {
     unsigned long long values[] = {gpa, size_bytes, value, retired_before(self)};
     if (nobody_answers(self, ON_MMIO_WRITE)) {
@@ -129,10 +161,13 @@ void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value)
     take_gil(self);
     tell(self, ON_MMIO_WRITE, values, COUNT(values));
     give_gil(self);
+    if (unlikely(self->refused)) {
+        leave_before_access(self, return_address);
+    }
 }
 
 /* The caller cuts the answer to the size of the access. */
-uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes)
+uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uintptr_t return_address)
 {
     unsigned long long values[] = {gpa, size_bytes, retired_before(self)};
     if (nobody_answers(self, ON_MMIO_READ)) {
@@ -141,7 +176,19 @@ uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes)
     take_gil(self);
     uint64_t value = ask(self, ON_MMIO_READ, values, COUNT(values));
     give_gil(self);
+    if (unlikely(self->refused)) {
+        leave_before_access(self, return_address);
+    }
     return value;
+}
+
+/* Where the access of a memory region's callback comes from, 0 in the delivery of an event. False:
+ * it is of a page walk, before which nobody says so. */
+static bool take_access_address(Engine *self, uintptr_t *address)
+{
+    *address = U64(self->cpu, CPU_ACCESS_AT);
+    U64(self->cpu, CPU_ACCESS_AT) = PAGE_WALK;
+    return *address != PAGE_WALK;
 }
 
 /* Callbacks of a memory region: for what `store_around_ram` and `load_around_ram` leave alone. */
@@ -150,15 +197,19 @@ void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t valu
 {
     (void)uc;
     const Gap *gap = user;
-    write_mmio(gap->engine, gap->gpa + offset, size_bytes, value);
+    uintptr_t from;
+    if (take_access_address(gap->engine, &from)) {
+        write_mmio(gap->engine, gap->gpa + offset, size_bytes, value, from);
+    }
 }
 
 uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
 {
     (void)uc;
     const Gap *gap = user;
-    if (gap->engine->looks_around) {
-        return 0; /* a page table there; no guest reads it now, and no device may notice */
+    uintptr_t from;
+    if (!take_access_address(gap->engine, &from)) {
+        return 0; /* a page table: KVM finds nothing there (FNAME(walk_addr_generic)) */
     }
-    return read_mmio(gap->engine, gap->gpa + offset, size_bytes);
+    return read_mmio(gap->engine, gap->gpa + offset, size_bytes, from);
 }

@@ -189,6 +189,49 @@ void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes)
     }
 }
 
+/* Takes all of `self`'s translations of a range away. */
+void forget_range(Engine *self, const RamRange *range)
+{
+    forget(self, range, range->view.buf, range->size_bytes);
+}
+
+static void copy_page(RamRange *range, size_t page)
+{
+    if (range->copies == NULL) {
+        return;
+    }
+    if (range->copies[page] == NULL) {
+        range->copies[page] = PyMem_RawMalloc(PAGE_BYTES);
+    }
+    if (range->copies[page] != NULL) {
+        memcpy(range->copies[page], (char *)range->view.buf + page * PAGE_BYTES, PAGE_BYTES);
+    }
+}
+
+/* Without a copy, for want of memory, it counts as changed. */
+static void forget_changed_page(Engine *self, const RamRange *range, size_t page)
+{
+    const char *host = (char *)range->view.buf + page * PAGE_BYTES;
+    const uint8_t *copy = range->copies[page];
+    if (copy == NULL || memcmp(copy, host, PAGE_BYTES) != 0) {
+        forget(self, range, host, PAGE_BYTES);
+    }
+}
+
+/* The host may have written RAM that it shares: code that is not as it was when it was translated
+ * is forgotten. So is code that the guest has rewritten itself; that costs a translation. */
+void forget_changed(Engine *self)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        const RamRange *range = &self->ram[i];
+        const uint8_t *end = range->code + range->size_bytes / PAGE_BYTES;
+        const uint8_t *mark = range->code;
+        while (range->copies != NULL && (mark = memchr(mark, 1, (size_t)(end - mark))) != NULL) {
+            forget_changed_page(self, range, (size_t)(mark++ - range->code));
+        }
+    }
+}
+
 /* ---- what the library calls ------------------------------------------------------------------- */
 
 static Engine *engine_of_uc(const void *uc, int function)
@@ -210,7 +253,10 @@ EXPORTED void tlb_protect_code_x86_64(void *uc, uint64_t ram_address)
     lib.genuine.protect_code(uc, ram_address);
     char *host = self != NULL ? host_of(self, ram_address) : NULL;
     if (host != NULL) {
-        *code_mark(self, host) = 1;
+        RamRange *range = range_of(self, host);
+        size_t page = (size_t)(host - (char *)range->view.buf) / PAGE_BYTES;
+        range->code[page] = 1;
+        copy_page(range, page);
         watch_stores(self, host);
     }
 }

@@ -36,9 +36,7 @@ static void release_engine(Engine *self)
         self->uc = NULL;
     }
     while (self->ram_count > 0) {
-        RamRange *range = &self->ram[--self->ram_count];
-        PyBuffer_Release(&range->view);
-        PyMem_Free(range->code);
+        free_range(&self->ram[--self->ram_count]);
     }
     self->gap_count = self->high_gap_count = 0;
 }
@@ -343,6 +341,25 @@ static PyObject *engine_kick(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *engine_refuse(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Engine *self = (Engine *)object;
+    self->refused = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_forget_changed_code(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Engine *self = (Engine *)object;
+    if (!check_idle(self)) {
+        return NULL;
+    }
+    forget_changed(self);
+    Py_RETURN_NONE;
+}
+
 static const char *entry_mistake(const Engine *self, uint32_t info, uint64_t budget)
 {
     uint32_t type = INTR_INFO_TYPE(info);
@@ -377,6 +394,9 @@ static void set_error(Engine *self, const char *reason)
 /* Why the guest stopped, from what Unicorn's loop left behind. */
 static int classify(Engine *self, int error)
 {
+    if (self->exit_reason == EXIT_INTERNAL_ERROR) {
+        set_error(self, "an event is delivered through memory that is no RAM");
+    }
     if (self->exit_reason != EXIT_NONE) {
         return self->exit_reason;
     }
@@ -439,6 +459,9 @@ static bool prepare(Engine *self, uint32_t intr_info)
     self->ins_has_tried = false;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
+    U64(self->cpu, CPU_ACCESS_AT) = PAGE_WALK;
+    /* Blocks of one instruction, with a budget of one. */
+    U32(self->cpu, CPU_NEXT_BLOCK) = !self->exact && self->budget == 1 ? 1 : NO_LIMIT;
     self->delivering = 0;
     self->iret_return_address = 0;
     self->intr_info = intr_info;
@@ -549,10 +572,14 @@ static PyObject *engine_enter(PyObject *object, PyObject *const *args, Py_ssize_
 static PyMethodDef engine_methods[] = {
     {"attach", WITH_KEYWORDS(engine_attach), "Set who answers the guest's accesses."},
     {"map_ram", WITH_KEYWORDS(engine_map_ram), "Put RAM at a guest-physical address."},
+    {"unmap_ram", WITH_KEYWORDS(engine_unmap_ram), "Take RAM away again."},
     {"ram_written", WITH_KEYWORDS(engine_ram_written), "The host wrote guest RAM."},
     {"reset", WITH_KEYWORDS(engine_reset), "Real mode at cs:ip, as after RESET."},
     {"enter", (PyCFunction)(void (*)(void))engine_enter, METH_FASTCALL | METH_KEYWORDS,
      "Run the guest until the next VM exit."},
+    {"refuse", engine_refuse, METH_NOARGS, "Leave the guest before the access."},
+    {"forget_changed_code", engine_forget_changed_code, METH_NOARGS,
+     "Look whether the host has written shared RAM."},
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
     {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
     {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},

@@ -22,6 +22,8 @@ __thread Engine *entered;
 __thread uint64_t intercepted;
 __thread bool probing;
 __thread uint64_t probed_instructions;
+__thread bool probed_next_block;
+__thread uintptr_t probed_access;
 
 static const struct {
     const char *name;
@@ -93,6 +95,9 @@ typedef struct {
     char *env;
     int right; /* exceptions that left what we expect */
 } Probe;
+
+static __thread char *probed_cpu;
+static __thread bool probed_access_at; /* CPU_ACCESS_AT is there */
 
 /* `int 0x21` sets every field that describes an exception. */
 static bool int_left_its_marks(const Probe *probe)
@@ -233,6 +238,7 @@ static _Alignas(PAGE_BYTES) uint8_t probe_page[PAGE_BYTES];
 static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void *user)
 {
     (void)uc, (void)offset, (void)size_bytes, (void)user;
+    probed_access_at = U64(probed_cpu, CPU_ACCESS_AT) == probed_access;
     return 0;
 }
 
@@ -279,6 +285,8 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     uint64_t flags = 2;
     probe_request = 0;
     intercepted = 0;
+    probed_cpu = cpu;
+    probed_next_block = probed_access_at = false;
     enter_real_mode(cpu);
     memcpy(probe_page, PROBE_CODE, sizeof PROBE_CODE);
     if (lib.reg_write(uc, UC_REG_RFLAGS, &flags) ||
@@ -301,6 +309,8 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
     if ((intercepted | NOT_PROBED) != (1ull << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     if (probed_instructions != PROBE_INSTRUCTIONS) return "instructions of a block";
+    if (!probed_next_block || U32(cpu, CPU_NEXT_BLOCK) != NO_LIMIT) return "cflags_next_tb";
+    if (!probed_access_at) return "mem_io_pc";
     return NULL;
 }
 

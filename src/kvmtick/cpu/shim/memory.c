@@ -31,6 +31,13 @@ const RamRange *ram_at(const Engine *self, uint64_t gpa)
     return NULL;
 }
 
+/* Stores to RAM that is read-only go where no RAM is. */
+static bool takes_access(const Engine *self, uint64_t gpa, int access)
+{
+    const RamRange *ram = ram_at(self, gpa);
+    return ram != NULL && (access != ACCESS_STORE || ram->writable);
+}
+
 /* Addresses have 32 bits outside of 64-bit code. */
 static uint64_t linear_at(const Access *access, unsigned offset)
 {
@@ -55,10 +62,10 @@ static bool goes_to_ram(Access *access)
     unsigned left = PAGE_BYTES - access->linear % PAGE_BYTES;
     access->first_bytes = left < access->size_bytes ? left : access->size_bytes;
     access->gpa[0] = find_gpa(access, access->linear);
-    bool ram = ram_at(access->self, access->gpa[0]) != NULL;
+    bool ram = takes_access(access->self, access->gpa[0], access->access);
     if (unlikely(left < access->size_bytes)) {
         access->gpa[1] = find_gpa(access, linear_at(access, left));
-        ram &= ram_at(access->self, access->gpa[1]) != NULL;
+        ram &= takes_access(access->self, access->gpa[1], access->access);
     }
     return ram;
 }
@@ -68,12 +75,13 @@ static uint64_t low_bytes(uint64_t value, unsigned size_bytes)
     return size_bytes == 8 ? value : value & ((1ull << (8 * size_bytes)) - 1);
 }
 
-static uint64_t load_part(Engine *self, uint64_t gpa, unsigned size_bytes)
+static uint64_t load_part(const Access *access, uint64_t gpa, unsigned size_bytes)
 {
+    Engine *self = access->self;
     const RamRange *ram = ram_at(self, gpa);
     uint64_t value = 0;
     if (ram == NULL) {
-        return low_bytes(read_mmio(self, gpa, size_bytes), size_bytes);
+        return low_bytes(read_mmio(self, gpa, size_bytes, access->return_address), size_bytes);
     }
     memcpy(&value, (const char *)ram->view.buf + (gpa - ram->gpa), size_bytes);
     return value;
@@ -83,9 +91,9 @@ static uint64_t load_part(Engine *self, uint64_t gpa, unsigned size_bytes)
 static uint64_t load_around_ram(const Access *access)
 {
     unsigned first = access->first_bytes;
-    uint64_t value = load_part(access->self, access->gpa[0], first);
+    uint64_t value = load_part(access, access->gpa[0], first);
     if (first < access->size_bytes) {
-        value |= load_part(access->self, access->gpa[1], access->size_bytes - first) << (8 * first);
+        value |= load_part(access, access->gpa[1], access->size_bytes - first) << (8 * first);
     }
     return value;
 }
@@ -94,8 +102,9 @@ static uint64_t load_around_ram(const Access *access)
 static void store_part(const Access *access, int part, uint64_t value, unsigned size_bytes)
 {
     Engine *self = access->self;
-    if (ram_at(self, access->gpa[part]) == NULL) {
-        write_mmio(self, access->gpa[part], size_bytes, low_bytes(value, size_bytes));
+    if (!takes_access(self, access->gpa[part], ACCESS_STORE)) {
+        write_mmio(self, access->gpa[part], size_bytes, low_bytes(value, size_bytes),
+                   access->return_address);
         return;
     }
     for (unsigned i = 0; i < size_bytes; i++) {
@@ -118,6 +127,7 @@ static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_
 {
     Engine *self = engine_of(env, LOADS + size);
     Access access = {self, linear, 1u << size, ACCESS_LOAD, oi, return_address, 0, {0, 0}};
+    probed_access = return_address;
     if (self == NULL || goes_to_ram(&access)) {
         return lib.genuine.load[size](env, linear, oi, return_address);
     }
@@ -256,27 +266,58 @@ static const char *ram_mistake(const Engine *self, uint64_t gpa, const Py_buffer
     return self->ram_count == RAM_RANGES_MAX ? "too many RAM ranges" : NULL;
 }
 
-static void insert_ram(Engine *self, uint64_t gpa, const Py_buffer *view, uint8_t *code)
+void free_range(RamRange *range)
 {
-    share_memory(self, view);
+    for (size_t page = 0; range->copies != NULL && page < range->size_bytes / PAGE_BYTES; page++) {
+        PyMem_RawFree(range->copies[page]);
+    }
+    PyMem_Free(range->copies);
+    PyMem_Free(range->code);
+    PyBuffer_Release(&range->view);
+}
+
+/* False: no memory for what is kept of each page. */
+static bool open_range(RamRange *range, bool shared)
+{
+    size_t pages = range->size_bytes / PAGE_BYTES;
+    range->code = PyMem_Calloc(pages, 1);
+    range->copies = shared ? PyMem_Calloc(pages, sizeof *range->copies) : NULL;
+    return range->code != NULL && (range->copies != NULL || !shared);
+}
+
+static int map_range(Engine *self, const RamRange *range)
+{
+    uint32_t rights = UC_PROT_READ | UC_PROT_EXEC | (range->writable ? UC_PROT_WRITE : 0);
+    int error = unmap_gaps(self);
+    self->gaps_stale = true;
+    if (!error) {
+        error = lib.mem_map_ptr(self->uc, range->gpa, range->size_bytes, rights, range->view.buf);
+    }
+    return error;
+}
+
+static void insert_range(Engine *self, const RamRange *range)
+{
+    share_memory(self, &range->view);
     int i = self->ram_count++;
-    for (; i > 0 && self->ram[i - 1].gpa > gpa; i--) {
+    for (; i > 0 && self->ram[i - 1].gpa > range->gpa; i--) {
         self->ram[i] = self->ram[i - 1];
     }
-    uint64_t ram_address = lib.ram_address_of(self->uc, view->buf);
-    self->ram[i] = (RamRange){gpa, (uint64_t)view->len, *view, ram_address, code};
-    self->gaps_stale = true;
+    self->ram[i] = *range;
+    self->ram[i].ram_address = lib.ram_address_of(self->uc, range->view.buf);
 }
 
 PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"gpa", "ram", NULL};
+    static char *names[] = {"gpa", "ram", "writable", "shared", NULL};
     Engine *self = (Engine *)object;
     unsigned long long gpa;
+    int writable = true, shared = false;
     PyObject *ram;
     Py_buffer view;
     if (!check_idle(self) ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "KO:map_ram", names, &gpa, &ram) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "KO|$pp:map_ram", names, &gpa, &ram, &writable,
+                                     &shared) ||
         PyObject_GetBuffer(ram, &view, PyBUF_WRITABLE) < 0) {
         return NULL;
     }
@@ -286,23 +327,76 @@ PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs)
         PyBuffer_Release(&view);
         return NULL;
     }
-    uint8_t *code = PyMem_Calloc((size_t)view.len / PAGE_BYTES, 1);
-    if (code == NULL) {
-        PyBuffer_Release(&view);
+    RamRange range = {.gpa = gpa, .size_bytes = (uint64_t)view.len, .view = view,
+                      .writable = writable};
+    if (!open_range(&range, shared)) {
+        free_range(&range);
         return PyErr_NoMemory();
     }
-    int error = unmap_gaps(self);
-    if (!error) {
-        error = lib.mem_map_ptr(self->uc, gpa, (uint64_t)view.len, UC_PROT_ALL, view.buf);
-    }
-    self->gaps_stale = true;
+    int error = map_range(self, &range);
     if (error) {
         raise_unicorn("map_ram", error);
-        PyBuffer_Release(&view);
-        PyMem_Free(code);
+        free_range(&range);
         return NULL;
     }
-    insert_ram(self, gpa, &view, code);
+    insert_range(self, &range);
+    Py_RETURN_NONE;
+}
+
+static int index_of_range(const Engine *self, uint64_t gpa)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        if (self->ram[i].gpa == gpa) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* The library walks page tables for it and may find a fault, which nobody shall hear of. */
+static int unmap_range(Engine *self, const RamRange *range)
+{
+    uint64_t cr2 = U64(self->env, ENV_CR + 8 * 2);
+    int32_t index = I32(self->cpu, CPU_EXCEPTION_INDEX);
+    int32_t error_code = I32(self->env, ENV_ERROR_CODE);
+    int error = unmap_gaps(self);
+    self->gaps_stale = true;
+    if (!error) {
+        forget_range(self, range);
+        error = lib.mem_unmap(self->uc, range->gpa, range->size_bytes);
+    }
+    U64(self->env, ENV_CR + 8 * 2) = cr2;
+    I32(self->cpu, CPU_EXCEPTION_INDEX) = index;
+    I32(self->env, ENV_ERROR_CODE) = error_code;
+    return error;
+}
+
+PyObject *engine_unmap_ram(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"gpa", NULL};
+    Engine *self = (Engine *)object;
+    unsigned long long gpa;
+    if (!check_idle(self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "K:unmap_ram", names, &gpa)) {
+        return NULL;
+    }
+    int i = index_of_range(self, gpa);
+    if (i < 0) {
+        PyErr_SetString(PyExc_ValueError, "no RAM starts there");
+        return NULL;
+    }
+    if (self->high_gap_count > 0 && gpa + self->ram[i].size_bytes > FOUR_GIB) {
+        PyErr_SetString(PyExc_ValueError, "RAM from 4 GiB on must stay after the first enter");
+        return NULL;
+    }
+    int error = unmap_range(self, &self->ram[i]);
+    if (error) {
+        raise_unicorn("unmap_ram", error);
+        return NULL;
+    }
+    free_range(&self->ram[i]);
+    self->ram_count--;
+    memmove(&self->ram[i], &self->ram[i + 1], (size_t)(self->ram_count - i) * sizeof(RamRange));
     Py_RETURN_NONE;
 }
 

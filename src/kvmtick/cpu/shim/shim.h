@@ -30,6 +30,9 @@
 #define UNICORN_2_1_4 0x020104ffu
 #define UC_ARCH_X86 4
 #define UC_MODE_64 8
+#define UC_PROT_READ 1
+#define UC_PROT_WRITE 2
+#define UC_PROT_EXEC 4
 #define UC_PROT_ALL 7
 #define UC_HOOK_INTR (1 << 0)
 #define UC_HOOK_INSN (1 << 1)
@@ -81,8 +84,10 @@ enum { /* TranslationBlock */
 };
 
 enum { /* CPUState */
+    CPU_NEXT_BLOCK = 24, /* CFLAGS_NEXT_TB: how many instructions at most, NO_LIMIT */
     CPU_INTERRUPT_REQUEST = 28,
     CPU_ENV = 296,
+    CPU_ACCESS_AT = 33144, /* MEM_IO_PC: where translated code accesses no RAM */
     CPU_HALTED = 33176,
     CPU_EXCEPTION_INDEX = 33184,
     CPU_UC = 33192,
@@ -136,6 +141,8 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define REGISTER(env, number) U64(env, ENV_REGS + 8 * (number))
 #define SEGMENT(env, number) ((char *)(env) + ENV_SEGS + SEGMENT_BYTES * (number))
 
+#define NO_LIMIT UINT32_MAX
+#define PAGE_WALK 1 /* no address of translated code */
 #define CC_OP_FLAGS 1 /* cc_src holds the arithmetic flags */
 #define CPU_INTERRUPT_HARD 2u
 #define HF_CPL 0x3u
@@ -212,6 +219,7 @@ enum {
     EXIT_PREEMPTION_TIMER = 52,
     EXIT_INTERNAL_ERROR = 0x10000,
     EXIT_BREAKPOINT = 0x10001,
+    EXIT_ACCESS = 0x10002,
     EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
 };
 
@@ -241,7 +249,7 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 #define PHYSICAL_END (1ull << PHYSICAL_ADDRESS_BITS)
 #define NO_ADDRESS UINT64_MAX
 #define NEVER UINT64_MAX
-#define RAM_RANGES_MAX 32
+#define RAM_RANGES_MAX 128
 #define CODE_CACHE_BYTES (64u << 20)
 
 /* ---- the library ------------------------------------------------------------------------------ */
@@ -348,6 +356,8 @@ typedef struct {
     Py_buffer view;
     uint64_t ram_address; /* the library's own numbering of RAM */
     uint8_t *code;        /* a byte a page: whether the engine has translated code there */
+    bool writable;
+    uint8_t **copies; /* of pages with code as it was when translated; NULL: only we write it */
 } RamRange;
 
 typedef struct Engine Engine;
@@ -391,6 +401,7 @@ struct Engine {
     uint64_t budget;
     int kicked;  /* atomic; set by any thread */
     bool failed; /* a callback raised; the exception is in `exception` */
+    bool refused; /* a handler does not answer the access now */
     bool irq_window;
     bool nmi_window;
     uint64_t *breakpoints; /* linear addresses, ascending */
@@ -418,7 +429,6 @@ struct Engine {
 
     RamRange ram[RAM_RANGES_MAX];
     int ram_count;
-    bool looks_around;  /* we walk page tables, not the guest (state.c) */
     bool ins_has_tried; /* INS has made its trial store (memory.c) */
     Gap gaps[RAM_RANGES_MAX + 2]; /* up to PHYSICAL_END */
     int gap_count;
@@ -486,8 +496,9 @@ void keep_exception(Engine *self);
 PyObject *call_handler(Engine *self, int which, const unsigned long long *values, size_t count);
 void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine);
 uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine);
-void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value);
-uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes);
+void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value,
+                uintptr_t return_address);
+uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uintptr_t return_address);
 uint64_t ask_hypercall(Engine *self);
 void on_mmio_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user);
 uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size_bytes, void *user);
@@ -499,12 +510,16 @@ bool maps_memory(const Engine *self, const Py_buffer *view);
 void share_memory(Engine *self, const Py_buffer *view);
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
+void forget_range(Engine *self, const RamRange *range);
+void forget_changed(Engine *self);
 
 /* memory.c */
 const RamRange *ram_at(const Engine *self, uint64_t gpa);
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
+void free_range(RamRange *range);
 PyObject *engine_map_ram(PyObject *object, PyObject *args, PyObject *kwargs);
+PyObject *engine_unmap_ram(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs);
 
 /* system.c */
@@ -565,6 +580,8 @@ enum {
 extern __thread uint64_t intercepted;
 extern __thread bool probing INITIAL_EXEC;
 extern __thread uint64_t probed_instructions INITIAL_EXEC; /* in the blocks begun */
+extern __thread bool probed_next_block INITIAL_EXEC;       /* CPU_NEXT_BLOCK is there */
+extern __thread uintptr_t probed_access;                   /* where the last load came from */
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
 Engine *engine_of(const void *env, int function);

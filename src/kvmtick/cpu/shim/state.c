@@ -22,9 +22,7 @@ const uint8_t *code_at(Engine *self, uint64_t linear)
     uint64_t gpa = (uint32_t)linear;
     uint64_t attributes[2]; /* MemTxAttrs, and more */
     if (U64(self->env, ENV_CR) & CR0_PG) {
-        self->looks_around = true;
         uint64_t page = lib.page_of(self->cpu, linear, attributes);
-        self->looks_around = false;
         if (page == NO_ADDRESS) {
             return NULL;
         }
