@@ -7,8 +7,10 @@ import sys
 from importlib import import_module
 
 from kvmtick import __version__
+from kvmtick.abi.errors import HostError
 
 __all__ = [
+    "EXIT_DIFFERENCE",
     "EXIT_GUEST",
     "EXIT_HOST",
     "EXIT_INTERRUPTED",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 EXIT_OK = 0
+EXIT_DIFFERENCE = 1
 EXIT_USAGE = 2
 EXIT_HOST = 3
 EXIT_GUEST = 4
@@ -26,6 +29,7 @@ EXIT_INTERRUPTED = 130
 
 VERBS = {
     "run": "boot a guest and follow its ticks",
+    "conform": "run the conformance suite on the model or on /dev/kvm",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 
@@ -51,9 +55,10 @@ examples:
   kvmtick run --fault worker_delay=exp:200us    a host whose kvm-pit thread is late
   kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
   kvmtick run --json | jq .ticks                for programs
+  kvmtick conform --backend kernel              does this host's KVM do what KVM must?
 
 exit codes:
-  0 fine   2 usage   3 the host lacks what was asked for
+  0 fine   1 a difference, or a case that failed   2 usage   3 the host lacks what was asked for
   4 the guest failed (triple fault, deadlock, wall-time limit)   130 interrupted
 """
 
@@ -73,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"kvmtick: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except HostError as error:
+        print(f"kvmtick: {error}", file=sys.stderr)
+        return EXIT_HOST
     except KeyboardInterrupt:
         print("kvmtick: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

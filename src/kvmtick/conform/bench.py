@@ -1,14 +1,19 @@
 """What a conformance case works with: VMs of a back end, and scripts of the `scenario` guest.
 
-A case does with its VMs what it would do with KVM's; the calls are the same on every back end.
-`Bench.needs_model` is for what the host's KVM cannot show: it says what is in the way.
+A case does with its VMs what it would do with KVM's; the calls are the same on every back end, and
+whoever can make VMs with them can be put on the bench (`Bench.make_vm`). `Bench.needs` is for what
+a host's KVM may be unable to show (`kvmtick.conform.probes`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from kvmtick import guests
+from kvmtick.abi import HostError
+from kvmtick.abi.caps import CAPS
 from kvmtick.abi.structs import (
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
@@ -16,13 +21,17 @@ from kvmtick.abi.structs import (
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     kvm_irq_routing_entry,
+    kvm_pit_channel_state,
 )
 from kvmtick.conform.case import Skipped, equal
-from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8
-from kvmtick.kvm.kernel import KernelVcpu, KernelVm
+from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8, tsc_read
+from kvmtick.kvm.kernel import KernelSystem, KernelVcpu, KernelVm
 from kvmtick.kvm.kernel_run import PORT_SLEEP
 from kvmtick.kvm.model import ModelVcpu, ModelVm
 from kvmtick.kvm.setup import cpuid_of
+from kvmtick.timing.wall import Stopwatch
+
+T = TypeVar("T")
 
 Vm = ModelVm | KernelVm
 Vcpu = ModelVcpu | KernelVcpu
@@ -39,12 +48,19 @@ LIMIT_S = 5.0
 LATE_MS = 4
 TOLERANCE = LATE_MS + 2
 ATTEMPTS = 4
+"""How late a host may be, what that makes of a count of ticks at 1 kHz, how often it is tried."""
+TIMES_AT = 124
+"""The results that hold the TSC at the beginning and at the end of `Bench.on_time`."""
 
 EOI_AT_INJECTION = "the recorded host's back end writes EOI when it injects an interrupt"
 
 PORT_ACT = 0x510
 """A write to this port or one of the next is an exit to user space, where the test acts."""
 PORT_NOBODY = 0x80
+READ_AT = 0x7900
+"""Where images of real-mode code leave what they read."""
+LEAVE = bytes((0xB0, EXIT_CODE, 0xE6, 0xF4))
+"""The end of such an image: mov al, EXIT_CODE; out 0xf4, al."""
 WINDOWS: Script = (out8(PORT_NOBODY, 0),) * 8
 """Exits to user space: after each the guest takes an interrupt if one waits (IF=1)."""
 
@@ -70,32 +86,92 @@ DEST_ID_SHIFT = 56
 MSI_ADDRESS = guests.MSI_ADDRESS
 
 
+BACKENDS = ("model", "kernel")
+CAPABILITIES = (
+    *("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2", "KVM_CAP_PIT_STATE2", "KVM_CAP_REINJECT_CONTROL"),
+    *("KVM_CAP_IRQ_ROUTING", "KVM_CAP_IRQFD"),
+)
+"""Without these there is nothing to look at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Who makes the VMs; on the model every number is exact."""
+    """Who makes the VMs; where `exact`, time is virtual and every number of it must be right."""
 
     name: str
     make_vm: Callable[[], Vm]
+    exact: bool = False
+    _probed: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def exact(self) -> bool:
-        """It is the model."""
-        return self.name == "model"
+    def vm(self) -> Vm:
+        """A new VM with nothing in it, to be closed by `with`."""
+        return self.make_vm()
+
+    def needs(self, name: str) -> None:
+        """Skip where this back end does not do it; `name` is one of `PROBES`, tried once."""
+        from kvmtick.conform.probes import PROBES
+
+        probe = PROBES[name]
+        if name not in self._probed:
+            self._probed[name] = probe.holds(self)
+        if not self._probed[name]:
+            raise Skipped(probe.reason)
 
     def needs_model(self, why: str) -> None:
         """Skip on the kernel."""
         if not self.exact:
             raise Skipped(why)
 
+    def quiet(self, attempt: Callable[[], T | None]) -> T:
+        """What an attempt gives that the host did not disturb (it gave None where it did).
+
+        Where time is virtual nothing disturbs; elsewhere Skipped after `ATTEMPTS`.
+        """
+        for _ in range(1 if self.exact else ATTEMPTS):
+            if (got := attempt()) is not None:
+                return got
+        raise Skipped(f"the host is busy: {ATTEMPTS} attempts were disturbed")
+
+    def on_time(
+        self,
+        *script: Op | tuple[Op, ...],
+        reinject: bool = True,
+        before: Callable[["Pc"], object] | None = None,
+        acts: Iterable[Callable[["Pc"], object]] = (),
+    ) -> Results:
+        """Run a script under a PIT, at most LATE_MS longer than it asks for (`nominal_ns`).
+
+        `before` prepares the VM; a write to PORT_ACT + n does `acts[n]`, whose time does not count.
+        """
+
+        def attempt() -> Results | None:
+            with self.pc(pit=True, reinject=reinject) as pc:
+                if before is not None:
+                    before(pc)
+                timed = [_Timed(partial(act, pc)) for act in acts]
+                got = pc.run(tsc_read(TIMES_AT), *script, tsc_read(TIMES_AT + 2), acts=timed)
+                took_ns = pc.elapsed_ns(got, TIMES_AT, TIMES_AT + 2)
+                late_ns = took_ns - nominal_ns(script) - sum(act.took_ns for act in timed)
+                return got if self.exact or late_ns < LATE_MS * 1_000_000 else None
+
+        acts = list(acts)
+        return self.quiet(attempt)
+
     @contextmanager
     def pc(
-        self, *, pit: bool = False, reinject: bool = True, vcpus: int = 1, cpuid: bool = True
+        self,
+        *,
+        pit: bool = False,
+        pit_flags: int = 0,
+        reinject: bool = True,
+        vcpus: int = 1,
+        cpuid: bool = True,
     ) -> Iterator["Pc"]:
         """A VM with an irqchip and vCPUs, which have all the CPUID features there are, or none."""
         with self.make_vm() as vm:
             vm.create_irqchip()
             if pit:
-                vm.create_pit2()
+                vm.create_pit2(pit_flags)
                 vm.reinject_control(reinject)
             made: list[Vcpu] = []
             for vcpu_id in range(vcpus):
@@ -127,7 +203,7 @@ class Pc:
         whole: Script = (*script, Op(Code.END, 0, EXIT_CODE))
         vm.load(Scenario("conformance", "", whole).guest(self.tsc_khz))
         if isinstance(vm, ModelVm):
-            run = vm.run(for_ns=LIMIT_NS, handlers=handlers)
+            run = vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers)
             equal(run.exit.code, EXIT_CODE, f"exit code of the guest ({run.exit})")
         else:
             ended = vm.run_until_exit(handlers, LIMIT_S)
@@ -138,10 +214,34 @@ class Pc:
         """Run real-mode code at 0000:8000 until it writes the exit port; its exit code."""
         self.vm.load(guests.Guest("image", code, guests.LOAD_AT, guests.ENTRY, None))
         if isinstance(self.vm, ModelVm):
-            return self.vm.run(for_ns=LIMIT_NS, handlers=handlers).exit.code
+            return self.vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers).exit.code
         ended = self.vm.run_until_exit(handlers, LIMIT_S)
         equal(ended.reason, "done", f"end of the guest ({ended})")
         return ended.code
+
+    def accesses(self, *each: tuple[int, int] | int) -> tuple[int, ...]:
+        """Byte accesses to ports with IF=0 and nothing before them: `(port, value)` is written, a
+        port alone is read; what was read.
+        """
+        code = bytearray()
+        reads = 0
+        for access in each:
+            port, *values = (access,) if isinstance(access, int) else access
+            code += b"\xba" + port.to_bytes(2, "little")  # mov dx, port
+            for value in values:
+                code += bytes((0xB0, value, 0xEE))  # mov al, value; out dx, al
+            if not values:
+                code += b"\xec\xa2" + (READ_AT + reads).to_bytes(
+                    2, "little"
+                )  # in al, dx; mov [], al
+                reads += 1
+        equal(self.run_image(bytes(code) + LEAVE), EXIT_CODE, "exit code of the guest")
+        return tuple(self.vm.read_memory(READ_AT, reads))
+
+    def elapsed_ns(self, got: Results, begin: int, end: int) -> int:
+        """Time between two `tsc_read`, by the indices of their results."""
+        first, last = (got.results[at] | got.results[at + 1] << 32 for at in (begin, end))
+        return (last - first) * 1_000_000 // self.tsc_khz
 
     # Local APICs.
 
@@ -182,7 +282,16 @@ class Pc:
             state.set_reg(ISR + at, state.reg(ISR + at) | bit)
         self.vcpus[0].set_lapic(state)
 
-    # IOAPIC, PIC and routing.
+    # PIT, IOAPIC, PIC and routing.
+
+    def counter(self, channel: int, **fields: int) -> kvm_pit_channel_state:
+        """A counter of the PIT, by KVM_GET_PIT2; `fields` are set before, by KVM_SET_PIT2."""
+        if fields:
+            state = self.vm.get_pit2()
+            for name, value in fields.items():
+                setattr(state.channels[channel], name, value)
+            self.vm.set_pit2(state)
+        return self.vm.get_pit2().channels[channel]
 
     def pin(self, pin: int) -> int:
         """A redirection entry, by KVM_GET_IRQCHIP."""
@@ -207,6 +316,32 @@ class Pc:
         """KVM_IRQ_LINE up and down."""
         self.vm.irq_line(gsi, 1)
         self.vm.irq_line(gsi, 0)
+
+
+def bench_of(backend: str) -> Bench:
+    """The bench of a back end, `model` or `kernel`. HostError where it does not work here."""
+    if backend == "model":
+        return Bench(backend, ModelVm, exact=True)
+    with KernelSystem() as system:
+        for name in CAPABILITIES:
+            if not system.check_extension(CAPS[name]):
+                raise HostError(
+                    f"this host's KVM has no {name}", "take a kernel with CONFIG_KVM_IOAPIC"
+                )
+    return Bench(backend, KernelVm)
+
+
+class _Timed:
+    """An act, and how long it took."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+        self.took_ns = 0.0
+
+    def __call__(self) -> None:
+        stopwatch = Stopwatch()
+        self._act()
+        self.took_ns += stopwatch.elapsed_s() * 1e9
 
 
 def _handler(act: Callable[[], object]) -> Handler:

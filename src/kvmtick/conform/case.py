@@ -35,14 +35,8 @@ __all__ = [
 MODULES = (
     "pit",
     "pic",
-    "ioapic",
-    "lapic",
-    "timer",
-    "routing",
+    "line_status",
     "reinject",
-    "nmi_watchdog",
-    "irqfd",
-    "events",
     "state",
 )
 """Of `kvmtick.conform.cases`, in the order in which they are run."""

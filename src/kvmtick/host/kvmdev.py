@@ -550,7 +550,7 @@ def _host_error(path: str, error: OSError) -> HostError:
     if error.errno == errno.ENOENT:
         return HostError(
             f"{path} is not there",
-            "modprobe kvm_intel (or kvm_amd), or use the model: --chips model",
+            "modprobe kvm_intel (or kvm_amd)",
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return HostError(

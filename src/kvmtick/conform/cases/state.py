@@ -1,0 +1,1 @@
+"""State that is read and written back: what is kept, what starts again, what is cut."""
