@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "run": "boot a guest and follow its ticks",
     "conform": "run the conformance suite on the model or on /dev/kvm",
+    "fuzz": "look for a difference between the model and /dev/kvm",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 
@@ -56,6 +57,7 @@ examples:
   kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
   kvmtick run --json | jq .ticks                for programs
   kvmtick conform --backend kernel              does this host's KVM do what KVM must?
+  kvmtick fuzz --for 10m                        random operations on both, compared after each
 
 exit codes:
   0 fine   1 a difference, or a case that failed   2 usage   3 the host lacks what was asked for

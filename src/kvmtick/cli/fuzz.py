@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmtick.cli import EXIT_DIFFERENCE, EXIT_HOST, EXIT_OK, UsageError
+from kvmtick.cli import EXIT_DIFFERENCE, EXIT_OK, UsageError
 from kvmtick.cli.options import Parser
 
 if TYPE_CHECKING:
@@ -28,15 +28,9 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 def main(argv: list[str]) -> int:
     """Run the verb; the exit code is 1 when something was found."""
-    from kvmtick.abi.errors import HostError
-
     options = _parser().parse_command_line(argv)
-    try:
-        with ExitStack() as stack:
-            return _replay(options, stack) if options.replay else _search(options, stack)
-    except HostError as error:
-        print(f"kvmtick: {error}", file=sys.stderr)
-        return EXIT_HOST
+    with ExitStack() as stack:
+        return _replay(options, stack) if options.replay else _search(options, stack)
 
 
 def _parser() -> Parser:

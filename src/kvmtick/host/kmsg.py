@@ -4,8 +4,8 @@ Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg) are read from where th
 watch begins. A warning is
 
 * from anybody in the kernel: one of `ALARMS`;
-* of KVM: priority `warning` or worse, but for the lines in `HARMLESS`, which KVM writes about what a
-  guest or user space did, and for those that name another process.
+* of KVM: priority `warning` or worse, but for the lines in `HARMLESS`, which KVM writes about what
+  a guest or user space did, and for those that name another process.
 """
 
 import os

@@ -186,9 +186,7 @@ def _error(code: int, why: str = "") -> KvmError:
     return KvmError(code, "KVM_SET_USER_MEMORY_REGION", why)
 
 
-def _check_region(
-    number: int, flags: int, gpa: int, size_bytes: int, userspace_addr: int
-) -> None:
+def _check_region(number: int, flags: int, gpa: int, size_bytes: int, userspace_addr: int) -> None:
     """What is wrong with a region whatever slots there are."""
     wrong = (
         number >= KVM_USER_MEM_SLOTS

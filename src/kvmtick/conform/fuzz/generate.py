@@ -1,9 +1,9 @@
 """Random sequences, biased to what is valid: `sequence(seed, number)` is always the same.
 
 A sequence is about calls alone, or its vCPUs run as well. The first kind makes its VM in any order
-and number, errors included, and takes no care of the vCPUs' states. The second begins with a VM that
-is mostly in order; what it asks for leaves a vCPU in its program: no INIT reaches vCPU 0, and a SIPI
-starts a vCPU where it has code.
+and number, errors included, and takes no care of the vCPUs' states. The second begins with a VM
+that is mostly in order; what it asks for leaves a vCPU in its program: no INIT reaches vCPU 0, and
+a SIPI starts a vCPU where it has code.
 
 Timers get counts that take long (`COUNTS`, `DEADLINE`, `LEAST_COUNT`): see `side`.
 """

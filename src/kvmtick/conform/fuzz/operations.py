@@ -72,7 +72,7 @@ __all__ = [
     "Window",
 ]
 
-Answer: TypeAlias = int | str | None | tuple["Answer", ...]
+Answer: TypeAlias = int | str | tuple["Answer", ...] | None
 """What an operation gave."""
 
 Route: TypeAlias = tuple[int, int, int, int, int, int]

@@ -7,12 +7,12 @@ work of an irqfd, may come after the look at it. What shows once is `noise`, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from kvmtick.abi.errors import HostError
 from kvmtick.conform.fuzz.generate import Sequence, sequence
 from kvmtick.conform.fuzz.observe import Difference
 from kvmtick.conform.fuzz.operations import Operation

@@ -2,7 +2,9 @@
 
 Interrupts are taken in windows only (`Side.window`), one each. What makes them comparable with a
 back end that writes EOI itself when it injects one (docs/fidelity.md): a window opens only while
-nothing is in service in the local APIC, and afterwards the guest writes EOI where something is.
+nothing is in service in the local APIC, and afterwards the guest writes EOI where something is. And
+with one that looks for interrupts at every KVM_RUN: before a window the vCPU is asked to look
+(KVM_REQ_EVENT), by a KVM_SET_MP_STATE that changes nothing.
 
 No timer may fire by itself: counts are far away (`far_count`), and in real time `keep_pit_away`
 starts the PIT's counters again before they get near. Operations that let one fire wait for it.
@@ -19,8 +21,8 @@ from typing import Any
 from kvmtick.abi import ioctls
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
-from kvmtick.abi.exits import ExitHlt, ExitIntr, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
-from kvmtick.abi.structs import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_lapic_state
+from kvmtick.abi.exits import ExitHlt, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
+from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE
 from kvmtick.conform.fuzz import mailbox
 from kvmtick.conform.fuzz.mailbox import Mailbox
 from kvmtick.conform.fuzz.observe import (
@@ -273,9 +275,12 @@ class Side(Closing):
             return "in service"
         if kind == "hlt" and not self._wakes(index):
             return "nothing to wait for"
+        vcpu = self.vcpus[index]
+        if vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
+            vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)  # KVM_REQ_EVENT
         answer = self.access(index, kind)
         if self._in_service(index):
-            base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
+            base = vcpu.get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
             if base & APIC_BASE_X2APIC:
                 self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
             else:
