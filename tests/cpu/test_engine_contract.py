@@ -379,6 +379,57 @@ def test_mov_ss_casts_a_shadow(build: Build) -> None:
     assert machine.engine.interruptibility == 0
 
 
+@any_engine
+@pytest.mark.parametrize("shadow", [Interruptibility.STI, Interruptibility.MOV_SS])
+def test_a_shadow_that_was_set_holds_for_one_instruction(
+    build: Build, shadow: Interruptibility
+) -> None:
+    machine = build(STI_SPIN_HLT)
+    assert machine.enter(budget=2) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(shadow)
+    assert machine.engine.interruptibility == shadow
+    machine.engine.kick()
+    assert machine.enter(irq_window=True) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.interruptibility == shadow
+    assert machine.enter(irq_window=True, nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 1
+    assert machine.engine.interruptibility == 0
+
+
+@any_engine
+def test_a_shadow_can_be_taken_away(build: Build) -> None:
+    machine = build(STI_SPIN_HLT)
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(0)
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 0
+
+
+def test_an_nmi_in_service_that_was_set_blocks_until_iret(build: Build) -> None:
+    machine = build(HLT_LOOP)
+    machine.enter()
+    assert machine.enter(IRQ, budget=1) is ExitReason.PREEMPTION_TIMER
+    machine.engine.set_interruptibility(Interruptibility.NMI)
+    machine.engine.kick()
+    assert machine.enter(nmi_window=True) is ExitReason.EXTERNAL_INTERRUPT
+    assert machine.engine.interruptibility == Interruptibility.NMI
+    assert machine.enter(nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.interruptibility == 0
+    machine.engine.set_interruptibility(Interruptibility.NMI)
+    machine.engine.set_interruptibility(0)
+    assert machine.enter(nmi_window=True) is ExitReason.NMI_WINDOW
+    assert machine.engine.retired == 0
+
+
+@any_engine
+@pytest.mark.parametrize("state", [3, 4, 16, 1 << 32])
+def test_no_other_interruptibility_can_be_set(build: Build, state: int) -> None:
+    machine = build(HALT)
+    with pytest.raises(ValueError, match=f"no such interruptibility: {state}"):
+        machine.engine.set_interruptibility(state)
+    assert machine.engine.interruptibility == 0
+
+
 def test_nmi_blocks_nmis_until_iret(build: Build) -> None:
     machine = build(HLT_LOOP)
     machine.enter()

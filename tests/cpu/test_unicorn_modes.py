@@ -14,7 +14,13 @@ from engine_machine import (
     write_code,
 )
 
-from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason, Interruptibility
+from kvmtick.cpu.engine import (
+    INTR_INFO_DELIVER_CODE,
+    INTR_INFO_VALID,
+    EventType,
+    ExitReason,
+    Interruptibility,
+)
 
 GDT = 0x3100
 IDT = 0x3800
@@ -241,12 +247,14 @@ def test_exceptions_go_through_the_idt(vector: int, code: str, pushed: int) -> N
     assert cpu.register("rip") == HANDLERS + 1
 
 
-def test_an_injected_exception_pushes_an_error_code_of_0() -> None:
+@pytest.mark.parametrize("bit_11", [0, INTR_INFO_DELIVER_CODE])
+def test_an_injected_exception_pushes_the_error_code_of_the_entry(bit_11: int) -> None:
     cpu = FlatCpu("f4", {GP: "f4"})
+    cpu.engine.entry_error_code = 0x8000_1234
     info = INTR_INFO_VALID | EventType.HARDWARE_EXCEPTION << 8 | GP
-    assert cpu.enter(info) is ExitReason.HLT
+    assert cpu.enter(info | bit_11) is ExitReason.HLT
     assert cpu.register("rsp") == STACK - 16
-    assert cpu.long(STACK - 16) == 0
+    assert cpu.long(STACK - 16) == (0x8000_1234 if bit_11 else 0)
 
 
 def test_a_missing_gate_is_a_double_then_a_triple_fault() -> None:

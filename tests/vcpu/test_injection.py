@@ -7,7 +7,10 @@ from kvmtick.trace.events import Event, Record, field
 from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.events import (
     RFLAGS_IF,
+    Injected,
     PendingEvents,
+    QueuedException,
+    complete_interrupts,
     inject_pending_event,
     interrupt_allowed,
     nmi_allowed,
@@ -131,10 +134,10 @@ def test_an_nmi_goes_before_an_interrupt_which_gets_a_window() -> None:
 def test_an_event_that_was_cut_short_goes_before_everything_and_is_marked() -> None:
     entry = Entry(0x21)
     entry.pending.queue_nmi(False)
-    entry.pending.reinject_info = intr_info(EventType.EXTERNAL, 0x20)
+    entry.pending.queue_interrupt(0x20)
     assert entry.inject() == INTR_INFO_VALID | 0x20
     assert entry.traced() == [(0x20, False, True)]
-    assert entry.pending.reinject_info == 0
+    assert entry.pending.injected == 0
     assert entry.vmcs.nmi_window_exiting
     assert entry.vmcs.intr_window_exiting
     assert entry.inject() == NMI_INFO
@@ -144,13 +147,13 @@ def test_an_event_that_was_cut_short_goes_before_everything_and_is_marked() -> N
 
 def test_it_is_injected_again_whatever_if_and_the_shadow_say() -> None:
     entry = Entry(interrupts_on=False, blocked=STI)
-    entry.pending.reinject_info = intr_info(EventType.EXTERNAL, 0x20)
+    entry.pending.queue_interrupt(0x20)
     assert entry.inject() == INTR_INFO_VALID | 0x20, "it was taken once already"
 
 
 def test_an_nmi_that_was_cut_short_is_not_traced_as_an_interrupt() -> None:
     entry = Entry()
-    entry.pending.reinject_info = NMI_INFO
+    entry.pending.injected = Injected.NMI
     assert entry.inject() == NMI_INFO
     assert entry.traced() == []
 
@@ -177,3 +180,87 @@ def test_interruption_information_is_put_together_and_taken_apart(
     info = intr_info(event, vector)
     assert info >> 31 == 1
     assert (intr_type(info), intr_vector(info)) == (event, vector)
+
+
+# Exceptions, and several at once (KVM_SET_VCPU_EVENTS).
+
+
+@pytest.mark.parametrize(
+    ("exception", "info", "error_code"),
+    [
+        (QueuedException(6), EventType.HARDWARE_EXCEPTION << 8 | 6, 0),
+        (QueuedException(13, True, 0x1234), EventType.HARDWARE_EXCEPTION << 8 | 0x800 | 13, 0x1234),
+        (QueuedException(14, True, 0x9_0005), EventType.HARDWARE_EXCEPTION << 8 | 0x80E, 5),
+        (QueuedException(3), EventType.SOFTWARE_EXCEPTION << 8 | 3, 0),
+        (QueuedException(4), EventType.SOFTWARE_EXCEPTION << 8 | 4, 0),
+    ],
+)
+def test_an_injected_exception(exception: QueuedException, info: int, error_code: int) -> None:
+    entry = Entry(0x20)
+    entry.pending.injected, entry.pending.exception = Injected.EXCEPTION, exception
+    assert entry.inject() == INTR_INFO_VALID | info
+    assert entry.vmcs.entry_error_code == error_code
+    assert entry.vmcs.intr_window_exiting
+    assert entry.traced() == []
+    assert entry.pending.exception == exception, "it is still told"
+
+
+@pytest.mark.parametrize(
+    ("injected", "kind"),
+    [
+        (Injected.EXCEPTION | Injected.NMI | Injected.INTERRUPT, EventType.HARDWARE_EXCEPTION),
+        (Injected.NMI | Injected.INTERRUPT, EventType.NMI),
+        (Injected.INTERRUPT, EventType.EXTERNAL),
+    ],
+)
+def test_of_several_that_were_injected_the_first_goes_in_and_the_others_are_lost(
+    injected: Injected, kind: EventType
+) -> None:
+    entry = Entry()
+    entry.pending.queue_interrupt(0x30)
+    entry.pending.exception = QueuedException(6)
+    entry.pending.injected = injected
+    assert intr_type(entry.inject()) == kind
+    assert entry.pending.injected == 0
+
+
+def test_a_software_interrupt_is_traced_as_one() -> None:
+    entry = Entry()
+    entry.pending.queue_interrupt(0x80, soft=True)
+    assert entry.inject() == intr_info(EventType.SOFTWARE_INTERRUPT, 0x80)
+    assert entry.traced() == [(0x80, True, True)]
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        INTR_INFO_VALID | 0x31,
+        NMI_INFO,
+        INTR_INFO_VALID | EventType.SOFTWARE_INTERRUPT << 8 | 0x80,
+        INTR_INFO_VALID | EventType.HARDWARE_EXCEPTION << 8 | 6,
+        INTR_INFO_VALID | EventType.HARDWARE_EXCEPTION << 8 | 0x800 | 13,
+    ],
+)
+def test_an_event_whose_delivery_was_cut_short_comes_again_as_it_was(info: int) -> None:
+    entry = Entry()
+    entry.vmcs.entry_error_code = 0x28
+    entry.vmcs.idt_vectoring_info = info
+    assert complete_interrupts(entry.vmcs, entry.pending)
+    entry.vmcs.entry_error_code = 0
+    assert entry.inject() == info
+    assert entry.vmcs.entry_error_code == (0x28 if info & 0x800 else 0)
+
+
+def test_an_exit_leaves_what_was_queued_meanwhile() -> None:
+    entry = Entry()
+    entry.pending.queue_interrupt(0x30)
+    assert not complete_interrupts(entry.vmcs, entry.pending)
+    assert entry.inject() == INTR_INFO_VALID | 0x30
+
+
+def test_an_injected_nmi_leaves_room_for_one() -> None:
+    pending = PendingEvents()
+    pending.injected = Injected.NMI
+    for _ in range(3):
+        pending.queue_nmi(False)
+    assert pending.nmi_pending == 1

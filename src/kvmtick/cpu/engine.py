@@ -5,7 +5,8 @@ vCPU (`kvmtick.vcpu`) decides, the engine obeys. `enter` is one VM entry and the
 to the next VM exit:
 
 * the event in `intr_info` (VM-entry interruption information, SDM 25.8.3) is delivered through the
-  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow;
+  guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow. An
+  exception whose bit 11 is set pushes `entry_error_code`;
 * at every instruction boundary, the first included, in this order: a kick ends the execution
   (`EXTERNAL_INTERRUPT`), then an open NMI window if `nmi_window` (`NMI_WINDOW`), then an open
   interrupt window if `irq_window` (`INTERRUPT_WINDOW`), then an exhausted `budget`
@@ -43,6 +44,8 @@ handler kicked). A block counts when it
 begins: an access may tell a `retired` that is up to a block too late, and an entry may exceed its
 budget by one, unless it is 1: that is one instruction with every engine. A block that ends with
 `ACCESS` has counted whole. Either kind is deterministic: the same entries give the same run.
+
+`cr4_bits` are the bits of CR4 that it can have.
 
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
@@ -168,10 +171,12 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    cr4_bits: int
     rflags: int
     interruptibility: int
     retired: int
     idt_vectoring_info: int
+    entry_error_code: int
     error: str
 
     @property
@@ -264,6 +269,14 @@ class Engine(Protocol):
 
         A selector alone is stored and loads no descriptor. ValueError: there is none of that name;
         nothing is written then.
+        """
+
+    def set_interruptibility(self, state: int) -> None:
+        """What holds events back from now on, in the bits of `Interruptibility`: the shadow of an
+        STI or of a MOV SS that was the last instruction, an NMI in service. In a handler it is what
+        holds behind the access; the handler kicks.
+
+        ValueError: other bits, or both shadows.
         """
 
     def close(self) -> None:

@@ -314,11 +314,13 @@ class ScriptedEngine:
 
     def __init__(self, guest: Routine, handlers: Mapping[int, Routine] | None = None) -> None:
         self.name = "scripted"
+        self.cr4_bits = (1 << 64) - 1
         self.exact = True
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
         self.idt_vectoring_info = 0
+        self.entry_error_code = 0
         self.error = ""
         self._exits_on_pause = False
         self._guest = guest
@@ -430,6 +432,12 @@ class ScriptedEngine:
             raise ValueError(f"no such register: {unknown[0]}")
         self._registers.update(values)
         self.rflags = self._registers.pop("rflags", self.rflags) | FLAGS_FIXED
+
+    def set_interruptibility(self, state: int) -> None:
+        shadows = state & (SHADOW_STI | SHADOW_MOV_SS)
+        if state & ~SHADOW_NMI != shadows or shadows == SHADOW_STI | SHADOW_MOV_SS:
+            raise ValueError(f"no such interruptibility: {state}")
+        self.interruptibility = state
 
     def close(self) -> None:
         self._closed = True

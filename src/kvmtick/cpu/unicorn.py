@@ -53,7 +53,7 @@ Not modelled:
 * AVX code does not get #UD, though there is no AVX; UMIP, PCID, VME, MPX and CET are absent;
 * STI with IF already set casts a shadow here and none on the processor;
 * an injected software interrupt or exception pushes RIP as it stands (the contract has no
-  instruction length); an injected exception that has an error code pushes 0;
+  instruction length); an injected exception that has an error code pushes 0 without bit 11;
 * segment limits in real mode: accesses beyond 0xFFFF of a segment do not fault;
 * code fetched where no RAM is ends with INTERNAL_ERROR, as KVM does, instead of an exception;
 * what CPUID tells decides only which bits of CR4 can be set, and who has SYSCALL in compatibility
@@ -126,6 +126,8 @@ class UnicornEngine(_shim.Engine):
     """
 
     name = "unicorn"
+    # VME to OSXMMEXCPT (VME and PVI do nothing), LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE
+    cr4_bits = 0x75_17FF
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None:
         """`seed` is that of RDRAND and RDSEED; not `exact`: boundaries are those of blocks."""

@@ -47,6 +47,8 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs
 from kvmtick.kvm.setup import prepare
+from kvmtick.kvm.state import VmState
+from kvmtick.kvm.told import Told
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import Run
 
@@ -282,6 +284,10 @@ _V = TypeVar("_V", bound=Vcpu, covariant=True)
 class Vm(Ioctls, Generic[_V]):
     """One VM (api.rst, "VM ioctls"), with RAM at guest-physical 0. A context manager."""
 
+    backend: str
+    told: Told
+    """What KVM cannot be asked; the back ends note every ioctl that succeeds."""
+
     # Making it.
 
     def check_extension(self, cap: int) -> int:
@@ -455,9 +461,45 @@ class Vm(Ioctls, Generic[_V]):
 
     # Guests.
 
+    def load(self, what: Guest | VmState) -> None:
+        """Put a guest into RAM; the vCPU that boots starts at its entry. ValueError: no room.
+
+        A state (`save`) makes this VM the saved one. StateError, with nothing changed: the VM is
+        not new, has not RAM enough, or the state contradicts itself; or a back end refuses it.
+        """
+        if isinstance(what, VmState):
+            from kvmtick.kvm.save_load import load
+
+            load(self, what)
+        else:
+            self.load_guest(what)
+
+    def save(self) -> VmState:
+        """The VM as it is, for `load` of a new VM of either back end; no vCPU may be running.
+
+        A vCPU that stopped at an access of user space's finishes it, but executes no more.
+        """
+        from kvmtick.kvm.save_load import save
+
+        return save(self)
+
     @abstractmethod
-    def load(self, guest: Guest) -> None:
-        """Put a guest into RAM; the vCPU that boots starts at its entry. ValueError: no room."""
+    def load_guest(self, guest: Guest) -> None:
+        """`load` of a guest."""
+
+    @property
+    @abstractmethod
+    def guest(self) -> Guest | None:
+        """What was loaded last; None before that."""
+
+    @abstractmethod
+    def adopt(self, guest: Guest) -> None:
+        """`guest` is what this VM runs: it is in RAM, and its vCPUs are on their way."""
+
+    @property
+    @abstractmethod
+    def ram_bytes(self) -> int:
+        """The size of the RAM at guest-physical 0."""
 
     @abstractmethod
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:

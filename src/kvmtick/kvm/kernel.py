@@ -26,6 +26,7 @@ from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
 from kvmtick.kvm.kernel_run import GuestExit, Session
 from kvmtick.kvm.registers import put_registers
+from kvmtick.kvm.told import Told
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
@@ -111,6 +112,8 @@ class KernelVm(Vm[KernelVcpu]):
     Raises `HostError` where /dev/kvm is absent or forbidden. A context manager.
     """
 
+    backend = "kernel"
+
     def __init__(
         self,
         *,
@@ -122,7 +125,7 @@ class KernelVm(Vm[KernelVcpu]):
         """`device`: an open /dev/kvm, which is then this VM's to close."""
         self._vcpus: list[KernelVcpu] = []
         self._guest: Guest | None = None
-        self._reinject = True
+        self.told = Told()
         self.device: KvmDevice = device or open_kvm(path)
         self.memory: GuestMemory | None = None
         try:
@@ -134,7 +137,9 @@ class KernelVm(Vm[KernelVcpu]):
             raise
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
-        return self.file.ioctl(request, arg)
+        result = self.file.ioctl(request, arg)
+        self.told.note(request, arg)
+        return result
 
     @property
     def vcpus(self) -> list[KernelVcpu]:
@@ -152,11 +157,14 @@ class KernelVm(Vm[KernelVcpu]):
         with KernelSystem() as system:
             return system.get_supported_cpuid()
 
-    def reinject_control(self, reinject: bool) -> None:
-        super().reinject_control(reinject)
-        self._reinject = reinject
+    @property
+    def guest(self) -> Guest | None:
+        return self._guest
 
-    def load(self, guest: Guest) -> None:
+    def adopt(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def load_guest(self, guest: Guest) -> None:
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
         self._guest = guest
@@ -172,6 +180,10 @@ class KernelVm(Vm[KernelVcpu]):
         if self.memory is None:
             raise ValueError("this VM was made without RAM: make it with ram_bytes")
         return self.memory
+
+    @property
+    def ram_bytes(self) -> int:
+        return 0 if self.memory is None else self.memory.size_bytes
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         self._ram().write(gpa, data)
@@ -225,7 +237,7 @@ class KernelVm(Vm[KernelVcpu]):
             if error.errno != errno.ENXIO:
                 raise
             return None
-        return PitSettings(count, nominal_period_ns(count), self._reinject)
+        return PitSettings(count, nominal_period_ns(count), self.told.reinject)
 
     def run_until_exit(
         self,

@@ -17,12 +17,13 @@ from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.engine import Engine
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
-from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, System, Vm
+from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vm
 from kvmtick.kvm.dev_ioctl import DEV_IOCTLS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, cpuid_entries
 from kvmtick.kvm.guest_run import GuestRun
 from kvmtick.kvm.kvmclock import KvmClock
 from kvmtick.kvm.model_file import Handler, MachineFile, ModelFile
 from kvmtick.kvm.model_vcpu import ModelVcpu
+from kvmtick.kvm.told import Told
 from kvmtick.kvm.vm_ioctl import VM_IOCTLS
 from kvmtick.machine.machine import QUANTUM_NS, Machine
 from kvmtick.machine.ports import PortHandler
@@ -60,6 +61,7 @@ class ModelSystem(ModelFile, System):
 class ModelVm(MachineFile, Vm[ModelVcpu]):
     """One VM of the model, with RAM at guest-physical 0. A context manager."""
 
+    backend = "model"
     handlers: ClassVar[Mapping[int, Handler]] = VM_IOCTLS
     unknown: ClassVar[int] = errno.ENOTTY
 
@@ -84,6 +86,7 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         if engine is not None and fast is not None:
             raise ValueError(f"fast={fast}: your engine decides that itself, leave it out")
         super().__init__(Machine(clock, seed, detail, ram_bytes, quantum_ns))
+        self.told = Told()
         self.kvmclock = KvmClock(self.machine.clock)
         self.default_tsc_khz = GUEST_TSC_KHZ
         self._guest_run = GuestRun(self.machine)
@@ -91,6 +94,11 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         self._engine = engine
         self._exact = self.machine.virtual if fast is None else not fast
         self._vcpus: list[ModelVcpu] = []
+
+    def ioctl(self, request: int, arg: Arg = 0) -> int:
+        result = super().ioctl(request, arg)
+        self.told.note(request, arg)
+        return result
 
     @property
     def vcpus(self) -> list[ModelVcpu]:
@@ -114,7 +122,19 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         return cpuid_entries()
 
-    def load(self, guest: Guest) -> None:
+    @property
+    def guest(self) -> Guest | None:
+        loaded = self.machine.loaded
+        return loaded[-1] if loaded else None
+
+    def adopt(self, guest: Guest) -> None:
+        self.machine.adopt(guest)
+
+    @property
+    def ram_bytes(self) -> int:
+        return len(self.machine.ram)
+
+    def load_guest(self, guest: Guest) -> None:
         self.machine.load(guest)
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:

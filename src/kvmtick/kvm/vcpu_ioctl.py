@@ -24,7 +24,9 @@ from kvmtick.abi.structs import (
     kvm_mp_state,
     kvm_msr_entry,
     kvm_msrs,
+    kvm_regs,
     kvm_signal_mask,
+    kvm_sregs,
     kvm_tpr_access_ctl,
     kvm_vapic_addr,
     kvm_vcpu_events,
@@ -33,7 +35,7 @@ from kvmtick.irqchip.lapic import Lapic
 from kvmtick.kvm.api import MAX_CPUID_ENTRIES, Arg
 from kvmtick.kvm.dev_ioctl import cpuid_entries, put_cpuid2
 from kvmtick.kvm.model_file import Handler
-from kvmtick.kvm.registers import get_regs
+from kvmtick.kvm.registers import get_regs, get_sregs, set_regs, set_sregs
 from kvmtick.kvm.user_memory import (
     as_number,
     copy_from_user,
@@ -85,6 +87,21 @@ def _set_signal_mask(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 def _get_regs(vcpu: "ModelVcpu", arg: Arg) -> int:
     put_struct(arg, get_regs(vcpu.vcpu))
+    return 0
+
+
+def _set_regs(vcpu: "ModelVcpu", arg: Arg) -> int:
+    set_regs(vcpu.vcpu, get_struct(arg, kvm_regs))
+    return 0
+
+
+def _get_sregs(vcpu: "ModelVcpu", arg: Arg) -> int:
+    put_struct(arg, get_sregs(vcpu.vcpu))
+    return 0
+
+
+def _set_sregs(vcpu: "ModelVcpu", arg: Arg) -> int:
+    set_sregs(vcpu.vcpu, get_struct(arg, kvm_sregs))
     return 0
 
 
@@ -263,6 +280,9 @@ VCPU_IOCTLS: Final[dict[int, Handler]] = {
     ioctls.KVM_RUN: _run,
     ioctls.KVM_SET_SIGNAL_MASK: _set_signal_mask,
     ioctls.KVM_GET_REGS: _get_regs,
+    ioctls.KVM_SET_REGS: _set_regs,
+    ioctls.KVM_GET_SREGS: _get_sregs,
+    ioctls.KVM_SET_SREGS: _set_sregs,
     ioctls.KVM_GET_MSRS: _get_msrs,
     ioctls.KVM_SET_MSRS: _set_msrs,
     ioctls.KVM_SET_CPUID2: _set_cpuid2,

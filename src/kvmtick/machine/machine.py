@@ -150,11 +150,15 @@ class Machine:
         """Copy a guest into RAM and let the vCPU that boots start on it."""
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
+        self.adopt(guest)
+        for vcpu in self.board.vcpus:
+            self._place(vcpu)
+
+    def adopt(self, guest: Guest) -> None:
+        """The guest is in RAM already, and its vCPUs are where they are."""
         self.loaded.append(guest)
         self.loaded_ns = self.clock.now_ns
         self._exit = None
-        for vcpu in self.board.vcpus:
-            self._place(vcpu)
 
     def _place(self, vcpu: Vcpu) -> None:
         if vcpu.is_bsp:

@@ -114,7 +114,10 @@ class Cpuid:
 
     def has(self, feature: str) -> bool:
         """Whether the guest was given that one of `FEATURES`."""
-        function, register, mask = FEATURES[feature]
+        return self.has_bit(*FEATURES[feature])
+
+    def has_bit(self, function: int, register: str, mask: int) -> bool:
+        """Whether the guest was given that bit of a leaf."""
         leaf = self._find(function, 0)
         return leaf is not None and getattr(leaf, register) & mask != 0
 

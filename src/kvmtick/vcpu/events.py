@@ -1,16 +1,19 @@
 """What goes into the guest at the next VM entry, and in which order.
 
-`inject_pending_event` follows kvm_check_and_inject_events (arch/x86/kvm/x86.c) over the VMX
-functions vmx_inject_irq, vmx_inject_nmi and vmx_enable_{irq,nmi}_window: first an event whose
-delivery was cut short, then an NMI, then an external interrupt; what cannot be taken now opens a
-window. Blocking follows SDM vol. 3A, 6.8.1 (IF), 6.8.3 (MOV SS) and 6.7.1 (NMI).
+`PendingEvents` are the queues of struct kvm_vcpu_arch. `inject_pending_event` follows
+kvm_check_and_inject_events (arch/x86/kvm/x86.c) over the VMX functions vmx_inject_irq,
+vmx_inject_nmi and vmx_enable_{irq,nmi}_window: first an event whose delivery was cut short, then an
+NMI, then an external interrupt; what cannot be taken now opens a window. Blocking follows SDM vol.
+3A, 6.8.1 (IF), 6.8.3 (MOV SS) and 6.7.1 (NMI).
 
-Not modelled: SMI, pending exceptions raised by KVM itself, nested guests.
+Not modelled: SMI, pending exceptions (those that KVM itself raises; the engine does that, and
+`PendingEvents.exception` does not show it), nested guests.
 """
 
-from typing import Protocol
+from enum import IntFlag
+from typing import NamedTuple, Protocol
 
-from kvmtick.cpu.engine import EventType, Interruptibility
+from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, EventType, Interruptibility
 from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.vmcs import Vmcs, intr_info, intr_type, intr_vector
 
@@ -18,8 +21,10 @@ __all__ = [
     "NMI_LIMIT",
     "NMI_VECTOR",
     "RFLAGS_IF",
+    "Injected",
     "InterruptSource",
     "PendingEvents",
+    "QueuedException",
     "complete_interrupts",
     "inject_pending_event",
     "interrupt_allowed",
@@ -30,6 +35,10 @@ RFLAGS_IF = 1 << 9
 NMI_VECTOR = 2
 NMI_LIMIT = 2
 """One NMI in service and one pending: more are merged (`process_nmi`)."""
+
+BP_VECTOR, OF_VECTOR = 3, 4
+ERROR_CODE_MASK = 0xFFFF
+"""What VMX delivers of an error code."""
 
 _EXTERNAL_INTERRUPT = intr_info(EventType.EXTERNAL, 0)
 _SHADOW = int(Interruptibility.STI | Interruptibility.MOV_SS)
@@ -48,20 +57,65 @@ class InterruptSource(Protocol):
         """`kvm_cpu_get_interrupt`: acknowledge and return the vector; -1 if none waits."""
 
 
-class PendingEvents:
-    """Events on their way into the guest."""
+class Injected(IntFlag):
+    """Events whose delivery has begun: they go in next, whatever IF and the shadows say."""
 
-    __slots__ = ("nmi_pending", "reinject_info")
+    EXCEPTION = 1 << 0
+    NMI = 1 << 1
+    INTERRUPT = 1 << 2
+
+
+_EXCEPTION, _NMI, _INTERRUPT = int(Injected.EXCEPTION), int(Injected.NMI), int(Injected.INTERRUPT)
+
+
+class QueuedException(NamedTuple):
+    """struct kvm_queued_exception: the number, and what goes with it."""
+
+    nr: int = 0
+    has_error_code: bool = False
+    error_code: int = 0
+    payload: int = 0
+
+    @property
+    def is_soft(self) -> bool:
+        """`kvm_exception_is_soft`: INT3 and INTO raise it."""
+        return self.nr in (BP_VECTOR, OF_VECTOR)
+
+
+class PendingEvents:
+    """Events on their way into the guest.
+
+    `injected` says which go in at the next entry; of several the first one of `Injected` does, and
+    the others are lost. `exception` and `interrupt_nr` stay when theirs has gone in.
+    """
+
+    __slots__ = ("exception", "injected", "interrupt_nr", "interrupt_soft", "nmi_pending")
 
     def __init__(self) -> None:
+        self.injected = 0
+        self.exception = QueuedException()
+        self.interrupt_nr = 0
+        self.interrupt_soft = False
         self.nmi_pending = 0
-        self.reinject_info = 0
-        """The event to deliver again, as interruption information; 0 if none."""
+
+    def clear(self) -> None:
+        """INIT: nothing waits any more."""
+        self.injected = 0
+        self.nmi_pending = 0
+
+    def queue_interrupt(self, vector: int, soft: bool = False) -> None:
+        """`kvm_queue_interrupt`."""
+        self.injected |= _INTERRUPT
+        self.interrupt_nr = vector
+        self.interrupt_soft = soft
+
+    def nmi_limit(self, nmi_blocked: bool) -> int:
+        """How many NMIs can wait (`process_nmi`)."""
+        return 1 if nmi_blocked or self.injected & _NMI else NMI_LIMIT
 
     def queue_nmi(self, nmi_blocked: bool) -> None:
         """`kvm_inject_nmi` and `process_nmi`: pends unless as many as can wait do already."""
-        limit = 1 if nmi_blocked or intr_type(self.reinject_info) == EventType.NMI else NMI_LIMIT
-        self.nmi_pending = min(self.nmi_pending + 1, limit)
+        self.nmi_pending = min(self.nmi_pending + 1, self.nmi_limit(nmi_blocked))
 
 
 def interrupt_allowed(vmcs: Vmcs) -> bool:
@@ -76,20 +130,45 @@ def nmi_allowed(vmcs: Vmcs) -> bool:
 
 def complete_interrupts(vmcs: Vmcs, pending: PendingEvents) -> bool:
     """`vmx_complete_interrupts`: keep the event whose delivery the exit cut short, if any."""
-    pending.reinject_info = vmcs.idt_vectoring_info
-    return pending.reinject_info != 0
+    info = vmcs.idt_vectoring_info
+    if not info:
+        return False
+    kind, vector = intr_type(info), intr_vector(info)
+    if kind == EventType.NMI:
+        pending.injected |= _NMI
+    elif kind in (EventType.EXTERNAL, EventType.SOFTWARE_INTERRUPT):
+        pending.queue_interrupt(vector, kind == EventType.SOFTWARE_INTERRUPT)
+    else:
+        pending.injected |= _EXCEPTION
+        has_error_code = info & INTR_INFO_DELIVER_CODE != 0
+        pending.exception = QueuedException(vector, has_error_code, vmcs.entry_error_code)
+    return True
+
+
+def _inject_again(vmcs: Vmcs, pending: PendingEvents, recorder: Recorder) -> None:
+    """`kvm_event_needs_reinjection`: finish what was begun."""
+    injected, pending.injected = pending.injected, 0
+    if injected & _EXCEPTION:
+        exception = pending.exception
+        soft = EventType.SOFTWARE_EXCEPTION if exception.is_soft else EventType.HARDWARE_EXCEPTION
+        vmcs.entry_intr_info = intr_info(soft, exception.nr)
+        if exception.has_error_code:
+            vmcs.entry_intr_info |= INTR_INFO_DELIVER_CODE
+            vmcs.entry_error_code = exception.error_code & ERROR_CODE_MASK
+    elif injected & _NMI:
+        vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
+    else:
+        kind = EventType.SOFTWARE_INTERRUPT if pending.interrupt_soft else EventType.EXTERNAL
+        vmcs.entry_intr_info = intr_info(kind, pending.interrupt_nr)
+        recorder.kvm_inj_virq(pending.interrupt_nr, pending.interrupt_soft, True)
 
 
 def inject_pending_event(
     vmcs: Vmcs, pending: PendingEvents, source: InterruptSource, recorder: Recorder
 ) -> None:
     """Fill the VM-entry interruption information and set the windows for what has to wait."""
-    info = pending.reinject_info
-    if info:
-        vmcs.entry_intr_info = info
-        pending.reinject_info = 0
-        if intr_type(info) == EventType.EXTERNAL:
-            recorder.kvm_inj_virq(intr_vector(info), False, True)
+    if pending.injected:
+        _inject_again(vmcs, pending, recorder)
     elif pending.nmi_pending and nmi_allowed(vmcs):
         pending.nmi_pending -= 1
         vmcs.entry_intr_info = intr_info(EventType.NMI, NMI_VECTOR)
@@ -98,6 +177,8 @@ def inject_pending_event(
         vector = source.get_interrupt()
         if vector >= 0:
             recorder.kvm_inj_virq(vector, False, False)
+            pending.interrupt_nr = vector
+            pending.interrupt_soft = False
             vmcs.entry_intr_info = _EXTERNAL_INTERRUPT | vector
     vmcs.nmi_window_exiting = pending.nmi_pending > 0
     vmcs.intr_window_exiting = source.has_interrupt()

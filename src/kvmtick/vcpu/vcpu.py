@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Protocol
 
-from kvmtick.cpu.engine import Engine, EventType, ExitReason, Interruptibility
+from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
@@ -29,7 +29,7 @@ from kvmtick.vcpu.events import (
 )
 from kvmtick.vcpu.exits import ExitHandlers, UserSpace
 from kvmtick.vcpu.msr import Msrs
-from kvmtick.vcpu.vmcs import Vmcs, intr_info
+from kvmtick.vcpu.vmcs import Vmcs
 
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
@@ -307,7 +307,7 @@ class Vcpu:
 
     def queue_interrupt(self, vector: int) -> None:
         """`kvm_queue_interrupt`: user space's own interrupt controller injects `vector`."""
-        self.pending.reinject_info = intr_info(EventType.EXTERNAL, vector)
+        self.pending.queue_interrupt(vector)
         self.request_event()
 
     def has_events(self) -> bool:
@@ -342,7 +342,7 @@ class Vcpu:
                 self.mp_state = _INIT_RECEIVED
         if events & KVM_APIC_SIPI and self.mp_state == _INIT_RECEIVED:
             self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
-            self._take_over_state()
+            self.take_over_state()
             self.make_runnable()
 
     def make_runnable(self) -> None:
@@ -354,9 +354,9 @@ class Vcpu:
     def _reset(self, lapic: Lapic) -> None:
         """`kvm_vcpu_reset(init_event=true)`."""
         lapic.reset(init_event=True)
-        self.pending = PendingEvents()
+        self.pending.clear()
         self.engine.reset(*RESET_CS_IP)
-        self._take_over_state()
+        self.take_over_state()
 
     def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
         """Real mode at `cs`:`ip`, or the state that `registers` make of it, as user space starts a
@@ -365,11 +365,11 @@ class Vcpu:
         self.engine.reset(cs, ip)
         if registers is not None:
             self.engine.set_registers(registers)
-        self._take_over_state()
+        self.take_over_state()
         self.make_runnable()
 
-    def _take_over_state(self) -> None:
-        """The engine was reset: nothing of the last entry holds any more."""
+    def take_over_state(self) -> None:
+        """The engine's state was set from outside: nothing of the last entry holds any more."""
         vmcs, engine = self.vmcs, self.engine
         vmcs.guest_rflags = engine.rflags
         vmcs.guest_interruptibility = engine.interruptibility
@@ -462,6 +462,8 @@ class Vcpu:
         """Let the engine run, and the clock with it."""
         vmcs, engine, clock = self.vmcs, self.engine, self._clock
         entered_ns = clock.now_ns
+        if intr_info & INTR_INFO_DELIVER_CODE:
+            engine.entry_error_code = vmcs.entry_error_code
         self.exits.entered_ns = entered_ns
         self.in_guest = True
         try:

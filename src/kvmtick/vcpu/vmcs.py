@@ -31,6 +31,7 @@ class Vmcs:
     """Event injection, windows, and what the last VM exit reported."""
 
     __slots__ = (
+        "entry_error_code",
         "entry_intr_info",
         "exit_reason",
         "guest_interruptibility",
@@ -43,6 +44,8 @@ class Vmcs:
     def __init__(self) -> None:
         self.entry_intr_info = 0
         """VM-entry interruption information; valid bit 31, cleared by every VM exit."""
+        self.entry_error_code = 0
+        """VM-entry exception error code; counts with INTR_INFO_DELIVER_CODE."""
         self.intr_window_exiting = False
         self.nmi_window_exiting = False
         self.exit_reason = 0

@@ -243,6 +243,22 @@ static PyObject *engine_reset(PyObject *object, PyObject *args, PyObject *kwargs
     Py_RETURN_NONE;
 }
 
+static PyObject *engine_set_interruptibility(PyObject *object, PyObject *value)
+{
+    Engine *self = (Engine *)object;
+    unsigned long state = PyLong_AsUnsignedLong(value);
+    if (PyErr_Occurred() || !check_open(self)) {
+        return NULL;
+    }
+    unsigned long shadows = state & (SHADOW_STI | SHADOW_MOV_SS);
+    if ((state & ~(unsigned long)SHADOW_NMI) != shadows || shadows == (SHADOW_STI | SHADOW_MOV_SS)) {
+        PyErr_Format(PyExc_ValueError, "no such interruptibility: %lu", state);
+        return NULL;
+    }
+    set_interruptibility(self, (unsigned)state);
+    Py_RETURN_NONE;
+}
+
 static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"offset_ns", NULL};
@@ -587,6 +603,7 @@ static PyMethodDef engine_methods[] = {
     {"set_breakpoints", engine_set_breakpoints, METH_O, "Where to stop, by linear address."},
     {"registers", engine_registers, METH_NOARGS, "The guest's registers by name."},
     {"set_registers", engine_set_registers, METH_O, "Write some of the guest's registers."},
+    {"set_interruptibility", engine_set_interruptibility, METH_O, "What holds events back."},
     {"close", engine_close, METH_NOARGS, "Give everything back."},
     {NULL, NULL, 0, NULL},
 };
@@ -596,6 +613,8 @@ static PyMemberDef engine_members[] = {
     {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
     {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},
     {"idt_vectoring_info", T_UINT, offsetof(Engine, idt_vectoring_info), 0, "Always 0."},
+    {"entry_error_code", T_UINT, offsetof(Engine, entry_error_code), 0,
+     "What an exception given to enter pushes."},
     {"exact", T_BOOL, offsetof(Engine, exact), READONLY, "Whether every boundary is looked at."},
     {"error", T_OBJECT, offsetof(Engine, error), 0, "Why the last INTERNAL_ERROR happened."},
     {NULL, 0, 0, 0, NULL},

@@ -60,11 +60,11 @@ static void deliver_exception(Engine *self, int source)
 
 /* ---- the event of the VM entry ------------------------------------------------------------- */
 
-static void deliver_entry_exception(Engine *self, int vector)
+static void deliver_entry_exception(Engine *self, int vector, int error_code)
 {
     I32(self->cpu, CPU_EXCEPTION_INDEX) = vector;
     I32(self->env, ENV_EXCEPTION_IS_INT) = 0;
-    I32(self->env, ENV_ERROR_CODE) = 0;
+    I32(self->env, ENV_ERROR_CODE) = error_code;
     /* A fault on the way makes a double or triple fault of it (SDM vol. 3A, table 6-5). */
     I32(self->env, ENV_OLD_EXCEPTION) = is_contributory(vector) ? vector : -1;
     if (is_fault(vector)) {
@@ -95,7 +95,8 @@ static void deliver_entry_event(Engine *self, uint32_t info)
         deliver_interrupt(self, vector, EXTERNAL_EVENT);
         break;
     case TYPE_HARDWARE:
-        deliver_entry_exception(self, vector);
+        deliver_entry_exception(
+            self, vector, info & INTR_INFO_DELIVER_CODE ? (int)self->entry_error_code : 0);
         break;
     default:
         /* Software events push RIP as it stands: the contract has no instruction length. */

@@ -241,6 +241,7 @@ enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_
 #define MSR_TSC_AUX 0xc0000103u
 
 #define INTR_INFO_VALID (1u << 31)
+#define INTR_INFO_DELIVER_CODE (1u << 11)
 #define INTR_INFO_VECTOR(info) ((info) & 0xff)
 #define INTR_INFO_TYPE(info) (((info) >> 8) & 7)
 
@@ -440,6 +441,7 @@ struct Engine {
     unsigned int interruptibility;
     unsigned long long retired;
     unsigned int idt_vectoring_info;
+    unsigned int entry_error_code; /* of the exception that `enter` is given */
     PyObject *error;
 };
 
@@ -475,6 +477,7 @@ void forget_last_instruction(Engine *self);
 bool steps_over_finished_rep(Engine *self, uint64_t address);
 uint64_t running_instruction(const Engine *self, uintptr_t return_address);
 unsigned compute_interruptibility(const Engine *self);
+void set_interruptibility(Engine *self, unsigned state);
 
 /* boundary.c */
 void set_watch(Engine *self);

@@ -115,6 +115,17 @@ uint64_t running_instruction(const Engine *self, uintptr_t return_address)
     return address;
 }
 
+/* What holds behind the last instruction, or in a handler behind the access. */
+void set_interruptibility(Engine *self, unsigned state)
+{
+    uint32_t hflags = U32(self->env, ENV_HFLAGS) & ~HF_INHIBIT_IRQ;
+    uint32_t hflags2 = U32(self->env, ENV_HFLAGS2) & ~HF2_NMI;
+    U32(self->env, ENV_HFLAGS) = hflags | (state & (SHADOW_STI | SHADOW_MOV_SS) ? HF_INHIBIT_IRQ : 0);
+    U32(self->env, ENV_HFLAGS2) = hflags2 | (state & SHADOW_NMI ? HF2_NMI : 0);
+    self->sti_at = !(state & SHADOW_STI) ? NEVER : self->running ? self->started : 0;
+    self->interruptibility = state;
+}
+
 /* QEMU has one flag for both shadows; the instruction that cast it tells which. */
 unsigned compute_interruptibility(const Engine *self)
 {
