@@ -9,7 +9,7 @@ from mmap import mmap
 from typing import Literal, TypeAlias
 
 from kvmtick.abi import structs
-from kvmtick.abi.structs import KvmStruct, kvm_run
+from kvmtick.abi.structs import kvm_run, offset_of
 
 __all__ = [
     "Exit",
@@ -198,8 +198,4 @@ def answer_place(run: kvm_run, answer: bytes) -> int:
     return at
 
 
-def _offset_of(struct: type[KvmStruct], field: str) -> int:
-    return int(getattr(struct, field).offset)
-
-
-_MMIO_DATA = _offset_of(kvm_run, "u") + _offset_of(structs.kvm_run_mmio, "data")
+_MMIO_DATA = offset_of(kvm_run, "u") + offset_of(structs.kvm_run_mmio, "data")

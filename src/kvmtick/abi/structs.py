@@ -139,6 +139,7 @@ __all__ = [
     "make_cpuid2",
     "make_irq_routing",
     "make_msrs",
+    "offset_of",
     "struct_diff",
     "struct_fields",
 ]
@@ -922,6 +923,11 @@ class kvm_run(KvmStruct):
 
     def union_member(self, field: str) -> str | None:
         return _EXIT_MEMBER.get(self.exit_reason)
+
+
+def offset_of(struct: type[KvmStruct], field: str) -> int:
+    """offsetof."""
+    return int(getattr(struct, field).offset)
 
 
 class FieldDiff(NamedTuple):

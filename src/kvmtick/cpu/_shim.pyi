@@ -33,6 +33,7 @@ class Engine:
     idt_vectoring_info: int
     entry_error_code: int
     error: str
+    rounds: int
     exact: bool
 
     def __init__(self, *, seed: int = 0, exact: bool = True) -> None: ...

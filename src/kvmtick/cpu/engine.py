@@ -178,6 +178,8 @@ class Engine(Protocol):
     idt_vectoring_info: int
     entry_error_code: int
     error: str
+    rounds: int
+    """After `ACCESS`: how many the REP INS at RIP has left; 1 for any other instruction."""
 
     @property
     def rip(self) -> int:

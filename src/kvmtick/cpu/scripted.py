@@ -322,6 +322,7 @@ class ScriptedEngine:
         self.idt_vectoring_info = 0
         self.entry_error_code = 0
         self.error = ""
+        self.rounds = 1
         self._exits_on_pause = False
         self._guest = guest
         self._handlers = dict(handlers or {})

@@ -49,7 +49,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from kvmtick.guests.needs import DEFAULT_NEEDS, MSI_ADDRESS, Needs, gsi_routing
 
@@ -195,6 +195,8 @@ class Parameters:
     period_ns: int
     reserved: int
     snapshot: tuple[int, ...]
+
+    SIZE_BYTES: ClassVar[int] = _BLOCK.size
 
     @classmethod
     def read(

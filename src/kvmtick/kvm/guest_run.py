@@ -68,8 +68,9 @@ class GuestRun:
         guest = self.machine.loaded[-1] if self.machine.loaded else None
         if guest is None or guest.parameters is None:
             return None
+        data = self.machine.read_ram(guest.parameters.magic, Parameters.SIZE_BYTES)
         try:
-            return Parameters.read(self.machine.ram, guest.parameters.magic)
+            return Parameters.read(data or b"", 0)
         except ValueError:
             return None
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from kvmtick.abi.errors import KvmError
-from kvmtick.abi.ioctls import ioctl_name
+from kvmtick.abi.ioctls import KVM_RUN, ioctl_name
 from kvmtick.kvm.api import Arg, Ioctls
 from kvmtick.kvm.user_memory import UserFault
 from kvmtick.machine.machine import Machine
@@ -93,10 +93,15 @@ class MachineFile(ModelFile):
         self._pid = os.getpid()
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
-        clock = self.machine.clock
-        if clock.live:
-            clock.refresh()
-        return super().ioctl(request, arg)
+        if request & _U32 == KVM_RUN:
+            return super().ioctl(request, arg)
+        machine = self.machine
+        with machine.lock:
+            machine.clock.refresh()
+            try:
+                return super().ioctl(request, arg)
+            finally:
+                machine.wake_threads()
 
     def check_usable(self, request: int) -> None:
         """As `ModelFile.check_usable`; EIO in another process, which has it by fork()."""

@@ -4,11 +4,13 @@ import errno
 from collections.abc import Mapping
 from typing import ClassVar
 
+from kvmtick.abi import ioctls
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.structs import kvm_run
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import DEFAULT_VCPU_LIMIT_S, Vcpu
 from kvmtick.kvm.model_file import Handler, MachineFile
+from kvmtick.kvm.model_run import KvmRun
 from kvmtick.kvm.vcpu_ioctl import VCPU_IOCTLS
 from kvmtick.machine.machine import Machine
 from kvmtick.vcpu import vcpu as inner
@@ -26,6 +28,7 @@ class ModelVcpu(MachineFile, Vcpu):
         super().__init__(machine)
         self.vcpu = vcpu
         self.vcpu_id = vcpu.vcpu_id
+        self._kvm_run = KvmRun(machine, vcpu)
         self.tsc_khz = GUEST_TSC_KHZ
         self.signal_mask: int | None = None
         """KVM_SET_SIGNAL_MASK: the signals blocked in KVM_RUN, bit n for signal n + 1."""
@@ -38,20 +41,26 @@ class ModelVcpu(MachineFile, Vcpu):
 
     @property
     def area(self) -> kvm_run:
-        raise NotImplementedError("kvm_run of the model")
+        return self._kvm_run.area
 
-    def enter(self) -> int:
+    def enter(self) -> None:
         """KVM_RUN."""
-        raise NotImplementedError("KVM_RUN of the model")
+        self._kvm_run.enter()
 
     def run(self, limit_s: float = DEFAULT_VCPU_LIMIT_S) -> Exit:
-        raise NotImplementedError("KVM_RUN of the model")
+        self.check_usable(ioctls.KVM_RUN)
+        return self._kvm_run.run(limit_s)
 
     def kick(self) -> None:
-        raise NotImplementedError("KVM_RUN of the model")
+        self._kvm_run.kick()
 
     def answer(self, data: bytes) -> None:
-        raise NotImplementedError("KVM_RUN of the model")
+        self._kvm_run.answer(data)
+
+    def close(self) -> None:
+        """Give the vCPU back; harmless when repeated."""
+        super().close()
+        self._kvm_run.close()
 
     def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
         self.vcpu.start_at(cs, ip, registers)

@@ -67,7 +67,8 @@ _MP_STATES = frozenset(MpState)
 def _run(vcpu: "ModelVcpu", arg: Arg) -> int:
     if as_number(arg):
         raise KvmError(errno.EINVAL, "KVM_RUN")
-    return vcpu.enter()
+    vcpu.enter()
+    return 0
 
 
 def _set_signal_mask(vcpu: "ModelVcpu", arg: Arg) -> int:

@@ -44,6 +44,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
     kvm_reinject_control,
     kvm_u64,
+    kvm_userspace_memory_region,
 )
 from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import Pit
@@ -112,6 +113,18 @@ def _set_identity_map_addr(vm: "ModelVm", arg: Arg) -> int:
     if vm.machine.board.vcpus:
         raise KvmError(errno.EINVAL, "KVM_SET_IDENTITY_MAP_ADDR")
     get_struct(arg, kvm_u64)
+    return 0
+
+
+def _set_user_memory_region(vm: "ModelVm", arg: Arg) -> int:
+    region = get_struct(arg, kvm_userspace_memory_region)
+    vm.machine.memory.set_slot(
+        region.slot,
+        region.flags,
+        region.guest_phys_addr,
+        region.memory_size,
+        region.userspace_addr,
+    )
     return 0
 
 
@@ -356,6 +369,7 @@ VM_IOCTLS: Final[dict[int, Handler]] = {
     ioctls.KVM_CHECK_EXTENSION: _check_extension,
     ioctls.KVM_CREATE_VCPU: _create_vcpu,
     ioctls.KVM_SET_BOOT_CPU_ID: _set_boot_cpu_id,
+    ioctls.KVM_SET_USER_MEMORY_REGION: _set_user_memory_region,
     ioctls.KVM_SET_TSS_ADDR: _set_tss_addr,
     ioctls.KVM_SET_IDENTITY_MAP_ADDR: _set_identity_map_addr,
     ioctls.KVM_ENABLE_CAP: _enable_cap,

@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import PAGESIZE, mmap
+from typing import TYPE_CHECKING
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
+from kvmtick.machine.lock import MachineLock
+from kvmtick.machine.memory import GuestMemory
 from kvmtick.machine.ports import PortMap
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
@@ -31,6 +34,9 @@ from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
+
+if TYPE_CHECKING:
+    from kvmtick.machine.vcpu_thread import VcpuThread
 
 __all__ = ["MOST_RAM_BYTES", "QUANTUM_NS", "Exit", "Machine"]
 
@@ -91,7 +97,7 @@ class Machine:
             raise ValueError(f"clock {clock!r}: choose virtual or real")
         if quantum_ns <= 0:
             raise ValueError(f"quantum_ns={quantum_ns}: give more than 0")
-        if not 0 < ram_bytes <= MOST_RAM_BYTES or ram_bytes % PAGESIZE:
+        if not 0 <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % PAGESIZE:
             raise ValueError(f"ram_bytes={ram_bytes}: give a multiple of {PAGESIZE} up to 3 GiB")
         self.virtual = clock == "virtual"
         self.clock = VirtualClock() if self.virtual else MonotonicClock()
@@ -107,12 +113,22 @@ class Machine:
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
-        self.ram: mmap = mmap(-1, ram_bytes)
+        self.ram: mmap | bytearray = mmap(-1, ram_bytes) if ram_bytes else bytearray()
+        """The RAM the machine was made with; `memory` has all of it."""
+        self.memory = GuestMemory()
+        if isinstance(self.ram, mmap):
+            self.memory.add_ram(0, self.ram)
+        self.lock = MachineLock(self._kick_running)
+        self.runs_all = False
+        """`run` is under way."""
+        self.threads: list[VcpuThread] = []
+        """Those in KVM_RUN, `sleepers` among them."""
+        self.sleepers: list[VcpuThread] = []
         self.loaded: list[Guest] = []
         self.loaded_ns = 0
         self._exit: Exit | None = None
         self._current = 0
-        self._longest_quantum_ns = quantum_ns
+        self.quantum_ns = quantum_ns
         self._shortest_quantum_ns = min(quantum_ns, SHORT_QUANTUM_NS)
         self._quantum_ns = quantum_ns
         self._quantum_end_ns = NEVER_NS
@@ -135,7 +151,7 @@ class Machine:
     def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
         """Wire up a vCPU over `engine`; the caller checks that the id is free."""
         task = self.recorder.add_task(f"CPU {vcpu_id}/KVM-{self.board.new_tid()}")
-        engine.map_ram(0, self.ram)
+        self.memory.add_engine(engine)
         vcpu = Vcpu(self.board, vcpu_id, engine, task, vcpu_id == self.board.bsp_vcpu_id)
         self.board.vcpus.append(vcpu)
         if not self.virtual:
@@ -167,26 +183,22 @@ class Machine:
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest RAM; ValueError if it does not fit."""
-        if not 0 <= gpa <= gpa + len(data) <= len(self.ram):
+        if not self.memory.write(gpa, data):
             raise ValueError(
-                f"{len(data)} bytes at {gpa:#x} do not fit: RAM ends at {len(self.ram):#x}"
+                f"{len(data)} bytes at {gpa:#x} do not fit: RAM ends at {self.memory.end():#x}"
             )
-        self.ram[gpa : gpa + len(data)] = data
-        for vcpu in self.board.vcpus:
-            vcpu.engine.ram_written(gpa, len(data))
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         """Read guest RAM; ValueError if the range is not all RAM."""
         data = self.read_ram(gpa, size_bytes)
         if data is None:
-            raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {len(self.ram):#x}")
+            end = self.memory.end()
+            raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {end:#x}")
         return data
 
     def read_ram(self, gpa: int, size_bytes: int) -> bytes | None:
         """As `read_memory`, but None if the range is not all RAM: for page walks."""
-        if not 0 <= gpa <= gpa + size_bytes <= len(self.ram):
-            return None
-        return self.ram[gpa : gpa + size_bytes]
+        return self.memory.read(gpa, size_bytes)
 
     def close(self) -> None:
         """Stop the threads and give the memory back. Harmless when repeated."""
@@ -233,10 +245,20 @@ class Machine:
             raise ValueError("the machine has no vCPU: create one before running")
         if for_ns is not None and for_ns < 0:
             raise ValueError(f"for_ns={for_ns} is negative: give 0 or more")
+        with self.lock:
+            if self.threads:
+                raise RuntimeError("a vCPU of this machine is running already")
+            self.runs_all = True
+            try:
+                return self._run(for_ns, limit_s, until)
+            finally:
+                self.runs_all = False
+
+    def _run(
+        self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
+    ) -> Exit:
         stopwatch = Stopwatch()
-        self.clock.refresh()
-        if self.started_ns == NEVER_NS:
-            self._power_on()
+        self.begin()
         if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
@@ -256,11 +278,18 @@ class Machine:
         for vcpu in self.board.vcpus:
             vcpu.engine.kick()
 
-    def _power_on(self) -> None:
-        """The machine's time starts now; what was set up before took none of it."""
-        self.started_ns = self.clock.now_ns
-        for vcpu in self.board.vcpus:
-            vcpu.power_on(self.started_ns)
+    def begin(self) -> None:
+        """A thread wants vCPUs to run. At the first time the machine's time starts: what was set
+        up before took none of it.
+        """
+        self.clock.refresh()
+        if self.started_ns == NEVER_NS:
+            self.started_ns = self.clock.now_ns
+            for vcpu in self.board.vcpus:
+                vcpu.power_on(self.started_ns)
+        if self.memory.shared:
+            for vcpu in self.board.vcpus:
+                vcpu.engine.forget_changed_code()
 
     def _loop(
         self,
@@ -291,10 +320,10 @@ class Machine:
                     return Exit("deadlock", detail=self._deadlock_detail())
             else:
                 if vcpu.kicked:
-                    self._meet_busy_host(vcpu)
+                    self.meet_busy_host(vcpu)
                 if clock.now_ns < vcpu.off_until_ns:
                     self._sleep(end_ns)
-                elif vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
+                elif vcpu.mp_state == _RUNNABLE or self.wake(vcpu):
                     self._enter(vcpu, end_ns)
                 elif self._is_deadlocked(end_ns):
                     return Exit("deadlock", detail=self._deadlock_detail())
@@ -309,7 +338,52 @@ class Machine:
         self._slice_over = False
         if self.recorder.full:
             self.recorder.flush()
+        self.lock.pass_on()
         return limit_s is not None and stopwatch.elapsed_s() > limit_s
+
+    # Threads that each run a vCPU.
+
+    @property
+    def awake_threads(self) -> int:
+        """How many are in KVM_RUN and do not sleep."""
+        return len(self.threads) - len(self.sleepers)
+
+    def serve_due(self) -> None:
+        """Timers, workers and irqfds whose time has come."""
+        self.clock.refresh()
+        if self.board.queue.next_ns <= self.clock.now_ns:
+            self.board.queue.run_due(self.clock)
+        if self.board.irqfds.assigned:
+            self.board.irqfds.poll()
+        if self.recorder.full:
+            self.recorder.flush()
+
+    def wake_threads(self) -> None:
+        """Of those that sleep, the ones with something to do: run the vCPU, wait for an earlier
+        deadline, or let virtual time pass now that nobody else does.
+        """
+        next_ns = self.board.queue.next_ns
+        nobody = self.virtual and not self.awake_threads
+        for thread in self.sleepers:
+            is_earlier = next_ns < thread.until_ns
+            if self.virtual and thread.until_ns == NEVER_NS:
+                is_earlier = nobody and not self.is_asleep_for_good(thread.vcpu)
+            if thread.vcpu.kicked or is_earlier:
+                thread.wake()
+
+    def is_asleep_for_good(self, vcpu: Vcpu) -> bool:
+        """As time passes nothing wakes it: only a call or another vCPU can."""
+        return self.board.queue.next_ns == NEVER_NS or (
+            _is_deaf(vcpu) and not self.board.nmi_may_come()
+        )
+
+    def could_run_elsewhere(self, vcpu: Vcpu) -> bool:
+        """User space has another vCPU that is not halted."""
+        running = [thread.vcpu for thread in self.threads]
+        return any(
+            other is not vcpu and other.mp_state == _RUNNABLE and other not in running
+            for other in self.board.vcpus
+        )
 
     # Several vCPUs on one host CPU.
 
@@ -317,7 +391,7 @@ class Machine:
         """Let the vCPU whose turn it is run, or let time pass if none can; true: a deadlock."""
         vcpu = self._schedule()
         if vcpu is not None:
-            if vcpu.mp_state == _RUNNABLE or self._wake(vcpu):
+            if vcpu.mp_state == _RUNNABLE or self.wake(vcpu):
                 self._enter_one_of_several(vcpu, end_ns)
         elif self._is_deadlocked(end_ns):
             return True
@@ -331,13 +405,13 @@ class Machine:
         current = vcpus[self._current]
         for vcpu in vcpus:
             if vcpu.kicked:
-                self._meet_busy_host(vcpu)
+                self.meet_busy_host(vcpu)
                 if vcpu is not current:
                     self._cut_quantum(now_ns)
         if self._is_ready(current):
             if now_ns < self._quantum_end_ns:
                 return current
-            self._quantum_ns = min(2 * self._quantum_ns, self._longest_quantum_ns)
+            self._quantum_ns = min(2 * self._quantum_ns, self.quantum_ns)
         for step in range(1, len(vcpus) + 1):
             index = (self._current + step) % len(vcpus)
             if self._is_ready(vcpus[index]):
@@ -379,6 +453,20 @@ class Machine:
             vcpu.serve_requests()
             if vcpu.mp_state != _RUNNABLE:
                 return
+        reason = self.run_slice(vcpu, end_ns)
+        if reason == _EXIT_HLT:
+            return
+        if reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
+            self._slice_over = True
+        elif reason == _EXIT_PAUSE:
+            self._quantum_end_ns = self.clock.now_ns
+        elif reason == ExitReason.TRIPLE_FAULT:
+            self._end(Exit("triple-fault", detail="the CPU shut down on a triple fault"))
+        elif reason == ExitReason.INTERNAL_ERROR:
+            self._end(Exit("guest-error", detail=vcpu.engine.error))
+
+    def run_slice(self, vcpu: Vcpu, end_ns: int) -> int:
+        """Enter the guest, up to the next deadline or `end_ns`; returns the `ExitReason`."""
         now_ns = self.clock.now_ns
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
@@ -393,22 +481,11 @@ class Machine:
                 deadline_ns = now_ns + LEAST_SLICE_REAL_NS
         if self._kicker is None:
             budget = deadline_ns - now_ns
-            reason = vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
-        else:
-            self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
-            reason = vcpu.enter(UNLIMITED_INSTRUCTIONS)
-        if reason == _EXIT_HLT:
-            return
-        if reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXTERNAL_INTERRUPT):
-            self._slice_over = True
-        elif reason == _EXIT_PAUSE:
-            self._quantum_end_ns = self.clock.now_ns
-        elif reason == ExitReason.TRIPLE_FAULT:
-            self._end(Exit("triple-fault", detail="the CPU shut down on a triple fault"))
-        elif reason == ExitReason.INTERNAL_ERROR:
-            self._end(Exit("guest-error", detail=vcpu.engine.error))
+            return vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
+        self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
+        return vcpu.enter(UNLIMITED_INSTRUCTIONS)
 
-    def _meet_busy_host(self, vcpu: Vcpu) -> None:
+    def meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
         vcpu.kicked = False
         if not self.host.on_time and self.clock.now_ns >= vcpu.off_until_ns:
@@ -416,7 +493,7 @@ class Machine:
             if delay_ns:
                 self.take_vcpu_off(delay_ns, vcpu)
 
-    def _wake(self, vcpu: Vcpu) -> bool:
+    def wake(self, vcpu: Vcpu) -> bool:
         """`kvm_vcpu_check_block`: awake if there is something to run for."""
         if not vcpu.has_events():
             return False
@@ -466,7 +543,7 @@ class Machine:
                 return False
             queue.run_due(clock)
             if vcpu.kicked:
-                return self.host.on_time and self._wake(vcpu)
+                return self.host.on_time and self.wake(vcpu)
         return False
 
     def _sleep(self, end_ns: int) -> None:

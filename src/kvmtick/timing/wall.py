@@ -1,5 +1,7 @@
 """Wall time of this host: a stopwatch, waiting, and the kick that ends a real-time slice."""
 
+import ctypes
+import errno
 import select
 import threading
 import time
@@ -7,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from kvmtick.timing.queue import NEVER_NS
 
-__all__ = ["Kicker", "Stopwatch", "realtime_ns", "sleep_ns"]
+__all__ = ["Kicker", "Stopwatch", "realtime_ns", "sleep_ns", "wait_for_any"]
 
 REARM_NS = 250_000
 """Who was called back arms the next time within that, if it arms one at all."""
@@ -35,11 +37,31 @@ def sleep_ns(duration_ns: int, wake_on: Sequence[int] = ()) -> None:
         return
     if not wake_on:
         time.sleep(duration_ns / 1e9)
-        return
-    poller = select.poll()
-    for descriptor in wake_on:
-        poller.register(descriptor, select.POLLIN)
-    poller.poll(duration_ns / 1e6)
+    else:
+        wait_for_any(wake_on, duration_ns)
+
+
+class _pollfd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class _timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def wait_for_any(descriptors: Sequence[int], duration_ns: int | None) -> bool:
+    """ppoll(2), which unlike Python's polls knows less than milliseconds: True when one of them
+    can be read, or after a signal; None: wait for ever.
+    """
+    polled = (_pollfd * len(descriptors))(*(_pollfd(fd, select.POLLIN) for fd in descriptors))
+    limit = None if duration_ns is None else ctypes.byref(_timespec(*divmod(duration_ns, 10**9)))
+    ready = _libc.ppoll(polled, ctypes.c_ulong(len(descriptors)), limit, None)
+    if ready < 0 and ctypes.get_errno() != errno.EINTR:
+        raise OSError(ctypes.get_errno(), "ppoll")
+    return bool(ready)
 
 
 class Kicker:

@@ -560,9 +560,9 @@ class Vcpu:
         if lapic is None:
             return False
         vector = self._eoi_exit_vector
-        if requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> vector & 1:
-            if self.exits.user_space.ioapic_eoi(vector):
-                return True
+        wanted = requests & _REQ_IOAPIC_EOI_EXIT and lapic.handled_vectors >> vector & 1
+        if wanted and self.exits.user_space.ioapic_eoi(vector):
+            return True
         if requests & _REQ_SCAN_IOAPIC and lapic.hw_enabled:
             lapic.handled_vectors = self._board.handled_vectors(lapic)
         return False

@@ -121,6 +121,16 @@ void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *
     }
 }
 
+/* How many rounds the instruction at RIP has left, if it is a REP INS; else 1. */
+static uint64_t rounds_of_ins(Engine *self)
+{
+    Prefixes prefixes;
+    uint8_t opcode = opcode_at(self, linear_rip(self->env), &prefixes);
+    bool is_ins = opcode == 0x6c || opcode == 0x6d;
+    uint64_t mask = count_mask(self, prefixes.address_size);
+    return is_ins && prefixes.rep ? REGISTER(self->env, RCX) & mask : 1;
+}
+
 uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
 {
     (void)uc;
@@ -130,6 +140,7 @@ uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
     uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
     give_gil(self);
     if (unlikely(self->refused)) {
+        self->rounds = rounds_of_ins(self);
         leave_before_access(self, 0);
     }
     return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);

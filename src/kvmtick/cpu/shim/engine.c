@@ -475,6 +475,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
     self->ins_has_tried = false;
     self->exit_reason = EXIT_NONE;
     self->failed = false;
+    self->rounds = 1;
     U64(self->cpu, CPU_ACCESS_AT) = PAGE_WALK;
     /* Blocks of one instruction, with a budget of one. */
     U32(self->cpu, CPU_NEXT_BLOCK) = !self->exact && self->budget == 1 ? 1 : NO_LIMIT;
@@ -616,6 +617,7 @@ static PyMemberDef engine_members[] = {
     {"entry_error_code", T_UINT, offsetof(Engine, entry_error_code), 0,
      "What an exception given to enter pushes."},
     {"exact", T_BOOL, offsetof(Engine, exact), READONLY, "Whether every boundary is looked at."},
+    {"rounds", T_ULONGLONG, offsetof(Engine, rounds), READONLY, "What a refused REP has left."},
     {"error", T_OBJECT, offsetof(Engine, error), 0, "Why the last INTERNAL_ERROR happened."},
     {NULL, 0, 0, 0, NULL},
 };

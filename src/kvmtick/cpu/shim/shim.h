@@ -442,6 +442,7 @@ struct Engine {
     unsigned long long retired;
     unsigned int idt_vectoring_info;
     unsigned int entry_error_code; /* of the exception that `enter` is given */
+    unsigned long long rounds;
     PyObject *error;
 };
 
