@@ -463,7 +463,7 @@ class Vcpu:
     def may_take_interrupt(self) -> bool:
         """`kvm_vcpu_ready_for_interrupt_injection`: one that user space injects would go in now."""
         accepts = self.lapic is None or self.lapic.accepts_pic_intr()
-        return accepts and interrupt_allowed(self.vmcs) and not self.pending.reinject_info
+        return accepts and interrupt_allowed(self.vmcs) and not self.pending.injected
 
     def _enter_guest(self, intr_info: int, budget: int) -> int:
         """Let the engine run, and the clock with it."""

@@ -96,6 +96,8 @@ def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Found | Non
         seen, other = left.step(operation), right.step(operation)
         if seen != other:
             return Found(number, operation, tuple(seen.differences(other)))
+        if left.lost:
+            break
     return None
 
 

@@ -86,6 +86,8 @@ class Side(Closing):
         self._mailbox = Mailbox(self.vm)
         self._fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(EVENTFDS)]
         self._exits: list[Answer] = []
+        self.lost = ""
+        """Why nothing more can be done with it."""
         self._real_time = system.backend == "kernel"
         self._age = Stopwatch()
         self._since_load = Stopwatch()
@@ -105,7 +107,8 @@ class Side(Closing):
     def step(self, operation: Operation) -> Seen:
         """Carry an operation out and look at everything.
 
-        Raises LateHostError where a timer may have fired, GuestLostError.
+        Raises LateHostError where a timer may have fired. Whatever else goes wrong is the answer,
+        and an end: `lost` says so.
         """
         if self._real_time:
             self._keep_pit_away()
@@ -113,7 +116,11 @@ class Side(Closing):
         try:
             answer = operation.do(self)
         except KvmError as error:
-            answer = errno.errorcode.get(error.errno, str(error.errno))
+            answer = _errno_name(error)
+        except GuestLostError as error:
+            answer, self.lost = "the guest is lost", str(error)
+        except Exception as error:
+            answer = self.lost = repr(error)
         if self._exits:
             answer = (answer, *self._exits)
         seen = self.look(answer)
@@ -128,9 +135,7 @@ class Side(Closing):
         pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, 112)
         if isinstance(pit, bytearray):
             self._pit = pit
-            states["pit"] = comparable_pit(bytearray(pit))
-        else:
-            states["pit"] = pit
+        states["pit"] = comparable_pit(bytearray(pit)) if isinstance(pit, bytearray) else pit
         for chip_id, name, size_bytes in ((0, "pic 0", 16), (1, "pic 1", 16), (2, "ioapic", 216)):
             chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, 520, chip_id)
             states[name] = chip if isinstance(chip, str) else bytes(chip[8 : 8 + size_bytes])
@@ -350,8 +355,12 @@ def _read(
     try:
         ioctl(request, data)
     except KvmError as error:
-        return errno.errorcode.get(error.errno, str(error.errno))
+        return _errno_name(error)
     return data
+
+
+def _errno_name(error: KvmError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 def _highest(lapic: bytearray, register: int) -> int:
