@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,17 @@ from kvmtick.abi import ioctls
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.exits import ExitHlt, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
-from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE
+from kvmtick.abi.structs import (
+    KVM_MP_STATE_RUNNABLE,
+    KvmStruct,
+    kvm_irqchip,
+    kvm_lapic_state,
+    kvm_mp_state,
+    kvm_msr_entry,
+    kvm_pit_state2,
+    kvm_vcpu_events,
+    make_msrs,
+)
 from kvmtick.conform.fuzz import mailbox
 from kvmtick.conform.fuzz.mailbox import Mailbox
 from kvmtick.conform.fuzz.observe import (
@@ -33,11 +44,13 @@ from kvmtick.conform.fuzz.observe import (
 )
 from kvmtick.conform.fuzz.operations import Answer, Operation
 from kvmtick.kvm.api import System, Vcpu, Vm
+from kvmtick.machine.machine import Machine
 from kvmtick.timing.wall import Stopwatch, sleep_ns
 
 __all__ = ["Config", "GuestLostError", "LateHostError", "Side"]
 
 EVENTFDS = 4
+_CHIPS = (("pic 0", 16), ("pic 1", 16), ("ioapic", 216))
 LIMIT_S = 5.0
 """No entry takes that long, but where the guest is lost."""
 MOST_EXITS = 20
@@ -59,6 +72,8 @@ REARM_S, LATE_S = 0.010, 0.035
 IRQFD_WORK_NS = 300_000
 LEAST_TIMER_S = 2.2
 """A sequence must be over before a local APIC's timer may fire: the shortest takes 3.2 s."""
+
+_MSRS = bytes(make_msrs(kvm_msr_entry(index=index) for index in (MSR_APIC_BASE, MSR_TSC_DEADLINE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,11 @@ class Side(Closing):
         self._real_time = system.backend == "kernel"
         self._age = Stopwatch()
         self._since_load = Stopwatch()
-        self._pit = bytearray(112)
+        self._pit: bytes | str = ""
+        self._buffers = _Buffers()
+        self._lock: AbstractContextManager[Any] = (
+            nullcontext() if self._real_time else _machine(self.vm).lock
+        )
         self._port_masks: dict[int, int] = {}
         mailbox.install(self.vm)
 
@@ -130,32 +149,35 @@ class Side(Closing):
 
     def look(self, answer: Answer) -> Seen:
         """What there is to see now."""
-        vm = self.vm
+        vm, runs = self.vm, self.config.runs
         states: dict[str, int | bytes | str] = {}
-        pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, 112)
-        if isinstance(pit, bytearray):
-            self._pit = pit
-        states["pit"] = comparable_pit(bytearray(pit)) if isinstance(pit, bytearray) else pit
-        for chip_id, name, size_bytes in ((0, "pic 0", 16), (1, "pic 1", 16), (2, "ioapic", 216)):
-            chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, 520, chip_id)
-            states[name] = chip if isinstance(chip, str) else bytes(chip[8 : 8 + size_bytes])
-        for index, vcpu in enumerate(self.vcpus):
-            states[f"mp_state {index}"] = vcpu.get_mp_state()
-            lapic = _read(vcpu.ioctl, ioctls.KVM_GET_LAPIC, 1024)
-            states[f"lapic {index}"] = (
-                lapic if isinstance(lapic, str) else comparable_lapic(lapic, self.config.runs)
-            )
-            events = _read(vcpu.ioctl, ioctls.KVM_GET_VCPU_EVENTS, 64)
-            assert isinstance(events, bytearray)
-            states[f"events {index}"] = comparable_events(events)
-            msrs = vcpu.get_msrs((MSR_APIC_BASE, MSR_TSC_DEADLINE))
-            states[f"IA32_APIC_BASE {index}"] = msrs.get(MSR_APIC_BASE, -1)
-            states[f"IA32_TSC_DEADLINE {index}"] = int(msrs.get(MSR_TSC_DEADLINE, 0) != 0)
-        if self.config.runs:
+        with self._lock:
+            self._pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, self._buffers.pit)
+            states["pit"] = _but(self._pit, comparable_pit)
+            for chip_id, (name, size_bytes) in enumerate(_CHIPS):
+                self._buffers.chip.chip_id = chip_id
+                chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, self._buffers.chip)
+                states[name] = chip if isinstance(chip, str) else chip[8 : 8 + size_bytes]
+            for index, vcpu in enumerate(self.vcpus):
+                self._look_at_vcpu(index, vcpu, states)
+        if runs:
             nmis, *vectors = mailbox.interrupts_taken(vm)
             states["NMIs taken"] = nmis
             states["vectors taken"] = " ".join(map(hex, vectors))
         return Seen(answer, states)
+
+    def _look_at_vcpu(self, index: int, vcpu: Vcpu, states: dict[str, int | bytes | str]) -> None:
+        buffers, ioctl, runs = self._buffers, vcpu.ioctl, self.config.runs
+        ioctl(ioctls.KVM_GET_MP_STATE, buffers.mp_state)
+        states[f"mp_state {index}"] = buffers.mp_state.mp_state
+        lapic = _read(ioctl, ioctls.KVM_GET_LAPIC, buffers.lapic)
+        states[f"lapic {index}"] = _but(lapic, lambda page: comparable_lapic(page, runs))
+        events = _read(ioctl, ioctls.KVM_GET_VCPU_EVENTS, buffers.events)
+        states[f"events {index}"] = _but(events, comparable_events)
+        msrs = bytearray(_MSRS)
+        ioctl(ioctls.KVM_GET_MSRS, msrs)
+        states[f"IA32_APIC_BASE {index}"] = int.from_bytes(msrs[16:24], "little")
+        states[f"IA32_TSC_DEADLINE {index}"] = int(any(msrs[32:40]))
 
     # What operations are made of.
 
@@ -196,7 +218,7 @@ class Side(Closing):
         if self._real_time:
             sleep_ns(us * 1000)
             return
-        machine: Any = self.vm.machine  # type: ignore[attr-defined]
+        machine = _machine(self.vm)
         end_ns = machine.clock.now_ns + us * 1000
         while machine.board.queue.next_ns <= end_ns:
             machine.clock.now_ns = max(machine.clock.now_ns, machine.board.queue.next_ns)
@@ -205,7 +227,7 @@ class Side(Closing):
 
     def far_count(self, value: int) -> int:
         """What to write to counter 0 instead of `value`, so that no count is short."""
-        write_state = self._pit[10]
+        write_state = self._pit[10] if isinstance(self._pit, bytes) else 0
         if write_state in (2, 4):
             return value | LEAST_COUNT >> 8
         return value if write_state == 3 else value & ~0xFF
@@ -270,7 +292,8 @@ class Side(Closing):
         if port == 0x61:
             mask = ~0x30
         elif 0x40 <= port < 0x43 and in_pit:
-            mask = ~0x80 if self._pit[(port - 0x40) * 24 + 7] else ~0xFF
+            latched = isinstance(self._pit, bytes) and self._pit[(port - 0x40) * 24 + 7]
+            mask = ~0x80 if latched else ~0xFF
         self._port_masks[index] = mask
         return mask
 
@@ -292,9 +315,9 @@ class Side(Closing):
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
         return answer
 
-    def _lapic(self, index: int) -> bytearray | None:
+    def _lapic(self, index: int) -> bytes | None:
         """KVM_GET_LAPIC; None without an in-kernel local APIC."""
-        lapic = _read(self.vcpus[index].ioctl, ioctls.KVM_GET_LAPIC, 1024)
+        lapic = _read(self.vcpus[index].ioctl, ioctls.KVM_GET_LAPIC, self._buffers.lapic)
         return None if isinstance(lapic, str) else lapic
 
     def _in_service(self, index: int) -> bool:
@@ -346,24 +369,42 @@ class Side(Closing):
         raise GuestLostError(f"vCPU {index}: still not done after {MOST_EXITS} exits")
 
 
-def _read(
-    ioctl: Callable[[int, bytearray], int], request: int, size_bytes: int, first: int = 0
-) -> bytearray | str:
+class _Buffers:
+    """What ioctls fill in, made once."""
+
+    def __init__(self) -> None:
+        self.pit = kvm_pit_state2()
+        self.chip = kvm_irqchip()
+        self.lapic = kvm_lapic_state()
+        self.events = kvm_vcpu_events()
+        self.mp_state = kvm_mp_state()
+
+
+def _machine(vm: Any) -> Machine:
+    """The machine of a VM of the model."""
+    machine: Machine = vm.machine
+    return machine
+
+
+def _read(ioctl: Callable[[int, KvmStruct], int], request: int, buffer: KvmStruct) -> bytes | str:
     """What an ioctl fills in, or the errno."""
-    data = bytearray(size_bytes)
-    data[0] = first
     try:
-        ioctl(request, data)
+        ioctl(request, buffer)
     except KvmError as error:
         return _errno_name(error)
-    return data
+    return bytes(buffer)
+
+
+def _but(state: bytes | str, comparable: Callable[[bytearray], bytes]) -> bytes | str:
+    """As much of a state as is compared; an errno as it is."""
+    return state if isinstance(state, str) else comparable(bytearray(state))
 
 
 def _errno_name(error: KvmError) -> str:
     return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
-def _highest(lapic: bytearray, register: int) -> int:
+def _highest(lapic: bytes, register: int) -> int:
     """The highest vector in IRR or ISR; -1: none."""
     for word in range(7, -1, -1):
         at = register + 0x10 * word
