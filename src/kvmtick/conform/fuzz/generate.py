@@ -407,6 +407,22 @@ class _Maker:
         signal: Piece = [SignalFd(max(fd, 0))] if rng.random() < 0.6 else []
         return [IrqFd(fd, gsi, flags, resample), *signal]
 
+    def resampled(self) -> Piece:
+        """A resampling irqfd that is signalled, and the interrupt's end."""
+        rng, vcpu = self.rng, 0
+        fd, pin = rng.randrange(EVENTFDS), rng.randrange(3, 16)
+        resample = rng.randrange(EVENTFDS)
+        out: Piece = [IrqFd(fd, pin, 2, resample)]
+        if rng.getrandbits(1):
+            out += [SignalFd(fd), Access(vcpu, "out8", 0xA0 if pin > 7 else 0x20, 0x60 | pin & 7)]
+        else:
+            ready = [(SVR, 0x1FF), (TPR, 0), *((ISR + 0x10 * word, 0) for word in range(8))]
+            entry = 1 << 15 | self.vector()
+            for at, value in ((0x11 + 2 * pin, 0), (0x10 + 2 * pin, entry)):
+                out += [Access(vcpu, "w32", IOAPIC, at), Access(vcpu, "w32", IOAPIC + 0x10, value)]
+            out += [SetLapic(vcpu, tuple(ready)), SignalFd(fd), *self.window()]
+        return [*out, ReadFd(resample), IrqFd(fd, pin, rng.choice((1, 1, 3)))]
+
     def ioeventfd(self) -> Piece:
         rng = self.rng
         flags = rng.choice((0, 0, 1)) | rng.choice((0, 2)) | rng.choice((0, 0, 4))
@@ -715,7 +731,8 @@ class _Maker:
                 (12 if apic else 2, self.lapic_access), (8, self.ioapic_access),
                 (12, self.port_access), (4, self.msr_access), (2, self.start_another),
                 (3, self.interrupt_and_eoi), (2, self.enter_x2apic), (1, self.tsc_deadline),
-                (6, self.window), (4, self.take), (1, self.enter), (1, self.doorbell),
+                (6, self.window), (4, self.take), (1, self.resampled), (1, self.enter),
+                (1, self.doorbell),
                 (0.3 if apic else 0, self.lapic_tick), (0.1, self.make), (0.2, self.mp_state),
             ]  # fmt: skip
         else:

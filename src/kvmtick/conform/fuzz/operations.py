@@ -591,12 +591,43 @@ class LapicTick(OfVcpu):
         return answer
 
 
-def _concrete(kind: type[Operation]) -> list[type[Operation]]:
-    out: list[type[Operation]] = []
-    for each in kind.__subclasses__():
-        out += _concrete(each) or [each]
-    return out
-
-
-KINDS = {kind.__name__: kind for kind in _concrete(Operation)}
+KINDS: dict[str, type[Operation]] = {
+    kind.__name__: kind
+    for kind in (
+        CreateIrqchip,
+        EnableCap,
+        CreatePit,
+        CreatePit2,
+        CreateVcpu,
+        SetBootCpuId,
+        RawIoctl,
+        IrqLine,
+        IrqLineStatus,
+        SignalMsi,
+        SetGsiRouting,
+        IrqFd,
+        IoEventFd,
+        SignalFd,
+        ReadFd,
+        SetIrqchip,
+        SetPit,
+        SetPit2,
+        ReinjectControl,
+        Clock,
+        SetTscKhz,
+        SetLapic,
+        SetVcpuEvents,
+        SetMpState,
+        Nmi,
+        Interrupt,
+        SetMsr,
+        GetMsr,
+        SetCpuid2,
+        Access,
+        Enter,
+        Window,
+        PitTick,
+        LapicTick,
+    )
+}
 """All kinds of operations, by name."""

@@ -104,8 +104,18 @@ def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Found | Non
 class Fuzzer:
     """Searches two back ends for differences."""
 
-    def __init__(self, backends: Backends, seed: int = 0, log: KernelLog | None = None) -> None:
+    def __init__(
+        self,
+        backends: Backends,
+        seed: int = 0,
+        log: KernelLog | None = None,
+        shrinks: bool = True,
+    ) -> None:
+        """`log`: the kernel log to watch. `shrinks`: a difference comes with the shortest sequence
+        that shows it, not with the one that was found.
+        """
         self.backends = backends
+        self._shrinks = shrinks
         self.totals = Totals(seed)
         self._log = log
 
@@ -117,8 +127,6 @@ class Fuzzer:
     ) -> Finding | None:
         """Go on for at least `ops` operations, or `for_s` seconds of wall time, or to the first
         finding; `tell` is called after each sequence.
-
-        A difference comes with the shortest sequence that shows it.
         """
         totals, stopwatch = self.totals, Stopwatch()
         end_ops = None if ops is None else totals.ops + ops
@@ -153,7 +161,8 @@ class Fuzzer:
             totals.noise += 1
             return None
         totals.differences += 1
-        return self.shrunk(Finding(cut, found))
+        finding = Finding(cut, found)
+        return self.shrunk(finding) if self._shrinks else finding
 
     def _shows(self, each: Sequence) -> Found | None:
         """The difference a sequence shows; None too if the host was late."""
