@@ -1037,6 +1037,22 @@ def test_rdtsc_is_tsc_plus_retired(build: Build) -> None:
     assert machine.accesses[-1][3] == 52
 
 
+@pytest.mark.parametrize("khz", [1, 999_999, 1_000_000, 2_596_122, 0xFFFF_FFFF])
+def test_rdtsc_counts_at_its_rate_from_its_value(build: Build, khz: int) -> None:
+    def routine() -> Program:
+        yield Spin(100)
+        value = yield Rdtsc()
+        yield Out(0x80, value & 0xFFFF_FFFF, 4)
+        yield Hlt()
+
+    machine = build(Guest("90" * 100 + "0f31 66e780 f4", routine))
+    value, at_ns, now_ns = (1 << 64) - 5, 7_000_000_123, 9_000_000_000_000
+    machine.engine.set_tsc(khz, value, at_ns, live=False)
+    assert machine.enter(tsc=now_ns) is ExitReason.HLT
+    expected = value + (now_ns + 100 - at_ns) * khz // 1_000_000
+    assert machine.accesses[0][3] == expected & 0xFFFF_FFFF
+
+
 class DeviceError(Exception):
     pass
 
@@ -1196,7 +1212,7 @@ def test_host_tsc_runs_by_itself(build: Build) -> None:
             yield Hlt()
 
     machine = build(Guest("0f31 66e780 f4 ebf8", routine))  # again: rdtsc; out; hlt; jmp again
-    machine.engine.use_host_tsc(0)
+    machine.engine.set_tsc(1_000_000, 0, 0, live=True)
     machine.enter(tsc=5)
     machine.enter(tsc=5)
     first, second = (access[3] for access in machine.accesses)

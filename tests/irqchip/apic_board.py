@@ -46,6 +46,8 @@ class VcpuStub:
     def queue_nmi(self) -> None:
         self.nmis += 1
 
+    tsc_khz = 1_000_000
+
     def guest_tsc(self) -> int:
         return self._clock.now_ns
 

@@ -35,8 +35,8 @@ to the next VM exit:
   in a handler `interruptibility` is that behind the access.
 
 Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
-instruction counts as one). RDTSC and RDTSCP read `tsc` as given to `enter` plus the instructions
-retired since, or CLOCK_MONOTONIC after `use_host_tsc`.
+instruction counts as one). The machine's own TSC counts these, from what was given to `enter` on,
+or it is CLOCK_MONOTONIC; RDTSC and RDTSCP read what `set_tsc` makes of it, at first the same.
 
 An engine whose `exact` is False looks at boundaries only where a basic block of guest code begins
 (STI, MOV SS, POPF, IRET and HLT end one, so windows still open at once; so does a WRMSR whose
@@ -230,7 +230,10 @@ class Engine(Protocol):
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
     ) -> int:
-        """Run the guest for at most `budget` (> 0) instructions; returns an `ExitReason` value."""
+        """Run the guest for at most `budget` (> 0) instructions; returns an `ExitReason` value.
+
+        `tsc` is the machine's TSC, its time in ns.
+        """
 
     def kick(self) -> None:
         """Leave the guest at the next instruction boundary (or at once, at the next `enter`)."""
@@ -244,8 +247,11 @@ class Engine(Protocol):
         A `kick` from another thread needs it.
         """
 
-    def use_host_tsc(self, offset_ns: int) -> None:
-        """From now on the guest's TSC is CLOCK_MONOTONIC minus `offset_ns` (real time)."""
+    def set_tsc(self, khz: int, value: int, at_ns: int, live: bool) -> None:
+        """The guest's TSC was `value` when the machine's was `at_ns`, and counts `khz` a ms.
+
+        `live`: the machine's TSC is CLOCK_MONOTONIC.
+        """
 
     def exit_on_pause(self, enabled: bool) -> None:
         """Whether PAUSE ends an entry: another vCPU could use the time."""

@@ -115,6 +115,7 @@ EXIT_PAUSE = int(ExitReason.PAUSE)
 EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
 EXIT_ACCESS = int(ExitReason.ACCESS)
 EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
+NS_PER_MS = 1_000_000
 SHADOW_STI = int(Interruptibility.STI)
 SHADOW_MOV_SS = int(Interruptibility.MOV_SS)
 SHADOW_NMI = int(Interruptibility.NMI)
@@ -344,7 +345,7 @@ class ScriptedEngine:
         self._closed = False
         self._cuts_left = 0
         self._tsc = 0
-        self._host_tsc_offset_ns: int | None = None
+        self._guest_tsc = (1_000_000, 0, 0, False)
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
 
     def attach(
@@ -417,8 +418,8 @@ class ScriptedEngine:
     def set_breakpoints(self, addresses: Collection[int]) -> None:
         self._breakpoints = frozenset(addresses)
 
-    def use_host_tsc(self, offset_ns: int) -> None:
-        self._host_tsc_offset_ns = offset_ns
+    def set_tsc(self, khz: int, value: int, at_ns: int, live: bool) -> None:
+        self._guest_tsc = (khz, value, at_ns, live)
 
     @property
     def rip(self) -> int:
@@ -663,9 +664,9 @@ class ScriptedEngine:
         return 0
 
     def _read_tsc(self) -> int:
-        if self._host_tsc_offset_ns is None:
-            return (self._tsc + self.retired) & 0xFFFF_FFFF_FFFF_FFFF
-        return MonotonicClock().now_ns - self._host_tsc_offset_ns
+        khz, value, at_ns, live = self._guest_tsc
+        now_ns = MonotonicClock().now_ns if live else self._tsc + self.retired
+        return value + (now_ns - at_ns) * khz // NS_PER_MS & 0xFFFF_FFFF_FFFF_FFFF
 
     def _return(self, frame: _Frame) -> int:
         """A routine ended: IRET in a handler (0), HLT in the program (its exit reason)."""

@@ -93,7 +93,8 @@ class KvmFile(Closing):
         return self._fd
 
     def ioctl(self, request: int, arg: "int | KvmStruct | bytearray" = 0) -> int:
-        """Call ioctl(2), again after EINTR; a structure or buffer is passed by address.
+        """Call ioctl(2), again after EINTR (KVM_RUN: not); a structure or buffer is passed by
+        address.
 
         Raises `KvmError` with the kernel's errno; EBADF after `close`.
         """
@@ -107,7 +108,8 @@ class KvmFile(Closing):
                 result: int = fcntl.ioctl(self._fd, request, arg)
                 return result
             except InterruptedError:
-                continue
+                if request == ioctls.KVM_RUN:
+                    raise KvmError(errno.EINTR, call) from None
             except OSError as error:
                 raise KvmError(error.errno or 0, call) from None
 
@@ -434,7 +436,7 @@ class VcpuFile(KvmFile):
                 self._kicked = False
                 self.area.immediate_exit = int(self._ended)
                 return ExitIntr("kick")
-            if self._ended:
+            if self.area.immediate_exit:
                 return ExitIntr("kick")
         return ExitIntr("time") if time.monotonic() >= self._deadline_s else None
 

@@ -186,8 +186,11 @@ class LapicVcpu(Protocol):
     def queue_nmi(self) -> None:
         """`kvm_inject_nmi` and a kick."""
 
+    tsc_khz: int
+    """What the guest's TSC counts a millisecond."""
+
     def guest_tsc(self) -> int:
-        """The guest's TSC now, in ns."""
+        """The guest's TSC now, in its cycles."""
 
     def has_cpuid(self, feature: str) -> bool:
         """Whether KVM_SET_CPUID2 gave the guest "x2apic" or "tsc_deadline"."""

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["GUEST_TSC_KHZ", "LapicTimer"]
 
 GUEST_TSC_KHZ = 1_000_000
-"""The guest's TSC counts nanoseconds."""
+"""The guest's TSC counts nanoseconds, unless KVM_SET_TSC_KHZ says otherwise."""
 
-_CYCLES_PER_MS = 1_000_000
+_NS_PER_MS = 1_000_000
 
 
 class LapicTimer:
@@ -260,7 +260,7 @@ class LapicTimer:
         if not self.tscdeadline:
             return
         ahead = self.tscdeadline - self.vcpu.guest_tsc()
-        remaining_ns = (ahead * _CYCLES_PER_MS & U64) // GUEST_TSC_KHZ
+        remaining_ns = (ahead * _NS_PER_MS & U64) // self.vcpu.tsc_khz
         if ahead > 0 and remaining_ns > 0:
             self.timer.start(self._clock.now_ns + remaining_ns)
         else:

@@ -84,6 +84,10 @@ class Ioctls(Closing):
         Raises `KvmError` with the kernel's errno: EFAULT where an address is not this process's.
         """
 
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor, -1 after `close`; the model's is an empty file that stands for it."""
+
     def _get(self, request: int, struct: type[_S]) -> _S:
         out = struct()
         self.ioctl(request, out)

@@ -48,6 +48,9 @@ class KernelSystem(System):
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.device.ioctl(request, arg)
 
+    def fileno(self) -> int:
+        return self.device.fileno()
+
     def create_vm(
         self,
         machine_type: int = 0,
@@ -75,6 +78,9 @@ class KernelVcpu(Vcpu):
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.file.ioctl(request, arg)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     @property
     def area(self) -> kvm_run:
@@ -140,6 +146,9 @@ class KernelVm(Vm[KernelVcpu]):
         result = self.file.ioctl(request, arg)
         self.told.note(request, arg)
         return result
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     @property
     def vcpus(self) -> list[KernelVcpu]:

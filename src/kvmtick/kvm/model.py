@@ -116,6 +116,7 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
             seed = self.machine.host.seed + vcpu_id * SEED_STRIDE
             engine = _unicorn_engine(self._exact, seed & SEED_MASK)
         vcpu = ModelVcpu(self.machine.create_vcpu(engine, vcpu_id), self.machine)
+        vcpu.vcpu.set_tsc_khz(self.default_tsc_khz)
         self._vcpus.append(vcpu)
         return vcpu
 

@@ -42,6 +42,9 @@ class ModelFile(Ioctls):
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         request &= _U32
         self.check_usable(request)
+        return self._do(request, arg)
+
+    def _do(self, request: int, arg: Arg) -> int:
         handler = self.handlers.get(request)
         if handler is None:
             raise KvmError(self.unknown, ioctl_name(request))
@@ -69,13 +72,17 @@ class ModelFile(Ioctls):
     def hand_out(self) -> int:
         """`fileno` for an ioctl to return: until it is closed, nobody else need keep the object."""
         fd = self.fileno()
+        for other, file in list(_handed_out.items()):
+            if not file.stands_behind(other):
+                del _handed_out[other]
         _handed_out[fd] = self
         return fd
 
     def close(self) -> None:
         self.closed = True
         if self._placeholder is not None:
-            _handed_out.pop(self._placeholder.fd, None)
+            if _handed_out.get(self._placeholder.fd) is self:
+                del _handed_out[self._placeholder.fd]
             self._placeholder.close()
             self._placeholder = None
 
@@ -92,14 +99,14 @@ class MachineFile(ModelFile):
         self.machine = machine
         self._pid = os.getpid()
 
-    def ioctl(self, request: int, arg: Arg = 0) -> int:
-        if request & _U32 == KVM_RUN:
-            return super().ioctl(request, arg)
+    def _do(self, request: int, arg: Arg) -> int:
+        if request == KVM_RUN:
+            return super()._do(request, arg)
         machine = self.machine
         with machine.lock:
             machine.clock.refresh()
             try:
-                return super().ioctl(request, arg)
+                return super()._do(request, arg)
             finally:
                 machine.wake_threads()
 
@@ -115,12 +122,17 @@ class _Placeholder:
 
     def __init__(self, name: str) -> None:
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        self._inode = os.fstat(self.fd).st_ino
+        self._file = self._file_at(self.fd)
 
     def is_at(self, fd: int) -> bool:
         with suppress(OSError):
-            return fd == self.fd and os.fstat(fd).st_ino == self._inode
+            return fd == self.fd and self._file_at(fd) == self._file
         return False
+
+    @staticmethod
+    def _file_at(fd: int) -> tuple[int, int]:
+        status = os.fstat(fd)
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         if self.is_at(self.fd):
@@ -136,8 +148,15 @@ _handed_out: dict[int, ModelFile] = {}
 
 
 def file_of(fd: int) -> ModelFile:
-    """The VM or vCPU whose descriptor an ioctl returned. KvmError EBADF: there is none."""
+    """The VM or vCPU whose descriptor an ioctl returned.
+
+    KvmError EBADF: there is nothing; ENOTTY: something else.
+    """
     found = _files.get(fd)
-    if found is None or not found.stands_behind(fd):
-        raise KvmError(errno.EBADF, "KVM_CREATE_VM", f"{fd} is no descriptor of the model's")
-    return found
+    if found is not None and found.stands_behind(fd):
+        return found
+    try:
+        os.fstat(fd)
+    except OSError:
+        raise KvmError(errno.EBADF, "ioctl", f"{fd} is no open descriptor") from None
+    raise KvmError(errno.ENOTTY, "ioctl", f"{fd} is no descriptor of the model's")

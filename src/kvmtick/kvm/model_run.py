@@ -94,7 +94,8 @@ class _UserSpace:
         self._at = 0
         self._ahead: deque[int] = deque()
         """Further elements for REP INS."""
-        self.defers_writes = not vcpu.engine.exact
+        self.defers = not vcpu.engine.exact
+        """An engine that looks at blocks shall come again with the accessing instruction alone."""
 
     @property
     def rounds(self) -> int:
@@ -135,6 +136,8 @@ class _UserSpace:
         """The guest gets #GP."""
 
     def _read(self, access: _Access) -> int | None:
+        if self.defers:
+            return None
         if done := self._again(access):
             return done.value
         if self._ahead and access.is_pio:
@@ -164,8 +167,10 @@ class _UserSpace:
 
     def left_before_access(self) -> None:
         """The engine abandoned the instruction."""
+        if self.defers:
+            self.defers = False
+            return
         self.completing = True
-        self.defers_writes = False
         self._at = 0
         if self.asked is not None:
             self.asked.count = self._elements()
@@ -188,7 +193,7 @@ class _UserSpace:
         self._done.clear()
         self._at = 0
         self.completing = bool(self._ahead)
-        self.defers_writes = not self.completing and not self._vcpu.engine.exact
+        self.defers = not self.completing and not self._vcpu.engine.exact
 
     @property
     def place(self) -> tuple[int, int]:
@@ -353,13 +358,14 @@ class KvmRun:
     def _run_slice(self, area: kvm_run) -> bool:
         """`vcpu_enter_guest`; True: leave to user space."""
         vcpu, user = self._vcpu, self._user
-        reason = self._thread.enter(self._left_s())
+        alone = not user.defers and not vcpu.engine.exact
+        reason = vcpu.enter(1) if alone else self._thread.enter(self._left_s())
         if reason == _EXIT_ACCESS:
             user.left_before_access()
             return self._complete_access() or self._put_exit(area)
-        if user.exits or user.lowered_tpr:
-            user.finished()
-            return self._put_exit(area)
+        user.finished()
+        if self._put_exit(area):
+            return True
         if reason == _EXIT_HLT and vcpu.lapic is None:
             vcpu.make_runnable()
             self._put_reason(structs.KVM_EXIT_HLT)

@@ -7,7 +7,6 @@ from typing import ClassVar
 from kvmtick.abi import ioctls
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.structs import kvm_run
-from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import DEFAULT_VCPU_LIMIT_S, Vcpu
 from kvmtick.kvm.model_file import Handler, MachineFile
 from kvmtick.kvm.model_run import KvmRun
@@ -29,7 +28,6 @@ class ModelVcpu(MachineFile, Vcpu):
         self.vcpu = vcpu
         self.vcpu_id = vcpu.vcpu_id
         self._kvm_run = KvmRun(machine, vcpu)
-        self.tsc_khz = GUEST_TSC_KHZ
         self.signal_mask: int | None = None
         """KVM_SET_SIGNAL_MASK: the signals blocked in KVM_RUN, bit n for signal n + 1."""
 

@@ -32,6 +32,7 @@ from kvmtick.abi.structs import (
     kvm_vcpu_events,
 )
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import MAX_CPUID_ENTRIES, Arg
 from kvmtick.kvm.dev_ioctl import cpuid_entries, put_cpuid2
 from kvmtick.kvm.model_file import Handler
@@ -44,7 +45,7 @@ from kvmtick.kvm.user_memory import (
     put_struct,
 )
 from kvmtick.kvm.vcpu_events import get_vcpu_events, set_vcpu_events
-from kvmtick.vcpu.cpuid import LEAF_FEATURES, CpuidLeaf
+from kvmtick.vcpu.cpuid import LEAF_ADDRESS_SIZES, LEAF_FEATURES, CpuidLeaf
 from kvmtick.vcpu.vcpu import MpState
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ MAX_IO_MSRS: Final = 256
 """KVM_GET_MSRS and KVM_SET_MSRS take fewer."""
 SIGSET_BYTES: Final = 8
 VAPIC_BYTES: Final = 4
+SLOWEST_TSC_KHZ: Final = GUEST_TSC_KHZ * 999_750 // 1_000_000
+"""Where KVM would have to scale (`tsc_tolerance_ppm`)."""
+
+_U32 = 0xFFFF_FFFF
 
 _MP_STATES = frozenset(MpState)
 
@@ -141,11 +146,20 @@ def _set_cpuid2(vcpu: "ModelVcpu", arg: Arg) -> int:
     if count > MAX_CPUID_ENTRIES:
         raise KvmError(errno.E2BIG, "KVM_SET_CPUID2")
     data = copy_from_user(arg, sizeof(kvm_cpuid2), count * sizeof(kvm_cpuid_entry2))
+    leaves = _leaves((kvm_cpuid_entry2 * count).from_buffer_copy(data))
     cpuid, lapic = vcpu.vcpu.cpuid, vcpu.vcpu.lapic
-    cpuid.set(_leaves((kvm_cpuid_entry2 * count).from_buffer_copy(data)))
+    changed_late = vcpu.vcpu.has_run and leaves != cpuid.leaves()
+    if changed_late or any(_has_odd_addresses(leaf) for leaf in leaves):
+        raise KvmError(errno.EINVAL, "KVM_SET_CPUID2")
+    cpuid.set(leaves)
     if lapic is not None:
         lapic.after_set_cpuid(cpuid.maxphyaddr(), cpuid.has_leaf(LEAF_FEATURES))
     return 0
+
+
+def _has_odd_addresses(leaf: CpuidLeaf) -> bool:
+    """`kvm_check_cpuid`: page tables have four levels or five."""
+    return leaf.function == LEAF_ADDRESS_SIZES and leaf.eax >> 8 & 0xFF not in (0, 48, 57)
 
 
 def _get_cpuid2(vcpu: "ModelVcpu", arg: Arg) -> int:
@@ -265,11 +279,16 @@ def _set_vapic_addr(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 
 def _get_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
-    return vcpu.tsc_khz
+    return vcpu.vcpu.tsc_khz
 
 
 def _set_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
-    raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    """`kvm_set_tsc_khz` of a host without TSC scaling: no rate below its own (250 ppm aside)."""
+    khz = as_number(arg) & _U32 or GUEST_TSC_KHZ
+    if khz < SLOWEST_TSC_KHZ:
+        raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    vcpu.vcpu.set_tsc_khz(khz)
+    return 0
 
 
 def _enable_cap(vcpu: "ModelVcpu", arg: Arg) -> int:

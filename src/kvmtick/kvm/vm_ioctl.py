@@ -50,6 +50,7 @@ from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import KVM_MAX_IRQ_ROUTES, USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm import dev_ioctl
 from kvmtick.kvm.api import Arg
@@ -348,7 +349,7 @@ def _pit(vm: "ModelVm", call: str) -> Pit:
 
 
 def _get_clock(vm: "ModelVm", arg: Arg) -> int:
-    put_struct(arg, vm.kvmclock.get())
+    put_struct(arg, vm.kvmclock.get(vm.machine.board.vcpus))
     return 0
 
 
@@ -362,7 +363,10 @@ def _get_tsc_khz(vm: "ModelVm", arg: Arg) -> int:
 
 
 def _set_tsc_khz(vm: "ModelVm", arg: Arg) -> int:
-    raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    if vm.machine.board.vcpus:
+        raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
+    vm.default_tsc_khz = as_number(arg) & _U32 or GUEST_TSC_KHZ
+    return 0
 
 
 VM_IOCTLS: Final[dict[int, Handler]] = {

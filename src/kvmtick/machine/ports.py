@@ -47,7 +47,7 @@ class PortMap:
     both when the guest prints it.
     """
 
-    defers_writes = False
+    defers = False
 
     def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
         """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""

@@ -42,8 +42,8 @@ RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 class UserSpace(Protocol):
     """What no in-kernel device answers: an exit to user space."""
 
-    defers_writes: bool
-    """Not now: leave the guest before a write."""
+    defers: bool
+    """Not now: leave the guest before a write. A read then has no answer."""
 
     def read(self, port: int, size_bytes: int) -> int | None:
         """The value the guest reads from a port; None: not known yet, leave the guest before it."""
@@ -137,7 +137,7 @@ class ExitHandlers:
         else:
             clock.now_ns = self.entered_ns + retired
         device = self._bus.find(port, size_bytes)
-        if device is None and self.user_space.defers_writes:
+        if device is None and self.user_space.defers:
             self._vcpu.engine.refuse()
             return
         recorder = self._recorder
@@ -194,7 +194,7 @@ class ExitHandlers:
         if (lapic is None or not lapic.mmio_write(gpa, size_bytes, value)) and not (
             self._board.mmio_write(gpa, size_bytes, value)
         ):
-            if self.user_space.defers_writes:
+            if self.user_space.defers:
                 self._vcpu.engine.refuse()
                 return
             self.user_space.mmio_write(gpa, size_bytes, value)

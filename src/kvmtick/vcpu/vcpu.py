@@ -18,6 +18,7 @@ from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICB
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
@@ -34,6 +35,7 @@ from kvmtick.vcpu.vmcs import Vmcs
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
 NO_VECTOR = -1
+NS_PER_MS = 1_000_000
 RESET_CS_IP = (0xF000, 0xFFF0)
 """Where a processor starts after RESET and INIT (SDM table 10-1), but for CS's base: there is no
 firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
@@ -126,10 +128,12 @@ class Vcpu:
         "_pic",
         "_recorder",
         "_step_over",
-        "_tsc_offset_ns",
+        "_tsc_at_ns",
+        "_tsc_value",
         "cpuid",
         "engine",
         "exits",
+        "has_run",
         "in_guest",
         "instructions",
         "is_bsp",
@@ -145,6 +149,7 @@ class Vcpu:
         "single_step",
         "slept_from_ns",
         "task",
+        "tsc_khz",
         "vcpu_id",
         "vmcs",
         "wants_window",
@@ -171,6 +176,7 @@ class Vcpu:
         self.requests = 0
         self.mp_state = _RUNNABLE if is_bsp or not board.irqchip_in_kernel else _UNINITIALIZED
         self.in_guest = False
+        self.has_run = False
         self.kicked = False
         self.instructions = 0
         self.off_until_ns = 0
@@ -183,7 +189,9 @@ class Vcpu:
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
-        self._tsc_offset_ns = 0
+        self.tsc_khz = GUEST_TSC_KHZ
+        self._tsc_value = 0
+        self._tsc_at_ns = 0
         self.cpuid = Cpuid()
         self.lapic: Lapic | None = None
         if board.irqchip_in_kernel:
@@ -249,26 +257,26 @@ class Vcpu:
     # Time.
 
     def guest_tsc(self) -> int:
-        """The guest's time stamp counter: 1 GHz, from 0 at power-on unless the guest wrote it."""
-        return self._clock.now_ns - self._tsc_offset_ns & U64
+        """The guest's time stamp counter: from 0 at power-on, unless it was written."""
+        elapsed_ns = self._clock.now_ns - self._tsc_at_ns
+        return self._tsc_value + elapsed_ns * self.tsc_khz // NS_PER_MS & U64
 
     def set_guest_tsc(self, value: int) -> None:
         """The guest, or KVM_SET_MSRS, wrote IA32_TIME_STAMP_COUNTER."""
-        self.start_tsc_at(self._clock.now_ns - value)
+        self._set_tsc(self.tsc_khz, value & U64, self._clock.now_ns)
 
-    def start_tsc_at(self, zero_ns: int) -> None:
-        """The TSC was 0 at `zero_ns` of the machine's clock."""
-        self._tsc_offset_ns = zero_ns
-        if self._clock.live:
-            self.engine.use_host_tsc(zero_ns)
-        elif self.in_guest:
-            # The engine counts from the TSC at the entry.
-            self.engine.kick()
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: as if it counted so since it was last set (`compute_guest_tsc`)."""
+        self._set_tsc(khz, self._tsc_value, self._tsc_at_ns)
 
     def power_on(self, now_ns: int) -> None:
         """The machine's time starts, and with it the TSC, unless user space has set it before."""
-        if not self._tsc_offset_ns:
-            self.start_tsc_at(now_ns)
+        if not self._tsc_value and not self._tsc_at_ns:
+            self._set_tsc(self.tsc_khz, 0, now_ns)
+
+    def _set_tsc(self, khz: int, value: int, at_ns: int) -> None:
+        self.tsc_khz, self._tsc_value, self._tsc_at_ns = khz, value, at_ns
+        self.engine.set_tsc(khz, value, at_ns, self._clock.live)
 
     def has_cpuid(self, feature: str) -> bool:
         """Whether user space gave the guest one of `cpuid.FEATURES`."""
@@ -472,14 +480,14 @@ class Vcpu:
         if intr_info & INTR_INFO_DELIVER_CODE:
             engine.entry_error_code = vmcs.entry_error_code
         self.exits.entered_ns = entered_ns
-        self.in_guest = True
+        self.in_guest = self.has_run = True
         try:
             return engine.enter(
                 intr_info,
                 vmcs.intr_window_exiting,
                 vmcs.nmi_window_exiting,
                 budget,
-                entered_ns - self._tsc_offset_ns & U64,
+                entered_ns,
             )
         finally:
             self.in_guest = False

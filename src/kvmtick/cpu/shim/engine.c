@@ -123,6 +123,7 @@ static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)
     self->gaps_stale = true;
     self->rflags = 2;
     self->random = seed;
+    self->tsc_khz = 1000000;
     return 0;
 }
 
@@ -259,16 +260,21 @@ static PyObject *engine_set_interruptibility(PyObject *object, PyObject *value)
     Py_RETURN_NONE;
 }
 
-static PyObject *engine_use_host_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
+static PyObject *engine_set_tsc(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"offset_ns", NULL};
+    static char *names[] = {"khz", "value", "at_ns", "live", NULL};
     Engine *self = (Engine *)object;
-    long long offset_ns;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L:use_host_tsc", names, &offset_ns)) {
+    unsigned long khz;
+    unsigned long long value, at_ns;
+    int live;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "kKKp:set_tsc", names, &khz, &value, &at_ns,
+                                     &live)) {
         return NULL;
     }
-    self->host_tsc = true;
-    self->host_tsc_offset_ns = offset_ns;
+    self->tsc_khz = khz;
+    self->tsc_value = value;
+    self->tsc_at_ns = at_ns;
+    self->live_tsc = live;
     Py_RETURN_NONE;
 }
 
@@ -598,7 +604,7 @@ static PyMethodDef engine_methods[] = {
     {"forget_changed_code", engine_forget_changed_code, METH_NOARGS,
      "Look whether the host has written shared RAM."},
     {"kick", engine_kick, METH_NOARGS, "Leave the guest at the next instruction boundary."},
-    {"use_host_tsc", WITH_KEYWORDS(engine_use_host_tsc), "The TSC is CLOCK_MONOTONIC - offset."},
+    {"set_tsc", WITH_KEYWORDS(engine_set_tsc), "Rate and value of the guest's TSC."},
     {"release_gil", WITH_KEYWORDS(engine_release_gil), "Let other threads run with the guest."},
     {"exit_on_pause", WITH_KEYWORDS(engine_exit_on_pause), "Whether PAUSE ends an entry."},
     {"set_breakpoints", engine_set_breakpoints, METH_O, "Where to stop, by linear address."},

@@ -418,9 +418,11 @@ struct Engine {
     uintptr_t iret_return_address;     /* 0 outside of IRET */
     uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
-    uint64_t tsc;
-    bool host_tsc;
-    int64_t host_tsc_offset_ns;
+    uint64_t tsc; /* the machine's, at the entry */
+    bool live_tsc;
+    uint64_t tsc_khz; /* the guest's: it was `tsc_value` at `tsc_at_ns` */
+    uint64_t tsc_value;
+    uint64_t tsc_at_ns;
 
     bool running;
     bool releases_gil;

@@ -371,14 +371,22 @@ EXPORTED uint64_t helper_rdrand_x86_64(void *env)
 
 /* ---- time stamp counter -------------------------------------------------------------------- */
 
-static uint64_t read_tsc(const Engine *self)
+__extension__ typedef unsigned __int128 Product;
+
+static uint64_t machine_tsc(const Engine *self)
 {
-    if (!self->host_tsc) {
+    if (!self->live_tsc) {
         return self->tsc + self->started - 1;
     }
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)(now.tv_sec * 1000000000ll + now.tv_nsec - self->host_tsc_offset_ns);
+    return (uint64_t)(now.tv_sec * 1000000000ll + now.tv_nsec);
+}
+
+static uint64_t read_tsc(const Engine *self)
+{
+    Product elapsed_ns = machine_tsc(self) - self->tsc_at_ns;
+    return self->tsc_value + (uint64_t)(elapsed_ns * self->tsc_khz / 1000000);
 }
 
 /* RDTSC and RDTSCP hooks; true: we have done the instruction. */

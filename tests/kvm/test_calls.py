@@ -1,0 +1,299 @@
+"""What the calls do beside the rows of the errno table, on both back ends.
+
+Which check comes first, memory that cannot be written, numbers that are no call, descriptors that
+are something else or closed, other processes; KVM_SET_CPUID2 and KVM_GET_CLOCK (api.rst).
+"""
+
+import errno
+import mmap
+import os
+import signal
+from collections.abc import Callable
+from ctypes import c_uint8, sizeof
+from typing import Any
+
+import pytest
+from backends import MakeVm, make_vm, vms
+from errno_readings import BAD_POINTER, KERNEL_POINTER, NULL, Pages
+
+from kvmtick import Kvm, KvmError, guests
+from kvmtick.abi import ioctls
+from kvmtick.abi.structs import (
+    KVM_CLOCK_TSC_STABLE,
+    KVM_EXIT_INTR,
+    KvmStruct,
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_irq_level,
+    kvm_msr_entry,
+    kvm_pit_state2,
+    make_msrs,
+)
+from kvmtick.host.kvmdev import KvmFile
+from kvmtick.kvm.model import ModelVm
+from kvmtick.kvm.model_file import file_of
+from kvmtick.kvm.setup import cpuid_of
+
+__all__ = ["vms"]
+
+MSR_TSC = 0x10
+
+
+def refusal(call: Callable[..., object], *args: Any) -> str:
+    """The errno's name; "-": the call was done."""
+    try:
+        call(*args)
+    except KvmError as error:
+        return errno.errorcode[error.errno or 0]
+    return "-"
+
+
+def pc(vms: MakeVm) -> tuple[Any, Any]:
+    """A VM with chips, a PIT and a vCPU; and the vCPU."""
+    vm = vms()
+    vm.create_irqchip()
+    vm.create_pit2()
+    return vm, vm.create_vcpu(0)
+
+
+# --- order of checks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [NULL, BAD_POINTER, KERNEL_POINTER])
+def test_copying_comes_before_the_vms_state_but_for_get_pit2_and_the_lapic(
+    vms: MakeVm, address: int
+) -> None:
+    bare = vms()
+    vcpu = bare.create_vcpu(0)
+    for name in ("CREATE_PIT2", "GET_PIT", "SET_PIT", "SET_PIT2", "REINJECT_CONTROL"):
+        assert (name, refusal(bare.ioctl, ioctls.IOCTLS[f"KVM_{name}"], address)) == (
+            name,
+            "EFAULT",
+        )
+    for name in ("GET_IRQCHIP", "SET_IRQCHIP", "IRQ_LINE", "IRQ_LINE_STATUS", "SIGNAL_MSI"):
+        assert refusal(bare.ioctl, ioctls.IOCTLS[f"KVM_{name}"], address) == "EFAULT"
+    assert refusal(bare.ioctl, ioctls.KVM_GET_PIT2, address) == "ENXIO"
+    assert refusal(vcpu.ioctl, ioctls.KVM_GET_LAPIC, address) == "EINVAL"
+    assert refusal(vcpu.ioctl, ioctls.KVM_SET_LAPIC, address) == "EINVAL"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pages() -> Pages:
+    return Pages()
+
+
+def test_an_address_is_as_good_as_a_structure(vms: MakeVm, pages: Pages) -> None:
+    vm, _ = pc(vms)
+    pages.write(bytes(kvm_irq_level(irq=4, level=1)))
+    vm.ioctl(ioctls.KVM_IRQ_LINE, pages.address)
+    assert vm.get_irqchip(0).chip.pic.irr == 1 << 4
+    vm.ioctl(ioctls.KVM_GET_PIT2, pages.address)
+    told = kvm_pit_state2.from_buffer_copy(pages.read(sizeof(kvm_pit_state2)))
+    assert [channel.count for channel in told.channels] == [0x10000] * 3
+
+
+def test_get_into_a_page_that_cannot_be_written(vms: MakeVm, pages: Pages) -> None:
+    vm, vcpu = pc(vms)
+    pages.protect(0, mmap.PROT_READ)
+    for name in ("GET_PIT", "GET_PIT2", "GET_IRQCHIP", "GET_CLOCK", "IRQ_LINE_STATUS"):
+        assert refusal(vm.ioctl, ioctls.IOCTLS[f"KVM_{name}"], pages.address) == "EFAULT", name
+    for name in ("GET_REGS", "GET_LAPIC", "GET_MP_STATE", "GET_VCPU_EVENTS"):
+        assert refusal(vcpu.ioctl, ioctls.IOCTLS[f"KVM_{name}"], pages.address) == "EFAULT", name
+    vm.ioctl(ioctls.KVM_IRQ_LINE, pages.address)  # reads only
+
+
+def test_values_of_msrs_into_a_page_that_cannot_be_written(vms: MakeVm, pages: Pages) -> None:
+    _, vcpu = pc(vms)
+    pages.write(bytes(make_msrs([kvm_msr_entry(index=MSR_TSC)])))
+    pages.protect(0, mmap.PROT_READ)
+    assert refusal(vcpu.ioctl, ioctls.KVM_GET_MSRS, pages.address) == "EFAULT"
+    assert vcpu.ioctl(ioctls.KVM_SET_MSRS, pages.address) == 1
+
+
+def test_a_structure_over_the_end_of_what_is_mapped(vms: MakeVm, pages: Pages) -> None:
+    vm, _ = pc(vms)
+    pages.protect(1, 0)
+    last = pages.address + mmap.PAGESIZE
+    for call, struct in (
+        (ioctls.KVM_GET_PIT2, kvm_pit_state2),
+        (ioctls.KVM_SET_PIT2, kvm_pit_state2),
+    ):
+        assert refusal(vm.ioctl, call, last - sizeof(struct)) == "-"
+        assert refusal(vm.ioctl, call, last - sizeof(struct) + 1) == "EFAULT"
+
+
+# --- numbers and descriptors ----------------------------------------------------------------------
+
+
+class odd(KvmStruct):
+    """Of a size that no ioctl has."""
+
+    _fields_ = (("bytes", c_uint8 * 77),)
+
+
+def test_a_number_with_another_size_is_another_call(vms: MakeVm) -> None:
+    vm, vcpu = pc(vms)
+    other = ioctls.iowr(ioctls.KVMIO, 0x62, odd)
+    assert other & 0xFFFF == ioctls.KVM_GET_IRQCHIP & 0xFFFF
+    assert refusal(vm.ioctl, other, bytearray(1024)) == "ENOTTY"
+    assert refusal(vcpu.ioctl, other, bytearray(1024)) == "EINVAL"
+
+
+def on_number(vm: Any, fd: int, request: int) -> None:
+    """An ioctl on whatever has that descriptor, as the VM's back end does it."""
+    if isinstance(vm, ModelVm):
+        file_of(fd).ioctl(request)
+    else:
+        KvmFile(os.dup(fd)).ioctl(request)
+
+
+def test_an_eventfd_is_no_vm(vms: MakeVm) -> None:
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        assert refusal(on_number, vms(), fd, ioctls.KVM_CREATE_IRQCHIP) == "ENOTTY"
+    finally:
+        os.close(fd)
+
+
+def test_what_was_closed_answers_ebadf(vms: MakeVm) -> None:
+    vm, vcpu = pc(vms)
+    vm.close()
+    assert refusal(vm.get_pit2) == refusal(vcpu.get_regs) == refusal(vm.create_vcpu, 1) == "EBADF"
+    assert refusal(lambda: vcpu.area) == refusal(vcpu.run) == "EBADF"
+    assert vm.fileno() == vcpu.fileno() == -1
+
+
+def in_a_child(do: Callable[[], bool]) -> bool:
+    """Fork, and whether the child found what it should."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            status = 0 if do() else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_another_process_gets_eio(vms: MakeVm) -> None:
+    vm, vcpu = pc(vms)
+    unknown = ioctls.io(ioctls.KVMIO, 0xFF)
+
+    def refused() -> bool:
+        calls = (vm.get_pit2, vcpu.get_regs, vcpu.nmi, lambda: vm.ioctl(unknown))
+        return {refusal(call) for call in calls} == {"EIO"}
+
+    assert in_a_child(refused)
+    assert vm.get_pit2().channels[0].count == 0x10000
+
+
+def test_a_child_may_make_vms_of_its_own(vms: MakeVm) -> None:
+    backend = "model" if isinstance(vms(), ModelVm) else "kernel"
+
+    def makes_one() -> bool:
+        with Kvm(backend) as system, system.create_vm() as vm:
+            vm.create_irqchip()
+            return vm.create_vcpu(0).get_mp_state() == 0
+
+    assert in_a_child(makes_one)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_the_kernels_kvm_run() -> None:
+    """The model's ends by kicks and its limit only (kvmtick.kvm.model_run)."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
+    with make_vm("kernel") as vm:
+        vm.create_irqchip()
+        vcpu = vm.create_vcpu(0)
+        vm.load(guests.Guest("hlt", b"\xf4", 0x1000, (0, 0x1000), None))  # with IF=0: for ever
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            assert refusal(vcpu.ioctl, ioctls.KVM_RUN) == "EINTR"
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert vcpu.area.exit_reason == KVM_EXIT_INTR
+    assert heard == [signal.SIGALRM]
+
+
+# --- CPUID ----------------------------------------------------------------------------------------
+
+
+def ran(vms: MakeVm) -> tuple[Any, Any]:
+    """A VM whose vCPU has run; and the vCPU."""
+    vm, vcpu = pc(vms)
+    vcpu.set_cpuid2(cpuid_of(vm.get_supported_cpuid(), 0))
+    vm.load(guests.load("tick-pic", ticks=2))
+    assert vm.run().exit.reason == "done"
+    return vm, vcpu
+
+
+def test_cpuid_may_change_until_the_first_run(vms: MakeVm) -> None:
+    vm, vcpu = pc(vms)
+    entries = cpuid_of(vm.get_supported_cpuid(), 0)
+    for given in (entries, entries[:3], [], entries):
+        vcpu.set_cpuid2(given)
+        # A kernel may add leaf 0xD, which follows XCR0.
+        told = [entry.function for entry in vcpu.get_cpuid2() if entry.function != 0xD]
+        assert told == [entry.function for entry in given if entry.function != 0xD]
+
+
+def test_cpuid_stays_after_the_first_run(vms: MakeVm) -> None:
+    _, vcpu = ran(vms)
+    entries = vcpu.get_cpuid2()
+    vcpu.set_cpuid2(entries)
+    for given in (entries[:-1], entries[::-1], []):
+        assert refusal(vcpu.set_cpuid2, given) == "EINVAL"
+    entries[0].eax ^= 1
+    assert refusal(vcpu.set_cpuid2, entries) == "EINVAL"
+
+
+def test_cpuid_has_256_entries_at_most(vms: MakeVm) -> None:
+    _, vcpu = pc(vms)
+    entries = [kvm_cpuid_entry2(function=number) for number in range(257)]
+    vcpu.set_cpuid2(entries[:256])
+    assert refusal(vcpu.set_cpuid2, entries) == "E2BIG"
+
+
+def test_cpuid_into_a_list_that_is_too_short(vms: MakeVm) -> None:
+    vm, vcpu = pc(vms)
+    vcpu.set_cpuid2(cpuid_of(vm.get_supported_cpuid(), 0)[:3])
+    assert refusal(vcpu.ioctl, ioctls.KVM_GET_CPUID2, kvm_cpuid2(nent=2)) == "E2BIG"
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(0, "-"), (47, "EINVAL"), (48, "-"), (57, "-")])
+def test_linear_addresses_have_48_bits_or_57(vms: MakeVm, bits: int, expected: str) -> None:
+    _, vcpu = pc(vms)
+    entry = kvm_cpuid_entry2(function=0x8000_0008, eax=bits << 8 | 36)
+    assert refusal(vcpu.set_cpuid2, [entry]) == expected
+
+
+# --- kvmclock -------------------------------------------------------------------------------------
+
+
+def test_the_clock_is_stable_once_a_vcpu_has_run(vms: MakeVm) -> None:
+    bare = vms()
+    assert bare.get_clock().flags == 0
+    vm, _ = ran(vms)
+    if not vm.get_clock().flags:
+        pytest.skip("this host's TSC is no clock: KVM uses no master clock")
+    first, second = vm.get_clock(), vm.get_clock()
+    assert first.flags & KVM_CLOCK_TSC_STABLE
+    assert first.clock <= second.clock
+    assert 0 < first.host_tsc <= second.host_tsc
+
+
+def test_the_clock_is_not_stable_with_tscs_that_differ() -> None:
+    with ModelVm() as vm:
+        vcpu = vm.create_vcpu(0)
+        vm.create_vcpu(1)
+        vm.load(guests.Guest("hlt", b"\xf4", 0x1000, (0, 0x1000), None))
+        vm.run(for_ns=1000)
+        assert vm.get_clock().flags == KVM_CLOCK_TSC_STABLE
+        vcpu.set_msrs({MSR_TSC: 1 << 40})
+        assert vm.get_clock().flags == 0
