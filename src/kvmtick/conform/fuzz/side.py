@@ -107,6 +107,7 @@ class Side(Closing):
         self._age = Stopwatch()
         self._since_load = Stopwatch()
         self._pit: bytes | str = ""
+        self._is_split = False
         self._buffers = _Buffers()
         self._lock: AbstractContextManager[Any] = (
             nullcontext() if self._real_time else _machine(self.vm).lock
@@ -160,6 +161,9 @@ class Side(Closing):
                 states[name] = chip if isinstance(chip, str) else chip[8 : 8 + size_bytes]
             for index, vcpu in enumerate(self.vcpus):
                 self._look_at_vcpu(index, vcpu, states)
+        self._is_split = isinstance(states["pic 0"], str) and isinstance(
+            states.get("lapic 0"), bytes
+        )
         if runs:
             nmis, *vectors = mailbox.interrupts_taken(vm)
             states["NMIs taken"] = nmis
@@ -313,6 +317,8 @@ class Side(Closing):
                 self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
             else:
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
+        if self._is_split:
+            self.access(index, "none")  # KVM_EXIT_IOAPIC_EOI comes at the next KVM_RUN
         return answer
 
     def _lapic(self, index: int) -> bytes | None:
