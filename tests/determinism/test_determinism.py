@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from differential.search import again, seeds
+from seeds import again, seeds
 
 import kvmtick.cpu.unicorn
 from determinism.outcome import Outcome, as_json, play

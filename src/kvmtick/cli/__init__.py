@@ -31,6 +31,7 @@ VERBS = {
     "run": "boot a guest and follow its ticks",
     "compare": "run a guest on the model and on the kernel: does the same happen?",
     "conform": "run the conformance suite on the model or on /dev/kvm",
+    "fuzz": "look for a difference between the model and /dev/kvm",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 
@@ -58,6 +59,7 @@ examples:
   kvmtick run --json | jq .ticks                for programs
   kvmtick compare tick-if0                      the same on the real kernel: does it differ?
   kvmtick conform --backend kernel              does this host's KVM do what KVM must?
+  kvmtick fuzz --for 10m                        random operations on both, compared after each
 
 exit codes:
   0 fine   1 a difference, or a case that failed   2 usage   3 the host lacks what was asked for

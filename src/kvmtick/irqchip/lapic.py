@@ -123,7 +123,7 @@ __all__ = [
     "Lapic",
     "LapicBoard",
     "LapicVcpu",
-    "is_valid_apic_base",
+    "allows_apic_base",
     "x2apic_ldr",
 ]
 
@@ -143,13 +143,22 @@ _LVT_MASKS: Final = {
 }
 
 
-def is_valid_apic_base(value: int, has_x2apic: bool, maxphyaddr: int) -> bool:
-    """Whether IA32_APIC_BASE can be that: no reserved bit, x2APIC mode only if CPUID has it and
-    the APIC is enabled.
+def allows_apic_base(
+    old: int, value: int, has_x2apic: bool, maxphyaddr: int, host_initiated: bool
+) -> bool:
+    """Whether IA32_APIC_BASE can become `value`: no reserved bit, x2APIC mode only if CPUID has it
+    and the APIC is enabled. The guest may not leave x2APIC mode but to disabled, nor enter it from
+    there.
     """
     reserved = APICBASE_RESERVED if has_x2apic else APICBASE_RESERVED | X2APIC_ENABLE
-    mode = value & APICBASE_MODE_MASK
-    return not (value & reserved or value >> maxphyaddr or mode == X2APIC_ENABLE)
+    old_mode, mode = old & APICBASE_MODE_MASK, value & APICBASE_MODE_MASK
+    if value & reserved or value >> maxphyaddr or mode == X2APIC_ENABLE:
+        return False
+    if host_initiated:
+        return True
+    if mode == APICBASE_MODE_MASK:
+        return old_mode != 0
+    return not (old_mode == APICBASE_MODE_MASK and mode == MSR_IA32_APICBASE_ENABLE)
 
 
 def x2apic_ldr(x2apic_id: int) -> int:
@@ -302,20 +311,12 @@ class Lapic(LapicRegisters):
     # IA32_APIC_BASE.
 
     def set_base(self, value: int, host_initiated: bool = False) -> bool:
-        """`kvm_apic_set_base`; False: refused, the guest gets #GP.
-
-        The guest may not leave x2APIC mode but to disabled, nor enter it from there.
-        """
+        """`kvm_apic_set_base`; False: refused, the guest gets #GP."""
+        has_x2apic = self.vcpu.has_cpuid("x2apic")
         if value == self.apic_base:
             return True
-        if not is_valid_apic_base(value, self.vcpu.has_cpuid("x2apic"), self.maxphyaddr):
+        if not allows_apic_base(self.apic_base, value, has_x2apic, self.maxphyaddr, host_initiated):
             return False
-        mode = value & APICBASE_MODE_MASK
-        if not host_initiated:
-            if self.x2apic_mode and mode == MSR_IA32_APICBASE_ENABLE:
-                return False
-            if not self.hw_enabled and mode == APICBASE_MODE_MASK:
-                return False
         self._set_base(value)
         self.delivery.recalculate_map()
         if self.pending_timer:

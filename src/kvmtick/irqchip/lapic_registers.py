@@ -80,6 +80,7 @@ VECTOR_FIELDS: Final = {APIC_ISR: "isr", APIC_TMR: "tmr", APIC_IRR: "irr"}
 
 VECTOR_REGISTERS: Final = 8
 REGISTER_STRIDE: Final = 16
+WORD_BYTES: Final = 4
 
 READABLE: Final = (frozenset(FIELDS) - {APIC_ICR_HIGH}) | {
     APIC_ARBPRI,
@@ -161,13 +162,15 @@ class LapicRegisters(LapicTimer):
     def to_page(self) -> bytearray:
         """The 1024 bytes, the current count computed."""
         page = bytearray(self._padding)
-        for offset, name in FIELDS.items():
-            set_page_register(page, offset, getattr(self, name))
-        for first, name in VECTOR_FIELDS.items():
-            bits: int = getattr(self, name)
-            for i in range(VECTOR_REGISTERS):
-                set_page_register(page, first + REGISTER_STRIDE * i, bits >> 32 * i & U32)
-        set_page_register(page, APIC_TMCCT, self.current_count())
+        with memoryview(page).cast("I") as words:
+            for offset, name in FIELDS.items():
+                words[offset // WORD_BYTES] = getattr(self, name)
+            for first, name in VECTOR_FIELDS.items():
+                bits: int = getattr(self, name)
+                for at in range(first, first + REGISTER_STRIDE * VECTOR_REGISTERS, REGISTER_STRIDE):
+                    words[at // WORD_BYTES] = bits & U32
+                    bits >>= 32
+            words[APIC_TMCCT // WORD_BYTES] = self.current_count()
         return page
 
     def load_page(self, page: bytes) -> None:

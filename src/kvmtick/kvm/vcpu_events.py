@@ -16,6 +16,7 @@ from kvmtick.abi.structs import (
     KVM_VCPUEVENT_VALID_SHADOW,
     KVM_VCPUEVENT_VALID_SIPI_VECTOR,
     KVM_VCPUEVENT_VALID_SMM,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
     KVM_X86_SHADOW_INT_MOV_SS,
     KVM_X86_SHADOW_INT_STI,
     kvm_vcpu_events,
@@ -29,11 +30,12 @@ __all__ = ["get_vcpu_events", "set_vcpu_events"]
 
 NR_EXCEPTIONS = 32
 _TOLD = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM
-_KNOWN = _TOLD | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+_KNOWN = _TOLD | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 
 
 def get_vcpu_events(vcpu: Vcpu) -> kvm_vcpu_events:
     """KVM_GET_VCPU_EVENTS."""
+    vcpu.process_nmi()
     pending, lapic, state = vcpu.pending, vcpu.lapic, vcpu.engine.interruptibility
     events = kvm_vcpu_events(flags=_TOLD)
     exception = pending.exception
@@ -67,12 +69,13 @@ def set_vcpu_events(vcpu: Vcpu, events: kvm_vcpu_events) -> None:
     """KVM_SET_VCPU_EVENTS.
 
     EINVAL: unknown flags, or an exception that is none, with nothing changed; SMM, with all but
-    the latched INIT taken over.
+    the latched INIT taken over; a triple fault, with all else taken over.
     """
     exception = events.exception
     is_none = exception.nr >= NR_EXCEPTIONS or exception.nr == NMI_VECTOR
     if events.flags & ~_KNOWN or (exception.injected and is_none):
         raise KvmError(errno.EINVAL, "KVM_SET_VCPU_EVENTS")
+    vcpu.process_nmi()
     _set_injected(vcpu.pending, events)
     _set_interruptibility(vcpu, events)
     if events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING:
@@ -83,6 +86,9 @@ def set_vcpu_events(vcpu: Vcpu, events: kvm_vcpu_events) -> None:
     if events.flags & KVM_VCPUEVENT_VALID_SMM:
         _set_smi(vcpu, events)
     vcpu.take_over_state()
+    if events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
+        why = "KVM_CAP_X86_TRIPLE_FAULT_EVENT is off"
+        raise KvmError(errno.EINVAL, "KVM_SET_VCPU_EVENTS", why)
     vcpu.request_event()
 
 

@@ -199,7 +199,9 @@ def _create_irqchip(vm: "ModelVm", arg: Arg) -> int:
 
 def _get_irqchip(vm: "ModelVm", arg: Arg) -> int:
     chip = memdup_struct(arg, kvm_irqchip)
-    pic, ioapic = _chips(vm, "KVM_GET_IRQCHIP", chip.chip_id)
+    pic, ioapic = _chips(vm, "KVM_GET_IRQCHIP")
+    if chip.chip_id >= KVM_NR_IRQCHIPS:
+        raise KvmError(errno.EINVAL, "KVM_GET_IRQCHIP")
     if chip.chip_id == KVM_IRQCHIP_IOAPIC:
         chip.chip.ioapic = ioapic.save()
     else:
@@ -210,22 +212,23 @@ def _get_irqchip(vm: "ModelVm", arg: Arg) -> int:
 
 def _set_irqchip(vm: "ModelVm", arg: Arg) -> int:
     chip = get_struct(arg, kvm_irqchip)
-    pic, ioapic = _chips(vm, "KVM_SET_IRQCHIP", chip.chip_id)
+    pic, ioapic = _chips(vm, "KVM_SET_IRQCHIP")
     if chip.chip_id == KVM_IRQCHIP_IOAPIC:
         ioapic.restore(chip.chip.ioapic)
-    else:
+    elif chip.chip_id < KVM_NR_IRQCHIPS:
         _pic_of(pic, chip.chip_id).restore(bytes(chip.chip.pic))
+    # The kernel does so whatever the chip is, even one that there is not.
     pic.update_irq()
+    if chip.chip_id >= KVM_NR_IRQCHIPS:
+        raise KvmError(errno.EINVAL, "KVM_SET_IRQCHIP")
     return 0
 
 
-def _chips(vm: "ModelVm", call: str, chip_id: int) -> tuple[Pic, Ioapic]:
+def _chips(vm: "ModelVm", call: str) -> tuple[Pic, Ioapic]:
     """The PICs and the IOAPIC, with the irqfds that were signalled served."""
     board = vm.machine.board
     if board.pic is None or board.ioapic is None:
         raise KvmError(errno.ENXIO, call)
-    if chip_id >= KVM_NR_IRQCHIPS:
-        raise KvmError(errno.EINVAL, call)
     board.irqfds.poll()
     return board.pic, board.ioapic
 

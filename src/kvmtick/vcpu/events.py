@@ -115,7 +115,12 @@ class PendingEvents:
 
     def queue_nmi(self, nmi_blocked: bool) -> None:
         """`kvm_inject_nmi` and `process_nmi`: pends unless as many as can wait do already."""
-        self.nmi_pending = min(self.nmi_pending + 1, self.nmi_limit(nmi_blocked))
+        self.nmi_pending += 1
+        self.process_nmi(nmi_blocked)
+
+    def process_nmi(self, nmi_blocked: bool) -> None:
+        """`process_nmi`: of NMIs that wait no more than can wait now are left."""
+        self.nmi_pending = min(self.nmi_pending, self.nmi_limit(nmi_blocked))
 
 
 def interrupt_allowed(vmcs: Vmcs) -> bool:

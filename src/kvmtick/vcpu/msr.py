@@ -25,13 +25,16 @@ from kvmtick.cpu.engine import CPU_MSRS
 from kvmtick.cpu.mode import EFER_LMA
 from kvmtick.irqchip.apicdef import (
     APIC_BASE_MSR,
+    APIC_DEFAULT_PHYS_BASE,
     APIC_LAST_MSR,
     MSR_IA32_APICBASE,
+    MSR_IA32_APICBASE_BSP,
+    MSR_IA32_APICBASE_ENABLE,
     MSR_IA32_TSC_DEADLINE,
     U32,
     U64,
 )
-from kvmtick.irqchip.lapic import is_valid_apic_base
+from kvmtick.irqchip.lapic import allows_apic_base
 
 if TYPE_CHECKING:
     from kvmtick.vcpu.vcpu import Vcpu
@@ -52,7 +55,6 @@ MSR_SYSENTER_CS: Final = 0x174
 MSR_EFER: Final = 0xC000_0080
 MSR_TSC_AUX: Final = 0xC000_0103
 
-APIC_BASE_WITHOUT_LAPIC: Final = 0xFEE0_0900
 
 VARIABLE_MTRRS: Final = range(MSR_MTRR_PHYS_BASE_0, MSR_MTRR_PHYS_BASE_0 + 16)
 """Eight pairs, base (even) and mask (odd)."""
@@ -148,7 +150,9 @@ class Msrs:
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
         # IA32_APIC_BASE of a vCPU whose local APIC is user space's business.
-        self._apic_base = APIC_BASE_WITHOUT_LAPIC
+        self._apic_base = APIC_DEFAULT_PHYS_BASE | MSR_IA32_APICBASE_ENABLE
+        if vcpu.is_bsp:
+            self._apic_base |= MSR_IA32_APICBASE_BSP
         self.tsc_adjust = 0
         self.values = dict(_STORED)
         """By index."""
@@ -233,7 +237,10 @@ class Msrs:
         vcpu = self._vcpu
         if vcpu.lapic is not None:
             return vcpu.lapic.set_base(value, host_initiated)
-        if not is_valid_apic_base(value, vcpu.has_cpuid("x2apic"), vcpu.cpuid.maxphyaddr()):
+        old, has_x2apic = self._apic_base, vcpu.has_cpuid("x2apic")
+        if value == old:
+            return True
+        if not allows_apic_base(old, value, has_x2apic, vcpu.cpuid.maxphyaddr(), host_initiated):
             return False
         self._apic_base = value
         return True

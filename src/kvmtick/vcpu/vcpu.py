@@ -249,6 +249,10 @@ class Vcpu:
         self.requests |= _REQ_NMI
         self.request_event()
 
+    def process_nmi(self) -> None:
+        """`process_nmi`: user space looks at the NMIs that wait, or sets them."""
+        self.pending.process_nmi(bool(self.engine.interruptibility & Interruptibility.NMI))
+
     # Time.
 
     def guest_tsc(self) -> int:
@@ -351,7 +355,10 @@ class Vcpu:
             else:
                 self.mp_state = _INIT_RECEIVED
         if events & KVM_APIC_SIPI and self.mp_state == _INIT_RECEIVED:
+            # `kvm_vcpu_deliver_sipi_vector` is no reset: what holds events back stays.
+            held_back = self.engine.interruptibility
             self.engine.reset(lapic.sipi_vector << SIPI_PAGE_SHIFT, 0)
+            self.engine.set_interruptibility(held_back)
             self.take_over_state()
             self.make_runnable()
 
