@@ -64,7 +64,7 @@ def _observer(options: argparse.Namespace, vm: KernelVm) -> Iterator[TickTrace |
         yield None
         return
     with trace_writer(options.trace, lambda: trace.tasks) as writer:
-        trace = TickTrace(vm, [] if writer is None else [writer])
+        trace = TickTrace(vm, as_written=[] if writer is None else [writer])
         yield trace
 
 
