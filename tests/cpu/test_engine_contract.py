@@ -1274,7 +1274,7 @@ def test_host_tsc_runs_by_itself(build: Build) -> None:
             yield Hlt()
 
     machine = build(Guest("0f31 66e780 f4 ebf8", routine))  # again: rdtsc; out; hlt; jmp again
-    machine.engine.set_tsc(1_000_000, 0, 0, live=True)
+    machine.engine.set_tsc(machine.engine.tsc_khz, 0, 0, live=True)
     machine.enter(tsc=5)
     machine.enter(tsc=5)
     first, second = (access[3] for access in machine.accesses)

@@ -322,7 +322,7 @@ class ScriptedEngine:
         self._closed = False
         self._cuts_left = 0
         self._tsc = 0
-        self._guest_tsc = (1_000_000, 0, 0, False)
+        self._guest_tsc = (GUEST_TSC_KHZ, 0, 0, False)
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
 
     def attach(

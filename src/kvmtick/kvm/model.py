@@ -92,7 +92,8 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         super().__init__(Machine(clock, seed, detail, ram_bytes, quantum_ns))
         self.told = Told()
         self.kvmclock = KvmClock(self.machine.clock)
-        self.default_tsc_khz = engine.tsc_khz if isinstance(engine, HostKvm) else GUEST_TSC_KHZ
+        self.host_tsc_khz = engine.tsc_khz if isinstance(engine, HostKvm) else GUEST_TSC_KHZ
+        self.default_tsc_khz = self.host_tsc_khz
         self._guest_run = GuestRun(self.machine)
         self.assembler = self._guest_run.assembler
         self._engine = engine
