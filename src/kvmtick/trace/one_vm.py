@@ -35,8 +35,8 @@ class OneVm:
         self._timers: set[int] = set()
         self._works: set[int] = set()
         self._expired: set[int] = set()
-        """Tasks in whose interrupt a PIT expired last, and it was the VM's: work queued there is its
-        own. Work that still is queued is not queued again, so an expiry need not have any.
+        """Tasks in whose interrupt the VM's PIT was the last to expire: they queue its own work.
+        Work that still is queued is not queued again, so an expiry need not have any.
         """
 
     def add_task(self, task: int) -> None:
@@ -67,9 +67,8 @@ class OneVm:
 
     def _is_own_work(self, record: Record, own_task: bool) -> bool:
         event, task, work = record[1:4]
-        if event == _WORK_QUEUE and (own_task or task in self._expired):
-            self._works.add(work)
-        elif event == _WORK_START and own_task:
+        is_queued = event == _WORK_QUEUE and task in self._expired
+        if is_queued or (own_task and event in (_WORK_QUEUE, _WORK_START)):
             self._works.add(work)
         if work not in self._works:
             return False
