@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from doc_blocks import ROOT
 
 from kvmtick.cli import main
+from kvmtick.conform import compare
 from kvmtick.machine.machine import Exit
 from kvmtick.ticks.verdict import Path
 
@@ -149,6 +151,18 @@ def test_verdicts_add_up() -> None:
 def test_conform() -> None:
     result = printed("conform", "--case", "pic.icw*")
     assert not faults(documented("kvmtick conform"), result)
+
+
+def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model in place of the kernel, so that it needs none; one step of it is changed."""
+
+    def run_kernel(wanted: compare.Wanted) -> tuple[compare.Side, int]:
+        side = compare.run_model(wanted)
+        return replace(side, lines={**side.lines, "pic": ()}), 0
+
+    monkeypatch.setattr(compare, "run_kernel", run_kernel)
+    result = printed("compare", "tick-pic", code=1)
+    assert not faults(documented("kvmtick compare"), result)
 
 
 def test_doctor() -> None:
