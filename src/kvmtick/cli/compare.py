@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from itertools import zip_longest
 from typing import Any
 
 from kvmtick import guests
 from kvmtick.abi.errors import HostError
-from kvmtick.cli import EXIT_DIFFERENCE, EXIT_HOST, EXIT_OK, UsageError
+from kvmtick.cli import EXIT_DIFFERENCE, EXIT_OK, UsageError
 from kvmtick.cli.options import Parser
 from kvmtick.cli.run_guest import HOLDERS, guest_of, is_kernel
 from kvmtick.cli.run_options import (
@@ -66,8 +65,7 @@ def main(argv: list[str]) -> int:
     try:
         result = compare(wanted)
     except HostError as error:
-        print(f"kvmtick: {error}", file=sys.stderr)
-        return EXIT_HOST
+        raise error.or_else("run it on the model alone: kvmtick run") from None
     if options.json:
         print(json.dumps(_as_dict(wanted, result)))
     else:
