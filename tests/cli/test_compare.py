@@ -118,6 +118,7 @@ def test_options_reach_the_guest(kvmtick: Terminal, kernel: list[Wanted]) -> Non
         (["tick-pic", "--context", "x"], "--context 'x' is not a whole number"),
         (["tick-pic", "--context", "-1"], "--context -1: give 0 or more"),
         (["tick-pic", "--hold", "5ms"], "--hold 5ms: 'tick-pic' holds nothing"),
+        (["tick-if0", "--ticks", "20"], "--ticks 20: tick-if0 holds 50 back"),
         (["./absent.bin"], "absent.bin"),
         (["tick-pic", "--ticks", "0"], "--ticks 0: give 1 to"),
     ],

@@ -111,9 +111,17 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     if by_default:
         options.ticks = str(DEFAULT_TICKS)
     guest = guest_of(options)
-    if by_default and guest.name in HOLDERS:
-        options.ticks = str(DEFAULT_TICKS + _held_ticks(guest))
-        guest = guest_of(options)
+    if guest.name in HOLDERS:
+        least = DEFAULT_TICKS + _held_ticks(guest)
+        if by_default:
+            options.ticks = str(least)
+            guest = guest_of(options)
+        elif options.ticks is not None and integer("--ticks", options.ticks) < least:
+            raise UsageError(
+                f"--ticks {options.ticks}: {guest.name} holds {least - DEFAULT_TICKS} back, and how"
+                " many of these it still takes before it ends is a matter of time; give"
+                f" {least} or more, or a shorter --hold"
+            )
     ticks = None
     if guest.parameters is None and not (by_default and is_kernel(guest)):
         ticks = ticks_of(options)
