@@ -119,6 +119,7 @@ class Machine:
         if isinstance(self.ram, mmap):
             self.memory.add_ram(0, self.ram)
         self.lock = MachineLock(self._kick_running)
+        self.closed = False
         self.runs_all = False
         """`run` is under way."""
         self.threads: list[VcpuThread] = []
@@ -208,7 +209,14 @@ class Machine:
         return self.memory.read(gpa, size_bytes)
 
     def close(self) -> None:
-        """Stop the threads and give the memory back. Harmless when repeated."""
+        """Give everything back; harmless when repeated. Where vCPUs run, they are called out of the
+        guest, and the last of them does it. The caller has the lock.
+        """
+        self.closed = True
+        if self.runs_all or self.threads:
+            self.stop(Exit("interrupted", detail="the machine was closed"))
+            self.wake_sleepers()
+            return
         if self._kicker is not None:
             self._kicker.close()
             self._kicker = None
@@ -262,6 +270,8 @@ class Machine:
                 return self._run(for_ns, limit_s, until)
             finally:
                 self.runs_all = False
+                if self.closed:
+                    self.close()
 
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
@@ -379,6 +389,11 @@ class Machine:
                 is_earlier = nobody and not self.is_asleep_for_good(thread.vcpu)
             if thread.vcpu.kicked or is_earlier:
                 thread.wake()
+
+    def wake_sleepers(self) -> None:
+        """All look up: what they wait for has changed."""
+        for thread in self.sleepers:
+            thread.wake()
 
     def is_asleep_for_good(self, vcpu: Vcpu) -> bool:
         """As time passes nothing wakes it: only a call or another vCPU can."""
@@ -548,7 +563,7 @@ class Machine:
         clock, queue = self.clock, self.board.queue
         for _ in range(passes):
             self._sleep(end_ns)
-            if clock.now_ns >= end_ns:
+            if clock.now_ns >= end_ns or self._slice_over:
                 return False
             queue.run_due(clock)
             if vcpu.kicked:
@@ -570,6 +585,7 @@ class Machine:
         wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
         sleep_ns(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()
+        self._slice_over = True
 
     def _kick_running(self) -> None:
         for vcpu in self.board.vcpus:
