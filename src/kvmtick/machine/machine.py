@@ -118,7 +118,7 @@ class Machine:
         self.memory = GuestMemory()
         if isinstance(self.ram, mmap):
             self.memory.add_ram(0, self.ram)
-        self.lock = MachineLock(self._kick_running)
+        self.lock = MachineLock(self._kick_all)
         self.closed = False
         self.runs_all = False
         """`run` is under way."""
@@ -135,6 +135,8 @@ class Machine:
         self._quantum_end_ns = NEVER_NS
         self._slice_over = False
         self._kicker: Kicker | None = None
+        self._entering: Vcpu | None = None
+        """In real time, the vCPU that the kicker is armed for."""
 
     # Putting it together.
 
@@ -165,7 +167,7 @@ class Machine:
         if not self.virtual:
             engine.release_gil(True)
             if self._kicker is None:
-                self._kicker = Kicker(self._kick_running)
+                self._kicker = Kicker(self._kick_entering)
         if self.loaded:
             self._place(vcpu)
         return vcpu
@@ -294,8 +296,7 @@ class Machine:
     def stop(self, exit_: Exit) -> None:
         """End the run, from within it: a debugger's last word."""
         self._exit = exit_
-        for vcpu in self.board.vcpus:
-            vcpu.engine.kick()
+        self._kick_all()
 
     def begin(self) -> None:
         """A thread wants vCPUs to run. At the first time the machine's time starts: what was set
@@ -506,8 +507,12 @@ class Machine:
         if self._kicker is None:
             budget = deadline_ns - now_ns
             return vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
+        self._entering = vcpu
         self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
-        return vcpu.enter(UNLIMITED_INSTRUCTIONS)
+        try:
+            return vcpu.enter(UNLIMITED_INSTRUCTIONS)
+        finally:
+            self._entering = None
 
     def meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
@@ -586,6 +591,16 @@ class Machine:
         sleep_ns(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()
         self._slice_over = True
+
+    def _kick_all(self) -> None:
+        """From another thread, which cannot tell who is about to enter the guest."""
+        for vcpu in self.board.vcpus:
+            vcpu.engine.kick()
+
+    def _kick_entering(self) -> None:
+        vcpu = self._entering
+        if vcpu is not None:
+            vcpu.engine.kick()
 
     def _kick_running(self) -> None:
         for vcpu in self.board.vcpus:
