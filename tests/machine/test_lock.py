@@ -19,7 +19,7 @@ class Watched(MachineLock):
     def __init__(self) -> None:
         self.waits = threading.Event()
         self.urgent = threading.Semaphore(0)
-        super().__init__(self.urgent.release)
+        super().__init__(lambda holder: self.urgent.release())
 
     def _wait(self, me: int, urgent: bool) -> None:
         self.waits.set()

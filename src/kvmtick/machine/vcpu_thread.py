@@ -31,6 +31,8 @@ class VcpuThread:
     def __init__(self, machine: Machine, vcpu: Vcpu) -> None:
         self.machine = machine
         self.vcpu = vcpu
+        self.ident = 0
+        """Of the thread in KVM_RUN, or last there."""
         self.until_ns = NEVER_NS
         self.closed = False
         self._wake_fd = -1
@@ -51,6 +53,7 @@ class VcpuThread:
                     raise RuntimeError("the VM is running all its vCPUs already")
                 self.check_open()
                 machine.begin()
+                self.ident = threading.get_ident()
                 machine.threads.append(self)
                 if machine.virtual:
                     self.vcpu.engine.release_gil(threading.active_count() > 1)
@@ -88,7 +91,7 @@ class VcpuThread:
         if limit_s is not None and not machine.virtual:
             end_ns = machine.clock.now_ns + int(limit_s * 1e9)
         others = machine.awake_threads > 1
-        if others:
+        if others or machine.lock.wanted:
             end_ns = min(end_ns, machine.clock.now_ns + machine.quantum_ns)
         self.vcpu.exit_on_pause(others)
         machine.board.running = self.vcpu if others else None
