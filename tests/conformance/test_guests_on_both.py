@@ -7,11 +7,10 @@ import pytest
 from eventfds import LIMIT_S
 
 from kvmtick import guests
+from kvmtick.conform.bench import Bench, Vm
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.run import Run
-
-from .rig import Backend, Vm
 
 TICKS = 50
 PLAYED = [
@@ -32,7 +31,7 @@ def play(
 
 @pytest.mark.parametrize(("name", "timer"), PLAYED, ids=[" ".join(filter(None, p)) for p in PLAYED])
 def test_a_guest_takes_the_ticks_it_waits_for(
-    backend: Backend, name: str, timer: guests.TimerMode | None
+    backend: Bench, name: str, timer: guests.TimerMode | None
 ) -> None:
     with backend.make_vm() as vm:
         run = play(vm, name, timer)
@@ -54,7 +53,7 @@ def test_the_model_finds_every_tick_of_the_source_with_the_guest(name: str) -> N
 
 
 @pytest.mark.parametrize("reinject", [False, True], ids=["once", "reinject"])
-def test_the_watchdog_without_acknowledgement(backend: Backend, reinject: bool) -> None:
+def test_the_watchdog_without_acknowledgement(backend: Bench, reinject: bool) -> None:
     """Without reinjection it gets all its ticks, with it one."""
     with backend.make_vm() as vm:
         if not reinject:
