@@ -47,10 +47,13 @@ def start(vm: Any, code: str, vcpu_id: int = 0) -> Any:
 def ends_with_ebadf(run: Callable[[], object]) -> Callable[[], None]:
     """Until it is closed, `run` may give exits."""
 
+    def run_on() -> None:
+        while True:
+            run()
+
     def body() -> None:
         with pytest.raises(KvmError) as failure:
-            while True:
-                run()
+            run_on()
         assert failure.value.errno == errno.EBADF
 
     return body

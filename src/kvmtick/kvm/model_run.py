@@ -284,7 +284,7 @@ class KvmRun:
         self._map[at : at + len(data)] = data
 
     def close(self) -> None:
-        """Give everything back; harmless when repeated. A `run` under way ends, and does it then."""
+        """Give everything back; a `run` under way ends, and does it then. May be repeated."""
         self._thread.close()
         if self._thread in self._machine.threads:
             return

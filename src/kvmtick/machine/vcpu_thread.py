@@ -117,8 +117,8 @@ class VcpuThread:
             raise KvmError(errno.EBADF, "KVM_RUN", "this vCPU was closed")
 
     def close(self) -> None:
-        """Give the descriptor back; harmless when repeated. One in KVM_RUN is called out, and has to
-        be closed again.
+        """Give the descriptor back; may be repeated. One in KVM_RUN is called out, and has to be
+        closed again.
         """
         self.closed = True
         if self in self.machine.threads:
