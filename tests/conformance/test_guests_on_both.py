@@ -3,11 +3,14 @@
 What a guest says when it misses something is tested with the guests.
 """
 
+from typing import Any
+
 import pytest
 from eventfds import LIMIT_S
 
 from kvmtick import guests
-from kvmtick.conform.bench import Bench, Vm
+from kvmtick.conform.bench import Bench
+from kvmtick.kvm.api import Vm
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.run import Run
@@ -21,7 +24,7 @@ PLAYED = [
 
 
 def play(
-    vm: Vm, name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
+    vm: Vm[Any], name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
 ) -> Run:
     guest = guests.load(name, ticks=TICKS, timer=timer, tsc_khz=vm.get_tsc_khz(), ack=ack)
     vm.prepare(guest.needs, reinject)
