@@ -109,7 +109,7 @@ def test_from_within_a_handler(new_vm: Callable[[], Any], closed: str) -> None:
         assert failure.value.errno == errno.EBADF
 
 
-STRESS_ROUNDS = 30
+STRESS_ROUNDS = 10
 VCPUS = 4
 TICKS = (
     "b0fe e621"  # mov al, 0xfe; out 0x21, al: IRQ 0 alone

@@ -52,6 +52,9 @@ class VcpuThread:
                 if machine.runs_all:
                     raise RuntimeError("the VM is running all its vCPUs already")
                 self.check_open()
+                if self._wake_fd < 0:
+                    # from here on no wake is lost, also one before the sleep
+                    self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 machine.begin()
                 self.ident = threading.get_ident()
                 machine.threads.append(self)
@@ -148,8 +151,6 @@ class VcpuThread:
         by `wake`, a signalled irqfd, or `limit_s`.
         """
         machine = self.machine
-        if self._wake_fd < 0:
-            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         wait_ns = NEVER_NS if until_ns == NEVER_NS else max(0, until_ns - machine.clock.now_ns)
         limit_ns = NEVER_NS if limit_s is None else int(limit_s * 1e9)
         least_ns = min(wait_ns, limit_ns)
