@@ -65,6 +65,7 @@ any_engine = pytest.mark.parametrize(
 )
 """What holds for an engine that is not exact, too: nothing in between two blocks is looked at."""
 
+REFUSES = "its accesses cannot be refused"
 BUDGET = "it counts no instructions, so a budget bounds nothing"
 KICK = "a kick before KVM_RUN gives the event back, undelivered"
 CPUID_BEFORE = "what CPUID answers is asked for before the first entry"
@@ -1473,7 +1474,7 @@ def test_scripted_reports_an_injection_cut_short() -> None:
 # ---- refused accesses ----------------------------------------------------------------------------
 
 
-@any_engine
+@any_but_kvm(REFUSES)
 def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
     def routine() -> Program:
         yield Spin(1)
@@ -1495,7 +1496,7 @@ def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
     assert [access[:4] for access in machine.accesses] == [("out", 0x40, 1, 0x77)]
 
 
-@any_engine
+@any_but_kvm(REFUSES)
 def test_a_refused_write_happens_when_it_is_let_through(build: Build) -> None:
     def routine() -> Program:
         yield Out(0x40, 0)

@@ -12,6 +12,7 @@ from typing import Final
 
 from kvmtick.abi import KvmError
 from kvmtick.abi.exits import Exit
+from kvmtick.abi.registers import put_registers
 from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_run
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.host.kvmdev import (
@@ -27,7 +28,6 @@ from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
 from kvmtick.kvm.kernel_run import Ends, Observer, Session, TickGoal, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
-from kvmtick.kvm.registers import put_registers
 from kvmtick.kvm.told import Told
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.ports import PortHandler
