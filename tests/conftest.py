@@ -25,4 +25,4 @@ def eventfd() -> Iterator[MakeEventFd]:
 
     yield make
     for each in made:
-        os.close(each.fd)
+        each.close()

@@ -12,7 +12,7 @@ from kvmtick.kvm.model import ModelVm
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Both back ends; a skip that says why where /dev/kvm cannot be used."""
     if request.param == "model":
-        return Backend("model", ModelVm)
+        return Backend("model", ModelVm, exact=True)
     try:
         KernelVm().close()
     except HostError as error:

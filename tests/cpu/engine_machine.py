@@ -5,6 +5,7 @@ from mmap import mmap
 from typing import Any, NamedTuple
 
 from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason
+from kvmtick.cpu.hostkvm import HostKvmEngine
 from kvmtick.cpu.scripted import Hlt, Program, Routine, ScriptedEngine
 from kvmtick.cpu.unicorn import UnicornEngine
 
@@ -60,7 +61,10 @@ class Machine:
     """
 
     def __init__(
-        self, engine: UnicornEngine | ScriptedEngine, guest: Guest, ram: mmap | None = None
+        self,
+        engine: UnicornEngine | ScriptedEngine | HostKvmEngine,
+        guest: Guest,
+        ram: mmap | None = None,
     ) -> None:
         self.engine = engine
         self.ram = mmap(-1, RAM_BYTES) if ram is None else ram
@@ -153,6 +157,10 @@ class Machine:
         tsc: int = 0,
     ) -> ExitReason:
         return ExitReason(self.engine.enter(intr_info, irq_window, nmi_window, budget, tsc))
+
+    def counted(self, instructions: int) -> int:
+        """What `retired` is after so many."""
+        return 0 if self.engine.real_time else instructions
 
     @property
     def interrupts_enabled(self) -> bool:

@@ -6,6 +6,7 @@ Each guest exists twice: as machine code (bytes with their assembly beside them)
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from engine_machine import (
@@ -23,7 +24,9 @@ from engine_machine import (
 )
 from long_machine import PDPT, PML4, long_mode
 
+from kvmtick.abi import HostError
 from kvmtick.cpu.engine import CPU_MSRS, Engine, ExitReason, Interruptibility
+from kvmtick.cpu.hostkvm import HostKvm
 from kvmtick.cpu.scripted import (
     At,
     Cli,
@@ -47,14 +50,71 @@ from kvmtick.cpu.scripted import (
     Wrmsr,
 )
 from kvmtick.cpu.unicorn import UnicornEngine
+from kvmtick.kvm import Kvm
 
 JOIN_S = 30
 
 Build = Callable[[Guest], Machine]
 
 
-any_engine = pytest.mark.parametrize("build", ["unicorn", "blocks", "scripted"], indirect=True)
+any_engine = pytest.mark.parametrize(
+    "build", ["unicorn", "blocks", "scripted", "kvm"], indirect=True
+)
 """What holds for an engine that is not exact, too: nothing in between two blocks is looked at."""
+
+BUDGET = "it counts no instructions, so a budget bounds nothing"
+KICK = "a kick before KVM_RUN gives the event back, undelivered"
+WINDOWS = "some KVMs look for windows only at exits and once in many instructions"
+CPUID_BEFORE = "what CPUID answers is asked for before the first entry"
+HYPERCALLS = "KVM answers hypercalls"
+CR8_WITHIN = "within an entry CR8 is KVM's"
+PAUSES_UNSEEN = "KVM tells user space of no PAUSE"
+EXCEPTIONS = "a kick behind an access finds its exception undelivered"
+IVT = "some KVMs look at no limit of the IVT"
+REGISTERS = "KVM refuses addresses that are not canonical"
+
+
+def any_but_kvm(why: str) -> pytest.MarkDecorator:
+    """What holds for any engine but a real CPU."""
+    skipped = pytest.param("kvm", marks=pytest.mark.skip(reason=f"a vCPU of /dev/kvm: {why}"))
+    engines = ["unicorn", "blocks", "scripted", skipped]
+    return pytest.mark.parametrize("build", engines, indirect=True)
+
+
+class HostMachine(Machine):
+    """A real CPU asks for CPUID and CR8 when it enters the guest, not when the guest does; without
+    RDTSCP it has no TSC_AUX."""
+
+    def cr8_read(self, retired: int) -> int:
+        return 0
+
+    def cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        answers = {0: (1, 0, 0, 0), 0x8000_0000: (0x8000_0001, 0, 0, 0)}
+        rdtscp_long_mode_nx_syscall = 1 << 27 | 1 << 29 | 1 << 20 | 1 << 11
+        answers[0x8000_0001] = 0, 0, 0, rdtscp_long_mode_nx_syscall
+        return answers.get(function, (0, 0, 0, 0))
+
+    def enter(self, intr_info: int = 0, **how: Any) -> ExitReason:
+        stop = threading.Timer(JOIN_S, self.engine.kick)  # a bound for the test, never the cause
+        stop.start()
+        try:
+            return super().enter(intr_info, **how)
+        finally:
+            stop.cancel()
+
+
+def _host_kvm() -> HostKvm:
+    """A VM of /dev/kvm; a skip that says why where there is none."""
+    try:
+        return HostKvm()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm: {error}")
+
+
+def host_has_rdtscp() -> bool:
+    with Kvm("kernel") as system:
+        leaves = {leaf.function: leaf for leaf in system.get_supported_cpuid()}
+    return bool(leaves[0x8000_0001].edx >> 27 & 1)
 
 
 @pytest.fixture(params=["unicorn", "scripted"])
@@ -62,13 +122,13 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
     machines = []
 
     def make(guest: Guest) -> Machine:
-        handlers = {vector: routine for vector, (_, routine) in guest.handlers.items()}
-        engine = (
-            ScriptedEngine(guest.routine, handlers)
-            if request.param == "scripted"
-            else UnicornEngine(exact=request.param == "unicorn")
-        )
-        machines.append(Machine(engine, guest))
+        if request.param == "kvm":
+            machines.append(HostMachine(_host_kvm()(), guest))
+        elif request.param == "scripted":
+            handlers = {vector: routine for vector, (_, routine) in guest.handlers.items()}
+            machines.append(Machine(ScriptedEngine(guest.routine, handlers), guest))
+        else:
+            machines.append(Machine(UnicornEngine(exact=request.param == "unicorn"), guest))
         return machines[-1]
 
     yield make
@@ -114,9 +174,9 @@ def test_hlt_counts_and_stops_behind_itself(build: Build) -> None:
     # nop; nop; hlt; nop; nop; nop; hlt
     machine = build(Guest("9090f4 909090f4", routine))
     assert machine.enter() is ExitReason.HLT
-    assert machine.engine.retired == 3
+    assert machine.engine.retired == machine.counted(3)
     assert machine.enter() is ExitReason.HLT
-    assert machine.engine.retired == 4
+    assert machine.engine.retired == machine.counted(4)
     assert machine.engine.interruptibility == 0
     assert not machine.interrupts_enabled
 
@@ -239,7 +299,7 @@ def test_slices_do_not_change_the_run(build: Build, slices: tuple[int, ...]) -> 
 def test_hlt_beats_the_budget_it_ends_with(build: Build) -> None:
     machine = build(HALT)
     assert machine.enter(budget=1) is ExitReason.HLT
-    assert machine.engine.retired == 1
+    assert machine.engine.retired == machine.counted(1)
 
 
 def sti_spin_hlt() -> Program:
@@ -289,7 +349,7 @@ def test_injection_clears_if_and_iret_restores_it(build: Build) -> None:
     assert machine.interrupts_enabled
 
 
-@any_engine
+@any_but_kvm(KICK)
 def test_a_kick_before_entry_finds_the_event_delivered(build: Build) -> None:
     machine = build(HLT_LOOP)
     machine.enter()
@@ -301,7 +361,7 @@ def test_a_kick_before_entry_finds_the_event_delivered(build: Build) -> None:
     assert machine.engine.retired == 5
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_irq_window_opens_behind_the_shadow_of_sti(build: Build) -> None:
     machine = build(STI_SPIN_HLT)
     assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
@@ -314,7 +374,7 @@ def test_irq_window_opens_behind_the_shadow_of_sti(build: Build) -> None:
     assert machine.engine.retired == 0
 
 
-@any_engine
+@any_but_kvm(WINDOWS)
 def test_irq_window_waits_for_sti(build: Build) -> None:
     def routine() -> Program:
         yield Spin(5)
@@ -327,7 +387,7 @@ def test_irq_window_waits_for_sti(build: Build) -> None:
     assert machine.engine.retired == 7
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_irq_window_stays_closed_without_if(build: Build) -> None:
     machine = build(SPIN)
     assert machine.enter(irq_window=True, budget=500) is ExitReason.PREEMPTION_TIMER
@@ -344,7 +404,7 @@ def test_cli_closes_the_window(build: Build) -> None:
 
     machine = build(Guest("fb fa 90 f4", routine))  # sti; cli; nop; hlt
     assert machine.enter(irq_window=True) is ExitReason.HLT
-    assert machine.engine.retired == 4
+    assert machine.engine.retired == machine.counted(4)
     assert not machine.interrupts_enabled
 
 
@@ -369,7 +429,7 @@ def mov_ss() -> Program:
 MOV_SS = Guest("fb 31c0 8ed0 9090 f4", mov_ss)  # sti; xor ax, ax; mov ss, ax; nop; nop; hlt
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_mov_ss_casts_a_shadow(build: Build) -> None:
     machine = build(MOV_SS)
     assert machine.enter(budget=3) is ExitReason.PREEMPTION_TIMER
@@ -379,7 +439,7 @@ def test_mov_ss_casts_a_shadow(build: Build) -> None:
     assert machine.engine.interruptibility == 0
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 @pytest.mark.parametrize("shadow", [Interruptibility.STI, Interruptibility.MOV_SS])
 def test_a_shadow_that_was_set_holds_for_one_instruction(
     build: Build, shadow: Interruptibility
@@ -396,7 +456,7 @@ def test_a_shadow_that_was_set_holds_for_one_instruction(
     assert machine.engine.interruptibility == 0
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_a_shadow_can_be_taken_away(build: Build) -> None:
     machine = build(STI_SPIN_HLT)
     assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
@@ -443,7 +503,7 @@ def test_nmi_blocks_nmis_until_iret(build: Build) -> None:
     assert machine.interrupts_enabled
 
 
-@any_engine
+@any_but_kvm(WINDOWS)
 def test_any_iret_ends_nmi_blocking(build: Build) -> None:
     def nmi_handler() -> Program:
         yield Sti()
@@ -664,9 +724,11 @@ def test_the_msrs_of_the_cpu_do_not_reach_the_handlers(build: Build, index: int)
 
     # mov ecx, index; rdmsr; hlt
     machine = build(Guest(f"66b9{index.to_bytes(4, 'little').hex()} 0f32 f4", routine))
+    if machine.engine.real_time and CPU_MSRS[index] == "tsc_aux" and not host_has_rdtscp():
+        pytest.skip("this host's KVM offers no RDTSCP, and so no TSC_AUX")
     assert machine.enter() is ExitReason.HLT
     assert machine.accesses == []
-    assert machine.engine.retired == 3
+    assert machine.engine.retired == machine.counted(3)
 
 
 @pytest.mark.parametrize("index", [0, 0x10, 0x1B, 0x277, 0x6E0, 0x800, 0xC000_0104, 0xFFFF_FFFF])
@@ -713,7 +775,7 @@ def test_a_refused_msr_access_is_a_general_protection(build: Build, handlers: bo
     assert log == [*wrmsr, ("out", 0x99), *rdmsr, ("out", 0x99), ("out", 0x80), ("out", 0x80)]
 
 
-@any_engine
+@any_but_kvm(EXCEPTIONS)
 def test_a_general_protection_in_an_sti_shadow_ends_the_shadow(build: Build) -> None:
     def routine() -> Program:
         yield Spin(1)
@@ -726,7 +788,7 @@ def test_a_general_protection_in_an_sti_shadow_ends_the_shadow(build: Build) -> 
     machine.refused_msrs = {MSR}
     machine.on_out = lambda index: machine.engine.kick() if index == MSR else None
     assert machine.enter() is ExitReason.EXTERNAL_INTERRUPT
-    assert machine.engine.retired == 3
+    assert machine.engine.retired == machine.counted(3)
     assert not machine.interrupts_enabled
     assert machine.engine.interruptibility == 0
 
@@ -762,7 +824,7 @@ CPUID = Guest(
 )
 
 
-@any_engine
+@any_but_kvm(CPUID_BEFORE)
 def test_cpuid_answers_what_the_handler_says(build: Build) -> None:
     machine = build(CPUID)
     assert machine.enter() is ExitReason.HLT
@@ -787,7 +849,7 @@ def test_a_hypercall_gets_its_answer_in_rax(build: Build) -> None:
     assert machine.accesses == [("hypercall", 1, 1), ("out", 0x80, 1, 0x5A, 2)]
 
 
-@any_engine
+@any_but_kvm(HYPERCALLS)
 def test_a_hypercall_without_a_handler_is_an_invalid_opcode(build: Build) -> None:
     def invalid_opcode() -> Program:
         yield Out(0x81, 6)
@@ -847,7 +909,7 @@ def test_cr8_without_handlers_reads_0(build: Build) -> None:
     assert machine.accesses == [("out", 0x80, 1, 0, 3)]
 
 
-@any_engine
+@any_but_kvm(CR8_WITHIN)
 def test_a_kick_in_a_write_of_cr8_ends_behind_it(build: Build) -> None:
     machine = build(CR8_ACCESSES)
     enter_long_mode(machine)
@@ -857,7 +919,7 @@ def test_a_kick_in_a_write_of_cr8_ends_behind_it(build: Build) -> None:
     assert machine.enter() is ExitReason.HLT
 
 
-@any_engine
+@any_but_kvm(CR8_WITHIN)
 @pytest.mark.parametrize(("value", "asked"), [(11, 1), (16, 0)], ids=["refused", "reserved bits"])
 def test_writes_of_cr8_that_are_general_protections(build: Build, value: int, asked: int) -> None:
     def routine() -> Program:
@@ -873,7 +935,7 @@ def test_writes_of_cr8_that_are_general_protections(build: Build, value: int, as
     assert len(machine.accesses) == asked
 
 
-@any_engine
+@any_but_kvm(CR8_WITHIN)
 def test_an_exception_of_cr8s_handler_ends_enter(build: Build) -> None:
     machine = build(CR8_ACCESSES)
     enter_long_mode(machine)
@@ -895,7 +957,7 @@ def pauses() -> Program:
 PAUSES = Guest("90 f390 ebfb", pauses)  # again: nop; pause; jmp again
 
 
-@any_engine
+@any_but_kvm(PAUSES_UNSEEN)
 def test_pause_ends_an_entry_when_asked(build: Build) -> None:
     machine = build(PAUSES)
     assert machine.enter(budget=100) is ExitReason.PREEMPTION_TIMER
@@ -911,7 +973,7 @@ def test_pause_ends_an_entry_when_asked(build: Build) -> None:
     assert machine.engine.retired == 100
 
 
-@any_engine
+@any_but_kvm(PAUSES_UNSEEN)
 def test_pause_is_retired_when_it_ends_an_entry(build: Build) -> None:
     machine = build(PAUSES)
     machine.engine.exit_on_pause(True)
@@ -975,7 +1037,7 @@ def test_a_breakpoint_in_the_handler_of_an_event(build: Build) -> None:
     assert not machine.interrupts_enabled
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_a_kick_is_used_up_by_its_exit(build: Build) -> None:
     machine = build(SPIN)
     machine.engine.kick()
@@ -1180,11 +1242,11 @@ def test_an_engine_runs_inside_a_handler_of_another(build: Build) -> None:
     outer.on_out = lambda port: void(inner.enter(IRQ))
     for _ in range(20):
         assert outer.enter(IRQ) is ExitReason.HLT
-        assert outer.engine.retired == 5
+        assert outer.engine.retired == outer.counted(5)
     assert len(inner.accesses) == len(outer.accesses) == 20
 
 
-@any_engine
+@any_but_kvm(BUDGET)
 def test_runs_repeat(build: Build) -> None:
     def run() -> tuple[list[object], bytes]:
         machine = build(HLT_LOOP)
@@ -1212,7 +1274,7 @@ def test_host_tsc_runs_by_itself(build: Build) -> None:
             yield Hlt()
 
     machine = build(Guest("0f31 66e780 f4 ebf8", routine))  # again: rdtsc; out; hlt; jmp again
-    machine.engine.set_tsc(1_000_000, 0, 0, live=True)
+    machine.engine.set_tsc(machine.engine.tsc_khz, 0, 0, live=True)
     machine.enter(tsc=5)
     machine.enter(tsc=5)
     first, second = (access[3] for access in machine.accesses)
@@ -1261,7 +1323,7 @@ def odd_registers() -> dict[str, int]:
     }
 
 
-@any_engine
+@any_but_kvm(REGISTERS)
 def test_set_registers_takes_them_all(build: Build) -> None:
     machine = build(HALT)
     before = machine.engine.registers()
@@ -1299,7 +1361,7 @@ def test_protected_mode(build: Build) -> None:
     assert registers["rip"] == CODE
     assert registers["cr0"] & 0x8000_0001 == 1  # protected mode without paging
     assert machine.enter() is ExitReason.HLT
-    assert machine.engine.retired == 1
+    assert machine.engine.retired == machine.counted(1)
     # reset leaves nothing of it behind.
     machine.engine.reset(0, CODE)
     assert machine.engine.registers()["cr0"] & 1 == 0
@@ -1324,7 +1386,7 @@ def test_no_handler_attached() -> None:
         engine.close()
 
 
-@any_engine
+@any_but_kvm(IVT)
 def test_a_vector_nobody_handles_is_a_triple_fault(build: Build) -> None:
     def routine() -> Program:
         yield Sti()
@@ -1338,7 +1400,7 @@ def test_a_vector_nobody_handles_is_a_triple_fault(build: Build) -> None:
     assert machine.engine.retired == 0
     machine.engine.reset(0, CODE)
     assert machine.enter() is ExitReason.HLT
-    assert machine.engine.retired == 3
+    assert machine.engine.retired == machine.counted(3)
 
 
 def test_scripted_reports_an_injection_cut_short() -> None:
@@ -1354,3 +1416,59 @@ def test_scripted_reports_an_injection_cut_short() -> None:
     assert machine.enter(engine.idt_vectoring_info) is ExitReason.HLT
     assert engine.idt_vectoring_info == 0
     assert machine.accesses == [("out", 0x20, 1, 0x20, 1)]
+
+
+# ---- refused accesses ----------------------------------------------------------------------------
+
+
+@any_engine
+def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
+    def routine() -> Program:
+        yield Spin(1)
+        yield Out(0x40, (yield In(0x61)))
+        yield Hlt()
+
+    machine = build(Guest("90 e461 e640 f4", routine))  # nop; in al, 0x61; out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter() is ExitReason.ACCESS
+    if machine.engine.exact:
+        assert machine.engine.retired == 1
+    assert [access[0] for access in machine.accesses] == ["in"]
+    machine.on_out = lambda port: None
+    machine.input = 0x77
+    assert machine.enter(budget=1) is ExitReason.PREEMPTION_TIMER
+    assert machine.engine.retired == 1
+    machine.accesses.clear()
+    assert machine.enter() is ExitReason.HLT
+    assert [access[:4] for access in machine.accesses] == [("out", 0x40, 1, 0x77)]
+
+
+@any_engine
+def test_a_refused_write_happens_when_it_is_let_through(build: Build) -> None:
+    def routine() -> Program:
+        yield Out(0x40, 0)
+        yield Hlt()
+
+    machine = build(Guest("e640 f4", routine))  # out 0x40, al; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    for _ in range(3):
+        assert machine.enter() is ExitReason.ACCESS
+    machine.on_out = lambda port: None
+    assert machine.enter() is ExitReason.HLT
+    assert len(machine.accesses) == 4
+
+
+def test_a_refused_access_keeps_the_shadow(build: Build) -> None:
+    def routine() -> Program:
+        yield Sti()
+        yield In(0x61)
+        yield Hlt()
+
+    machine = build(Guest("fb e461 f4", routine, {VECTOR: IRET}))  # sti; in al, 0x61; hlt
+    machine.on_out = lambda port: machine.engine.refuse()
+    assert machine.enter(irq_window=True) is ExitReason.ACCESS
+    assert machine.engine.interruptibility == Interruptibility.STI
+    assert machine.interrupts_enabled
+    machine.on_out = lambda port: None
+    assert machine.enter(irq_window=True) is ExitReason.INTERRUPT_WINDOW
+    assert machine.engine.retired == 1

@@ -54,7 +54,8 @@ def test_a_budget_of_one_is_one_instruction() -> None:
     ends = []
     while cpu.enter(budget=1) is ExitReason.PREEMPTION_TIMER:
         ends.append((cpu.engine.retired, cpu.register("rip") - CODE))
-    assert ends == [(1, 3), *3 * [(1, 4), (1, 5), (1, 6), (1, 3)]][:-1] + [(1, 8)]
+    again = [(1, 4), (1, 5), (1, 6), (1, 3)]
+    assert ends == [(1, 3), *again, *again, *again[:-1], (1, 8)]
     assert (cpu.engine.retired, cpu.register("rip") - CODE) == (1, 9)
 
 

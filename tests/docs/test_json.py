@@ -146,6 +146,11 @@ def test_verdicts_add_up() -> None:
     assert sum(ticks[verdict] for verdict in verdicts) == ticks["expired"] > 8
 
 
+def test_conform() -> None:
+    result = printed("conform", "--case", "pic.icw*")
+    assert not faults(documented("kvmtick conform"), result)
+
+
 def test_doctor() -> None:
     result = printed("doctor")
     told = documented("kvmtick doctor")

@@ -43,6 +43,7 @@ CLOCK_READERS = {
     "host": "deadlines of KVM_RUN",
     "cli": "what people are shown",
     "kvm.kernel_run": "a guest's sleep on the real kernel",
+    "kvm.kernel_trace": "which of the kernel's records are complete",
 }
 """Rooms and modules that may read a clock of the host, and what for."""
 

@@ -29,7 +29,8 @@ from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.host.probe import probe_host
 from kvmtick.host.tracefs import TICK_EVENTS, Instance, Lost, open_tracefs
 from kvmtick.kvm.kernel import KernelVm
-from kvmtick.kvm.kernel_run import PORT_EXIT, GuestExit
+from kvmtick.machine.ports import PORT_DEBUG_EXIT
+from kvmtick.machine.run import Run
 
 LINE = re.compile(r"^.+-(?P<tid>\d+) +\[\d+\] +\S+ +[\d.]+: (?P<event>\w+): (?P<rest>.*)$")
 POINTER = re.compile(r"(?:hrtimer=|work struct[= ])(?P<pointer>[0-9a-f]+)")
@@ -43,7 +44,12 @@ class Capture:
 
     lines: list[str]
     lost: Lost
-    end: GuestExit
+    end: Run
+
+    @property
+    def reason(self) -> str:
+        """How the guest ended; it is done whatever it wrote to the exit port."""
+        return "done" if self.end.exit.code else self.end.exit.reason
 
 
 def far_pointer(text: str) -> tuple[int, int]:
@@ -82,10 +88,13 @@ def parser() -> argparse.ArgumentParser:
 def enable(trace: Instance, tids: Iterable[int], timer: str) -> None:
     """The events of a tick of `timer`; those of KVM only where `tids` cause them."""
     ours = " || ".join(f"common_pid == {tid}" for tid in sorted(tids))
-    events = {
-        event: ours if event.startswith("kvm:") else filter_.replace(TIMERS["pit"], TIMERS[timer])
-        for event, filter_ in TICK_EVENTS.items()
-    }
+    events = {}
+    for event, filter_ in TICK_EVENTS.items():
+        if event.startswith("kvm:"):
+            filter_ = f"({ours}) && ({filter_})" if filter_ else ours
+        elif event.startswith("timer:"):
+            filter_ = f"function.function == {TIMERS[timer]}"
+        events[event] = filter_
     for event in trace.enable_known(events):
         print(f"capture: this kernel has no {event}; going on without it", file=sys.stderr)
 
@@ -110,7 +119,9 @@ def only_this_vm(text: str, tids: set[int]) -> list[str]:
         pointer = POINTER.match(m["rest"])
         if pointer["pointer"] in pointers if pointer else int(m["tid"]) in tids:
             kept.append(line)
-            if m["event"] == "kvm_pio" and m["rest"].startswith(f"pio_write at {PORT_EXIT:#x} "):
+            if m["event"] == "kvm_pio" and m["rest"].startswith(
+                f"pio_write at {PORT_DEBUG_EXIT:#x} "
+            ):
                 break
     return kept
 
@@ -145,7 +156,7 @@ def capture(guest: Guest, args: argparse.Namespace) -> Capture:
         enable(trace, tids, args.timer)
         trace.start()
         try:
-            end = vm.run_until_exit(limit_s=args.limit_s)
+            end = vm.run(limit_s=args.limit_s)
         finally:
             trace.stop()
         return Capture(only_this_vm(trace.text(), tids), trace.lost(), end)
@@ -173,9 +184,9 @@ def command(args: argparse.Namespace) -> str:
 def header(guest: Guest, args: argparse.Namespace, got: Capture) -> list[str]:
     """What the run was and where it was made, a line each."""
     host = probe_host()
-    state = "complete" if not got.lost.total and got.end.reason == "done" else "incomplete"
+    state = "complete" if not got.lost.total and got.reason == "done" else "incomplete"
     timer_us = host.parameters.get("kvm/min_timer_period_us", "unknown")
-    end = f"{got.end.reason}, code {got.end.code}, {got.end.elapsed_ns / 1e6:.1f} ms"
+    end = f"{got.reason}, code {got.end.exit.code}, {got.end.elapsed_ns / 1e6:.1f} ms"
     if got.end.console:
         end += f", console {got.end.console!r}"
     digest = hashlib.sha256(guest.image).hexdigest()
@@ -215,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"capture: {error}; name a file that can be written with --out", file=sys.stderr)
         return 2
     print(f"{args.out.name}: {lines[1]}; {lines[6]}")
-    return int(bool(got.lost.total) or got.end.reason != "done")
+    return int(bool(got.lost.total) or got.reason != "done")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -24,24 +23,24 @@ from golden.apic_scenarios import (
     SCENARIOS,
     level_held,
 )
-from golden.normalise import (
-    ChipLines,
-    as_excerpt,
-    collapse,
-    differences,
-    ends_of_interrupt,
-    project,
-    tally,
-    without_pic_setup,
-)
-from golden.record import TRACES, duration_us, options, reopened, scenario_image, worst_step_us
+from golden.record import TRACES, options, scenario_image
+from golden.views import as_excerpt, without_pic_setup
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import (
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQFD_FLAG_RESAMPLE,
 )
+from kvmtick.conform.normalise import (
+    ChipLines,
+    collapse,
+    differences,
+    ends_of_interrupt,
+    project,
+    tally,
+)
+from kvmtick.conform.punctual import duration_us, reopened, worst_step_us
 from kvmtick.guests.script import EXIT_CODE, Results, Scenario
-from kvmtick.host.probe import probe_parameters
+from kvmtick.host.probe import probe_parameters, waited_for_cpu_ns
 from kvmtick.host.tracefs import open_tracefs
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.ioapic import REMOTE_IRR
@@ -755,13 +754,6 @@ def live() -> None:
         pytest.skip(f"needs /dev/kvm and a tracefs it may write to: {error}")
 
 
-def waited_for_cpu_us() -> float:
-    """How long this thread, ready to run, has waited for a CPU (sched-stats.rst); 0 if unknown."""
-    with suppress(OSError):
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e3
-    return 0.0
-
-
 def needs_apic_events(scenario: Scenario) -> None:
     """Skip, saying why, where the hardware takes part in what is compared, and no event tells."""
     if scenario.needs.gsi0 == "default" and scenario.needs.tick_source == "pit":
@@ -798,10 +790,10 @@ def test_the_live_kernel_does_the_same(live: None, name: str, reinject: int) -> 
     expected_us = duration_us(expected.trace)
     late_runs = unlucky_runs = 0
     while late_runs <= retries and unlucky_runs <= UNLUCKY_RETRIES:
-        waited_us = waited_for_cpu_us()
+        waited_us = waited_for_cpu_ns() / 1e3
         got = capture.capture(image, arguments)
-        waited_us = waited_for_cpu_us() - waited_us
-        assert got.end.reason == "done"
+        waited_us = waited_for_cpu_ns() / 1e3 - waited_us
+        assert got.reason == "done"
         assert not got.lost.total
         kernel = project(got.lines)
         difference = differences(expected.lines, kernel)

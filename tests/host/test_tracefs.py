@@ -42,7 +42,7 @@ def test_instance_records_a_tick(tracefs: Tracefs, make_vm: MakeVm) -> None:
         trace.set_buffer_size(512)
         assert trace.enable_known() == []
         trace.start()
-        end = vm.run_until_exit(limit_s=LIMIT_S)
+        end = vm.run(limit_s=LIMIT_S).exit
         trace.stop()
         text, lost = trace.text(), trace.lost()
         trace.clear()
@@ -61,7 +61,7 @@ def test_nothing_is_recorded_before_start(tracefs: Tracefs, make_vm: MakeVm) -> 
     vm = make_vm(ticker(1))
     with tracefs.instance() as trace:
         trace.enable("kvm:kvm_pio")
-        assert vm.run_until_exit(limit_s=LIMIT_S).code == 1
+        assert vm.run(limit_s=LIMIT_S).exit.code == 1
         assert "kvm_pio" not in trace.text()
         assert "[mono]" in trace.read("trace_clock")
 
@@ -74,7 +74,7 @@ def test_lost_events_are_counted(tracefs: Tracefs, make_vm: MakeVm) -> None:
         trace.set_buffer_size(4)
         trace.enable("kvm:kvm_pio")
         trace.start()
-        assert vm.run_until_exit(limit_s=LIMIT_S).reason == "done"
+        assert vm.run(limit_s=LIMIT_S).exit.reason == "done"
         trace.stop()
         recorded = trace.text().count("kvm_pio: ")
         assert trace.lost().overrun >= 3001 - recorded > 0

@@ -6,6 +6,7 @@ from kvmtick.guests import Guest
 from kvmtick.kvm.kernel import KernelVm
 
 CODE = 0x1000
+LIMIT_S = 5.0
 
 
 def bytes_at(image: bytes, load_at: int = CODE) -> Guest:
@@ -52,3 +53,15 @@ def ticker(ticks: int, count: int = 1193) -> bytes:
 
 
 MakeVm = Callable[..., KernelVm]
+
+
+def accesses(vm: KernelVm, port: int) -> int:
+    """Run the guest to its end; how many of its accesses to `port` came to user space."""
+    seen = 0
+
+    def handler(port: int, size_bytes: int, value: int | None) -> None:
+        nonlocal seen
+        seen += 1
+
+    assert vm.run(handlers={port: handler}, limit_s=LIMIT_S).exit.reason != "limit"
+    return seen

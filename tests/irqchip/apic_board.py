@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import Clock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
@@ -30,6 +31,8 @@ class VcpuStub:
         self.eoi_exits: list[int] = []
         self.nmis = 0
 
+    tsc_khz = GUEST_TSC_KHZ
+
     def request_event(self) -> None:
         self.events += 1
 
@@ -45,8 +48,6 @@ class VcpuStub:
 
     def queue_nmi(self) -> None:
         self.nmis += 1
-
-    tsc_khz = 1_000_000
 
     def guest_tsc(self) -> int:
         return self._clock.now_ns

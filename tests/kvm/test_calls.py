@@ -18,17 +18,23 @@ from errno_readings import BAD_POINTER, KERNEL_POINTER, NULL, Pages
 
 from kvmtick import Kvm, KvmError, guests
 from kvmtick.abi import ioctls
+from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
 from kvmtick.abi.structs import (
     KVM_CLOCK_TSC_STABLE,
     KVM_EXIT_INTR,
+    KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     KvmStruct,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_irq_level,
+    kvm_irqchip,
+    kvm_lapic_state,
     kvm_msr_entry,
+    kvm_pic_state,
     kvm_pit_state2,
     make_msrs,
 )
+from kvmtick.conform.bench import ID, MSR_APIC_BASE, MSR_TSC, SVR, VERSION, to_ioapic, to_pic
 from kvmtick.host.kvmdev import KvmFile
 from kvmtick.kvm.model import ModelVm
 from kvmtick.kvm.model_file import file_of
@@ -36,7 +42,7 @@ from kvmtick.kvm.setup import cpuid_of
 
 __all__ = ["vms"]
 
-MSR_TSC = 0x10
+X2APIC_ID = 0x802
 
 
 def refusal(call: Callable[..., object], *args: Any) -> str:
@@ -199,6 +205,84 @@ def test_a_child_may_make_vms_of_its_own(vms: MakeVm) -> None:
             return vm.create_vcpu(0).get_mp_state() == 0
 
     assert in_a_child(makes_one)
+
+
+# --- what some calls do ---------------------------------------------------------------------------
+
+
+def test_a_refused_table_leaves_the_old_one(vms: MakeVm) -> None:
+    vm, _ = pc(vms)
+    vm.set_gsi_routing([to_pic(4, 5)])
+    assert refusal(vm.set_gsi_routing, [to_pic(4, 6), to_pic(5, 6), to_ioapic(4, 24)]) == "EINVAL"
+    vm.irq_line(4, 1)
+    assert vm.get_irqchip(0).chip.pic.irr == 1 << 5
+
+
+@pytest.mark.parametrize("chip_id", [0, 1])
+def test_all_ones_go_into_a_pic_and_come_back(vms: MakeVm, chip_id: int) -> None:
+    vm, _ = pc(vms)
+    given = kvm_irqchip(chip_id=chip_id)
+    given.chip.pic = kvm_pic_state.from_buffer_copy(b"\xff" * sizeof(kvm_pic_state))
+    vm.set_irqchip(given)
+    assert bytes(vm.get_irqchip(chip_id).chip.pic) == b"\xff" * 16
+
+
+def test_a_count_of_0_is_65536_on_every_counter(vms: MakeVm) -> None:
+    vm, _ = pc(vms)
+    vm.set_pit2(kvm_pit_state2())
+    assert [channel.count for channel in vm.get_pit2().channels] == [0x10000] * 3
+
+
+def test_set_lapic_keeps_the_version_and_takes_the_id(vms: MakeVm) -> None:
+    _, vcpu = pc(vms)
+    for given in (0x0100_0000, 1, 0xFF00_0000):
+        lapic = vcpu.get_lapic()
+        lapic.set_reg(ID, given)
+        vcpu.set_lapic(lapic)
+        assert vcpu.get_lapic().reg(ID) == given
+    vcpu.set_lapic(kvm_lapic_state.from_buffer_copy(b"\xff" * sizeof(kvm_lapic_state)))
+    assert vcpu.get_lapic().reg(VERSION) == 0x5_0014
+    assert vcpu.get_lapic().reg(SVR) == 0xFFFF_FFFF
+
+
+def test_msrs_are_set_up_to_the_first_that_is_refused(vms: MakeVm) -> None:
+    _, vcpu = pc(vms)
+    assert vcpu.set_msrs({MSR_APIC_BASE: 0xFEE0_0100, X2APIC_ID: 0, MSR_TSC: 5}) == 1
+    assert vcpu.get_msrs([MSR_APIC_BASE, X2APIC_ID, MSR_TSC]) == {MSR_APIC_BASE: 0xFEE0_0100}
+    assert vcpu.set_msrs({MSR_APIC_BASE: 0xFED0_0900}) == 1
+    assert vcpu.get_msrs([MSR_APIC_BASE]) == {MSR_APIC_BASE: 0xFED0_0900}
+
+
+@pytest.mark.parametrize(("given", "told"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 0), (9, 9)])
+def test_the_mp_state_reads_back(vms: MakeVm, given: int, told: int) -> None:
+    """SIPI_RECEIVED (4) starts the vCPU at once."""
+    vm, first = pc(vms)
+    second = vm.create_vcpu(1)
+    assert (first.get_mp_state(), second.get_mp_state()) == (0, 1)
+    for vcpu in (first, second):
+        vcpu.set_mp_state(given)
+        assert vcpu.get_mp_state() == told
+
+
+def test_with_the_split_irqchip_one_interrupt_waits_for_the_guest(vms: MakeVm) -> None:
+    vm = vms()
+    vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+    vcpu = vm.create_vcpu(0)
+    assert [refusal(vcpu.interrupt, 0x20) for _ in range(2)] == ["-", "EEXIST"]
+    assert vcpu.get_lapic().reg(VERSION) == 0x5_0014
+
+
+def test_suppressing_eoi_broadcasts_needs_the_split_irqchip(vms: MakeVm) -> None:
+    whole, split = vms(), vms()
+    whole.create_irqchip()
+    split.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+    offered = split.check_extension(KVM_CAP_X2APIC_API)
+    if not offered & KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST:
+        pytest.skip(f"this kernel has none: KVM_CAP_X2APIC_API is {offered}")
+    assert whole.check_extension(KVM_CAP_X2APIC_API) == offered & ~4
+    for flags, expected in ((4, "-"), (12, "EINVAL"), (16, "EINVAL")):
+        assert refusal(split.enable_cap, KVM_CAP_X2APIC_API, flags) == expected
+    assert refusal(whole.enable_cap, KVM_CAP_X2APIC_API, 4) == "EINVAL"
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -19,6 +19,17 @@ from backends import BACKENDS, make_vm
 from errno_readings import PAGE_BYTES, READINGS, Answer, Desk, Reading, forms_of
 
 from kvmtick import Kvm
+from kvmtick.abi.caps import (
+    KVM_CAP_TSC_CONTROL,
+    KVM_CAP_VM_TYPES,
+    KVM_CAP_X2APIC_API,
+    KVM_CAP_X86_APIC_BUS_CYCLES_NS,
+)
+from kvmtick.abi.structs import (
+    KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST,
+    KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
+)
+from kvmtick.kvm.api import System
 
 ROWS = [
     (ioctl, case, Answer(rc, errno, told))
@@ -84,6 +95,48 @@ def meaning(text: str) -> By | None:
     return next((by for form, by in BY_MEANING.items() if re.fullmatch(form, text)), None)
 
 
+def test_the_host_bound_rows_are_those_of_fidelity() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text()
+    section = text.partition("### Host-bound rows of the errno table\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    host_bound = [text for text in TEXTS if meaning(text)]
+    assert sorted(listed) == sorted(set(host_bound))
+    assert f"the numbers in the {len(host_bound)} rows here" in section
+
+
+# --- what a host may lack or have more of ---------------------------------------------------------
+
+SUPPRESS_EOI = KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST | KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST
+
+LIKE_THE_RECORDED: dict[str, tuple[str, Callable[[System], bool]]] = {
+    r"CREATE_VM type 1": (
+        "a kernel without KVM_X86_SW_PROTECTED_VM",
+        lambda system: not system.check_extension(KVM_CAP_VM_TYPES) & 2,
+    ),
+    r"X2APIC_API args=(4|8|12)( .*)?": (
+        "a kernel whose KVM_CAP_X2APIC_API knows EOI broadcasts",
+        lambda system: system.check_extension(KVM_CAP_X2APIC_API) & SUPPRESS_EOI == SUPPRESS_EOI,
+    ),
+    r"APIC_BUS_CYCLES .*": (
+        "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
+        lambda system: system.check_extension(KVM_CAP_X86_APIC_BUS_CYCLES_NS) == 1,
+    ),
+    r"SET_TSC_KHZ\(vcpu\) .* (half|0xffffffff)": (
+        "a host without TSC scaling",
+        lambda system: system.check_extension(KVM_CAP_TSC_CONTROL) == 0,
+    ),
+}
+"""What a row needs of a host to give what was recorded; the model is like it in all of this."""
+
+
+def needs(system: System, text: str) -> None:
+    """Skip where this kernel is another than the recorded one, as far as it says so itself."""
+    for form, (what, is_like) in LIKE_THE_RECORDED.items():
+        if re.fullmatch(form, text) and not is_like(system):
+            assert system.backend == "kernel"
+            pytest.skip(f"needs {what}")
+
+
 # --- the rows -------------------------------------------------------------------------------------
 
 
@@ -98,6 +151,7 @@ def desk(request: pytest.FixtureRequest) -> Iterator[Desk]:
 
 @pytest.mark.parametrize("row", range(len(ROWS)), ids=[text.replace(" ", "-") for text in TEXTS])
 def test_row(desk: Desk, row: int) -> None:
+    needs(desk.system, TEXTS[row])
     *before, act = reading(row)
     for each in before:
         answer = each(desk)

@@ -122,9 +122,8 @@ def _threads() -> set[str]:
 def test_the_boot_vcpu_starts_another_which_ends_the_run(vms: list[KernelVm]) -> None:
     vm = _two(vms, INIT_SIPI + SPIN, _out8(0xE9, ord("b")) + _out8(0xF4, 7) + SPIN)
     assert vm.vcpus[1].get_mp_state() == KVM_MP_STATE_UNINITIALIZED
-    ended = vm.run_until_exit(limit_s=LIMIT_S)
-    assert (ended.reason, ended.code, ended.vcpu_id) == ("done", 7, 1)
-    assert ended.console == b"b"
+    run = vm.run(limit_s=LIMIT_S)
+    assert (run.exit.reason, run.exit.code, run.console) == ("guest-error", 7, "b")
     assert vm.vcpus[1].get_mp_state() == KVM_MP_STATE_RUNNABLE
     assert not {name for name in _threads() if name.startswith("vcpu")}
 
@@ -132,11 +131,10 @@ def test_the_boot_vcpu_starts_another_which_ends_the_run(vms: list[KernelVm]) ->
 def test_the_boot_vcpu_ends_those_that_spin_and_those_that_wait(vms: list[KernelVm]) -> None:
     for started in (False, True):
         vm = _two(vms, _out8(0xF4, 3) + SPIN, SPIN, started=started)
-        ended = vm.run_until_exit(limit_s=LIMIT_S)
-        assert (ended.reason, ended.code, ended.vcpu_id) == ("done", 3, 0)
+        assert vm.run(limit_s=LIMIT_S).exit.code == 3
         # nothing is left over for the next run
         vm.load(Guest("again", _out8(0xF4, 4), 0x1000, (0, 0x1000), None))
-        assert vm.run_until_exit(limit_s=LIMIT_S).code == 4
+        assert vm.run(limit_s=LIMIT_S).exit.code == 4
 
 
 def test_one_limit_is_for_all(vms: list[KernelVm]) -> None:
@@ -150,15 +148,15 @@ def test_a_kick_of_any_vcpu_interrupts(vms: list[KernelVm]) -> None:
         vm = _two(vms, SPIN, SPIN, started=True)
         timer = threading.Timer(0.05, vm.vcpus[index].kick)
         timer.start()
-        ended = vm.run_until_exit(limit_s=LIMIT_S)
+        ended = vm.run(limit_s=LIMIT_S).exit
         timer.join()
-        assert (ended.reason, ended.vcpu_id) == ("interrupted", index)
+        assert (ended.reason, ended.detail) == ("interrupted", f"vCPU {index} was kicked")
 
 
 def test_a_triple_fault_of_another_vcpu_ends_the_run(vms: list[KernelVm]) -> None:
     vm = _two(vms, SPIN, TRIPLE_FAULT, started=True)
-    ended = vm.run_until_exit(limit_s=LIMIT_S)
-    assert (ended.reason, ended.vcpu_id) == ("triple-fault", 1)
+    ended = vm.run(limit_s=LIMIT_S).exit
+    assert (ended.reason, ended.detail) == ("triple-fault", "vCPU 1 shut down on a triple fault")
 
 
 def test_what_a_handler_raises_is_raised_by_run(vms: list[KernelVm]) -> None:
@@ -167,8 +165,8 @@ def test_what_a_handler_raises_is_raised_by_run(vms: list[KernelVm]) -> None:
 
     vm = _two(vms, SPIN, _out8(0x80, 1) + SPIN, started=True)
     with pytest.raises(LookupError, match="vcpu 1"):
-        vm.run_until_exit({0x80: handler}, limit_s=LIMIT_S)
-    assert vm.run_until_exit(limit_s=0.05).reason == "limit"
+        vm.run(handlers={0x80: handler}, limit_s=LIMIT_S)
+    assert vm.run(limit_s=0.05).exit.reason == "limit"
 
 
 def test_handlers_are_called_one_at_a_time(vms: list[KernelVm]) -> None:
@@ -187,8 +185,8 @@ def test_handlers_are_called_one_at_a_time(vms: list[KernelVm]) -> None:
 
     # again: out 0x80 (or 0x81), al; jmp again
     vm = _two(vms, b"\xe6\x80\xeb\xfc", b"\xe6\x81\xeb\xfc", started=True)
-    ended = vm.run_until_exit({0x80: handler, 0x81: handler}, limit_s=LIMIT_S)
-    assert ended.reason == "interrupted"
+    run = vm.run(handlers={0x80: handler, 0x81: handler}, limit_s=LIMIT_S)
+    assert run.exit.reason == "interrupted"
     assert min(calls) >= 20
     assert together == 1
 
@@ -197,9 +195,9 @@ def test_a_sleeping_vcpu_holds_nobody_up(vms: list[KernelVm]) -> None:
     # mov eax, 0xffffffff; out 0xd8, eax: an hour
     sleep = b"\x66\xb8\xff\xff\xff\xff\x66\xe7\xd8" + SPIN
     for bsp, ap in ((sleep, _out8(0xF4, 5)), (_out8(0xF4, 5), sleep)):
-        ended = _two(vms, bsp, ap, started=True).run_until_exit(limit_s=LIMIT_S)
-        assert (ended.reason, ended.code) == ("done", 5)
-        assert ended.elapsed_ns < 4_000_000_000
+        run = _two(vms, bsp, ap, started=True).run(limit_s=LIMIT_S)
+        assert run.exit.code == 5
+        assert run.elapsed_ns < 4_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_a_guest_from_a_file_starts_in_its_mode_and_leaves_none_of_it(
     run = vm.run(limit_s=LIMIT_S)
     assert (run.exit.reason, run.exit.code, run.console) == ("done", 0, console)
     vm.load(Guest("real mode", _out8(0xE9, 0x52) + _out8(0xF4, 0), 0x1000, (0, 0x1000), None))
-    assert vm.run(limit_s=LIMIT_S).console == "R"
+    assert vm.run(limit_s=LIMIT_S).console == f"{console}R"
 
 
 def test_one_vcpu_needs_no_thread(vms: list[KernelVm]) -> None:
@@ -239,5 +237,5 @@ def test_one_vcpu_needs_no_thread(vms: list[KernelVm]) -> None:
     vm.create_irqchip()
     vm.create_vcpu(0)
     vm.load(Guest("one", _out8(0x80, 1) + _out8(0xF4, 0), 0x1000, (0, 0x1000), None))
-    assert vm.run_until_exit({0x80: handler}, limit_s=LIMIT_S).reason == "done"
+    assert vm.run(handlers={0x80: handler}, limit_s=LIMIT_S).exit.reason == "done"
     assert seen == before

@@ -444,8 +444,7 @@ def test_user_spaces_ioapic_hears_of_an_eoi(new_vm: Callable[..., Vm]) -> None:
         vm,
         "66bb0000e0fe"  # mov ebx, 0xfee00000
         "6667c783b000000000000000"  # mov dword [ebx+0xb0], 0: EOI
-        "e680"  # out 0x80, al
-        "f4",  # hlt
+        "ebfe",  # jmp $
     )
     lapic = vcpu.get_lapic()
     lapic.set_reg(0xF0, 0x1FF)
@@ -453,7 +452,7 @@ def test_user_spaces_ioapic_hears_of_an_eoi(new_vm: Callable[..., Vm]) -> None:
     lapic.set_reg(0x1A0, 1 << 0x11)
     vcpu.set_lapic(lapic)
     assert vcpu.run() == ExitIoapicEoi(0x51)
-    assert port_of(vcpu.run()) == 0x80
+    assert vcpu.run(SHORT_S) == ExitIntr("time")
 
 
 # ---- stopping it -------------------------------------------------------------------------------
@@ -494,38 +493,36 @@ def test_immediate_exit_completes_the_access_and_is_eintr(pc: MakeVm) -> None:
     assert vcpu.run() == ExitIo(0x81, 1, 1, True, b"\x77")
 
 
-def test_a_signal_for_the_process_does_not_end_it(pc: MakeVm) -> None:
-    _, vcpu = pc("e680" + SPIN)  # out 0x80, al
-    seen: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(number))
+@contextmanager
+def alarm(handler: Callable[[], None]) -> Iterator[None]:
+    """SIGALRM comes in the middle of a run of SHORT_S."""
+    before = signal.signal(signal.SIGALRM, lambda *_: handler())
+    signal.setitimer(signal.ITIMER_REAL, SHORT_S / 5)
     try:
-        vcpu.run()
-        signal.setitimer(signal.ITIMER_REAL, SHORT_S / 5)
-        assert vcpu.run(SHORT_S) == ExitIntr("time")
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert seen == [signal.SIGALRM]
 
 
-def test_one_thread_runs_a_vcpu(pc: MakeVm) -> None:
-    _, vcpu = pc("e680" + SPIN)  # out 0x80, al
-    vcpu.run()
-    results: list[object] = []
+def test_a_signal_for_the_process_does_not_end_it(pc: MakeVm) -> None:
+    _, vcpu = pc(SPIN)
+    seen: list[bool] = []
+    with alarm(lambda: seen.append(True)):
+        assert vcpu.run(SHORT_S) == ExitIntr("time")
+    assert seen == [True]
 
-    def run() -> None:
-        results.append(vcpu.run(JOIN_S))
 
-    with thread(run) as running:
-        while not results and running.is_alive():
-            try:
-                results.append(vcpu.run(0.0))
-            except RuntimeError as failure:
-                assert "running already" in str(failure)
-                vcpu.kick()
-                break
-            results.clear()
-    assert results == [ExitIntr("kick")]
+def test_one_at_a_time_runs_a_vcpu(pc: MakeVm) -> None:
+    _, vcpu = pc(SPIN)
+
+    def run_again() -> None:
+        with pytest.raises(RuntimeError, match="running already"):
+            vcpu.run()
+        vcpu.kick()
+
+    with alarm(run_again):
+        assert vcpu.run(JOIN_S) == ExitIntr("kick")
 
 
 @pytest.mark.parametrize("vm_first", [True, False])
@@ -550,6 +547,7 @@ def test_closing_in_any_order(pc: MakeVm, vm_first: bool) -> None:
 def test_init_and_sipi_start_a_vcpu_that_waits_in_its_thread(pc: MakeVm) -> None:
     vm, first = pc(
         "66bb0000e0fe"  # mov ebx, 0xfee00000
+        "6667c783f0000000ff010000"  # mov dword [ebx+0xf0], 0x1ff
         "6667c7831003000000000001"  # mov dword [ebx+0x310], 0x01000000
         "6667c7830003000000450000"  # mov dword [ebx+0x300], 0x4500: INIT
         "6667c7830003000009460000"  # mov dword [ebx+0x300], 0x4609: SIPI

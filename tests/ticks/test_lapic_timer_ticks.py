@@ -63,6 +63,19 @@ def test_a_tick_has_its_times_and_two_hops_to_the_vcpu() -> None:
     }
 
 
+def test_a_timer_that_user_space_started_ticks_though_an_eoi_came_before() -> None:
+    # KVM_SET_LAPIC of a moved VM, with the vector requested already
+    s = ApicStream()
+    s.timers_ns[0] = MS
+    s.recorder.task = s.vmm
+    s.recorder.hrtimer_start(APIC_TIMER, APIC_FN, MS, False)
+    s.inject(1, TIMER_VECTOR)
+    s.eoi(2, TIMER_VECTOR)
+    live(s, ticks=3)
+    (report,) = s.reports()
+    assert (report.expired, report.count(DELIVERED)) == (3, 3)
+
+
 @pytest.mark.parametrize(("after_ns", "verdict"), [(MS - 1, DELIVERED), (MS, LATE)])
 def test_a_period_after_the_expiry_is_late(after_ns: int, verdict: Verdict) -> None:
     s = armed()

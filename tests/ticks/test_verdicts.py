@@ -395,6 +395,7 @@ def test_the_dict_has_the_keys_of_the_json() -> None:
         "masked": 0,
         "dropped": 0,
         "outstanding": 0,
+        "unknown": 0,
         "extra": 0,
     }
     assert set(report.latency_ns) == {

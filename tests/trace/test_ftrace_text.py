@@ -270,7 +270,7 @@ def test_the_text_is_the_kernels(event: Event, fields: tuple[int, ...], text: st
 
 
 def test_every_event_of_the_kernel_has_a_line_above() -> None:
-    ours = {Event.PIT_RESET_REINJECT, Event.KVM_INJ_NMI}
+    ours = {Event.PIT_RESET_REINJECT, Event.KVM_INJ_NMI, Event.LOST_EVENTS}
     assert {event for _, event, *_ in LINES} == set(Event) - ours
     assert {tracepoint.system for event, tracepoint in TRACEPOINTS.items() if event in ours} == {
         "kvmtick"
@@ -280,6 +280,7 @@ def test_every_event_of_the_kernel_has_a_line_above() -> None:
 def test_the_models_own_events() -> None:
     assert event_text(record(Event.PIT_RESET_REINJECT, 3)) == "pending 3"
     assert event_text(record(Event.KVM_INJ_NMI, 1, 2)) == "vcpu 1 pending 2"
+    assert event_text(record(Event.LOST_EVENTS, 1, -1)) == "cpu 1 count -1"
 
 
 APIC_REGISTERS = """

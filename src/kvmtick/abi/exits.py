@@ -13,6 +13,7 @@ from kvmtick.abi.structs import kvm_run, offset_of
 
 __all__ = [
     "Exit",
+    "ExitDebug",
     "ExitFailEntry",
     "ExitHlt",
     "ExitInternalError",
@@ -22,10 +23,13 @@ __all__ = [
     "ExitIrqWindowOpen",
     "ExitMmio",
     "ExitOther",
+    "ExitRdmsr",
     "ExitSetTpr",
     "ExitShutdown",
+    "ExitWrmsr",
     "answer_place",
     "decode",
+    "trouble",
 ]
 
 
@@ -67,6 +71,11 @@ class ExitHlt:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitDebug:
+    """KVM_EXIT_DEBUG: what KVM_SET_GUEST_DEBUG asked for has happened."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExitShutdown:
     """KVM_EXIT_SHUTDOWN: the guest took a triple fault."""
 
@@ -86,6 +95,26 @@ class ExitIoapicEoi:
     """KVM_EXIT_IOAPIC_EOI: the guest ended `vector`, which is level-triggered (split irqchip)."""
 
     vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRdmsr:
+    """KVM_EXIT_X86_RDMSR: the guest reads MSR `index`; answer in `kvm_run.u.msr`.
+
+    `reason` is one of KVM_MSR_EXIT_REASON_*, as KVM_CAP_X86_USER_SPACE_MSR was enabled with.
+    """
+
+    index: int
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitWrmsr:
+    """KVM_EXIT_X86_WRMSR: the guest writes `data` to MSR `index`; else as `ExitRdmsr`."""
+
+    index: int
+    reason: int
+    data: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +160,13 @@ Exit: TypeAlias = (
     ExitIo
     | ExitMmio
     | ExitHlt
+    | ExitDebug
     | ExitShutdown
     | ExitIrqWindowOpen
     | ExitSetTpr
     | ExitIoapicEoi
+    | ExitRdmsr
+    | ExitWrmsr
     | ExitInternalError
     | ExitFailEntry
     | ExitIntr
@@ -145,6 +177,7 @@ Buffer: TypeAlias = mmap | bytearray
 
 _PLAIN: dict[int, Exit] = {
     structs.KVM_EXIT_HLT: ExitHlt(),
+    structs.KVM_EXIT_DEBUG: ExitDebug(),
     structs.KVM_EXIT_SHUTDOWN: ExitShutdown(),
     structs.KVM_EXIT_IRQ_WINDOW_OPEN: ExitIrqWindowOpen(),
     structs.KVM_EXIT_SET_TPR: ExitSetTpr(),
@@ -166,6 +199,10 @@ def decode(run: kvm_run, area: Buffer) -> Exit:
         )
     if reason == structs.KVM_EXIT_IOAPIC_EOI:
         return ExitIoapicEoi(run.u.eoi.vector)
+    if reason == structs.KVM_EXIT_X86_RDMSR:
+        return ExitRdmsr(run.u.msr.index, run.u.msr.reason)
+    if reason == structs.KVM_EXIT_X86_WRMSR:
+        return ExitWrmsr(run.u.msr.index, run.u.msr.reason, run.u.msr.data)
     if reason == structs.KVM_EXIT_INTERNAL_ERROR:
         internal = run.u.internal
         return ExitInternalError(internal.suberror, tuple(internal.data[: internal.ndata]))
@@ -180,6 +217,20 @@ def _decode_io(run: kvm_run, area: Buffer) -> ExitIo:
     write = io.direction == structs.KVM_EXIT_IO_OUT
     data = bytes(memoryview(area)[io.data_offset :][: io.size * io.count]) if write else b""
     return ExitIo(io.port, io.size, io.count, write, data)
+
+
+def trouble(exit_: Exit) -> str:
+    """Why KVM cannot run the guest any further, in words; for the exits that nobody can serve."""
+    if isinstance(exit_, ExitInternalError):
+        if code := exit_.instruction():
+            return f"KVM cannot emulate the instruction at {code.hex(' ')}: use the model's CPU"
+        return f"KVM_EXIT_INTERNAL_ERROR, suberror {exit_.suberror}: see dmesg"
+    if isinstance(exit_, ExitFailEntry):
+        reason = exit_.hardware_entry_failure_reason
+        return f"the processor refused the VM entry (reason {reason:#x}): see dmesg"
+    if isinstance(exit_, ExitOther):
+        return f"KVM_RUN ended with exit_reason {exit_.exit_reason}, which nobody here serves"
+    return f"KVM_RUN ended with {exit_}"
 
 
 def answer_place(run: kvm_run, answer: bytes) -> int:

@@ -11,7 +11,9 @@ from kvmtick.abi.structs import (
     KvmStruct,
     kvm_clock_data,
     kvm_cpuid2,
+    kvm_debugregs,
     kvm_enable_cap,
+    kvm_guest_debug,
     kvm_interrupt,
     kvm_ioeventfd,
     kvm_irq_level,
@@ -21,6 +23,7 @@ from kvmtick.abi.structs import (
     kvm_lapic_state,
     kvm_mp_state,
     kvm_msi,
+    kvm_msr_filter,
     kvm_msrs,
     kvm_pit_config,
     kvm_pit_state,
@@ -48,6 +51,7 @@ __all__ = [
     "KVM_GET_API_VERSION",
     "KVM_GET_CLOCK",
     "KVM_GET_CPUID2",
+    "KVM_GET_DEBUGREGS",
     "KVM_GET_IRQCHIP",
     "KVM_GET_LAPIC",
     "KVM_GET_MP_STATE",
@@ -71,7 +75,9 @@ __all__ = [
     "KVM_SET_BOOT_CPU_ID",
     "KVM_SET_CLOCK",
     "KVM_SET_CPUID2",
+    "KVM_SET_DEBUGREGS",
     "KVM_SET_GSI_ROUTING",
+    "KVM_SET_GUEST_DEBUG",
     "KVM_SET_IDENTITY_MAP_ADDR",
     "KVM_SET_IRQCHIP",
     "KVM_SET_LAPIC",
@@ -89,6 +95,7 @@ __all__ = [
     "KVM_SET_VCPU_EVENTS",
     "KVM_SIGNAL_MSI",
     "KVM_TPR_ACCESS_REPORTING",
+    "KVM_X86_SET_MSR_FILTER",
     "io",
     "ioctl_name",
     "ior",
@@ -157,6 +164,7 @@ KVM_GET_CLOCK = ior(KVMIO, 0x7C, kvm_clock_data)
 KVM_GET_PIT2 = ior(KVMIO, 0x9F, kvm_pit_state2)
 KVM_SET_PIT2 = iow(KVMIO, 0xA0, kvm_pit_state2)
 KVM_SIGNAL_MSI = iow(KVMIO, 0xA5, kvm_msi)
+KVM_X86_SET_MSR_FILTER = iow(KVMIO, 0xC6, kvm_msr_filter)
 
 # on a vCPU
 KVM_RUN = io(KVMIO, 0x80)
@@ -177,8 +185,11 @@ KVM_SET_VAPIC_ADDR = iow(KVMIO, 0x93, kvm_vapic_addr)
 KVM_GET_MP_STATE = ior(KVMIO, 0x98, kvm_mp_state)
 KVM_SET_MP_STATE = iow(KVMIO, 0x99, kvm_mp_state)
 KVM_NMI = io(KVMIO, 0x9A)
+KVM_SET_GUEST_DEBUG = iow(KVMIO, 0x9B, kvm_guest_debug)
 KVM_GET_VCPU_EVENTS = ior(KVMIO, 0x9F, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = iow(KVMIO, 0xA0, kvm_vcpu_events)
+KVM_GET_DEBUGREGS = ior(KVMIO, 0xA1, kvm_debugregs)
+KVM_SET_DEBUGREGS = iow(KVMIO, 0xA2, kvm_debugregs)
 
 # on a VM or a vCPU
 KVM_SET_TSC_KHZ = io(KVMIO, 0xA2)

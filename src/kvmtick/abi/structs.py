@@ -4,7 +4,7 @@ Names, order and types are those of <linux/kvm.h> and <asm/kvm.h>; api.rst says 
 mean. Unions that are anonymous in C are called `u` here. `struct_fields`, `format_struct` and
 `struct_diff` walk, print and compare any of them.
 
-Not here: the structures of FPU, debug registers and nested state.
+Not here: the structures of FPU and nested state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -50,6 +50,10 @@ __all__ = [
     "KVM_EXIT_TPR_ACCESS",
     "KVM_EXIT_UNKNOWN",
     "KVM_EXIT_WATCHDOG",
+    "KVM_EXIT_X86_RDMSR",
+    "KVM_EXIT_X86_WRMSR",
+    "KVM_GUESTDBG_ENABLE",
+    "KVM_GUESTDBG_SINGLESTEP",
     "KVM_INTERNAL_ERROR_DELIVERY_EV",
     "KVM_INTERNAL_ERROR_EMULATION",
     "KVM_INTERNAL_ERROR_SIMUL_EX",
@@ -75,6 +79,13 @@ __all__ = [
     "KVM_MP_STATE_SIPI_RECEIVED",
     "KVM_MP_STATE_UNINITIALIZED",
     "KVM_MSI_VALID_DEVID",
+    "KVM_MSR_EXIT_REASON_FILTER",
+    "KVM_MSR_EXIT_REASON_INVAL",
+    "KVM_MSR_EXIT_REASON_UNKNOWN",
+    "KVM_MSR_FILTER_DEFAULT_DENY",
+    "KVM_MSR_FILTER_MAX_RANGES",
+    "KVM_MSR_FILTER_READ",
+    "KVM_MSR_FILTER_WRITE",
     "KVM_NR_INTERRUPTS",
     "KVM_NR_IRQCHIPS",
     "KVM_PIT_FLAGS_HPET_LEGACY",
@@ -99,8 +110,10 @@ __all__ = [
     "kvm_clock_data",
     "kvm_cpuid2",
     "kvm_cpuid_entry2",
+    "kvm_debugregs",
     "kvm_dtable",
     "kvm_enable_cap",
+    "kvm_guest_debug",
     "kvm_interrupt",
     "kvm_ioapic_redirtbl_entry",
     "kvm_ioapic_redirtbl_fields",
@@ -118,6 +131,8 @@ __all__ = [
     "kvm_mp_state",
     "kvm_msi",
     "kvm_msr_entry",
+    "kvm_msr_filter",
+    "kvm_msr_filter_range",
     "kvm_msrs",
     "kvm_pic_state",
     "kvm_pit_channel_state",
@@ -212,6 +227,8 @@ KVM_EXIT_INTERNAL_ERROR = 17
 KVM_EXIT_WATCHDOG = 21
 KVM_EXIT_SYSTEM_EVENT = 24
 KVM_EXIT_IOAPIC_EOI = 26
+KVM_EXIT_X86_RDMSR = 29
+KVM_EXIT_X86_WRMSR = 30
 
 # kvm_run.u.io.direction
 KVM_EXIT_IO_IN = 0
@@ -602,6 +619,36 @@ def make_msrs(entries: Iterable[kvm_msr_entry]) -> bytearray:
     return _with_entries(kvm_msrs(nmsrs=len(table)), table)
 
 
+# kvm_msr_filter_range.flags, kvm_msr_filter.flags, KVM_CAP_X86_USER_SPACE_MSR
+KVM_MSR_FILTER_READ = 1 << 0
+KVM_MSR_FILTER_WRITE = 1 << 1
+KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
+KVM_MSR_FILTER_MAX_RANGES = 16
+KVM_MSR_EXIT_REASON_INVAL = 1 << 0
+KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
+KVM_MSR_EXIT_REASON_FILTER = 1 << 2
+
+
+@_layout
+class kvm_msr_filter_range(KvmStruct):
+    """`nmsrs` MSRs from `base` on; `bitmap` is the address of a bit each: 1 is allowed."""
+
+    flags: U32
+    nmsrs: U32
+    base: U32
+    pad: U32
+    bitmap: U64
+
+
+@_layout
+class kvm_msr_filter(KvmStruct):
+    """KVM_X86_SET_MSR_FILTER: which MSR accesses of the guest KVM handles itself."""
+
+    flags: U32
+    pad: U32
+    ranges: Annotated[Array[kvm_msr_filter_range], kvm_msr_filter_range * KVM_MSR_FILTER_MAX_RANGES]
+
+
 @_layout
 class kvm_u64(KvmStruct):
     """The bare __u64 that KVM_SET_IDENTITY_MAP_ADDR takes."""
@@ -694,6 +741,31 @@ class kvm_sregs(KvmStruct):
     efer: U64
     apic_base: U64
     interrupt_bitmap: Annotated[Array[c_uint64], c_uint64 * (KVM_NR_INTERRUPTS // 64)]
+
+
+# kvm_guest_debug.control
+KVM_GUESTDBG_ENABLE = 1 << 0
+KVM_GUESTDBG_SINGLESTEP = 1 << 1
+
+
+@_layout
+class kvm_guest_debug(KvmStruct):
+    """KVM_SET_GUEST_DEBUG; `control`: KVM_GUESTDBG_*."""
+
+    control: U32
+    pad: U32
+    debugreg: Annotated[Array[c_uint64], c_uint64 * 8]
+
+
+@_layout
+class kvm_debugregs(KvmStruct):
+    """KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS."""
+
+    db: Annotated[Array[c_uint64], c_uint64 * 4]
+    dr6: U64
+    dr7: U64
+    flags: U64
+    reserved: Annotated[Array[c_uint64], c_uint64 * 9]
 
 
 @_layout
@@ -872,6 +944,17 @@ class kvm_run_system_event(KvmStruct):
 
 
 @_layout
+class kvm_run_msr(KvmStruct):
+    """KVM_EXIT_X86_RDMSR and _WRMSR; `reason`: KVM_MSR_EXIT_REASON_*. `error` 1 answers #GP."""
+
+    error: U8
+    pad: Annotated[Array[c_uint8], c_uint8 * 7]
+    reason: U32
+    index: U32
+    data: U64
+
+
+@_layout
 class kvm_run_eoi(KvmStruct):
     """KVM_EXIT_IOAPIC_EOI (split irqchip)."""
 
@@ -890,6 +973,7 @@ class kvm_run_exit(KvmUnion):
     internal: kvm_run_internal
     system_event: kvm_run_system_event
     eoi: kvm_run_eoi
+    msr: kvm_run_msr
 
 
 _EXIT_MEMBER = {
@@ -900,6 +984,8 @@ _EXIT_MEMBER = {
     KVM_EXIT_INTERNAL_ERROR: "internal",
     KVM_EXIT_SYSTEM_EVENT: "system_event",
     KVM_EXIT_IOAPIC_EOI: "eoi",
+    KVM_EXIT_X86_RDMSR: "msr",
+    KVM_EXIT_X86_WRMSR: "msr",
 }
 
 

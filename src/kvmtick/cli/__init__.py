@@ -29,6 +29,7 @@ EXIT_INTERRUPTED = 130
 
 VERBS = {
     "run": "boot a guest and follow its ticks",
+    "compare": "run a guest on the model and on the kernel: does the same happen?",
     "conform": "run the conformance suite on the model or on /dev/kvm",
     "fuzz": "look for a difference between the model and /dev/kvm",
     "doctor": "what this machine offers, what it lacks, what to do about it",
@@ -56,6 +57,7 @@ examples:
   kvmtick run --fault worker_delay=exp:200us    a host whose kvm-pit thread is late
   kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
   kvmtick run --json | jq .ticks                for programs
+  kvmtick compare tick-if0                      the same on the real kernel: does it differ?
   kvmtick conform --backend kernel              does this host's KVM do what KVM must?
   kvmtick fuzz --for 10m                        random operations on both, compared after each
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
@@ -23,13 +21,13 @@ from kvmtick.cli.run_options import (
     port,
     ticks_of,
 )
+from kvmtick.cli.run_output import live_text, report, trace_writer
+from kvmtick.cli.run_where import Where, where_of
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
-from kvmtick.trace.events import Record
-from kvmtick.trace.ftrace import FtraceWriter
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
@@ -42,17 +40,27 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = parser().parse_command_line(argv)
     # The whole command line is looked at before a trace file is emptied.
+    where = where_of(options)
     for_ns = duration_ns("--for", vars(options)["for"])
     gdb_port = port(options.gdb)
     if options.fast and options.gdb:
         raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     wall_limit_s = limit_s(options)
     guest = guest_of(options)
+    _check_counter(options, guest)
     ticks = ticks_of(options, None if is_kernel(guest) else DEFAULT_TICKS)
+    if where.chips == "kernel":
+        from kvmtick.cli.run_kernel import run_on_kernel
+
+        run = run_on_kernel(options, guest, ticks=ticks, for_ns=for_ns, limit_s=wall_limit_s)
+        return _exit_code(run)
     with contextlib.ExitStack() as stack:
-        vm, teller = _build(options, guest, stack)
+        vm, teller = _build(options, where, guest, stack)
         gdb = None if gdb_port is None else _gdb(gdb_port, vm, stack)
-        with _progress(options, vm, guest, for_ns, ticks), _live_text(options, vm, guest):
+        with (
+            _progress(options, vm, guest, for_ns, ticks),
+            live_text(options, vm.machine.ports, guest),
+        ):
             run = vm.run(
                 until=None if gdb is None else gdb.poll,
                 ticks=ticks if guest.parameters is None else None,
@@ -63,31 +71,42 @@ def main(argv: list[str]) -> int:
         crash = _crash(vm, run)
         if gdb is not None:
             gdb.finish(run.exit)
-        _report(options, guest, run, teller, crash)
-        if crash is not None:
-            print(f"kvmtick: {run.guest}: {run.exit.reason}: {run.exit.detail}", file=sys.stderr)
-            print(crash.text(), file=sys.stderr)
-            return EXIT_GUEST
+        report(options, guest, run, teller, crash)
+    return _exit_code(run)
+
+
+def _exit_code(run: Run) -> int:
+    if run.exit.is_failure:
+        return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
 
 
-def _build(
-    options: argparse.Namespace, guest: Guest, stack: contextlib.ExitStack
-) -> tuple[ModelVm, StoryTeller | None]:
+def _check_counter(options: argparse.Namespace, guest: Guest) -> None:
     counter = address("--counter", options.counter)
-    detail = bool(options.trace or options.story)
+    if counter is not None and counter + 4 > guest.needs.ram_bytes:
+        raise UsageError(f"--counter {counter:#x}: RAM ends at {guest.needs.ram_bytes:#x}")
+
+
+def _build(
+    options: argparse.Namespace, where: Where, guest: Guest, stack: contextlib.ExitStack
+) -> tuple[ModelVm, StoryTeller | None]:
+    host = None
+    if where.cpu == "kvm":
+        from kvmtick.cpu.hostkvm import HostKvm
+
+        host = stack.enter_context(HostKvm())
+    fast = None if host is not None else options.fast or (False if options.gdb else None)
     vm = ModelVm(
-        clock=options.clock,
-        seed=integer("--seed", options.seed),
-        detail=detail,
+        clock=where.clock,
+        seed=integer("--seed", options.seed or "0"),
+        detail=bool(options.trace or options.story),
+        engine=host,
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=duration_ns("--quantum", options.quantum) or QUANTUM_NS,
-        fast=options.fast or (False if options.gdb else None),
+        fast=fast,
     )
     stack.callback(vm.close)
     vm.machine.strict = options.strict
-    if counter is not None and counter + 4 > len(vm.machine.ram):
-        raise UsageError(f"--counter {counter:#x}: RAM ends at {len(vm.machine.ram):#x}")
     for fault in options.fault:
         name, equals, delay = fault.partition("=")
         if not equals:
@@ -100,9 +119,14 @@ def _build(
             raise UsageError(f"--fault {fault!r}: {error}") from None
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
-    stack.enter_context(_trace(options, vm))
+    recorder = vm.machine.recorder
+    writer = stack.enter_context(trace_writer(options.trace, lambda: recorder.tasks))
+    if writer is not None:
+        recorder.add_consumer(writer)
     vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
+    if host is not None and guest.parameters is not None:
+        vm.write_memory(guest.parameters.tsc_khz, host.tsc_khz.to_bytes(4, "little"))
     return vm, teller
 
 
@@ -126,37 +150,6 @@ def _gdb(port: int, vm: ModelVm, stack: contextlib.ExitStack) -> GdbServer:
     )
     server.wait()
     return server
-
-
-@contextlib.contextmanager
-def _trace(options: argparse.Namespace, vm: ModelVm) -> Iterator[None]:
-    """The recorder writes to the trace file, if one was asked for."""
-    if options.trace is None:
-        yield
-        return
-    with _is_trace_file(options.trace):
-        file = Path(options.trace).open("w", encoding="utf-8")  # noqa: SIM115 - closed below
-    writer = FtraceWriter(file, vm.machine.recorder.tasks)
-
-    def write(batch: list[Record]) -> None:
-        with _is_trace_file(options.trace):
-            writer(batch)
-
-    vm.machine.recorder.add_consumer(write)
-    try:
-        yield
-    finally:
-        with _is_trace_file(options.trace):
-            file.close()
-
-
-@contextlib.contextmanager
-def _is_trace_file(name: str) -> Iterator[None]:
-    """What cannot be done in here is the trace file's fault."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--trace {name}: {error.strerror}; give a writable file") from None
 
 
 def _tell(options: argparse.Namespace, vm: ModelVm) -> StoryTeller | None:
@@ -209,33 +202,6 @@ def _progress(
             machine.recorder.remove_consumer(show)
 
 
-@contextlib.contextmanager
-def _live_text(options: argparse.Namespace, vm: ModelVm, guest: Guest) -> Iterator[None]:
-    """What a file prints goes to stdout, byte for byte, as it comes; a blank line ends it."""
-    if options.json or guest.parameters is not None:
-        yield
-        return
-    stdout = sys.stdout.buffer
-    at_once = sys.stdout.isatty()
-    last = b""
-
-    def show(byte: int) -> None:
-        nonlocal last
-        last = bytes((byte,))
-        stdout.write(last)
-        if at_once or last == b"\n":
-            stdout.flush()
-
-    vm.machine.ports.on_text = show
-    try:
-        yield
-    finally:
-        vm.machine.ports.on_text = None
-    if last:
-        stdout.write(b"\n" if last == b"\n" else b"\n\n")
-        stdout.flush()
-
-
 # The report.
 
 
@@ -246,26 +212,3 @@ def _crash(vm: ModelVm, run: Run) -> CrashReport | None:
     from kvmtick.machine.crash import crash_report
 
     return crash_report(vm.machine)
-
-
-def _report(
-    options: argparse.Namespace,
-    guest: Guest,
-    run: Run,
-    teller: StoryTeller | None,
-    crash: CrashReport | None,
-) -> None:
-    if options.json:
-        result = run.as_dict()
-        if crash is not None:
-            result["crash"] = crash.as_dict()
-        if teller is not None:
-            result["story"] = teller.as_dict()
-        print(json.dumps(result))
-        return
-    from kvmtick.cli.show import show_run
-
-    show_run(run, with_text=guest.parameters is not None)
-    if teller is not None:
-        print()
-        print(teller.text())

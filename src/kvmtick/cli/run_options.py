@@ -11,6 +11,9 @@ from kvmtick.timing.host import parse_duration_ns
 
 __all__ = [
     "DEFAULT_TICKS",
+    "add_file",
+    "add_guest",
+    "add_reinject",
     "address",
     "duration_ns",
     "integer",
@@ -75,6 +78,19 @@ def parser() -> Parser:
     p.add_argument(
         "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
     )
+    add_guest(p)
+    add_file(p)
+    _add_where(p)
+    _add_how(p)
+    add = p.add_argument_group("what to show").add_argument
+    add("--story", metavar="N", help="tell the life of tick N, step by step")
+    add("--trace", metavar="FILE", help="write the events as ftrace text")
+    add("--json", action="store_true", help="one JSON object instead of the report")
+    return p
+
+
+def add_guest(p: Parser, ticks: str = "1000") -> None:
+    """What to run: the guest's own options; `ticks` is what their help calls the default."""
     add = p.add_argument_group("what to run").add_argument
     add(
         "--hz",
@@ -82,7 +98,7 @@ def parser() -> Parser:
         help="tick rate of a built-in guest (1000): 18.2 to 1193181 of the PIT, 0.25 to 1000000 of"
         " a local APIC's timer",
     )
-    add("--ticks", metavar="N", help="how many ticks to wait for (1000)")
+    add("--ticks", metavar="N", help=f"how many ticks to wait for ({ticks})")
     add("--for", metavar="DURATION", help="how long, on the machine's clock: 250ms, 10s")
     add("--hold", metavar="DURATION", help="how long tick-if0 and tick-mask hold ticks back (50ms)")
     add(
@@ -95,6 +111,10 @@ def parser() -> Parser:
         action="store_true",
         help="nmi-watchdog leaves its ticks unacknowledged: with reinject on one NMI comes",
     )
+
+
+def add_file(p: Parser) -> None:
+    """What a file needs."""
     add = p.add_argument_group("a file of your own").add_argument
     add("--ram", metavar="SIZE", help="its RAM, 1M to 3G (128M; 2M if it starts in real mode)")
     add("--vcpus", metavar="N", help="how many vCPUs it has, 1 to 8 (1)")
@@ -120,13 +140,43 @@ def parser() -> Parser:
     )
     add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
     add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
-    add = p.add_argument_group("how").add_argument
+
+
+def add_reinject(p: argparse._ArgumentGroup) -> None:
+    """KVM_REINJECT_CONTROL."""
+    p.add_argument(
+        "--reinject",
+        action=BooleanOptionalAction,
+        default=None,
+        help="replay ticks the guest could not take, as KVM does unless told otherwise (on, but"
+        " off for tick-msi)",
+    )
+
+
+def _add_where(p: Parser) -> None:
+    add = p.add_argument_group("where").add_argument
+    add(
+        "--cpu",
+        choices=("unicorn", "kvm"),
+        help="who executes the guest: unicorn, anywhere; kvm: a vCPU of /dev/kvm, in real time"
+        " (unicorn)",
+    )
+    add(
+        "--chips",
+        choices=("model", "kernel"),
+        help="whose PIT, PICs, IOAPIC and local APICs: the model's, or those of /dev/kvm, whose"
+        " ticks are read from tracefs if that is allowed (model)",
+    )
+
+
+def _add_how(p: Parser) -> None:
+    group = p.add_argument_group("how")
+    add = group.add_argument
     add(
         "--clock",
         choices=("virtual", "real"),
-        default="virtual",
         help="virtual: an instruction is 1 ns, HLT jumps to the next deadline; real: this host's"
-        " CLOCK_MONOTONIC (virtual)",
+        " CLOCK_MONOTONIC (virtual; with --cpu kvm real)",
     )
     add(
         "--fast",
@@ -139,13 +189,7 @@ def parser() -> Parser:
         metavar="DURATION",
         help="how long a vCPU runs at most while another one waits (100us)",
     )
-    add(
-        "--reinject",
-        action=BooleanOptionalAction,
-        default=None,
-        help="replay ticks the guest could not take, as KVM does unless told otherwise (on, but"
-        " off for tick-msi)",
-    )
+    add_reinject(group)
     add(
         "--fault",
         metavar="NAME=DELAY",
@@ -153,7 +197,7 @@ def parser() -> Parser:
         default=[],
         help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
     )
-    add("--seed", metavar="N", default="0", help="seed of the faults and of RDRAND (0)")
+    add("--seed", metavar="N", help="seed of the faults and of RDRAND (0)")
     add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
     add(
         "--strict",
@@ -166,11 +210,6 @@ def parser() -> Parser:
         help="wait for gdb on 127.0.0.1:PORT (0: any) before the first instruction; no --limit"
         " unless you give one",
     )
-    add = p.add_argument_group("what to show").add_argument
-    add("--story", metavar="N", help="tell the life of tick N, step by step")
-    add("--trace", metavar="FILE", help="write the events as ftrace text")
-    add("--json", action="store_true", help="one JSON object instead of the report")
-    return p
 
 
 def duration_ns(option: str, text: str | None) -> int | None:

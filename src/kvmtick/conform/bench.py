@@ -6,10 +6,10 @@ a host's KVM may be unable to show (`kvmtick.conform.probes`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 from kvmtick import guests
 from kvmtick.abi import HostError
@@ -23,27 +23,26 @@ from kvmtick.abi.structs import (
     kvm_irq_routing_entry,
     kvm_pit_channel_state,
 )
-from kvmtick.conform.case import Skipped, equal
+from kvmtick.conform.case import Failed, Skipped, equal
 from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8, tsc_read
-from kvmtick.kvm.kernel import KernelSystem, KernelVcpu, KernelVm
-from kvmtick.kvm.kernel_run import PORT_SLEEP
-from kvmtick.kvm.model import ModelVcpu, ModelVm
+from kvmtick.kvm.api import Vcpu, Vm
+from kvmtick.kvm.kernel import KernelSystem, KernelVm
+from kvmtick.kvm.model import ModelVm
 from kvmtick.kvm.setup import cpuid_of
+from kvmtick.machine.ports import PORT_HOST_SLEEP
 from kvmtick.timing.wall import Stopwatch
 
 T = TypeVar("T")
 
-Vm = ModelVm | KernelVm
-Vcpu = ModelVcpu | KernelVcpu
 Script = tuple[Op | tuple[Op, ...], ...]
 Handler = Callable[[int, int, int | None], int | None]
 
 COUNT = 1193
 """A PIT count, whose period is"""
 PERIOD_NS = 999_848
-LIMIT_NS = 2_000_000_000
 LIMIT_S = 5.0
-"""No guest of a case that works comes near these."""
+LIMIT_NS = 5_000_000_000
+"""No guest of a case that works comes near these, of wall time and of its own."""
 
 LATE_MS = 4
 TOLERANCE = LATE_MS + 2
@@ -99,11 +98,11 @@ class Bench:
     """Who makes the VMs; where `exact`, time is virtual and every number of it must be right."""
 
     name: str
-    make_vm: Callable[[], Vm]
+    make_vm: Callable[[], Vm[Vcpu]]
     exact: bool = False
     _probed: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
-    def vm(self) -> Vm:
+    def vm(self) -> Vm[Vcpu]:
         """A new VM with nothing in it, to be closed by `with`."""
         return self.make_vm()
 
@@ -186,7 +185,7 @@ class Pc:
     """A VM with its vCPUs, and what the tests ask of it."""
 
     backend: Bench
-    vm: Vm
+    vm: Vm[Vcpu]
     vcpus: list[Vcpu]
 
     @property
@@ -199,25 +198,16 @@ class Pc:
     ) -> Results:
         """Run a script to its end; a write to PORT_ACT + n does `acts[n]`."""
         handlers = {PORT_ACT + number: _handler(act) for number, act in enumerate(acts)}
-        vm = self.vm
         whole: Script = (*script, Op(Code.END, 0, EXIT_CODE))
-        vm.load(Scenario("conformance", "", whole).guest(self.tsc_khz))
-        if isinstance(vm, ModelVm):
-            run = vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers)
-            equal(run.exit.code, EXIT_CODE, f"exit code of the guest ({run.exit})")
-        else:
-            ended = vm.run_until_exit(handlers, LIMIT_S)
-            equal((ended.reason, ended.code), ("done", EXIT_CODE), f"end of the guest ({ended})")
-        return Results.read(vm.read_memory(0, 0x10000))
+        self.vm.load(Scenario("conformance", "", whole).guest(self.tsc_khz))
+        run = self.vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers)
+        equal(run.exit.code, EXIT_CODE, f"exit code of the guest ({run.exit})")
+        return Results.read(self.vm.read_memory(0, 0x10000))
 
     def run_image(self, code: bytes, handlers: dict[int, Handler] | None = None) -> int:
         """Run real-mode code at 0000:8000 until it writes the exit port; its exit code."""
         self.vm.load(guests.Guest("image", code, guests.LOAD_AT, guests.ENTRY, None))
-        if isinstance(self.vm, ModelVm):
-            return self.vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers).exit.code
-        ended = self.vm.run_until_exit(handlers, LIMIT_S)
-        equal(ended.reason, "done", f"end of the guest ({ended})")
-        return ended.code
+        return self.vm.run(for_ns=LIMIT_NS, limit_s=LIMIT_S, handlers=handlers).exit.code
 
     def accesses(self, *each: tuple[int, int] | int) -> tuple[int, ...]:
         """Byte accesses to ports with IF=0 and nothing before them: `(port, value)` is written, a
@@ -231,9 +221,8 @@ class Pc:
             for value in values:
                 code += bytes((0xB0, value, 0xEE))  # mov al, value; out dx, al
             if not values:
-                code += b"\xec\xa2" + (READ_AT + reads).to_bytes(
-                    2, "little"
-                )  # in al, dx; mov [], al
+                # in al, dx; mov [READ_AT + reads], al
+                code += b"\xec\xa2" + (READ_AT + reads).to_bytes(2, "little")
                 reads += 1
         equal(self.run_image(bytes(code) + LEAVE), EXIT_CODE, "exit code of the guest")
         return tuple(self.vm.read_memory(READ_AT, reads))
@@ -331,6 +320,27 @@ def bench_of(backend: str) -> Bench:
     return Bench(backend, KernelVm)
 
 
+Look = TypeVar("Look", bound=Callable[..., None])
+
+
+def retried(look: Look) -> Look:
+    """A case, or a part of one, that looks again where it fails, `ATTEMPTS` times at most.
+
+    For what a late host can spoil without a trace; where time is virtual it looks once. The bench
+    is its first argument.
+    """
+
+    @wraps(look)
+    def looks(bench: Bench, *arguments: Any, **named: Any) -> None:
+        for _ in range(0 if bench.exact else ATTEMPTS - 1):
+            with suppress(Failed):
+                look(bench, *arguments, **named)
+                return
+        look(bench, *arguments, **named)
+
+    return cast(Look, looks)
+
+
 class _Timed:
     """An act, and how long it took."""
 
@@ -399,6 +409,6 @@ def nominal_ns(script: Script) -> int:
                 # these count from the start
                 out += max(0, op.arg32 - seen) * PERIOD_NS
                 seen = max(seen, op.arg32)
-            case Code.OUT32 if op.arg16 == PORT_SLEEP:
+            case Code.OUT32 if op.arg16 == PORT_HOST_SLEEP:
                 out += op.arg32 * 1_000
     return out

@@ -35,8 +35,15 @@ __all__ = [
 MODULES = (
     "pit",
     "pic",
+    "ioapic",
+    "lapic",
+    "timer",
     "line_status",
+    "routing",
     "reinject",
+    "nmi_watchdog",
+    "irqfd",
+    "events",
     "state",
 )
 """Of `kvmtick.conform.cases`, in the order in which they are run."""

@@ -88,14 +88,16 @@ def run_case(case: Case, bench: Bench, limit_s: float = CASE_LIMIT_S) -> Result:
     except Failed as failed:
         return Result(case, "failed", _line(failed), stopwatch.elapsed_s(), failed)
     except _TimeUp:
-        reason = f"not over after {limit_s:g} s"
+        return _broken(case, f"not over after {limit_s:g} s", stopwatch)
     except Exception as error:
         reason = f"{type(error).__name__}: {_line(error)}".removesuffix(": ")
-    else:
-        return Result(case, "passed", "", stopwatch.elapsed_s())
-    return Result(
-        case, "failed", reason, stopwatch.elapsed_s(), traceback=traceback.format_exc().rstrip()
-    )
+        return _broken(case, reason, stopwatch)
+    return Result(case, "passed", "", stopwatch.elapsed_s())
+
+
+def _broken(case: Case, reason: str, stopwatch: Stopwatch) -> Result:
+    text = traceback.format_exc().rstrip()
+    return Result(case, "failed", reason, stopwatch.elapsed_s(), traceback=text)
 
 
 def as_dict(backend: str, results: Iterable[Result]) -> dict[str, Any]:

@@ -47,6 +47,11 @@ budget by one, unless it is 1: that is one instruction with every engine. A bloc
 
 `cr4_bits` are the bits of CR4 that it can have.
 
+An engine that is `real_time` is a real processor: nothing counts instructions, so `retired` is 0, a
+budget bounds nothing, and it needs a clock that goes on by itself. Its TSC has a rate of its own
+(`tsc_khz`). A kick that comes before the event of an entry is delivered gives the event back in
+`idt_vectoring_info`.
+
 An engine never asks a chip anything, keeps all state in itself, and is used by one thread; only
 `kick` may be called from any thread.
 """
@@ -61,6 +66,7 @@ __all__ = [
     "CPU_MSRS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
+    "RESET_REGISTERS",
     "Cpuid",
     "Cr8Read",
     "Cr8Write",
@@ -96,6 +102,35 @@ CPU_MSRS = {
 }
 """The MSRs that are the CPU's own, by the names that `registers` has them under: what instructions
 work with. The handlers answer all others."""
+
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_CODE_ACCESS = 0x9B
+_DATA_ACCESS = 0x93
+RESET_REGISTERS = {
+    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
+    **{f"r{number}": 0 for number in range(8, 16)},
+    "rip": 0,
+    **dict.fromkeys(_SEGMENTS, 0),
+    **{f"{name}_base": 0 for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_limit": 0xFFFF for name in (*_SEGMENTS, "gdtr", "idtr")},
+    **{f"{name}_access": _DATA_ACCESS for name in _SEGMENTS},
+    "cs_access": _CODE_ACCESS,
+    "ldtr_access": 0x82,
+    "tr_access": 0x8B,
+    "cr0": 0x6000_0010,
+    "cr2": 0,
+    "cr3": 0,
+    "cr4": 0,
+    "dr0": 0,
+    "dr1": 0,
+    "dr2": 0,
+    "dr3": 0,
+    "dr6": 0xFFFF_0FF0,
+    "dr7": 0x400,
+    **dict.fromkeys(CPU_MSRS.values(), 0),
+}
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 
 class EventType(IntEnum):
@@ -171,6 +206,8 @@ class Engine(Protocol):
 
     name: str
     exact: bool
+    real_time: bool
+    tsc_khz: int
     cr4_bits: int
     rflags: int
     interruptibility: int
@@ -252,6 +289,10 @@ class Engine(Protocol):
 
         `live`: the machine's TSC is CLOCK_MONOTONIC.
         """
+
+    @property
+    def read_tsc(self) -> Callable[[], int] | None:
+        """Tells what RDTSC would read now; None: it reads what `set_tsc` says."""
 
     def exit_on_pause(self, enabled: bool) -> None:
         """Whether PAUSE ends an entry: another vCPU could use the time."""

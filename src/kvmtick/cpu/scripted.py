@@ -39,12 +39,14 @@ from kvmtick.cpu import engine as contract
 from kvmtick.cpu.engine import (
     CPU_MSRS,
     INTR_INFO_VALID,
+    RESET_REGISTERS,
     EventType,
     ExitReason,
     Interruptibility,
     PortIn,
     PortOut,
 )
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import MonotonicClock
 
 __all__ = [
@@ -77,34 +79,6 @@ FLAGS_IF = 1 << 9
 NMI_VECTOR = 2
 UD_VECTOR = 6
 GP_VECTOR = 13
-
-SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
-CODE_ACCESS = 0x9B
-DATA_ACCESS = 0x93
-RESET_REGISTERS = {
-    **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
-    **{f"r{number}": 0 for number in range(8, 16)},
-    "rip": 0,
-    **dict.fromkeys(SEGMENTS, 0),
-    **{f"{name}_base": 0 for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_limit": 0xFFFF for name in (*SEGMENTS, "gdtr", "idtr")},
-    **{f"{name}_access": DATA_ACCESS for name in SEGMENTS},
-    "cs_access": CODE_ACCESS,
-    "ldtr_access": 0x82,
-    "tr_access": 0x8B,
-    "cr0": 0x6000_0010,
-    "cr2": 0,
-    "cr3": 0,
-    "cr4": 0,
-    "dr0": 0,
-    "dr1": 0,
-    "dr2": 0,
-    "dr3": 0,
-    "dr6": 0xFFFF_0FF0,
-    "dr7": 0x400,
-    **dict.fromkeys(CPU_MSRS.values(), 0),
-}
-"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
 
 EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
 EXIT_TRIPLE_FAULT = int(ExitReason.TRIPLE_FAULT)
@@ -317,6 +291,9 @@ class ScriptedEngine:
         self.name = "scripted"
         self.cr4_bits = (1 << 64) - 1
         self.exact = True
+        self.real_time = False
+        self.tsc_khz = GUEST_TSC_KHZ
+        self.read_tsc = None
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
         self.retired = 0
@@ -345,7 +322,7 @@ class ScriptedEngine:
         self._closed = False
         self._cuts_left = 0
         self._tsc = 0
-        self._guest_tsc = (1_000_000, 0, 0, False)
+        self._guest_tsc = (GUEST_TSC_KHZ, 0, 0, False)
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
 
     def attach(

@@ -75,6 +75,7 @@ import importlib.util
 from pathlib import Path
 
 from kvmtick.cpu import _shim
+from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 
 __all__ = ["FEATURES", "UnicornEngine", "find_library"]
 
@@ -126,6 +127,9 @@ class UnicornEngine(_shim.Engine):
     """
 
     name = "unicorn"
+    real_time = False
+    tsc_khz = GUEST_TSC_KHZ
+    read_tsc = None
     # VME to OSXMMEXCPT (VME and PVI do nothing), LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE
     cr4_bits = 0x75_17FF
 

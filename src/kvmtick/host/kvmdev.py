@@ -15,6 +15,7 @@ Not here: coalesced MMIO, the dirty log and ring.
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import signal
@@ -166,7 +167,8 @@ class _VmLife:
 
     def __init__(self) -> None:
         self.descriptors = 0
-        self.ram: list[mmap.mmap] = []
+        self.ram: dict[int, mmap.mmap | ctypes.Array[ctypes.c_char]] = {}
+        """By slot."""
 
     def leave(self) -> None:
         """One descriptor fewer."""
@@ -203,29 +205,37 @@ class VmFile(KvmFile):
             # 0 would ask the kernel to take the slot away
             raise KvmError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION")
         ram = mmap.mmap(-1, size_bytes)
+        self.map_memory(gpa, ram, slot, flags)
+        return GuestMemory(self, slot, gpa, ram)
+
+    def map_memory(
+        self, gpa: int, ram: "mmap.mmap | ctypes.Array[ctypes.c_char]", slot: int, flags: int = 0
+    ) -> None:
+        """As `add_memory`, but memory of others, which the VM keeps mapped as long as it lives."""
         region = structs.kvm_userspace_memory_region(
             slot=slot,
             flags=flags,
             guest_phys_addr=gpa,
-            memory_size=size_bytes,
+            memory_size=len(ram),
             userspace_addr=ctypes.addressof(ctypes.c_char.from_buffer(ram)),
         )
         self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
-        self._life.ram.append(ram)
-        return GuestMemory(self, slot, gpa, ram)
+        self._life.ram[slot] = ram
+
+    def unmap_memory(self, gpa: int, slot: int) -> None:
+        """Take a slot away (KVM_SET_USER_MEMORY_REGION of size 0)."""
+        region = structs.kvm_userspace_memory_region(slot=slot, guest_phys_addr=gpa)
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
+        del self._life.ram[slot]
 
     def remove_memory(self, memory: "GuestMemory") -> None:
-        """Take a slot away (KVM_SET_USER_MEMORY_REGION of size 0) and unmap its memory.
+        """Take a slot away and unmap its memory.
 
         Where only vCPUs keep the VM alive that cannot be told the kernel any more: the memory
         then goes with the last of them.
         """
         if not self.closed:
-            region = structs.kvm_userspace_memory_region(
-                slot=memory.slot, guest_phys_addr=memory.gpa
-            )
-            self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, region)
-            self._life.ram.remove(memory.ram)
+            self.unmap_memory(memory.gpa, memory.slot)
         elif self._life.descriptors:
             return
         # somebody else may look at the same bytes: they then stay for him
@@ -293,6 +303,8 @@ class VcpuFile(KvmFile):
         life.descriptors += 1
         self._lock = threading.Lock()
         self._runner = 0
+        self.tid = 0
+        """The thread that runs it, or last did, as the kernel counts threads; 0: none yet."""
         self._kicked = False
         self._ended = False
         self._deadline_s = 0.0
@@ -312,8 +324,9 @@ class VcpuFile(KvmFile):
         return self._kvm_run
 
     @contextmanager
-    def bounded(self, limit_s: float = DEFAULT_LIMIT_S) -> Iterator[None]:
-        """Every `enter` inside ends after `limit_s` wall seconds in all, or at a `kick`.
+    def bounded(self, limit_s: float | None = DEFAULT_LIMIT_S) -> Iterator[None]:
+        """Every `enter` inside ends after `limit_s` wall seconds in all (None: only a `kick` ends
+        one), or at a `kick`.
 
         One vCPU is run by one thread at a time: RuntimeError otherwise.
         """
@@ -321,14 +334,18 @@ class VcpuFile(KvmFile):
             if self._runner:
                 raise RuntimeError("this vCPU is running already; one thread at a time")
             self._runner = threading.get_ident()
+            self.tid = threading.get_native_id()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
         try:
             self._set_signal_mask(before)
-            self._deadline_s = time.monotonic() + limit_s
-            self._timer.arm(limit_s)
+            self._deadline_s = math.inf
+            if limit_s is not None:
+                self._deadline_s = time.monotonic() + limit_s
+                self._timer.arm(limit_s)
             yield
         finally:
-            self._timer.disarm()
+            if limit_s is not None:
+                self._timer.disarm()
             if threading.current_thread() is not threading.main_thread():
                 # a later thread may get this one's id, but the timer would be for the dead one
                 self._timer.close()

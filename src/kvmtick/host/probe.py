@@ -22,6 +22,7 @@ __all__ = [
     "probe_kvm",
     "probe_parameters",
     "probe_tracefs",
+    "waited_for_cpu_ns",
 ]
 
 _PARAMETERS = (
@@ -152,3 +153,10 @@ def probe_host() -> HostProbe:
         backends=_backends(),
         parameters=probe_parameters(),
     )
+
+
+def waited_for_cpu_ns() -> int:
+    """How long this thread, ready to run, has waited for a CPU (sched-stats.rst); 0 if unknown."""
+    with suppress(OSError):
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    return 0

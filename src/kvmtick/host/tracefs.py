@@ -6,14 +6,16 @@ the file tree (fsmount(2)): it is gone with its descriptor, whatever ends the pr
 context manager, at exit, and, where the process was killed, by the next one that makes an
 instance. Events are named `system:event`, as in the kernel's `set_event`.
 
-Source: Documentation/trace/ftrace.rst, events.rst. Not here: raw pages (`trace_pipe_raw`),
-triggers, tracers.
+Raw pages and format texts are handed out as they are: `kvmtick.trace` reads them.
+
+Source: Documentation/trace/ftrace.rst, events.rst. Not here: triggers, tracers.
 """
 
 import atexit
 import ctypes
 import errno
 import itertools
+import mmap
 import os
 import re
 import signal
@@ -38,6 +40,8 @@ __all__ = [
     "open_tracefs",
 ]
 
+_TIMER_FILTER = "function.function == pit_timer_fn || function.function == apic_timer_fn"
+
 TICK_EVENTS: Final[Mapping[str, str]] = {
     "kvm:kvm_pio": "",
     "kvm:kvm_set_irq": "",
@@ -46,15 +50,27 @@ TICK_EVENTS: Final[Mapping[str, str]] = {
     "kvm:kvm_ack_irq": "",
     "kvm:kvm_eoi": "",
     "kvm:kvm_apic_accept_irq": "",
+    "kvm:kvm_apic_ipi": "",
+    "kvm:kvm_msi_set_irq": "",
     "kvm:kvm_inj_virq": "",
+    "kvm:kvm_entry": "intr_info == 0x80000200 || intr_info == 0x80000202",
+    "kvm:kvm_apic": "rw == 1 && (reg == 0x320 || reg == 0xf0)",
+    "kvm:kvm_mmio": "type == 2 && (gpa == 0xfee000b0 || gpa == 0xfec00000 || gpa == 0xfec00010)",
+    "kvm:kvm_msr": "write == 1 && ecx == 0x1b",
+    "kvm:kvm_apicv_inhibit_changed": "",
     "kvm:kvm_vcpu_wakeup": "",
-    "timer:hrtimer_start": "function.function == pit_timer_fn",
-    "timer:hrtimer_expire_entry": "function.function == pit_timer_fn",
+    "timer:hrtimer_start": _TIMER_FILTER,
+    "timer:hrtimer_expire_entry": _TIMER_FILTER,
     "sched:sched_kthread_work_queue_work": "function.function == pit_do_work",
     "sched:sched_kthread_work_execute_start": "function.function == pit_do_work",
     "sched:sched_kthread_work_execute_end": "function.function == pit_do_work",
 }
-"""The life of a PIT tick: events, and the filter that keeps other users of an event out."""
+"""The life of a tick: events, and the filter that keeps out what says nothing of one.
+
+Of kvm_entry those with an NMI (both vendors' numbers), of kvm_apic writes of the timer's LVT entry
+and of SVR, of kvm_mmio writes of the local APIC's EOI and of the IOAPIC, of kvm_msr of the APIC's
+base.
+"""
 
 _PREFIX = "kvmtick"
 _MOUNT_REMEDY = "mount -t tracefs tracefs /sys/kernel/tracing (as root)"
@@ -101,6 +117,19 @@ class Tracefs(Closing):
     def format_text(self, event: str) -> str:
         """An event's `format` file: names, offsets and sizes of its fields."""
         return self.read(f"events/{_event_path(event)}/format")
+
+    def functions(self, *names: str) -> dict[int, str]:
+        """Kernel functions by address, as raw records have them (/proc/kallsyms).
+
+        Raises `HostError` where addresses are hidden.
+        """
+        found = _addresses(set(names))
+        if not found:
+            raise HostError(
+                f"the kernel hides the address of {names[0]}",
+                "run as root, and with kernel.kptr_restrict at most 1",
+            )
+        return found
 
     def instances(self) -> list[str]:
         """Names of the instances there are, ours and others'."""
@@ -149,6 +178,7 @@ class Instance:
         self.name = f"{_PREFIX}-{_pid_namespace()}-{os.getpid()}-{next(_serial)}"
         self.path = tracefs.root / "instances" / self.name
         self._handlers: dict[int, object] = {}
+        self._pipes: dict[int, int] = {}
         with _told(self.path):
             self.path.mkdir()
         self._pid = os.getpid()
@@ -223,6 +253,31 @@ class Instance:
         """What was recorded, as ftrace text with its header; stays in the buffer."""
         return self.read("trace")
 
+    def pages(self) -> Iterator[tuple[int, bytes]]:
+        """What was recorded since the last time as `(cpu, page)`, each CPU's in order; never waits.
+
+        It leaves the buffer. Raises `HostError`.
+        """
+        if not self._pipes:
+            self._open_pipes()
+        size_bytes = self._page_bytes()
+        for cpu, fd in self._pipes.items():
+            with _told(self.path / "trace_pipe_raw"):
+                while page := _read_page(fd, size_bytes):
+                    yield cpu, page
+
+    def _open_pipes(self) -> None:
+        for where in self.path.glob("per_cpu/cpu*"):
+            pipe = where / "trace_pipe_raw"
+            with _told(pipe):
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+                self._pipes[int(where.name.removeprefix("cpu"))] = os.open(pipe, flags)
+
+    def _page_bytes(self) -> int:
+        """A page of the buffer; kernels of before 6.8 have no choice."""
+        name = "buffer_subbuf_size_kb"
+        return int(self.read(name)) << 10 if (self.path / name).exists() else mmap.PAGESIZE
+
     def lost(self) -> Lost:
         """How many events were lost so far."""
         sums = {"overrun": 0, "dropped events": 0, "commit overrun": 0}
@@ -242,6 +297,8 @@ class Instance:
         if self not in _live:
             return
         _live.discard(self)
+        while self._pipes:
+            os.close(self._pipes.popitem()[1])
         # a forked child must not take its parent's instance away
         if self._pid == os.getpid() and self.path.exists():
             with _told(self.path):
@@ -299,17 +356,34 @@ def _is_leftover(name: str) -> bool:
     return parts[2].isdigit() and not Path("/proc", parts[2]).exists()
 
 
-def _function_filter(filter_: str, kallsyms: Path = Path("/proc/kallsyms")) -> str:
-    """`field.function == name` with the address of `name`; empty where it cannot be known."""
-    match = re.fullmatch(r"(\w+)\.function == (\w+)", filter_)
-    if match is None:
+KALLSYMS = Path("/proc/kallsyms")
+_FUNCTION_TERM = re.compile(r"(\w+)\.function == (\w+)")
+
+
+def _addresses(names: set[str], kallsyms: Path | None = None) -> dict[int, str]:
+    """Addresses of kernel functions; empty where they are hidden."""
+    try:
+        text = (kallsyms or KALLSYMS).read_text()
+    except OSError:
+        return {}
+    lines = re.findall(rf"^(\w+) \w ({'|'.join(names)})\s", text, re.MULTILINE) if names else []
+    return {int(address, 16): name for address, name in lines if int(address, 16)}
+
+
+def _function_filter(filter_: str, kallsyms: Path | None = None) -> str:
+    """A filter by function names with their addresses; empty where one cannot be known."""
+    names = {match[2] for match in _FUNCTION_TERM.finditer(filter_)}
+    addresses = {name: address for address, name in _addresses(names, kallsyms).items()}
+    if not names or names - addresses.keys():
         return ""
-    with suppress(OSError), kallsyms.open() as symbols:
-        for line in symbols:
-            address, _, name = line.split()[:3]
-            if name == match[2] and int(address, 16):
-                return f"{match[1]} == 0x{address}"
-    return ""
+    return _FUNCTION_TERM.sub(lambda match: f"{match[1]} == {addresses[match[2]]:#x}", filter_)
+
+
+def _read_page(fd: int, size_bytes: int) -> bytes:
+    try:
+        return os.read(fd, size_bytes)
+    except BlockingIOError:
+        return b""
 
 
 def _event_path(event: str) -> str:

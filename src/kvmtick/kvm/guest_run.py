@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kvmtick.guests import Guest, Parameters
-from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, nominal_period_ns
+from kvmtick.kvm.length import NOMINAL_TIMES, believed_period_ns, most_ns, parameters_of
 from kvmtick.machine.machine import Exit, Machine
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
@@ -13,10 +13,7 @@ from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.wall import Stopwatch
 
-__all__ = ["NOMINAL_TIMES", "GuestRun"]
-
-NOMINAL_TIMES = 10
-"""A guest that never gets its ticks is stopped after so many times the time they should take."""
+__all__ = ["GuestRun"]
 
 
 class GuestRun:
@@ -43,7 +40,7 @@ class GuestRun:
         lengths_ns = [] if for_ns is None else [for_ns]
         goal: _TickGoal | None = None
         if guest is not None and guest.parameters is not None:
-            lengths_ns += self._nominal_rest_ns()
+            lengths_ns += self._rest_ns(guest)
         elif ticks is not None:
             goal = _TickGoal(self, ticks)
         self.machine.ports.handlers = handlers
@@ -66,38 +63,19 @@ class GuestRun:
         that has overwritten it.
         """
         guest = self.machine.loaded[-1] if self.machine.loaded else None
-        if guest is None or guest.parameters is None:
-            return None
-        data = self.machine.read_ram(guest.parameters.magic, Parameters.SIZE_BYTES)
-        try:
-            return Parameters.read(data or b"", 0)
-        except ValueError:
-            return None
+        return parameters_of(guest, self.machine.read_ram)
 
-    def _nominal_rest_ns(self) -> list[int]:
+    def _rest_ns(self, guest: Guest) -> list[int]:
         """How much longer a built-in guest may take for the ticks it waits for."""
-        block = self.parameters()
-        if block is None or not block.count:
+        whole_ns = most_ns(guest, self.parameters())
+        if whole_ns is None:
             return []
-        whole_ns = NOMINAL_TIMES * block.count * self._nominal_period_ns(block)
         ran_ns = self.machine.clock.now_ns - max(self.machine.loaded_ns, self._started_ns())
         return [max(0, whole_ns - ran_ns)]
 
     def _started_ns(self) -> int:
         """When the machine was first run; now, if it was not."""
         return min(self.machine.started_ns, self.machine.clock.now_ns)
-
-    def _nominal_period_ns(self, block: Parameters) -> int:
-        """The tick that a built-in guest's parameter block asks for."""
-        if self.machine.loaded[-1].needs.tick_source == "lapic":
-            return max(block.period_ns, MIN_TIMER_PERIOD_NS)
-        return nominal_period_ns(block.divisor)
-
-    def _believed_period_ns(self, block: Parameters | None) -> float | None:
-        """What a guest whose clock is not the PIT takes its tick for; None for all others."""
-        if block is None or self.machine.loaded[-1].needs.tick_source != "lapic":
-            return None
-        return block.period_ns
 
     def _result(self, guest: Guest | None, exit_: Exit, wall_s: float, counter: int | None) -> Run:
         machine, pit, block = self.machine, self.machine.board.pit, self.parameters()
@@ -121,7 +99,7 @@ class GuestRun:
             guest_ticks=guest_ticks,
             ticks=ticks,
             sources=self.assembler.reports() if ticks is not None else [],
-            believed_period_ns=self._believed_period_ns(block),
+            believed_period_ns=believed_period_ns(guest, block),
             has_rate=guest is None or guest.has_rate,
             faults=machine.host.faults(),
             console=machine.ports.console.decode("utf-8", "replace"),

@@ -6,13 +6,14 @@ Not here: the chips user space has to bring with a split or a userspace irqchip.
 """
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Final
 
 from kvmtick.abi import KvmError
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_run
-from kvmtick.guests import DEFAULT_NEEDS, Guest
+from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.host.kvmdev import (
     DEFAULT_LIMIT_S,
     KVM_PATH,
@@ -24,7 +25,8 @@ from kvmtick.host.kvmdev import (
 )
 from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
-from kvmtick.kvm.kernel_run import GuestExit, Session
+from kvmtick.kvm.kernel_run import Ends, Observer, Session, TickGoal, UserSpace, observed
+from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
 from kvmtick.kvm.registers import put_registers
 from kvmtick.kvm.told import Told
 from kvmtick.machine.machine import Exit as RunExit
@@ -132,6 +134,9 @@ class KernelVm(Vm[KernelVcpu]):
         self._vcpus: list[KernelVcpu] = []
         self._guest: Guest | None = None
         self.told = Told()
+        self._started_ns = 0
+        self._ran_ns = 0
+        self.user = UserSpace(self, ram_bytes)
         self.device: KvmDevice = device or open_kvm(path)
         self.memory: GuestMemory | None = None
         try:
@@ -177,6 +182,7 @@ class KernelVm(Vm[KernelVcpu]):
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
         self._guest = guest
+        self._ran_ns = 0
         for vcpu in self.vcpus:
             self._place(vcpu, guest)
 
@@ -210,32 +216,88 @@ class KernelVm(Vm[KernelVcpu]):
         counter: int | None = None,
         handlers: Mapping[int, PortHandler] | None = None,
         on_ioapic_eoi: Callable[[int], None] | None = None,
+        observer: Observer | None = None,
     ) -> Run:
-        """As `Vm.run`. Nobody sees the events here, so the result's `ticks` is None."""
-        stopwatch = Stopwatch()
-        ended = self.run_until_exit(handlers, DEFAULT_RUN_LIMIT_S if limit_s is None else limit_s)
-        reason: str = ended.reason
-        if reason == "done" and ended.code:
-            reason = "guest-error"
-        guest = self._guest
-        block = guest.parameters if guest else None
+        """As `Vm.run`, in real time: vCPU 0 runs in the calling thread, each other one in its own.
+
+        `handlers`, `until` and `on_ioapic_eoi` are called one at a time, in the thread of whichever
+        vCPU left the guest; what one raises is raised here. A kick of any vCPU and Ctrl-C end the
+        run (reason `interrupted`). `observer` sees the kernel's events: without one the result's
+        `ticks` is None, and `ticks` of a foreign guest is a ValueError. Raises `KvmError` ENOENT
+        without vCPU 0, and what KVM_RUN raises.
+        """
+        first = next((each for each in self.vcpus if each.vcpu_id == 0), None)
+        if first is None:
+            raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
+        if for_ns is not None and for_ns < 0:
+            raise ValueError(f"for_ns={for_ns} is negative: give 0 or more")
+        questions = [] if until is None else [until]
+        goal: TickGoal | None = None
+        if ticks is not None and not (self._guest and self._guest.parameters):
+            if observer is None:
+                raise ValueError(f"ticks={ticks}: nobody sees a foreign guest's here, give for_ns")
+            goal = TickGoal(observer, ticks)
+            questions.append(goal.is_over)
+        self.user.ports.handlers = handlers or {}
+        self.user.ports.on_ioapic_eoi = on_ioapic_eoi
+        with nullcontext() if observer is None else observed(observer, goal is not None):
+            stopwatch = Stopwatch()
+            self._started_ns = self._started_ns or stopwatch.started_ns
+            lengths_ns = [each for each in (for_ns, self._rest_ns()) if each is not None]
+            end_ns = stopwatch.started_ns + min(lengths_ns) if lengths_ns else None
+            ends = Ends(end_ns, limit_s, _any_of(questions))
+            exit_ = Session(self.vcpus, self.user, ends).run(first)
+            ran_ns = stopwatch.elapsed_ns()
+        if exit_.reason == "until" and goal is not None and goal.is_over():
+            exit_ = RunExit("done")
+        return self._result(exit_, stopwatch.started_ns, ran_ns, counter, observer)
+
+    def parameters(self) -> Parameters | None:
+        """The guest's parameter block as it is now in RAM; None if there is none."""
+        return parameters_of(self._guest, self.read_memory) if self.memory else None
+
+    def _rest_ns(self) -> int | None:
+        """How much longer a built-in guest may take for the ticks it waits for."""
+        whole_ns = most_ns(self._guest, self.parameters())
+        if whole_ns is None:
+            return None
+        return max(0, whole_ns - self._ran_ns)
+
+    def _result(
+        self,
+        exit_: RunExit,
+        began_ns: int,
+        ran_ns: int,
+        counter: int | None,
+        observer: Observer | None,
+    ) -> Run:
+        self._ran_ns += ran_ns
+        guest, block, ports = self._guest, self.parameters(), self.user.ports
+        guest_ticks = block.counter if block else None
+        if counter is not None:
+            guest_ticks = int.from_bytes(self.read_memory(counter, 4), "little")
+        pit = self._pit_settings()
+        assembler = None if observer is None else observer.assembler
+        if assembler is not None and not pit and not assembler.expired:
+            assembler = None
         return Run(
             guest=guest.name if guest else "",
             cpu="kvm",
             chips="kernel",
             clock="real",
             seed=0,
-            elapsed_ns=ended.elapsed_ns,
-            wall_s=stopwatch.elapsed_s(),
+            elapsed_ns=began_ns + ran_ns - self._started_ns,
+            wall_s=ran_ns / 1e9,
             instructions=None,
-            exit=RunExit(reason, ended.code),
-            pit=self._pit_settings(),
-            guest_ticks=int.from_bytes(self.read_memory(block.counter, 4), "little")
-            if block
-            else None,
-            ticks=None,
-            console=ended.console.decode("utf-8", "replace"),
+            exit=exit_,
+            pit=pit,
+            guest_ticks=guest_ticks,
+            ticks=assembler.report() if assembler else None,
+            sources=assembler.reports() if assembler else [],
+            believed_period_ns=believed_period_ns(guest, block),
             has_rate=guest is None or guest.has_rate,
+            console=ports.console.decode("utf-8", "replace"),
+            serial=ports.serial.decode("utf-8", "replace"),
         )
 
     def _pit_settings(self) -> PitSettings | None:
@@ -248,23 +310,6 @@ class KernelVm(Vm[KernelVcpu]):
             return None
         return PitSettings(count, nominal_period_ns(count), self.told.reinject)
 
-    def run_until_exit(
-        self,
-        handlers: Mapping[int, PortHandler] | None = None,
-        limit_s: float = DEFAULT_LIMIT_S,
-    ) -> GuestExit:
-        """Run all vCPUs until one writes the exit port, or `limit_s` wall seconds are over.
-
-        vCPU 0 runs in the calling thread, each other one in a thread of its own; the first that
-        ends ends all. `handlers` answer ports of their own (or ours instead), one access at a
-        time, in the thread of whichever vCPU made it; what one raises is raised here. MMIO nobody
-        claims reads all ones. Raises `KvmError` ENOENT without vCPU 0, and what KVM_RUN raises.
-        """
-        first = next((each for each in self.vcpus if each.vcpu_id == 0), None)
-        if first is None:
-            raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
-        return Session(self.vcpus, handlers or {}, limit_s).run(first)
-
     def close(self) -> None:
         """Give everything back; harmless when repeated."""
         for vcpu in self.vcpus:
@@ -272,3 +317,8 @@ class KernelVm(Vm[KernelVcpu]):
         for name in ("file", "device", "memory"):
             if (part := getattr(self, name, None)) is not None:
                 part.close()
+
+
+def _any_of(questions: Sequence[Callable[[], bool]]) -> Callable[[], bool] | None:
+    """The answer to all of them, asked in that order; None if there is none."""
+    return (lambda: any(question() for question in questions)) if questions else None

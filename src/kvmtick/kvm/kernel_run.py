@@ -1,15 +1,17 @@
-"""The user-space side of a small PC on the real kernel: `run_until_exit`.
+"""The user-space side of a PC on the real kernel, for `KernelVm.run`.
 
-Every vCPU runs in a thread of its own, vCPU 0 in the caller's; ports that no chip of the kernel
-answers are answered here.
+Every vCPU runs in a thread of its own, vCPU 0 in the caller's. What no chip of the kernel answers,
+the machine's ports do (`kvmtick.machine.ports`), one access at a time.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Protocol
 
+from kvmtick.abi import KvmError
 from kvmtick.abi.exits import (
     Exit,
     ExitHlt,
@@ -18,111 +20,134 @@ from kvmtick.abi.exits import (
     ExitIoapicEoi,
     ExitMmio,
     ExitShutdown,
+    trouble,
 )
-from kvmtick.machine.ports import PortHandler
+from kvmtick.machine.fw_cfg import FwCfg
+from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.ports import PortMap
+from kvmtick.machine.testdev import PcTestdev
+from kvmtick.ticks.life import TickAssembler
 
 if TYPE_CHECKING:
-    from kvmtick.kvm.kernel import KernelVcpu
+    from kvmtick.kvm.kernel import KernelVcpu, KernelVm
 
-__all__ = [
-    "PORT_CONSOLE",
-    "PORT_EXIT",
-    "PORT_SERIAL",
-    "PORT_SLEEP",
-    "GuestExit",
-    "Session",
-    "UserPorts",
-]
+__all__ = ["Ends", "Observer", "Session", "TickGoal", "UserSpace", "observed"]
 
-PORT_SLEEP: Final = 0xD8
-"""A write sleeps that many microseconds with the vCPU outside KVM_RUN."""
-PORT_CONSOLE: Final = 0xE9
-PORT_EXIT: Final = 0xF4
-PORT_SERIAL: Final = 0x3F8
+SLICE_S: Final = 0.05
+"""How often `until` is asked, where no exit of a vCPU does it sooner."""
 
-_UART_LCR, _UART_LSR = PORT_SERIAL + 3, PORT_SERIAL + 5
-_UART_LCR_DLAB = 0x80
-_UART_LSR_IDLE = 0x60
-"""Transmitter and holding register empty: a guest that waits for them goes on at once."""
+
+class Observer(Protocol):
+    """Who sees the events of a run: a reader of the kernel's trace."""
+
+    assembler: TickAssembler
+    """From `start` on."""
+
+    def start(self, live: bool = False) -> None:
+        """The run begins; `live`: the assembler has to keep up with it."""
+
+    def stop(self) -> None:
+        """The run is over, however it ended: hand over the rest."""
+
+
+@contextmanager
+def observed(observer: Observer, live: bool) -> Iterator[None]:
+    """Started, and stopped whatever happens."""
+    observer.start(live)
+    try:
+        yield
+    finally:
+        observer.stop()
+
+
+class TickGoal:
+    """Knows when `ticks` have reached a guest."""
+
+    def __init__(self, observer: Observer, ticks: int) -> None:
+        self._observer = observer
+        self._ticks = ticks
+
+    def is_over(self) -> bool:
+        """Whether they have."""
+        return self._observer.assembler.reached >= self._ticks
+
+
+class UserSpace:
+    """The ports of one VM, and what the guest asked of user space by them.
+
+    `serve` and `ioapic_eoi` are called by any of the vCPUs' threads, with `lock`.
+    """
+
+    def __init__(self, vm: "KernelVm", ram_bytes: int) -> None:
+        self.lock = threading.RLock()
+        self.ports = PortMap(self._exit, self._sleep)
+        self.ports.devices |= FwCfg(ram_bytes, lambda: len(vm.vcpus)).ports()
+        self.ports.devices |= PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level)).ports()
+        self.exit_code: int | None = None
+        self._sleep_us = 0
+
+    def serve(self, vcpu: "KernelVcpu", exit_: ExitIo | ExitMmio | ExitIoapicEoi) -> int:
+        """Answer an exit; for how many microseconds the vCPU has to stay out of the guest."""
+        ports = self.ports
+        if isinstance(exit_, ExitIoapicEoi):
+            ports.ioapic_eoi(exit_.vector)
+        elif isinstance(exit_, ExitIo):
+            self._port_access(vcpu, exit_)
+        elif exit_.is_write:
+            value = int.from_bytes(exit_.data, "little")
+            ports.mmio_write(exit_.phys_addr, exit_.len, value)
+        else:
+            value = ports.mmio_read(exit_.phys_addr, exit_.len)
+            vcpu.answer(value.to_bytes(exit_.len, "little"))
+        sleep_us, self._sleep_us = self._sleep_us, 0
+        return sleep_us
+
+    def _port_access(self, vcpu: "KernelVcpu", exit_: ExitIo) -> None:
+        """A string instruction makes `count` accesses."""
+        if exit_.is_write:
+            for value in exit_.values():
+                self.ports.write(exit_.port, exit_.size, value)
+            return
+        values = (self.ports.read(exit_.port, exit_.size) for _ in range(exit_.count))
+        vcpu.answer(b"".join(value.to_bytes(exit_.size, "little") for value in values))
+
+    def _exit(self, value: int) -> None:
+        if self.exit_code is None:
+            self.exit_code = value
+
+    def _sleep(self, microseconds: int) -> None:
+        self._sleep_us = microseconds
+
+
+def _set_irq_line(vm: "KernelVm", gsi: int, level: int) -> None:
+    """Without an irqchip nobody listens."""
+    with suppress(KvmError):
+        vm.irq_line(gsi, level)
 
 
 @dataclass(frozen=True, slots=True)
-class GuestExit:
-    """How `run_until_exit` ended.
+class Ends:
+    """What ends a session, if the guest does not: CLOCK_MONOTONIC, wall seconds, a question."""
 
-    `reason`: `done` (the guest wrote `code` to the exit port), `limit` (wall time), `interrupted`
-    (a kick), `triple-fault`, `deadlock` (HLT that nothing can end), `guest-error` (`detail` holds
-    the exit). `console` is what it wrote to the console ports, `exits` how often its vCPUs left
-    KVM_RUN. `vcpu_id` is who ended it.
-    """
-
-    reason: Literal["done", "limit", "interrupted", "triple-fault", "deadlock", "guest-error"]
-    code: int
-    console: bytes
-    exits: int
-    elapsed_ns: int
-    detail: Exit
-    vcpu_id: int = 0
-
-
-class UserPorts:
-    """The ports user space answers: exit 0xf4, console 0xe9 and 0x3f8, sleep 0xd8.
-
-    `handlers` come first; a port nobody knows reads all ones and swallows writes. One access at a
-    time, from whichever thread: only a sleeping vCPU holds nobody up.
-    """
-
-    def __init__(self, handlers: Mapping[int, PortHandler], sleep: Callable[[float], None]) -> None:
-        self.handlers = handlers
-        self.console = bytearray()
-        self.exit_value: int | None = None
-        self._sleep = sleep
-        self._lcr = 0
-        self._lock = threading.RLock()
-
-    def write(self, port: int, size_bytes: int, value: int) -> None:
-        """The guest wrote `value`."""
-        if port == PORT_SLEEP and port not in self.handlers:
-            self._sleep(value / 1e6)
-            return
-        with self._lock:
-            if handler := self.handlers.get(port):
-                handler(port, size_bytes, value)
-            elif port == PORT_EXIT:
-                if self.exit_value is None:
-                    self.exit_value = value
-            elif port == PORT_CONSOLE or (port == PORT_SERIAL and not self._lcr & _UART_LCR_DLAB):
-                self.console.append(value & 0xFF)
-            elif port == _UART_LCR:
-                # with DLAB set, 0x3f8 is the divisor and no text
-                self._lcr = value & 0xFF
-
-    def read(self, port: int, size_bytes: int) -> int:
-        """What the guest reads."""
-        ones = (1 << 8 * size_bytes) - 1
-        if handler := self.handlers.get(port):
-            with self._lock:
-                value = handler(port, size_bytes, None)
-            return ones if value is None else value & ones
-        return _UART_LSR_IDLE if port == _UART_LSR else ones
+    end_ns: int | None = None
+    limit_s: float | None = None
+    until: Callable[[], bool] | None = None
 
 
 class Session:
-    """One `run_until_exit`: the threads, and how the first of them ended."""
+    """One `KernelVm.run`: the threads, and how the first of them ended."""
 
-    def __init__(
-        self, vcpus: "Iterable[KernelVcpu]", handlers: Mapping[int, PortHandler], limit_s: float
-    ) -> None:
+    def __init__(self, vcpus: "Iterable[KernelVcpu]", user: UserSpace, ends: Ends) -> None:
         self._vcpus = list(vcpus)
-        self._ports = UserPorts(handlers, self._sleep)
-        self._begin_ns = time.monotonic_ns()
-        self._deadline_s = time.monotonic() + limit_s
+        self._user = user
+        self._ends = ends
+        limit_s = ends.limit_s
+        self._limit_ns = None if limit_s is None else time.monotonic_ns() + int(limit_s * 1e9)
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._end: tuple[KernelVcpu, Exit | BaseException] | None = None
-        self._exits = 0
+        self._end: RunExit | BaseException | None = None
 
-    def run(self, first: "KernelVcpu") -> GuestExit:
+    def run(self, first: "KernelVcpu") -> RunExit:
         """`first` here, the others in threads; returns when all are out of the guest."""
         threads = [
             threading.Thread(
@@ -134,61 +159,81 @@ class Session:
         try:
             for thread in threads:
                 thread.start()
-            self._run_vcpu(first)
+            self._run_first(first)
+        except KeyboardInterrupt:
+            self._finish(RunExit("interrupted"))
         finally:
             # also where this thread was interrupted: nobody may stay in a VM that is given back
             self._stop()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+        if isinstance(self._end, BaseException):
+            raise self._end
         assert self._end is not None
-        vcpu, how = self._end
-        if isinstance(how, BaseException):
-            raise how
-        return GuestExit(
-            reason=_reason(how),
-            code=self._ports.exit_value or 0,
-            console=bytes(self._ports.console),
-            exits=self._exits,
-            elapsed_ns=time.monotonic_ns() - self._begin_ns,
-            detail=how,
-            vcpu_id=vcpu.vcpu_id,
-        )
+        return self._end
+
+    # The vCPUs' threads.
+
+    def _run_first(self, vcpu: "KernelVcpu") -> None:
+        """The caller's vCPU, whose time out of the guest is what looks at the clock."""
+        while not self._over.is_set():
+            if (end := self._time_is_up()) or (end := self._is_enough()):
+                self._finish(end)
+                return
+            with vcpu.file.bounded(self._slice_s()):
+                self._enter(vcpu)
 
     def _run_vcpu(self, vcpu: "KernelVcpu") -> None:
-        exits = 0
-        how: Exit | BaseException
+        """Any other: in a thread of its own, until `_stop`."""
         try:
-            with vcpu.file.bounded(max(0.0, self._deadline_s - time.monotonic())):
-                # `_stop` finds either this thread in `bounded` or `_over` set here
-                while not self._over.is_set():
-                    how = vcpu.file.enter()
-                    exits += 1
-                    if not self._go_on(vcpu, how):
-                        break
-                else:
-                    return
+            with vcpu.file.bounded(None):
+                self._enter(vcpu)
         except BaseException as error:
-            how = error
-        finally:
-            with self._lock:
-                self._exits += exits
+            self._finish(error)
+
+    def _enter(self, vcpu: "KernelVcpu") -> None:
+        """Enter the guest and serve its exits until the slice or the run is over."""
+        # `_stop` finds either this thread in `bounded` or `_over` set here
+        while not self._over.is_set():
+            exit_ = vcpu.file.enter()
+            if isinstance(exit_, ExitIo | ExitMmio | ExitIoapicEoi):
+                end = self._serve(vcpu, exit_)
+            elif isinstance(exit_, ExitIntr) and exit_.reason == "time":
+                return
+            else:
+                end = _end_of(vcpu, exit_)
+            if end is not None:
+                self._finish(end)
+
+    def _serve(
+        self, vcpu: "KernelVcpu", exit_: ExitIo | ExitMmio | ExitIoapicEoi
+    ) -> RunExit | None:
+        """Answer an exit; how the run ends, if it does."""
+        user, until = self._user, self._ends.until
+        with user.lock:
+            sleep_us = user.serve(vcpu, exit_)
+            code = user.exit_code
+            if code is None:
+                if until is not None and until():
+                    return RunExit("until")
+            else:
+                user.exit_code = None
+                detail = f"the guest wrote {code:#x} to the debug exit port" if code else ""
+                return RunExit("guest-error" if code else "done", code, detail)
+        if sleep_us:
+            # only the vCPU that asked for it sleeps
+            self._over.wait(self._rest_s(sleep_us / 1e6))
+        return None
+
+    # How it ends.
+
+    def _finish(self, end: RunExit | BaseException) -> None:
+        """The first to end the run is who tells how; the others are called out of the guest."""
         with self._lock:
             if self._end is None:
-                self._end = vcpu, how
+                self._end = end
         self._stop()
-
-    def _go_on(self, vcpu: "KernelVcpu", exit_: Exit) -> bool:
-        """Serve an exit; False: it ends the run."""
-        if isinstance(exit_, ExitIo):
-            _port_access(vcpu, self._ports, exit_)
-            ours = exit_.port == PORT_EXIT and PORT_EXIT not in self._ports.handlers
-            return not (ours and exit_.is_write)
-        if isinstance(exit_, ExitMmio):
-            if not exit_.is_write:
-                vcpu.answer(b"\xff" * exit_.len)
-            return True
-        return isinstance(exit_, ExitIoapicEoi)
 
     def _stop(self) -> None:
         if self._over.is_set():
@@ -197,27 +242,41 @@ class Session:
         for vcpu in self._vcpus:
             vcpu.file.end()
 
-    def _sleep(self, seconds: float) -> None:
-        self._over.wait(max(0.0, min(seconds, self._deadline_s - time.monotonic())))
+    def _time_is_up(self) -> RunExit | None:
+        now_ns = time.monotonic_ns()
+        if self._ends.end_ns is not None and now_ns >= self._ends.end_ns:
+            return RunExit("time")
+        if self._limit_ns is not None and now_ns >= self._limit_ns:
+            limit_s = self._ends.limit_s
+            return RunExit("limit", detail=f"still running after {limit_s:g} s of wall time")
+        return None
+
+    def _is_enough(self) -> RunExit | None:
+        until = self._ends.until
+        if until is None:
+            return None
+        with self._user.lock:
+            return RunExit("until") if until() else None
+
+    def _rest_s(self, *also_s: float) -> float | None:
+        """Seconds to the first of the ends and `also_s`; None: there is none."""
+        now_ns = time.monotonic_ns()
+        ends_ns = (self._ends.end_ns, self._limit_ns)
+        rests_s = [max(0, end_ns - now_ns) / 1e9 for end_ns in ends_ns if end_ns is not None]
+        return min([*rests_s, *also_s], default=None)
+
+    def _slice_s(self) -> float | None:
+        """How long the caller's vCPU may stay in the guest; None: as long as it likes."""
+        return self._rest_s() if self._ends.until is None else self._rest_s(SLICE_S)
 
 
-def _port_access(vcpu: "KernelVcpu", ports: UserPorts, exit_: ExitIo) -> None:
-    """Serve one KVM_EXIT_IO; a string instruction makes `count` accesses."""
-    if exit_.is_write:
-        for value in exit_.values():
-            ports.write(exit_.port, exit_.size, value)
-        return
-    values = (ports.read(exit_.port, exit_.size) for _ in range(exit_.count))
-    vcpu.answer(b"".join(value.to_bytes(exit_.size, "little") for value in values))
-
-
-def _reason(
-    exit_: Exit,
-) -> Literal["done", "limit", "interrupted", "triple-fault", "deadlock", "guest-error"]:
-    if isinstance(exit_, ExitIo):
-        return "done"
+def _end_of(vcpu: "KernelVcpu", exit_: Exit) -> RunExit:
+    """What an exit that nobody can serve means."""
+    who = f"vCPU {vcpu.vcpu_id}"
     if isinstance(exit_, ExitIntr):
-        return "limit" if exit_.reason == "time" else "interrupted"
+        return RunExit("interrupted", detail=f"{who} was kicked")
     if isinstance(exit_, ExitShutdown):
-        return "triple-fault"
-    return "deadlock" if isinstance(exit_, ExitHlt) else "guest-error"
+        return RunExit("triple-fault", detail=f"{who} shut down on a triple fault")
+    if isinstance(exit_, ExitHlt):
+        return RunExit("deadlock", detail=f"{who} halted, and there is no irqchip to wake it")
+    return RunExit("guest-error", detail=f"{who}: {trouble(exit_)}")

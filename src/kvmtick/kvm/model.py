@@ -15,11 +15,14 @@ from kvmtick.abi import ioctls
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.engine import Engine
+from kvmtick.cpu.hostkvm import HostKvm
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vm
 from kvmtick.kvm.dev_ioctl import DEV_IOCTLS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, cpuid_entries
 from kvmtick.kvm.guest_run import GuestRun
+from kvmtick.kvm.host_cpuid import both_have
+from kvmtick.kvm.kernel import KernelSystem
 from kvmtick.kvm.kvmclock import KvmClock
 from kvmtick.kvm.model_file import Handler, MachineFile, ModelFile
 from kvmtick.kvm.model_vcpu import ModelVcpu
@@ -78,17 +81,19 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults and the CPU's random
         numbers. `detail`: record the events that only traces need. `engine`: who executes the
-        guest, the unicorn engine if None. `ram_bytes`: a multiple of 4096, `Guest.needs` says how
-        many. `quantum_ns`: how long a vCPU runs at most while another one waits. `fast`: interrupts
-        come where the next basic block begins, not at the next instruction; None: in real time. An
-        `engine` of yours decides that itself.
+        guest, the unicorn engine if None; a `kvmtick.cpu.hostkvm.HostKvm` is the host's own CPU, in
+        real time. `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how
+        long a vCPU runs at most while another one waits. `fast`: interrupts come where the next
+        basic block begins, not at the next instruction; None: in real time. An `engine` of yours
+        decides that itself.
         """
         if engine is not None and fast is not None:
             raise ValueError(f"fast={fast}: your engine decides that itself, leave it out")
         super().__init__(Machine(clock, seed, detail, ram_bytes, quantum_ns))
         self.told = Told()
         self.kvmclock = KvmClock(self.machine.clock)
-        self.default_tsc_khz = GUEST_TSC_KHZ
+        self.host_tsc_khz = engine.tsc_khz if isinstance(engine, HostKvm) else GUEST_TSC_KHZ
+        self.default_tsc_khz = self.host_tsc_khz
         self._guest_run = GuestRun(self.machine)
         self.assembler = self._guest_run.assembler
         self._engine = engine
@@ -121,7 +126,13 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         return vcpu
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        return cpuid_entries()
+        """KVM_GET_SUPPORTED_CPUID of the model, and of the host where its CPU runs the guest."""
+        host = self._engine
+        if not isinstance(host, HostKvm):
+            return cpuid_entries()
+        with KernelSystem() as system:
+            executed = system.get_supported_cpuid()
+        return both_have(cpuid_entries(), executed, host.tsc_khz, host.filters_msrs)
 
     @property
     def guest(self) -> Guest | None:

@@ -27,6 +27,7 @@ class ModelVcpu(MachineFile, Vcpu):
         super().__init__(machine)
         self.vcpu = vcpu
         self.vcpu_id = vcpu.vcpu_id
+        self.host_tsc_khz = vcpu.engine.tsc_khz
         self._kvm_run = KvmRun(machine, vcpu)
         self.signal_mask: int | None = None
         """KVM_SET_SIGNAL_MASK: the signals blocked in KVM_RUN, bit n for signal n + 1."""

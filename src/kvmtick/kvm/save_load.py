@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.structs import (
     KVM_EXIT_IO,
@@ -111,10 +110,9 @@ def _save_vcpu(vcpu: "Vcpu", has_lapic: bool) -> VcpuState:
 
 
 def _finish_access(vcpu: "Vcpu") -> None:
-    with suppress(NotImplementedError):
-        if vcpu.area.exit_reason in (KVM_EXIT_IO, KVM_EXIT_MMIO):
-            vcpu.kick()
-            vcpu.run()
+    if vcpu.area.exit_reason in (KVM_EXIT_IO, KVM_EXIT_MMIO):
+        vcpu.kick()
+        vcpu.run()
 
 
 def _save_chips(vm: "Vm[Any]") -> IrqchipState:
@@ -205,8 +203,7 @@ def _set_up(vm: "Vm[Any]", state: VmState) -> None:
     vm.set_boot_cpu_id(state.boot_cpu_id)
     if state.irqchip == "kernel":
         vm.create_irqchip()
-    # The split irqchip is one of them, and all others work with either.
-    for cap, args in sorted(state.caps, key=lambda item: item[0] != KVM_CAP_SPLIT_IRQCHIP):
+    for cap, args in state.caps:
         vm.enable_cap(cap, *args)
     if state.pit is not None:
         vm.create_pit2(state.pit.flags)
@@ -224,7 +221,10 @@ def _put_vcpu(vcpu: "Vcpu", saved: VcpuState) -> None:
     vcpu.set_sregs(saved.sregs)
     vcpu.set_regs(saved.regs)
     _put_msrs(vcpu, (item for item in saved.msrs.items() if item[0] != MSR_IA32_TSC_DEADLINE))
-    if saved.lapic is not None:
+    if saved.lapic is None:
+        # KVM_RUN takes CR8 from there.
+        vcpu.area.cr8 = saved.sregs.cr8
+    else:
         vcpu.set_lapic(saved.lapic)
     _put_msrs(vcpu, (item for item in saved.msrs.items() if item[0] == MSR_IA32_TSC_DEADLINE))
     events = kvm_vcpu_events.from_buffer_copy(saved.events)

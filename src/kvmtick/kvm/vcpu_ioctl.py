@@ -32,7 +32,6 @@ from kvmtick.abi.structs import (
     kvm_vcpu_events,
 )
 from kvmtick.irqchip.lapic import Lapic
-from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import MAX_CPUID_ENTRIES, Arg
 from kvmtick.kvm.dev_ioctl import cpuid_entries, put_cpuid2
 from kvmtick.kvm.model_file import Handler
@@ -58,8 +57,8 @@ MAX_IO_MSRS: Final = 256
 """KVM_GET_MSRS and KVM_SET_MSRS take fewer."""
 SIGSET_BYTES: Final = 8
 VAPIC_BYTES: Final = 4
-SLOWEST_TSC_KHZ: Final = GUEST_TSC_KHZ * 999_750 // 1_000_000
-"""Where KVM would have to scale (`tsc_tolerance_ppm`)."""
+TSC_TOLERANCE_PPM: Final = 250
+"""KVM's parameter `tsc_tolerance_ppm`: so much slower needs no scaling."""
 
 _U32 = 0xFFFF_FFFF
 
@@ -284,8 +283,8 @@ def _get_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 def _set_tsc_khz(vcpu: "ModelVcpu", arg: Arg) -> int:
     """`kvm_set_tsc_khz` of a host without TSC scaling: no rate below its own (250 ppm aside)."""
-    khz = as_number(arg) & _U32 or GUEST_TSC_KHZ
-    if khz < SLOWEST_TSC_KHZ:
+    khz = as_number(arg) & _U32 or vcpu.host_tsc_khz
+    if khz < vcpu.host_tsc_khz * (1_000_000 - TSC_TOLERANCE_PPM) // 1_000_000:
         raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
     vcpu.vcpu.set_tsc_khz(khz)
     return 0

@@ -50,7 +50,6 @@ from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import Ioapic
-from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.irqchip.routing import KVM_MAX_IRQ_ROUTES, USERSPACE_IRQ_SOURCE_ID
 from kvmtick.kvm import dev_ioctl
 from kvmtick.kvm.api import Arg
@@ -365,7 +364,7 @@ def _get_tsc_khz(vm: "ModelVm", arg: Arg) -> int:
 def _set_tsc_khz(vm: "ModelVm", arg: Arg) -> int:
     if vm.machine.board.vcpus:
         raise KvmError(errno.EINVAL, "KVM_SET_TSC_KHZ")
-    vm.default_tsc_khz = as_number(arg) & _U32 or GUEST_TSC_KHZ
+    vm.default_tsc_khz = as_number(arg) & _U32 or vm.host_tsc_khz
     return 0
 
 

@@ -149,7 +149,14 @@ class Machine:
         return self.board.vcpus[self._current]
 
     def create_vcpu(self, engine: Engine, vcpu_id: int = 0) -> Vcpu:
-        """Wire up a vCPU over `engine`; the caller checks that the id is free."""
+        """Wire up a vCPU over `engine`; the caller checks that the id is free.
+
+        ValueError: a real CPU in a machine of virtual time.
+        """
+        if engine.real_time and self.virtual:
+            raise ValueError(
+                f"the {engine.name} CPU counts no instructions: it needs clock='real', not virtual"
+            )
         task = self.recorder.add_task(f"CPU {vcpu_id}/KVM-{self.board.new_tid()}")
         self.memory.add_engine(engine)
         vcpu = Vcpu(self.board, vcpu_id, engine, task, vcpu_id == self.board.bsp_vcpu_id)
@@ -217,8 +224,10 @@ class Machine:
         return max(0, self.clock.now_ns - self.started_ns)
 
     @property
-    def instructions(self) -> int:
-        """What all vCPUs have retired."""
+    def instructions(self) -> int | None:
+        """What all vCPUs have retired; None if their CPU does not count."""
+        if any(vcpu.engine.real_time for vcpu in self.board.vcpus):
+            return None
         return sum(vcpu.instructions for vcpu in self.board.vcpus)
 
     def take_vcpu_off(self, duration_ns: int, vcpu: Vcpu | None = None) -> None:

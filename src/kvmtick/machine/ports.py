@@ -17,7 +17,7 @@ Not modelled: UART interrupts, modem lines, FIFOs.
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-__all__ = ["PortHandler", "PortMap"]
+__all__ = ["PORT_DEBUG_EXIT", "PORT_HOST_SLEEP", "PortHandler", "PortMap"]
 
 PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
 """`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.

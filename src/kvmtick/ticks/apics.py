@@ -10,6 +10,7 @@ a message (KVM_NMI).
 """
 
 from collections import deque
+from collections.abc import Callable
 
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Claim, Tick
@@ -34,7 +35,9 @@ STRIDE = 512
 class LocalApics:
     """IRR, ISR and pending NMIs of every vCPU, with the tick that each belongs to, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, sees_nmis: Callable[[], bool]) -> None:
+        """`sees_nmis`: whether the records show when an NMI is injected."""
+        self.sees_nmis = sees_nmis
         self._irr: dict[int, Claim | None] = {}
         self._isr: dict[int, Claim] = {}
         self._nmis: dict[int, deque[Claim | None]] = {}
@@ -71,6 +74,12 @@ class LocalApics:
             self._irr.setdefault(vcpu * STRIDE + vector)
         elif mode == DM_INIT:
             self._reset(vcpu)
+
+    def forget(self) -> None:
+        """Records are missing: who is requested or in service is not known any more."""
+        self._irr.clear()
+        self._isr.clear()
+        self._nmis.clear()
 
     def revoke(self, claim: Claim) -> None:
         """It turned out that the local APIC had not taken the message."""

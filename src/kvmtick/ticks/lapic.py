@@ -61,7 +61,7 @@ class LapicTicks(Source):
         expires_ns = record[5]
         if record[2] & IRQ_CONTEXT:
             if self._expiring is not None:
-                self._expiring.period_ns = expires_ns - self._expires_ns
+                self._expiring.period_ns = expires_ns - self._expiring.expiry_ns
         elif self.waiting is not None and expires_ns != self._expires_ns:
             self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
         self._expiring = None
@@ -69,7 +69,7 @@ class LapicTicks(Source):
 
     def expire(self, record: Record) -> None:
         """A tick begins."""
-        tick = self._expiring = self.begin(self._expires_ns, record[5])
+        tick = self._expiring = self.begin(self._expires_ns or record[5], record[5])
         if self.waiting is None:
             self.waiting = tick
             self.ran = False
@@ -108,6 +108,12 @@ class LapicTicks(Source):
             if tick.index > index:
                 tick.verdict = Verdict.COALESCED
                 tick.detail = _MERGED_DETAIL
+
+    def lost(self, why: str) -> None:
+        """Records are missing."""
+        self.lose_sight(why)
+        self.waiting = self._expiring = None
+        self._expires_ns = 0
 
     def lose_waiting(self, why: str) -> None:
         """The note that an expiry waits is gone."""
@@ -177,7 +183,11 @@ class LapicTimers:
 
     def hrtimer_expire_entry(self, record: Record) -> None:
         """A timer expired."""
-        self._timer(record[3]).expire(record)
+        timer = self._timer(record[3])
+        if timer.owner is None:
+            # User space has started it (KVM_SET_LAPIC): its vector is not known yet.
+            self._messages.forget_eois()
+        timer.expire(record)
 
     def accept(self, record: Record) -> bool:
         """A local APIC accepts a message; False if it is not its timer's."""
@@ -216,6 +226,11 @@ class LapicTimers:
             if timer.owner == vcpu:
                 timer.lose_waiting("INIT reset its local APIC")
         self._mask(vcpu, True)
+
+    def lost(self, why: str) -> None:
+        """Records are missing."""
+        for timer in self._timers.values():
+            timer.lost(why)
 
     def settle(self) -> None:
         """Judge what can be judged now."""

@@ -39,13 +39,19 @@ class TickAssembler:
     local APIC timer that expired most.
     """
 
-    def __init__(self, keep: int = KEEP, tasks: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        keep: int = KEEP,
+        tasks: list[str] | None = None,
+        sees_nmis: Callable[[], bool] = lambda: True,
+    ) -> None:
         """`keep`: how many lives of each source. `tasks`: the recorder's, which may still grow;
-        their names tell which thread is which vCPU's.
+        their names tell which thread is which vCPU's. `sees_nmis`: whether the records show when an
+        NMI is injected.
         """
         self._tasks = [] if tasks is None else tasks
         self._vcpus: dict[int, int | None] = {}
-        self._apics = LocalApics()
+        self._apics = LocalApics(sees_nmis)
         self._messages = Messages(self._vcpu_of)
         self._pit = PitTicks(self._apics, keep)
         self._timers = LapicTimers(
@@ -72,6 +78,7 @@ class TickAssembler:
             (Event.KVM_PIO, self._pio),
             (Event.KVM_APICV_INHIBIT_CHANGED, self._pit.apicv_inhibit_changed),
             (Event.PIT_RESET_REINJECT, self._pit_reset_reinject),
+            (Event.LOST_EVENTS, self._lost_events),
         ):
             self._handlers[event] = handler
 
@@ -187,6 +194,13 @@ class TickAssembler:
 
     def _pit_reset_reinject(self, record: Record) -> None:
         self._pit.reset_reinject()
+
+    def _lost_events(self, record: Record) -> None:
+        count = "some" if record[4] < 0 else str(record[4])
+        why = f"the kernel lost {count} of its records"
+        self._pit.lost(why)
+        self._timers.lost(why)
+        self._apics.forget()
 
     def _set_irq(self, record: Record) -> None:
         self._pit.set_irq(record)

@@ -55,6 +55,10 @@ class Messages:
         if self._sent:
             self._sent.pop(task & ~IRQ_CONTEXT, None)
 
+    def forget_eois(self) -> None:
+        """Time has passed: what an EOI delivers again is accepted at once."""
+        self._sent = {task: sent for task, sent in self._sent.items() if sent[1] != ANY}
+
     def explains(self, record: Record, timer_vector: int | None) -> bool:
         """What was sent accounts for this kvm_apic_accept_irq on the sender's own local APIC.
 

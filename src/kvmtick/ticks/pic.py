@@ -87,6 +87,12 @@ class PicPin:
         requested = self.request is not None or self.foreign_request
         return requested and vector == self.vector and not self.masked
 
+    def forget(self) -> None:
+        """Records are missing: what is requested or in service is not known any more."""
+        self.request = self.in_service = self._auto_eoi_claim = None
+        self.foreign_request = self.auto_eoi = False
+        self.new_pulse()
+
     def new_pulse(self) -> None:
         """A line rises: a command written before it ends nothing that comes after it."""
         self._command[0] = self._command[1] = NO_COMMAND

@@ -54,6 +54,7 @@ _LAPIC = Path.LAPIC
 _DEPTH = {Where.WORKER: 0, Where.PIC: 1, Where.IOAPIC: 2, Where.LAPIC: 3}
 _NO_PIN = (Where.IOAPIC, "no pin it leads to was open")
 _NOBODY = (Where.LAPIC, "no local APIC took the message")
+_NMI_UNSEEN = "this host writes no event when it injects an NMI"
 _PIC_LOSSES = {
     pic.MASKED: (Where.PIC, "IRQ 0 was masked and its request latched already"),
     pic.COALESCED: (Where.PIC, "the PIC's request was still set"),
@@ -97,6 +98,12 @@ class PitTicks(Source):
         self._msi_taken = False
         self._coalesced: _Loss | None = None
         self._masked: _Loss | None = None
+        self._unsure = ""
+        """Why the count of what is pending is not known: records are missing."""
+        self._acknowledged_since = False
+        self._nmi_unseen = False
+        self._unseen: deque[Tick] = deque(maxlen=keep)
+        """Open ticks that an NMI may have brought to the guest, which no record would tell."""
 
     # A whole life at once.
 
@@ -111,6 +118,7 @@ class PitTicks(Source):
             and not self._work_queued
             and self._run_tick is None
             and not self._held_by
+            and not self._unsure
             and self.pic.is_idle
         )
 
@@ -181,7 +189,7 @@ class PitTicks(Source):
         """The PIT's timer was armed, by the guest or by its own callback."""
         expiring = self._expiring
         if expiring is not None and record[2] & IRQ_CONTEXT:
-            expiring.period_ns = record[5] - self._expires_ns
+            expiring.period_ns = record[5] - expiring.expiry_ns
         self._expiring = None
         self._expires_ns = record[5]
 
@@ -189,7 +197,12 @@ class PitTicks(Source):
         """A tick begins."""
         if len(self._waiting) > self._pending:
             self._drop_uncounted()
-        tick = self._expiring = self.begin(self._expires_ns, record[5])
+        if self._unsure and self._acknowledged_since and not self._work_queued:
+            self._unsure = ""
+        tick = self._expiring = self.begin(self._expires_ns or record[5], record[5])
+        if self._unsure:
+            self.judge(tick, Verdict.UNKNOWN, detail=self._unsure)
+            return
         if self._reinject:
             self._pending += 1
         elif self._work_queued:
@@ -218,7 +231,14 @@ class PitTicks(Source):
         """The worker is done: a tick that no interrupt is left of gets its verdict."""
         tick = self._run_tick
         self._run_tick = None
-        if tick is None or tick.claims or tick.verdict is not _OPEN:
+        if tick is None or tick.verdict is not _OPEN:
+            return
+        if tick.claims:
+            if self._nmi_unseen:
+                self._unseen.append(tick)
+            return
+        if self._nmi_unseen:
+            self.judge(tick, Verdict.UNKNOWN, detail=_NMI_UNSEEN)
             return
         if self._msi is not None and not self._msi_taken:
             self._masked = _NOBODY
@@ -231,6 +251,24 @@ class PitTicks(Source):
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self.end_run()
         self._drop_uncounted()
+        for tick in self._unseen:
+            if tick.verdict is _OPEN:
+                self.judge(tick, Verdict.UNKNOWN, detail=_NMI_UNSEEN)
+        self._unseen.clear()
+
+    def lost(self, why: str) -> None:
+        """Records are missing: with reinject on, nobody knows how many ticks are pending until all
+        are acknowledged.
+        """
+        self.lose_sight(why)
+        self.pic.forget()
+        self._waiting.clear()
+        self._unseen.clear()
+        self._expiring = self._run_tick = self._counted = None
+        self._expires_ns = self._pending = 0
+        self._work_queued = self._acknowledged_since = self._is_own_pulse = False
+        self._line = NO_GSI
+        self._unsure = why if self._reinject else ""
 
     def reset_reinject(self) -> None:
         """The guest's unmasking or programming threw `pending` away."""
@@ -282,6 +320,7 @@ class PitTicks(Source):
         if gsi != PIT_GSI or source != PIT_SOURCE_ID:
             return
         self.end_run()
+        self._acknowledged_since = False
         if not self._waiting:
             return
         tick = self._run_tick = self._waiting.popleft()
@@ -289,7 +328,7 @@ class PitTicks(Source):
         self._fresh.clear()
         self._accepted = 0
         self._msi = None
-        self._msi_taken = False
+        self._msi_taken = self._nmi_unseen = False
         self._coalesced = self._masked = None
         tick.work_ns = self._work_ns
         self._run_pulsed = True
@@ -362,6 +401,9 @@ class PitTicks(Source):
         ts_ns, _, _, vcpu, mode, _, vector = record
         tick = self._run_tick
         assert tick is not None
+        if mode == DM_NMI and not self._apics.sees_nmis():
+            self._nmi_unseen = True
+            return
         is_msi = self._msi == (vector, mode)
         self._msi_taken |= is_msi
         path = Path.MSI if is_msi else _LAPIC
@@ -408,6 +450,7 @@ class PitTicks(Source):
         if self._reinject and self._pending:
             self._pending -= 1
         self._counted = None
+        self._acknowledged_since = True
 
     def finish(self, claim: Claim, ts_ns: int) -> None:
         """The guest ended an interrupt: the run that gave it is long over."""

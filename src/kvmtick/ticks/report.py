@@ -8,7 +8,6 @@ from kvmtick.ticks.verdict import Verdict
 
 __all__ = ["TickReport"]
 
-_COUNTED = tuple(verdict for verdict in Verdict if verdict is not Verdict.UNKNOWN)
 _MEANING = {
     Verdict.DELIVERED: "reached the guest within their period",
     Verdict.LATE: "reached the guest a period late, or more",
@@ -17,6 +16,7 @@ _MEANING = {
     Verdict.MASKED: "pulsed while every pin was masked",
     Verdict.DROPPED: "taken back before they reached the guest",
     Verdict.OUTSTANDING: "still under way at the end",
+    Verdict.UNKNOWN: "the trace cannot tell",
 }
 
 
@@ -87,7 +87,7 @@ class TickReport:
 
     def as_dict(self) -> dict[str, str | int]:
         """`source`, `expired` and a count for each verdict; the verdicts add up to `expired`."""
-        counts = {verdict.value: self.count(verdict) for verdict in _COUNTED}
+        counts = {verdict.value: self.count(verdict) for verdict in Verdict}
         return {"source": self.source, "expired": self.expired, **counts, "extra": self.extra}
 
     def rows(self) -> list[tuple[str, int, str]]:

@@ -20,6 +20,7 @@ _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
 _DROPPED = Verdict.DROPPED
 _COALESCED = Verdict.COALESCED
+_UNKNOWN = Verdict.UNKNOWN
 
 
 class Source:
@@ -114,6 +115,12 @@ class Source:
         tick.verdict = _OPEN
         tick.where = None
         tick.detail = ""
+
+    def lose_sight(self, why: str) -> None:
+        """Records are missing: of those still under way nobody can tell what became of them."""
+        for tick in self._kept:
+            if isinstance(tick, Tick) and tick.verdict is _OPEN:
+                self.judge(tick, _UNKNOWN, detail=why)
 
     def claim(self, tick: Tick, path: Path, ts_ns: int) -> Claim:
         """A chip has its request now."""

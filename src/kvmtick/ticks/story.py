@@ -137,6 +137,11 @@ _TOLD: dict[int, Words] = {
         "kvm_check_and_inject_events, vmx_inject_nmi",
         "vcpu.events.inject_pending_event",
     ),
+    Event.LOST_EVENTS: (
+        "the kernel lost some of its records",
+        "ring_buffer_lost_events",
+        "trace.pages.Page",
+    ),
 }
 
 _TIMER_FN: dict[int, Words] = {

@@ -19,11 +19,16 @@ class Stopwatch:
     """Seconds since it was made."""
 
     def __init__(self) -> None:
-        self._started_ns = time.monotonic_ns()
+        self.started_ns = time.monotonic_ns()
+        """On CLOCK_MONOTONIC."""
+
+    def elapsed_ns(self) -> int:
+        """Nanoseconds so far."""
+        return time.monotonic_ns() - self.started_ns
 
     def elapsed_s(self) -> float:
         """Wall seconds so far."""
-        return (time.monotonic_ns() - self._started_ns) / 1e9
+        return self.elapsed_ns() / 1e9
 
 
 def realtime_ns() -> int:

@@ -23,7 +23,7 @@ __all__ = [
 
 Record = tuple[int, ...]
 
-IRQ_CONTEXT = 0x100
+IRQ_CONTEXT = 1 << 22
 """Set in a record's task when the event happened in an interrupt on that task's CPU."""
 
 HEADER_FIELDS = 3
@@ -80,6 +80,7 @@ class Event(IntEnum):
     KVM_MSR = 23
     KVM_IOAPIC_DELAYED_EOI_INJ = 24
     KVM_INJ_NMI = 25
+    LOST_EVENTS = 26
 
 
 class Tracepoint(NamedTuple):
@@ -134,6 +135,9 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: Tracepoint("kvm", "kvm_ioapic_delayed_eoi_inj", ("e",)),
     # The kernel has none for an NMI either: only intr_info of kvm_entry shows it.
     Event.KVM_INJ_NMI: Tracepoint("kvmtick", "kvm_inj_nmi", ("vcpu_id", "pending")),
+    # No tracepoint at all: where the kernel's ring buffer says that records are missing. `count` is
+    # -1 if it does not say how many.
+    Event.LOST_EVENTS: Tracepoint("kvmtick", "lost_events", ("cpu", "count")),
 }
 
 

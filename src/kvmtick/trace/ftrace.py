@@ -212,6 +212,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     ),
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: _delayed_eoi_inj,
     Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]} pending {r[4]}",
+    Event.LOST_EVENTS: lambda r: f"cpu {r[3]} count {r[4]}",
 }
 
 

@@ -23,6 +23,7 @@ from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 
 __all__ = [
+    "BOARD_FEATURES",
     "ECX_TSC_DEADLINE",
     "FEATURES",
     "Cpuid",
@@ -61,6 +62,14 @@ _CPU_EXT_ECX = 0x0000_0121  # LAHF in 64-bit mode, LZCNT, PREFETCHW
 _CPU_EXT_EDX = 0x2C10_0800  # SYSCALL NX 1-GiB-pages RDTSCP long-mode
 _BOARD_1_ECX = ECX_X2APIC | ECX_TSC_DEADLINE | ECX_HYPERVISOR
 _BOARD_1_EDX = EDX_APIC | 1 << 12 | 1 << 14 | 1 << 16  # MTRR, MCA, PAT
+
+BOARD_FEATURES = {
+    (LEAF_FEATURES, "ecx"): _BOARD_1_ECX,
+    (LEAF_FEATURES, "edx"): _BOARD_1_EDX,
+    (LEAF_EXTENDED_FEATURES, "ebx"): EBX_TSC_ADJUST,
+}
+"""The bits that chips and MSRs of the model are behind, by leaf and register; whoever executes
+the guest has the others."""
 
 SANDY_BRIDGE = 0x206A1
 CLFLUSH_64_BYTES = 0x800

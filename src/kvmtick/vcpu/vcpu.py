@@ -18,7 +18,6 @@ from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICB
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
 from kvmtick.irqchip.lapic import Lapic, LapicBoard
-from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
@@ -189,7 +188,7 @@ class Vcpu:
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
-        self.tsc_khz = GUEST_TSC_KHZ
+        self.tsc_khz = engine.tsc_khz
         self._tsc_value = 0
         self._tsc_at_ns = 0
         self.cpuid = Cpuid()
@@ -258,6 +257,9 @@ class Vcpu:
 
     def guest_tsc(self) -> int:
         """The guest's time stamp counter: from 0 at power-on, unless it was written."""
+        read = self.engine.read_tsc
+        if read is not None:
+            return read()
         elapsed_ns = self._clock.now_ns - self._tsc_at_ns
         return self._tsc_value + elapsed_ns * self.tsc_khz // NS_PER_MS & U64
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from kvmtick.conform.bench import (
-    ATTEMPTS,
     COUNT,
     ENABLED,
     MASKED,
@@ -25,6 +24,7 @@ from kvmtick.conform.bench import (
     Bench,
     Pc,
     Script,
+    retried,
 )
 from kvmtick.conform.case import case, check, equal, variants
 from kvmtick.guests import Needs, gsi_routing
@@ -55,6 +55,7 @@ AT = 16
 """The first of the results of a case; before it are times."""
 LEAST = 5
 """The 3 ticks before, the one that is latched, and 1 more."""
+EIGHT_MS: Script = (user_sleep_us(8_000),)
 STOP: Script = (pit(0, 0x3A),)
 """Counter 0 in mode 5: destroy_pit_timer, which leaves `pending` alone."""
 WAIT: Script = (user_sleep_us(500), *WINDOWS)
@@ -74,11 +75,14 @@ THROUGH_IOAPIC: Script = (
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a script gave whose ticks were held back; how many expired meanwhile."""
+    """What a script gave whose ticks were held back; how many expired meanwhile, and how long
+    after their timer had stopped it ended.
+    """
 
     got: Results
     least: int
     most: int
+    after_ns: int
 
 
 def route_to_pin_2(pc: Pc) -> None:
@@ -92,35 +96,34 @@ def held(
     bench: Bench,
     *then: Op | tuple[Op, ...],
     reinject: bool = True,
-    setup: Script = (),
     before: Callable[[Pc], object] | None = None,
-    acts: Iterable[Callable[[Pc], object]] = (),
-    stop: Script = STOP,
+    **how: Any,
 ) -> Held:
-    """Let the PIT tick for 8 ms with IF=0, stop it, and go on with `then`."""
+    """`hold` in a VM of its own."""
     with bench.pc(pit=True, reinject=reinject) as pc:
         if before is not None:
             before(pc)
-        return hold(pc, *then, setup=setup, acts=acts, stop=stop)
+        return hold(pc, *then, **how)
 
 
 def hold(
     pc: Pc,
     *then: Op | tuple[Op, ...],
     setup: Script = (),
-    acts: Iterable[Callable[[Pc], object]] = (),
+    meanwhile: Script = EIGHT_MS,
     stop: Script = STOP,
+    acts: Iterable[Callable[[Pc], object]] = (),
 ) -> Held:
-    """`held` in a VM that has its PIT."""
+    """Let the PIT tick for 8 ms with IF=0, stop it, and go on with `then`."""
     got = pc.run(
-        *(*setup, cli(), tsc_read(0), pit(COUNT), tsc_read(2), user_sleep_us(8_000)),
-        *(tsc_read(4), *stop, tsc_read(6), *then),
+        *(*setup, cli(), tsc_read(0), pit(COUNT), tsc_read(2), *meanwhile),
+        *(tsc_read(4), *stop, tsc_read(6), *then, tsc_read(8)),
         acts=[partial(act, pc) for act in acts],
     )
     late = 0 if pc.backend.exact else 1
     least = pc.elapsed_ns(got, 2, 4) // PERIOD_NS - late
     most = pc.elapsed_ns(got, 0, 6) // PERIOD_NS + late
-    return Held(got, least, most)
+    return Held(got, least, most, pc.elapsed_ns(got, 4, 8))
 
 
 def ticks(got: Results) -> int:
@@ -133,15 +136,15 @@ def vector_40s(got: Results) -> int:
     return got.apic_vectors[VECTOR]
 
 
+@retried
 def delivers_all(
     bench: Bench, play: Callable[[], Held], taken: Callable[[Results], int] = ticks
 ) -> None:
     """What the guest takes must be all that expired."""
-    for _ in range(1 if bench.exact else ATTEMPTS):
-        what = play()
-        if what.least <= taken(what.got) <= what.most:
-            return
-    check(False, "ticks", f"{what.least} to {what.most}, all that expired", taken(what.got))
+    what = play()
+    got = taken(what.got)
+    expected = f"{what.least} to {what.most}, all that expired"
+    check(what.least <= got <= what.most, "ticks", expected, got)
 
 
 # --- what is held back ----------------------------------------------------------------------------
@@ -198,19 +201,15 @@ def no_eoi_no_reinject_latches(bench: Bench) -> None:
 def irr_and_ticks_without_eoi(pc: Pc) -> tuple[int, int]:
     """With IF=1 and the timer running."""
     got = pc.run(
-        *(eoi_off(), pit(COUNT), sti(), user_sleep_us(2_000), *WINDOWS, user_sleep_us(20_000)),
-        *(*WINDOWS, out8(0x20, 0x0A), in8(0x20, AT)),
+        *(eoi_off(), pit(COUNT), wait_ticks(1), user_sleep_us(20_000), *WINDOWS),
+        *(out8(0x20, 0x0A), in8(0x20, AT)),
     )
     return got.results[AT] & 1, got.counter
 
 
-@case(
-    "A tick that is taken and ended at once leaves nothing pending: no tick comes after the stop."
-)
-def nothing_pending_after_prompt_eois(bench: Bench) -> None:
-    with bench.pc(pit=True) as pc:
-        got = pc.run(pit(COUNT), wait_ticks(5), cli(), *STOP, sti(), *WAIT, snap(AT), *WAIT * 10)
-        equal(got.counter - got.results[AT], 0, "ticks after the stop and what was latched")
+@case("Ticks that are taken and ended in time are not made up for again (kvm_pit_ack_irq counts).")
+def no_tick_comes_twice(bench: Bench) -> None:
+    delivers_all(bench, lambda: held(bench, *DRAIN, meanwhile=(wait_ticks(5), cli())))
 
 
 # --- what acknowledges ----------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def nothing_pending_after_prompt_eois(bench: Bench) -> None:
     },
 )
 def eoi_acknowledges(bench: Bench, command: int, name: str) -> None:
-    rounds = ((out8(0x20, command), *WAIT, snap(AT + n)) for n in range(1, 4))
+    rounds = ((cli(), out8(0x20, command), wait_ticks(1), snap(AT + n)) for n in range(1, 4))
     script = (sti(), *WINDOWS, snap(AT), *(op for each in rounds for op in each))
     got = held(bench, *script, setup=(eoi_off(),)).got
     equal(got.results[AT : AT + 4], (1, 2, 3, 4), "ticks before, and after each of three EOIs")
@@ -264,10 +263,9 @@ def poll_acknowledges(bench: Bench) -> None:
     " pulsed (pic_ioport_write -> pic_clear_isr)."
 )
 def icw1_acknowledges(bench: Bench) -> None:
-    icws = (out8(0x20, 0x11), *(out8(0x21, icw) for icw in (0x20, 0x04, 0x01)))
-    irr = (out8(0x20, 0x0A), in8(0x20, AT), *icws, user_sleep_us(1_000), in8(0x20, AT + 1))
-    got = held(bench, *irr).got
-    equal([each & 1 for each in got.results[AT : AT + 2]], [1, 1], "IRR bit 0 before and after")
+    icws = (out8(0x20, 0x11), *(out8(0x21, icw) for icw in (0x20, 0x04, 0x01, 0xFE)))
+    got = held(bench, *icws, wait_ticks(1), setup=(eoi_off(),)).got
+    equal(got.counter, 1, "ticks after the initialisation")
 
 
 @case("An EOI of the local APIC acknowledges the tick of its IOAPIC pin (kvm_ioapic_send_eoi).")
@@ -282,10 +280,15 @@ def ioapic_eoi_acknowledges(bench: Bench) -> None:
 # --- what drops what is pending -------------------------------------------------------------------
 
 
-def drops(bench: Bench, *then: Op | tuple[Op, ...], stop: Script = (), **how: Any) -> None:
+def drops(bench: Bench, *then: Op | tuple[Op, ...], **how: Any) -> None:
     """After `then` the guest gets the one tick that the PIC holds, and no other."""
-    got = held(bench, *then, *DRAIN, stop=stop, **how).got
-    equal(got.counter, 1, "ticks taken, of about 8 that expired")
+
+    def attempt() -> Results | None:
+        # a timer that was started anew is not to expire before the end
+        what = held(bench, *then, sti(), *WINDOWS, *WAIT * 4, **how)
+        return None if what.after_ns > 50_000_000 else what.got
+
+    equal(bench.quiet(attempt).counter, 1, "ticks taken, of about 8 that expired")
 
 
 MASK_AND_UNMASK: Script = (out8(0x21, 0xFF), out8(0x21, 0xFE))
@@ -293,7 +296,7 @@ MASK_AND_UNMASK: Script = (out8(0x21, 0xFF), out8(0x21, 0xFE))
 
 @case("Unmasking IRQ 0 in the PIC drops what is pending (pit_mask_notifer).")
 def unmask_drops(bench: Bench) -> None:
-    drops(bench, *MASK_AND_UNMASK, stop=STOP)
+    drops(bench, *MASK_AND_UNMASK)
 
 
 @variants(
@@ -342,7 +345,7 @@ def set_pit_drops(bench: Bench) -> None:
 
 @case("Turning reinjection off drops what is pending (kvm_pit_set_reinject).")
 def turning_off_drops(bench: Bench) -> None:
-    drops(*(bench, out8(PORT_ACT, 0)), stop=STOP, acts=[lambda pc: pc.vm.reinject_control(False)])
+    drops(*(bench, out8(PORT_ACT, 0)), acts=[lambda pc: pc.vm.reinject_control(False)])
 
 
 @case("Turning reinjection off and on again drops what is pending (kvm_pit_reset_reinject).")
@@ -351,7 +354,7 @@ def turning_off_and_on_drops(bench: Bench) -> None:
         pc.vm.reinject_control(False)
         pc.vm.reinject_control(True)
 
-    drops(bench, out8(PORT_ACT, 0), stop=STOP, acts=[off_and_on])
+    drops(bench, out8(PORT_ACT, 0), acts=[off_and_on])
 
 
 @case("Turning reinjection on that is on changes nothing (kvm_pit_set_reinject returns).")
@@ -364,7 +367,6 @@ def turning_on_again_drops_nothing(bench: Bench) -> None:
 def turning_on_recovers_nothing(bench: Bench) -> None:
     drops(
         *(bench, out8(PORT_ACT, 0)),
-        stop=STOP,
         reinject=False,
         acts=[lambda pc: pc.vm.reinject_control(True)],
     )
@@ -388,10 +390,11 @@ def equal_in_time(bench: Bench, got: int, expected: int, what: str, *, loses: bo
 
 
 def taken_at_once(bench: Bench, got: Results) -> None:
-    """Between the second and the third `snap` one tick was taken; or one that expired just then."""
+    """Between the second and the third `snap` one tick was taken, or those of a late host."""
     taken = got.results[AT + 2] - got.results[AT + 1]
     equal(got.results[AT + 1], got.results[AT], "ticks at the end of what held them back")
-    check(taken == 1 or (not bench.exact and taken == 2), "ticks at once", 1, taken)
+    most = 1 if bench.exact else 1 + TOLERANCE
+    check(1 <= taken <= most, "ticks at once", f"1 to {most}, not all that expired", taken)
 
 
 @variants(
@@ -399,6 +402,7 @@ def taken_at_once(bench: Bench, got: Results) -> None:
     " that (pit_do_work).",
     {"reinject": (True, "on", "all 94"), "no-reinject": (False, "off", "45")},
 )
+@retried
 def if0_for_50_ms(bench: Bench, reinject: bool, how: str, what: str) -> None:
     blocked = (cli(), snap(AT), *FIFTY_MS, snap(AT + 1), sti())
     got = bench.on_time(*START, *blocked, idle_ms(40), reinject=reinject)
@@ -411,6 +415,7 @@ def if0_for_50_ms(bench: Bench, reinject: bool, how: str, what: str) -> None:
     " gets {2} (pit_do_work).",
     {"reinject": (True, "on", "all 94"), "no-reinject": (False, "off", "45")},
 )
+@retried
 def out_of_kvm_run_for_50_ms(bench: Bench, reinject: bool, how: str, what: str) -> None:
     got = bench.on_time(*START, user_sleep_us(50_000), idle_ms(40), reinject=reinject)
     equal_in_time(bench, got.counter, 94 if reinject else 45, "ticks", loses=not reinject)
@@ -421,6 +426,7 @@ def out_of_kvm_run_for_50_ms(bench: Bench, reinject: bool, how: str, what: str) 
     " the rest is dropped (pit_mask_notifer).",
     BOTH,
 )
+@retried
 def masked_for_50_ms(bench: Bench, reinject: bool, how: str) -> None:
     masked = (out8(0x21, 0xFF), snap(AT), *FIFTY_MS, snap(AT + 1), out8(0x21, 0xFE), *WINDOWS)
     got = bench.on_time(*START, *masked, snap(AT + 2), idle_ms(10), reinject=reinject)
@@ -433,6 +439,7 @@ def masked_for_50_ms(bench: Bench, reinject: bool, how: str) -> None:
     " dropped, and ticks go on (pit_mask_notifer).",
     BOTH,
 )
+@retried
 def if0_for_30_ms_then_unmask(bench: Bench, reinject: bool, how: str) -> None:
     blocked = (cli(), snap(AT), user_sleep_us(30_000), snap(AT + 1), *MASK_AND_UNMASK, sti())
     script = (*START, *blocked, *WINDOWS, snap(AT + 2), idle_ms(10))
@@ -446,6 +453,7 @@ def if0_for_30_ms_then_unmask(bench: Bench, reinject: bool, how: str) -> None:
     " lost, and ticks go on (kvm_vm_ioctl_set_pit2 loads counter 0).",
     BOTH,
 )
+@retried
 def set_pit2_after_30_ms(bench: Bench, reinject: bool, how: str) -> None:
     got = bench.on_time(
         *(*START, cli(), snap(AT), user_sleep_us(30_500), out8(PORT_ACT, 0)),
@@ -462,7 +470,7 @@ def set_pit2_after_30_ms(bench: Bench, reinject: bool, how: str) -> None:
     "A late EOI, reinjection {1}: one more tick follows, and the next waits for the next EOI.", BOTH
 )
 def late_eoi(bench: Bench, reinject: bool, how: str) -> None:
-    late = (out8(0x20, 0x20), user_sleep_us(5_000), *WINDOWS, snap(AT + 1))
+    late = (cli(), out8(0x20, 0x20), wait_ticks(1), user_sleep_us(5_000), *WINDOWS, snap(AT + 1))
     with bench.pc(pit=True, reinject=reinject) as pc:
         got = pc.run(
             *(eoi_off(), pit(COUNT), sti(), user_sleep_us(20_000), *WINDOWS, snap(AT), *late),
@@ -485,6 +493,7 @@ START_IOAPIC: Script = (
         "no-reinject": (False, "off", "45", ": one was in the local APIC's IRR"),
     },
 )
+@retried
 def ioapic_if0_for_50_ms(bench: Bench, reinject: bool, how: str, what: str, why: str) -> None:
     blocked = (cli(), snap_vector(VECTOR, AT), *FIFTY_MS, snap_vector(VECTOR, AT + 1), sti())
     got = bench.on_time(
@@ -500,6 +509,7 @@ def ioapic_if0_for_50_ms(bench: Bench, reinject: bool, how: str, what: str, why:
     " guest gets {2} (pit_do_work).",
     {"reinject": (True, "on", "all 94"), "no-reinject": (False, "off", "45")},
 )
+@retried
 def ioapic_out_of_kvm_run_for_50_ms(bench: Bench, reinject: bool, how: str, what: str) -> None:
     got = bench.on_time(
         *(*START_IOAPIC, user_sleep_us(50_000), idle_ms(40)),
@@ -515,9 +525,11 @@ def ioapic_out_of_kvm_run_for_50_ms(bench: Bench, reinject: bool, how: str, what
     " the next tick comes at the next expiry (ioapic_set_irq).",
     BOTH,
 )
+@retried
 def ioapic_masked_for_50_ms(bench: Bench, reinject: bool, how: str) -> None:
     got = bench.on_time(
-        *(*START_IOAPIC, ioapic_write(PIN2, VECTOR | MASKED), snap_vector(VECTOR, AT), *FIFTY_MS),
+        *(*START_IOAPIC, ioapic_write(PIN2, VECTOR | MASKED), *WINDOWS, snap_vector(VECTOR, AT)),
+        *FIFTY_MS,
         *(snap_vector(VECTOR, AT + 1), ioapic_write(PIN2, VECTOR), *WINDOWS),
         *(snap_vector(VECTOR, AT + 2), idle_ms(10)),
         reinject=reinject,
@@ -525,8 +537,8 @@ def ioapic_masked_for_50_ms(bench: Bench, reinject: bool, how: str) -> None:
     )
     before, at_unmask, at_once = got.results[AT : AT + 3]
     equal(at_unmask, before, "ticks at the unmask")
-    # a timer may expire right then
-    late = 0 if bench.exact else 1
+    # the timer goes on, and the host may be late
+    late = 0 if bench.exact else TOLERANCE
     check(at_once - at_unmask <= late, "ticks at once", 0, at_once - at_unmask)
     equal_in_time(bench, vector_40s(got), 14, "ticks", loses=True)
 

@@ -6,43 +6,39 @@ set aside, and why:
 
 * **times**: timestamps, `now`, `softexpires`, how long a vCPU slept. They are the host's. Kept is
   what is exact in them: a timer's step from one `expires` to the next, and in how many tenths of a
-  millisecond a newly programmed timer is due (of a timer whose start is not in the trace: how many
-  from one expiry to the next).
+  millisecond a newly programmed timer is due: from now, or, as a TSC deadline, from when it was due
+  the last time (of a timer whose start is not in the trace: how many from one expiry to the next).
 * **CPU numbers, latency flags, pointers, thread names and pids**: another host, other numbers.
-  Only the kind of thread is used: the worker (`kvm-pit/...`), an interrupt, or the vCPU.
-* **kvm_vcpu_wakeup**: this kernel's back end polls before it sleeps and may find its event then.
-* **kvm_entry, kvm_exit**: that back end emulates the guest, so a port access is no exit there.
-* **whose EOI a kvm_eoi is**: the recorded kernel never writes kvm_inj_virq. It writes EOI to the
-  local APIC itself when it injects, so that its kvm_eoi stands for the injection, and the guest's
-  own EOI finds nothing in service: vector -1. Of an interrupt of the PIC the -1 is the injection,
-  for no such guest uses the local APIC; where a vector was injected, the -1 after it is the guest's
-  EOI. Both kernels become `inject 32` (of the PIC `inject`: there the vector is set aside) and
-  `EOI`. The vector of the guest's EOI is checked where it is known: `EOI` means the last one
-  injected, any other is named.
+  Only the kind of thread is used: the worker (`kvm-pit/...`), an interrupt, or which vCPU.
+* **what a port read gives**, for it may be a time; of a write to **port 0x61** all but gate and
+  speaker: guests write the bits back that show times.
+* **kvm_vcpu_wakeup**: some back ends poll before they sleep and may find their event then.
+* **kvm_entry, kvm_exit**: a back end that emulates the guest has no exit where a port is accessed.
+* **whose EOI a kvm_eoi is**: a back end that never writes kvm_inj_virq, and writes EOI to the local
+  APIC itself when it injects: its kvm_eoi stands for the injection, and the guest's own EOI finds
+  nothing in service: vector -1. Of an interrupt of the PIC the -1 is the injection; where a vector
+  was injected, the -1 after it is the guest's EOI. Both kernels become `inject 32` (of the PIC
+  `inject`: there the vector is set aside) and `EOI`. The vector of the guest's EOI is checked where
+  it is known: `EOI` means the last one injected, any other is named.
 * **when the IOAPIC's kvm_ack_irq comes**: it follows an EOI, there the back end's at the injection,
   here the guest's. It is put behind the guest's EOI; that each injection has one, or none, and of
-  which pin, is compared.
-* **kvm_apicv_inhibit_changed**: KVM_REINJECT_CONTROL's; the recordings start later.
+  which pin, is compared. One whose EOI the trace ends before is dropped.
+* **kvm_apicv_inhibit_changed**: KVM_REINJECT_CONTROL's; a recording starts later.
 * **kvm_pit_reset_reinject, kvm_inj_nmi**: the model's own events, the kernel has no such
   tracepoint. NMIs are compared where they are accepted, and by the guest's own count.
-* **kvm_mmio, kvm_apic, kvm_msr**: what the guest wrote to the registers of the APICs. They were not
-  recorded; what the writes led to was.
+* **kvm_mmio, kvm_apic, kvm_msr**: what the guest wrote to the registers of the APICs; what the
+  writes led to is compared. **kvm_ioapic_delayed_eoi_inj** hangs on the host's HZ.
 * **hrtimer_cancel** and the **hrtimer_start** of a timer that is taken along when the vCPU thread
   moves to another CPU: `expires` is what it was before. A punctual host of one CPU moves nothing.
 * **the order between threads**: which of them is first is the host's business, for example whether
-  the worker drops the line before or after the vCPU takes the interrupt. Hence one list a line.
+  the worker drops the line before or after the vCPU takes the interrupt. Hence one list a line, and
+  one for each vCPU.
+* **the order between vectors**: a vCPU that takes interrupts of several vectors has one list for
+  each, for how their timers stand to each other is the host's business. Ports are another.
 * **how often**: repeats are collapsed, see `collapse`. The numbers are the guest's business: it
-  counts its ticks itself (tests/conformance/test_section6.py). Recordings with APICs, whose guests
-  ran just as long, are compared by their numbers as well: `tally`.
+  counts its ticks itself.
 * **where the trace ends**: it is cut behind the write to the exit port. A run of the worker, or an
   expiry of the timer, that this leaves unfinished is dropped.
-
-Two differences in what was recorded are not `project`'s; a test that needs one says so:
-
-* `as_excerpt` takes from the model's trace what the **excerpts** among the recordings lack: starts
-  of timers, the worker's work items, port accesses (and wake-ups, which are set aside anyway).
-* `without_pic_setup` takes away the six port writes by which the `scenario` guest **initialises the
-  PICs**. The guests recorded with the IOAPIC left that out and closed the PICs as they were.
 
 An event of any other kind is an error: nothing disappears unnamed.
 """
@@ -52,7 +48,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
-from kvmtick.guests.script import PIC_INIT
+from kvmtick.machine.ports import PORT_DEBUG_EXIT
+
+__all__ = [
+    "LINE",
+    "SET_ASIDE",
+    "ChipLines",
+    "collapse",
+    "differences",
+    "ends_of_interrupt",
+    "project",
+    "tally",
+]
 
 LINE = re.compile(
     r"^ *(?P<comm>.+)-(?P<pid>\d+) +\[\d+\] +(?P<flags>\S{4,}) +(?P<ts>[\d.]+): "
@@ -66,25 +73,22 @@ SET_ASIDE = frozenset(
         "kvm_entry",
         "kvm_exit",
         "kvm_inj_nmi",
+        "kvm_ioapic_delayed_eoi_inj",
         "kvm_mmio",
         "kvm_msr",
         "kvm_pit_reset_reinject",
         "kvm_vcpu_wakeup",
     }
 )
-NOT_IN_EXCERPTS = frozenset(
-    {
-        "hrtimer_start",
-        "kvm_pio",
-        "sched_kthread_work_execute_end",
-        "sched_kthread_work_execute_start",
-        "sched_kthread_work_queue_work",
-    }
-)
-EXIT_WRITE = "pio_write at 0xf4 "
+EXIT_WRITE = f"pio_write at {PORT_DEBUG_EXIT:#x} "
 MASKABLE = ("Fixed|", "LowPrio|")
+SYSTEM_CONTROL = "pio_write at 0x61 "
+SYSTEM_CONTROL_WRITABLE = 0x03
 WORKER = "kvm-pit/"
+VCPU = re.compile(r"CPU (\d+)/KVM")
 LONGEST_BLOCK = 3
+LATE_NS = 40_000
+"""So late is the kernel's record of a timer's start, or the guest with programming it anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,8 @@ class ChipLines:
     pic: tuple[str, ...]
     """What each level did at the PIC's pin."""
     vcpu: tuple[str, ...]
-    """Port accesses, injections, EOIs, and the acknowledgements they lead to; what its local APIC
-    accepted in the vCPU's own thread: its timer's interrupt.
+    """Port accesses, injections, EOIs, and the acknowledgements they lead to; what was accepted in
+    the vCPU's own thread: its timer's interrupt, IPIs it sent. Tokens of vCPUs but 0 say whose.
     """
 
 
@@ -145,30 +149,6 @@ def ends_of_interrupt(lines: Iterable[str]) -> list[tuple[str, ...]]:
         elif pid == ending and event not in SET_ASIDE:
             out[-1].append(f"{event}: {rest}")
     return [tuple(each) for each in out]
-
-
-def as_excerpt(lines: Iterable[str]) -> list[str]:
-    """The lines but for the events that the excerpts among the recordings lack."""
-    matches = ((line, LINE.match(line)) for line in lines)
-    return [line for line, m in matches if m is None or m["event"] not in NOT_IN_EXCERPTS]
-
-
-def without_pic_setup(lines: Iterable[str]) -> list[str]:
-    """The lines but for the `scenario` guest's first port writes, which initialise the PICs.
-
-    Raises ValueError where it begins with others.
-    """
-    setup = [f"pio_write at {port:#x} size 1 count 1 val {value:#x}" for port, _, value in PIC_INIT]
-    out = []
-    for line in lines:
-        match = LINE.match(line)
-        if setup and match is not None and match["event"] == "kvm_pio":
-            if match["rest"] != setup[0]:
-                raise ValueError(f"{setup[0]} expected: {line!r}")
-            setup.pop(0)
-        else:
-            out.append(line)
-    return out
 
 
 def _read(lines: Iterable[str]) -> "_Reader":
@@ -241,6 +221,7 @@ class _Timer:
         self._restarts = False
         self._started = False
         self._expired_ns = 0
+        self._lengths_ns: list[int] = []
 
     def start(self, match: re.Match[str]) -> None:
         """hrtimer_start."""
@@ -255,7 +236,15 @@ class _Timer:
             self.tokens[-1] += f", start {expires - previous:+d} ns"
         else:
             due_ns = expires - int(match["ts"].replace(".", "")) * 1000
-            self.tokens.append(f"start in {due_ns / 1e6:.1f} ms")
+            self.tokens.append(f"start in {self._length_ms(due_ns, expires - previous):.1f} ms")
+
+    def _length_ms(self, due_ns: int, step_ns: int) -> float:
+        """What it was programmed for: from now, or from when it was due the last time."""
+        for known_ns in self._lengths_ns:
+            if min(abs(due_ns - known_ns), abs(step_ns - known_ns)) <= LATE_NS:
+                return known_ns / 1e6
+        self._lengths_ns.append(due_ns + LATE_NS // 2)
+        return self._lengths_ns[-1] / 1e6
 
     def expire(self, match: re.Match[str]) -> None:
         """hrtimer_expire_entry."""
@@ -278,12 +267,15 @@ class _Reader:
 
     def __init__(self) -> None:
         self.tally: Counter[str] = Counter()
-        self._timers = {"pit_timer_fn": _Timer(), "apic_timer_fn": _Timer()}
+        self._timers: dict[str, dict[str, _Timer]] = {"pit_timer_fn": {}, "apic_timer_fn": {}}
+        """By function and hrtimer."""
         self._worker: list[str] = []
         self._gsi: list[str] = []
         self._ioapic: list[str] = []
         self._pic: list[str] = []
-        self._vcpu: list[str] = []
+        self._vcpus: dict[str, list[tuple[str, str]]] = {}
+        """By thread: the vector a token is about, and the token."""
+        self._comms: dict[str, str] = {}
         self._level: dict[str, str] = {}
         self._queued_by = ""
         self._run: list[str] | None = None
@@ -295,8 +287,10 @@ class _Reader:
         self._accepted: dict[str, list[str]] = {}
         # Vectors accepted and not injected; injected and not ended.
         self._requested: set[str] = set()
-        self._in_service: list[str] = []
-        self._acks: list[str] = []
+        self._in_service: dict[str, list[str]] = {}
+        self._ended: dict[str, str] = {}
+        self._acks: dict[str, list[tuple[str, str]]] = {}
+        """By thread: the vector they are of, and the acknowledgements its EOI will give."""
 
     def event(self, match: re.Match[str]) -> None:
         """The next event."""
@@ -312,19 +306,39 @@ class _Reader:
         if self._run is not None:
             for line, length in zip(self._pins(), self._before_run, strict=True):
                 del line[length:]
-        self._give_acks()
-        timers = [timer.line() for timer in self._timers.values()]
-        lines = (*timers, self._worker, self._gsi, self._ioapic, self._pic, self._vcpu)
-        return ChipLines(*(collapse(line) for line in lines))
+        hrtimer, lapic_timer = (
+            tuple(token for timer in timers.values() for token in collapse(timer.line()))
+            for timers in self._timers.values()
+        )
+        worker, gsi, ioapic, pic = map(collapse, (self._worker, *self._pins()))
+        return ChipLines(hrtimer, lapic_timer, worker, gsi, ioapic, pic, self._vcpu_line())
+
+    def _vcpu_line(self) -> tuple[str, ...]:
+        """Every vCPU's, by its id, or by who came first where threads do not tell it."""
+        lines: list[tuple[int, tuple[str, ...]]] = []
+        for pid, tokens in self._vcpus.items():
+            named = VCPU.match(self._comms[pid])
+            lines.append((int(named[1]) if named else len(lines), _by_vector(tokens)))
+        return tuple(
+            f"vcpu {vcpu}: {token}" if vcpu else token
+            for vcpu, line in sorted(lines)
+            for token in line
+        )
+
+    def _say(self, match: re.Match[str], token: str, vector: str = "") -> None:
+        """The vCPU whose thread it is did something."""
+        self._comms[match["pid"]] = match["comm"]
+        self._vcpus.setdefault(match["pid"], []).append((vector, token))
 
     def _pins(self) -> tuple[list[str], ...]:
         return self._gsi, self._ioapic, self._pic
 
     def _timer(self, match: re.Match[str]) -> _Timer:
-        function = _fields(match["rest"])["function"]
+        fields = _fields(match["rest"])
+        function = fields["function"]
         if function not in self._timers:
             raise ValueError(f"normalise.py does not know what to do with {function}")
-        return self._timers[function]
+        return self._timers[function].setdefault(fields["hrtimer"], _Timer())
 
     def _hrtimer_start(self, match: re.Match[str]) -> None:
         self._timer(match).start(match)
@@ -370,6 +384,17 @@ class _Reader:
     def _kvm_pic_set_irq(self, match: re.Match[str]) -> None:
         self._pic.append(f"level {self._level[match['pid']]}: {match['rest']}")
 
+    def _kvm_msi_set_irq(self, match: re.Match[str]) -> None:
+        """The GSI leads to a message: nothing of the IOAPIC's will come."""
+        self._accepted.pop(match["pid"], None)
+        if match["comm"].startswith(WORKER):
+            self._gsi[-1] += f", msi {match['rest']}"
+        else:
+            self._say(match, f"msi {match['rest']}")
+
+    def _kvm_apic_ipi(self, match: re.Match[str]) -> None:
+        self._say(match, f"ipi {match['rest']}")
+
     def _kvm_apic_accept_irq(self, match: re.Match[str]) -> None:
         self.tally["accept"] += 1
         _, _, _, vector, mode = match["rest"].split()
@@ -379,21 +404,31 @@ class _Reader:
         if match["pid"] in self._accepted:
             self._accepted[match["pid"]].append(f", {what}")
         elif not match["comm"].startswith(WORKER):
-            self._vcpu.append(what)
+            self._say(match, what, vector)
         elif self._pulsed:
             self._gsi[-1] += f", then {what}"
         else:
             self._gsi.append(what)
 
     def _kvm_pio(self, match: re.Match[str]) -> None:
-        what = match["rest"]
-        # What a read gives may be a time.
-        self._vcpu.append(what if what.startswith("pio_write") else what.partition(" val ")[0])
+        what, _, value = match["rest"].partition(" val ")
+        if what.startswith("pio_write"):
+            number = int(value.split()[0], 16)
+            if what.startswith(SYSTEM_CONTROL):
+                number &= SYSTEM_CONTROL_WRITABLE
+            what += f" val {number:#x}"
+        self._say(match, what)
 
     def _kvm_ack_irq(self, match: re.Match[str]) -> None:
         self.tally["ack"] += 1
-        at_injection = self._eoi_is_injection and self._in_service
-        (self._acks if at_injection else self._vcpu).append(f"ack {match['rest']}")
+        pid, what = match["pid"], f"ack {match['rest']}"
+        in_service = self._in_service.get(pid)
+        if self._eoi_is_injection and in_service:
+            self._acks.setdefault(pid, []).append((in_service[-1], what))
+        elif "IOAPIC" in what:
+            self._say(match, what, self._ended.get(pid, ""))
+        else:
+            self._say(match, what)
 
     def _kvm_inj_virq(self, match: re.Match[str]) -> None:
         self._eoi_is_injection = False
@@ -401,41 +436,58 @@ class _Reader:
             return
         vector = str(int(match["rest"].split()[1], 16))
         if vector in self._requested:
-            self._inject(vector)
+            self._inject(match, vector)
         else:
-            self._inject_of_the_pic()
+            self._inject_of_the_pic(match)
 
     def _kvm_eoi(self, match: re.Match[str]) -> None:
         vector = match["rest"].split()[-1]
+        in_service = self._in_service.get(match["pid"])
         if not self._eoi_is_injection:
-            self._end(vector)
+            self._end(match, vector)
         elif vector != "-1":
-            self._inject(vector)
-        elif self._in_service:
-            self._end(self._in_service[-1])
+            self._inject(match, vector)
+        elif in_service:
+            self._end(match, in_service[-1])
         else:
-            self._inject_of_the_pic()
+            self._inject_of_the_pic(match)
 
-    def _inject(self, vector: str) -> None:
+    def _inject(self, match: re.Match[str], vector: str) -> None:
         self.tally["inject"] += 1
         self._requested.discard(vector)
-        self._in_service.append(vector)
-        self._give_acks()
-        self._vcpu.append(f"inject {vector}")
+        self._give_acks(match["pid"], vector)
+        self._in_service.setdefault(match["pid"], []).append(vector)
+        self._say(match, f"inject {vector}", vector)
 
-    def _inject_of_the_pic(self) -> None:
+    def _inject_of_the_pic(self, match: re.Match[str]) -> None:
         self.tally["inject"] += 1
-        self._vcpu.append("inject")
+        self._say(match, "inject")
 
-    def _end(self, vector: str) -> None:
+    def _end(self, match: re.Match[str], vector: str) -> None:
         self.tally["EOI"] += 1
-        last = self._in_service.pop() if self._in_service else ""
-        self._vcpu.append("EOI" if vector == last else f"EOI of {vector}")
-        self._give_acks()
+        in_service = self._in_service.get(match["pid"])
+        last = in_service.pop() if in_service else ""
+        self._ended[match["pid"]] = vector
+        self._say(match, "EOI" if vector == last else f"EOI of {vector}", vector)
+        self._give_acks(match["pid"], vector)
 
-    def _give_acks(self) -> None:
-        self._vcpu += self._acks
-        self._acks.clear()
+    def _give_acks(self, pid: str, vector: str) -> None:
+        waiting = self._acks.get(pid, [])
+        given = [ack for ack in waiting if ack[0] == vector]
+        if given:
+            self._vcpus[pid] += given
+            self._acks[pid] = [ack for ack in waiting if ack not in given]
+
+
+def _by_vector(tokens: list[tuple[str, str]]) -> tuple[str, ...]:
+    """Collapsed; what is about one of several vectors has a list of its own."""
+    vectors = {vector for vector, _ in tokens if vector}
+    if len(vectors) < 2:
+        return collapse(token for _, token in tokens)
+    lists = [
+        [token for about, token in tokens if about == vector] for vector in ("", *sorted(vectors))
+    ]
+    return tuple(token for each in lists for token in collapse(each))
 
 
 def _fields(rest: str) -> dict[str, str]:

@@ -1,0 +1,191 @@
+"""`TickTrace` on the live kernel: verdicts, one VM of several, what is lost, nothing that stays."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmtick import guests
+from kvmtick.abi import HostError
+from kvmtick.host import tracefs as host_tracefs
+from kvmtick.host.tracefs import Tracefs, open_tracefs
+from kvmtick.kvm import kernel_trace
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.kernel_trace import TickTrace
+from kvmtick.machine.run import Run
+from kvmtick.ticks.report import TickReport
+from kvmtick.trace.events import Event, Record
+
+LIMIT_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def tracefs() -> Iterator[Tracefs]:
+    """Skip, saying why, where the kernel cannot be run or watched; no instance stays."""
+    try:
+        KernelVm().close()
+        opened = open_tracefs()
+        opened.instance().close()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm and a tracefs it may write to: {error}")
+    with opened:
+        yield opened
+        assert [name for name in opened.instances() if f"-{os.getpid()}-" in name] == []
+
+
+def traced(vm: KernelVm, name: str, reinject: bool = True, **load: int) -> tuple[Run, TickTrace]:
+    """One run of a built-in guest."""
+    guest = guests.load(name, tsc_khz=vm.get_tsc_khz(), **load)
+    vm.prepare(guest.needs, reinject)
+    vm.load(guest)
+    trace = TickTrace(vm)
+    return vm.run(limit_s=LIMIT_S, observer=trace), trace
+
+
+def total(report: TickReport) -> int:
+    """All verdicts."""
+    return sum(count for _, count, _ in report.rows())
+
+
+def taken(report: TickReport) -> int:
+    """Interrupts that the guest took: a back end that acknowledges by itself may let the PIT pulse
+    once more than it expired.
+    """
+    return sum(tick.inject_ns is not None for tick in report) + report.extra
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "path"),
+    [
+        ("tick-pic", "pit", "pic"),
+        ("tick-ioapic", "pit", "ioapic"),
+        ("tick-msi", "pit", "msi"),
+        ("tick-lapic", "lapic", "lapic"),
+        ("tick-x2apic", "lapic", "lapic"),
+        ("tick-if0", "pit", "pic"),
+        ("tick-mask", "pit", "pic"),
+        ("nmi-watchdog", "pit", "pic"),
+        ("ipi-tick", "pit", "pic"),
+    ],
+)
+def test_every_tick_has_a_verdict(name: str, source: str, path: str) -> None:
+    with KernelVm() as vm:
+        run, trace = traced(vm, name, ticks=60)
+    assert (run.exit.reason, run.guest_ticks) == ("done", 60)
+    assert run.ticks is not None
+    assert (run.ticks.source, run.ticks.path) == (source, path)
+    assert total(run.ticks) == run.ticks.expired >= 60
+    assert run.ticks.count("unknown") == trace.lost == 0
+    assert taken(run.ticks) == 60
+    if name == "tick-if0":
+        assert run.ticks.count("reinjected") + run.ticks.count("late") >= 45
+    if name == "tick-mask":
+        assert run.ticks.count("dropped") >= 45
+    assert run.as_dict()["ticks"]["expired"] == run.ticks.expired
+
+
+def test_both_timers_of_one_guest() -> None:
+    with KernelVm() as vm:
+        run, _ = traced(vm, "tick-long", ticks=30)
+    assert [(report.source, report.path) for report in run.sources] == [
+        ("pit", "ioapic"),
+        ("lapic", "lapic"),
+    ]
+    assert all(total(report) == report.expired for report in run.sources)
+
+
+@pytest.mark.parametrize("reinject", [False, True])
+def test_how_the_pit_was_set_up_before_is_known(reinject: bool) -> None:
+    with KernelVm() as vm:
+        run, _ = traced(vm, "tick-if0", reinject, ticks=60)
+    assert run.ticks is not None
+    assert (run.ticks.count("reinjected") > 20) is reinject
+    assert (run.ticks.count("coalesced") > 20) is not reinject
+
+
+def test_nmis_that_no_event_shows_are_unknown() -> None:
+    with KernelVm() as vm:
+        guest = guests.load("nmi-watchdog", ticks=10, ack=False, tsc_khz=vm.get_tsc_khz())
+        vm.prepare(guest.needs, reinject=False)
+        vm.load(guest)
+        seen: list[Record] = []
+        run = vm.run(limit_s=LIMIT_S, observer=TickTrace(vm, consumers=[seen.extend]))
+    assert run.ticks is not None
+    assert run.guest_ticks == 10
+    assert total(run.ticks) == run.ticks.expired
+    if Event.KVM_INJ_NMI in {record[1] for record in seen}:
+        pytest.skip("this host's kvm_entry shows NMIs")
+    assert run.ticks.count("unknown") >= 10
+    assert {tick.detail for tick in run.ticks if tick.verdict == "unknown"} == {
+        "this host writes no event when it injects an NMI"
+    }
+
+
+def test_two_vms_of_one_process_at_once() -> None:
+    runs: dict[str, Run] = {}
+
+    def play(name: str) -> None:
+        with KernelVm() as vm:
+            runs[name], _ = traced(vm, name, ticks=100)
+
+    names = ("tick-pic", "tick-ioapic")
+    threads = [threading.Thread(target=play, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, path in zip(names, ("pic", "ioapic"), strict=True):
+        ticks = runs[name].ticks
+        assert ticks is not None
+        assert {tick.path for tick in ticks if tick.path} == {path}
+        assert total(ticks) == ticks.expired
+        assert taken(ticks) == 100
+
+
+def test_what_a_small_buffer_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_trace, "BUFFER_KIB", 4)
+    monkeypatch.setattr(kernel_trace, "READ_EVERY_S", LIMIT_S)
+    with KernelVm() as vm:
+        run, trace = traced(vm, "tick-pic", ticks=300)
+    assert run.guest_ticks == 300
+    assert run.ticks is not None
+    assert trace.lost > 0
+    assert total(run.ticks) == run.ticks.expired < 300
+
+
+def test_live_the_ticks_of_a_foreign_guest_end_its_run() -> None:
+    with KernelVm() as vm:
+        guest = guests.load("tick-pic", ticks=0, tsc_khz=vm.get_tsc_khz())
+        vm.prepare(guest.needs)
+        foreign = guests.Guest("foreign", guest.image, guest.load_at, guest.entry, None)
+        vm.load(foreign)
+        run = vm.run(ticks=50, limit_s=LIMIT_S, observer=TickTrace(vm))
+    assert run.exit.reason == "done"
+    assert run.ticks is not None
+    assert sum(tick.inject_ns is not None for tick in run.ticks) >= 50
+
+
+def test_an_error_in_a_consumer_is_raised_and_nothing_stays(tracefs: Tracefs) -> None:
+    def consumer(batch: list[Record]) -> None:
+        if len(batch) > 1:
+            raise RuntimeError("no room")
+
+    with KernelVm() as vm:
+        guest = guests.load("tick-pic", ticks=20, tsc_khz=vm.get_tsc_khz())
+        vm.prepare(guest.needs)
+        vm.load(guest)
+        with pytest.raises(RuntimeError, match="no room"):
+            vm.run(limit_s=LIMIT_S, observer=TickTrace(vm, consumers=[consumer]))
+    assert [name for name in tracefs.instances() if f"-{os.getpid()}-" in name] == []
+
+
+def test_without_addresses_of_functions_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hidden = tmp_path / "kallsyms"
+    hidden.write_text("0000000000000000 t pit_timer_fn\n")
+    monkeypatch.setattr(host_tracefs, "KALLSYMS", hidden)
+    with KernelVm() as vm, pytest.raises(HostError, match="kptr_restrict"):
+        traced(vm, "tick-pic", ticks=1)
