@@ -17,7 +17,7 @@ from kvmtick.conform.fuzz.generate import Sequence, sequence
 from kvmtick.conform.fuzz.observe import Difference
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.shrink import fewest, without_parts
-from kvmtick.conform.fuzz.side import Config, LateHostError, Side
+from kvmtick.conform.fuzz.side import LOST, Config, LateHostError, Side
 from kvmtick.host.kmsg import KernelLog
 from kvmtick.kvm.api import System
 from kvmtick.timing.wall import Stopwatch
@@ -26,6 +26,8 @@ __all__ = ["Backends", "Finding", "Found", "Fuzzer", "Totals", "first_difference
 
 LATE_RETRIES = 3
 CONFIRMATIONS = 2
+PATIENCE_US = (200, 1_000, 5_000, 20_000)
+"""The work of an irqfd, or of the PIT, may come after the first look: so long until the next."""
 SHRINK_S = 60.0
 
 MakeSide: TypeAlias = Callable[[Config], Side]
@@ -52,6 +54,20 @@ class Found:
     step: int
     operation: Operation
     differences: tuple[Difference, ...]
+
+    def is_like(self, other: Found) -> bool:
+        """Whether it is the same thing that went wrong, as far as can be told: the kind of the
+        operation and what differs first, with a vCPU or register of its own.
+        """
+        kinds = type(self.operation), type(other.operation)
+        ends = [LOST in (each.left, each.right) for each in (self.first, other.first)]
+        fields = [each.field.split(" ")[0].split("[")[0] for each in (self.first, other.first)]
+        return kinds[0] is kinds[1] and fields[0] == fields[1] and ends[0] == ends[1]
+
+    @property
+    def first(self) -> Difference:
+        """The first of the differences."""
+        return self.differences[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,10 @@ def first_difference(
 def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Found | None:
     for number, operation in enumerate(operations):
         seen, other = left.step(operation), right.step(operation)
+        for patience_us in PATIENCE_US:
+            if seen == other:
+                break
+            seen, other = (left.look_again(seen, patience_us), right.look_again(other, patience_us))
         if seen != other:
             return Found(number, operation, tuple(seen.differences(other)))
         if left.lost:
@@ -171,18 +191,20 @@ class Fuzzer:
         return None
 
     def shrunk(self, finding: Finding) -> Finding:
-        """The same difference, or one like it, shown by as few operations as possible."""
-        whole = finding.sequence
+        """The same difference, shown by as few operations as possible."""
+        whole, found = finding.sequence, finding.found
+        assert found is not None
         stopwatch = Stopwatch()
 
         def shows(operations: list[Operation]) -> bool:
             if stopwatch.elapsed_s() > SHRINK_S:
                 return False
-            return self._shows(replace(whole, operations=tuple(operations))) is not None
+            shown = self._shows(replace(whole, operations=tuple(operations)))
+            return shown is not None and shown.is_like(found)
 
         operations = fewest(list(whole.operations), shows)
         for at in range(len(operations)):
             operations = without_parts(operations, at, shows)
         less = replace(whole, operations=tuple(operations))
-        found = self._shows(less)
-        return Finding(less, found) if found and self._shows(less) else finding
+        shown = self._shows(less)
+        return Finding(less, shown) if shown and shown.is_like(found) else finding

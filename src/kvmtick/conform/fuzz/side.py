@@ -47,8 +47,10 @@ from kvmtick.kvm.api import System, Vcpu, Vm
 from kvmtick.machine.machine import Machine
 from kvmtick.timing.wall import Stopwatch, sleep_ns
 
-__all__ = ["Config", "GuestLostError", "LateHostError", "Side"]
+__all__ = ["LOST", "Config", "GuestLostError", "LateHostError", "Side"]
 
+VECTORS_TAKEN = "vectors taken"
+LOST = "the guest is lost"
 EVENTFDS = 4
 _CHIPS = (("pic 0", 16), ("pic 1", 16), ("ioapic", 216))
 LIMIT_S = 5.0
@@ -61,10 +63,9 @@ APIC_BASE_X2APIC, APIC_BASE_ENABLED = 1 << 10, 1 << 11
 TPR, EOI, SVR, ISR, IRR, ESR, TMCCT = 0x80, 0xB0, 0xF0, 0x100, 0x200, 0x280, 0x390
 APIC_PAGES = 0xFED0_0000
 """From here on there are local APICs, where MSR_IA32_APICBASE puts them."""
-_UNREADABLE = frozenset((EOI, 0xC0, 0x2F0, 0x3F0))
-READABLE = (
-    frozenset((0x20, 0x30, *range(0x80, 0x400, 0x10))) - _UNREADABLE - {0x3A0, 0x3B0, 0x3C0, 0x3D0}
-)
+READABLE = frozenset((0x20, 0x30, TPR, 0x90, 0xA0, 0xD0, 0xE0, SVR, 0x3E0))
+READABLE |= {*range(ISR, ESR + 1, 0x10), *range(0x300, TMCCT + 1, 0x10)}
+"""Registers of a local APIC; of any other the kernel gives what its emulator read last."""
 
 LEAST_COUNT = 0xC000
 """Of the PIT's channel 0: 41 ms."""
@@ -138,7 +139,7 @@ class Side(Closing):
         except KvmError as error:
             answer = _errno_name(error)
         except GuestLostError as error:
-            answer, self.lost = "the guest is lost", str(error)
+            answer, self.lost = LOST, str(error)
         except Exception as error:
             answer = self.lost = repr(error)
         if self._exits:
@@ -147,6 +148,16 @@ class Side(Closing):
         if self._real_time and self._age.elapsed_s() > LEAST_TIMER_S:
             raise LateHostError
         return seen
+
+    def look_again(self, seen: Seen, after_us: int) -> Seen:
+        """What there is to see a moment after `seen`, in which nothing was done."""
+        if not self._real_time:
+            return seen
+        sleep_ns(after_us * 1000)
+        again = self.look(seen.answer)
+        if self.config.runs:
+            again.states[VECTORS_TAKEN] = seen.states[VECTORS_TAKEN]
+        return again
 
     def look(self, answer: Answer) -> Seen:
         """What there is to see now."""
@@ -167,7 +178,7 @@ class Side(Closing):
         if runs:
             nmis, *vectors = mailbox.interrupts_taken(vm)
             states["NMIs taken"] = nmis
-            states["vectors taken"] = " ".join(map(hex, vectors))
+            states[VECTORS_TAKEN] = " ".join(map(hex, vectors))
         return Seen(answer, states)
 
     def _look_at_vcpu(self, index: int, vcpu: Vcpu, states: dict[str, int | bytes | str]) -> None:
@@ -267,9 +278,14 @@ class Side(Closing):
 
     # The guest.
 
+    def runs(self, index: int) -> bool:
+        """Whether a vCPU can enter the guest."""
+        state = self.vcpus[index].get_mp_state() if self.config.runs else -1
+        return state == KVM_MP_STATE_RUNNABLE
+
     def access(self, index: int, kind: str, address: int = 0, value: int = 0) -> Answer:
         """Let the guest do something; what it read, and 1 for a #GP."""
-        if not self.config.runs or self.vcpus[index].get_mp_state() != KVM_MP_STATE_RUNNABLE:
+        if not self.runs(index):
             return "not running"
         if self.vcpus[index].get_vcpu_events().interrupt.injected and self._in_service(index):
             return "in service"
@@ -281,6 +297,9 @@ class Side(Closing):
             read &= self._port_mask(index, address, int(kind[2:]) // 8)
         else:
             read = _masked(kind, address, read)
+        if self._is_split:  # KVM_EXIT_IOAPIC_EOI may come at the next KVM_RUN
+            self._mailbox.post("none")
+            self._enter(index)
         self._take_nmis(index)
         return read, fault
 
@@ -308,7 +327,7 @@ class Side(Closing):
         if kind == "hlt" and not self._wakes(index):
             return "nothing to wait for"
         vcpu = self.vcpus[index]
-        if vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
+        if self.runs(index):
             vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)  # KVM_REQ_EVENT
         answer = self.access(index, kind)
         if self._in_service(index):
@@ -317,8 +336,6 @@ class Side(Closing):
                 self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
             else:
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
-        if self._is_split:
-            self.access(index, "none")  # KVM_EXIT_IOAPIC_EOI comes at the next KVM_RUN
         return answer
 
     def _lapic(self, index: int) -> bytes | None:
