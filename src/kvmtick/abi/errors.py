@@ -105,3 +105,7 @@ class HostError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
+
+    def or_else(self, alternative: str) -> "HostError":
+        """The same, with one more remedy."""
+        return HostError(self.what, f"{self.remedy}, or {alternative}".removeprefix(", or "))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from itertools import zip_longest
 from typing import Any
 
 from kvmtick import guests
 from kvmtick.abi.errors import HostError
-from kvmtick.cli import EXIT_DIFFERENCE, EXIT_HOST, EXIT_OK, UsageError
+from kvmtick.cli import EXIT_DIFFERENCE, EXIT_OK, UsageError
 from kvmtick.cli.options import Parser
 from kvmtick.cli.run_guest import HOLDERS, guest_of, is_kernel
 from kvmtick.cli.run_options import (
@@ -66,8 +65,7 @@ def main(argv: list[str]) -> int:
     try:
         result = compare(wanted)
     except HostError as error:
-        print(f"kvmtick: {error}", file=sys.stderr)
-        return EXIT_HOST
+        raise error.or_else("run it on the model alone: kvmtick run") from None
     if options.json:
         print(json.dumps(_as_dict(wanted, result)))
     else:
@@ -113,9 +111,17 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     if by_default:
         options.ticks = str(DEFAULT_TICKS)
     guest = guest_of(options)
-    if by_default and guest.name in HOLDERS:
-        options.ticks = str(DEFAULT_TICKS + _held_ticks(guest))
-        guest = guest_of(options)
+    if guest.name in HOLDERS:
+        least = DEFAULT_TICKS + _held_ticks(guest)
+        if by_default:
+            options.ticks = str(least)
+            guest = guest_of(options)
+        elif options.ticks is not None and integer("--ticks", options.ticks) < least:
+            raise UsageError(
+                f"--ticks {options.ticks}: {guest.name} holds {least - DEFAULT_TICKS} back, and how"
+                " many of these it still takes before it ends is a matter of time; give"
+                f" {least} or more, or a shorter --hold"
+            )
     ticks = None
     if guest.parameters is None and not (by_default and is_kernel(guest)):
         ticks = ticks_of(options)

@@ -105,10 +105,7 @@ def _bench(options: argparse.Namespace) -> Bench:
     try:
         return bench_of(options.backend)
     except HostError as error:
-        remedies = [error.remedy] if error.remedy else []
-        raise HostError(
-            error.what, ", or ".join([*remedies, "run the model: --backend model"])
-        ) from None
+        raise error.or_else("run the model: --backend model") from None
 
 
 def _junit_file(options: argparse.Namespace, stack: contextlib.ExitStack) -> BufferedWriter | None:

@@ -165,9 +165,15 @@ def _fuzzer(options: argparse.Namespace, stack: ExitStack, seed: int) -> Fuzzer:
 
 
 def _system(name: str) -> System:
+    from kvmtick.abi.errors import HostError
     from kvmtick.kvm import Kvm
 
-    return Kvm("kernel") if name == "kernel" else Kvm("model")
+    if name == "model":
+        return Kvm("model")
+    try:
+        return Kvm("kernel")
+    except HostError as error:
+        raise error.or_else("let the model alone be run: --backends model,model") from None
 
 
 def _number(option: str, text: str) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from kvmtick.abi.errors import HostError
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
 from kvmtick.cli.run_guest import guest_of, is_kernel
 from kvmtick.cli.run_options import (
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
     guest = guest_of(options)
     _check_counter(options, guest)
     ticks = ticks_of(options, None if is_kernel(guest) else DEFAULT_TICKS)
+    if where.cpu == "kvm":
+        _check_kvm()
     if where.chips == "kernel":
         from kvmtick.cli.run_kernel import run_on_kernel
 
@@ -79,6 +82,16 @@ def _exit_code(run: Run) -> int:
     if run.exit.is_failure:
         return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
+
+
+def _check_kvm() -> None:
+    """HostError without /dev/kvm, before a trace file is emptied."""
+    from kvmtick.host.kvmdev import open_kvm
+
+    try:
+        open_kvm().close()
+    except HostError as error:
+        raise error.or_else("run the model: leave --cpu and --chips out") from None
 
 
 def _check_counter(options: argparse.Namespace, guest: Guest) -> None:
