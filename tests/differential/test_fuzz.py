@@ -265,6 +265,22 @@ def test_it_stops_at_a_warning_of_the_kernel(
     assert load(save(finding, ("model", "model"), tmp_path)) == finding.sequence
 
 
+def test_a_kernel_log_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, and the search goes on."""
+
+    def absent(self: KernelLog) -> None:
+        raise HostError("/dev/kmsg cannot be read (Operation not permitted)", "read it as root")
+
+    monkeypatch.setattr(KernelLog, "__init__", absent)
+    monkeypatch.setattr(verb, "_system", lambda name: Kvm("model"))
+    assert run("--backends", "model,kernel", "--ops", "50") == EXIT_OK
+    told = capsys.readouterr()
+    assert "the kernel log is not watched: /dev/kmsg cannot be read" in told.err
+    assert "0 differences" in told.out
+
+
 def test_without_a_kvm_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,11 @@ class Side(Closing):
         states[f"events {index}"] = _but(events, comparable_events)
         msrs = bytearray(_MSRS)
         ioctl(ioctls.KVM_GET_MSRS, msrs)
+        area = vcpu.area
+        states[f"if_flag {index}"] = area.if_flag
+        states[f"ready_for_interrupt_injection {index}"] = area.ready_for_interrupt_injection
+        states[f"cr8 {index}"] = area.cr8
+        states[f"apic_base {index}"] = area.apic_base
         states[f"IA32_APIC_BASE {index}"] = int.from_bytes(msrs[16:24], "little")
         states[f"IA32_TSC_DEADLINE {index}"] = int(any(msrs[32:40]))
 
@@ -349,10 +354,10 @@ class Side(Closing):
         return lapic is not None and _highest(lapic, ISR) >= 0
 
     def _wakes(self, index: int) -> bool:
-        """Whether the local APIC has a vector for a vCPU with nothing in service."""
+        """Whether HLT ends: the local APIC has a vector for a vCPU with nothing in service."""
         lapic = self._lapic(index)
         if lapic is None:
-            return False
+            return True  # HLT is an exit
         base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
         enabled = base & APIC_BASE_ENABLED and lapic[SVR + 1] & 1
         return bool(enabled) and max(_highest(lapic, IRR), 0) & 0xF0 > lapic[TPR] & 0xF0
