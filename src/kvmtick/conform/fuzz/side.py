@@ -4,7 +4,8 @@ Interrupts are taken in windows only (`Side.window`), one each. What makes them 
 back end that writes EOI itself when it injects one (docs/fidelity.md): a window opens only while
 nothing is in service in the local APIC, and afterwards the guest writes EOI where something is. And
 with one that looks for interrupts at every KVM_RUN: before a window the vCPU is asked to look
-(KVM_REQ_EVENT), by a KVM_SET_MP_STATE that changes nothing.
+(KVM_REQ_EVENT), by a KVM_SET_MP_STATE that changes nothing. And with one that serves all requests
+at KVM_RUN only: after an access the vCPU enters the guest once more, for nothing.
 
 No timer may fire by itself: counts are far away (`far_count`), and in real time `keep_pit_away`
 starts the PIT's counters again before they get near. Operations that let one fire wait for it.
@@ -108,7 +109,6 @@ class Side(Closing):
         self._age = Stopwatch()
         self._since_load = Stopwatch()
         self._pit: bytes | str = ""
-        self._is_split = False
         self._buffers = _Buffers()
         self._lock: AbstractContextManager[Any] = (
             nullcontext() if self._real_time else _machine(self.vm).lock
@@ -172,9 +172,6 @@ class Side(Closing):
                 states[name] = chip if isinstance(chip, str) else chip[8 : 8 + size_bytes]
             for index, vcpu in enumerate(self.vcpus):
                 self._look_at_vcpu(index, vcpu, states)
-        self._is_split = isinstance(states["pic 0"], str) and isinstance(
-            states.get("lapic 0"), bytes
-        )
         if runs:
             nmis, *vectors = mailbox.interrupts_taken(vm)
             states["NMIs taken"] = nmis
@@ -302,9 +299,8 @@ class Side(Closing):
             read &= self._port_mask(index, address, int(kind[2:]) // 8)
         else:
             read = _masked(kind, address, read)
-        if self._is_split:  # KVM_EXIT_IOAPIC_EOI may come at the next KVM_RUN
-            self._mailbox.post("none")
-            self._enter(index)
+        self._mailbox.post("none")
+        self._enter(index)
         self._take_nmis(index)
         return read, fault
 
