@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvmtick.conform.fuzz.observe import Seen
+from kvmtick.conform.fuzz.look import Seen
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.search import Backends
 from kvmtick.conform.fuzz.side import Config, Side

@@ -6,7 +6,7 @@ import pytest
 
 from kvmtick.abi import HostError
 from kvmtick.abi.structs import kvm_pic_state, kvm_vcpu_events
-from kvmtick.conform.fuzz.observe import Seen
+from kvmtick.conform.fuzz.look import Seen
 from kvmtick.conform.fuzz.operations import (
     Access,
     CreateIrqchip,

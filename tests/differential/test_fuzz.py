@@ -101,12 +101,13 @@ def test_a_difference_is_shrunk_to_what_shows_it(finding: Finding) -> None:
 
 def test_what_shows_once_only_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvmtick.conform.fuzz import search
-    from kvmtick.conform.fuzz.observe import Difference
+    from kvmtick.conform.fuzz.look import Difference
 
     model = Kvm("model")
     fuzzer = Fuzzer(Backends.of(model, model))
-    once = [search.Found(0, sequence(0, 0).operations[0], (Difference("answer", 0, 1),))]
-    monkeypatch.setattr(search, "first_difference", lambda *_: once.pop() if once else None)
+    found = search.Found(0, sequence(0, 0).operations[0], (Difference("answer", 0, 1),))
+    once = [search.Outcome(1, found)]
+    monkeypatch.setattr(search, "carry_out", lambda *_: once.pop() if once else search.Outcome(1))
     assert fuzzer.run(1) is None
     assert (fuzzer.totals.noise, fuzzer.totals.differences) == (1, 0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from kvmtick.conform.fuzz.generate import Sequence, sequence
-from kvmtick.conform.fuzz.observe import Difference
+from kvmtick.conform.fuzz.look import Difference
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.shrink import fewest, without_parts
 from kvmtick.conform.fuzz.side import LOST, Config, LateHostError, Side
@@ -22,7 +22,7 @@ from kvmtick.host.kmsg import KernelLog
 from kvmtick.kvm.api import System
 from kvmtick.timing.wall import Stopwatch
 
-__all__ = ["Backends", "Finding", "Found", "Fuzzer", "Totals", "first_difference"]
+__all__ = ["Backends", "Finding", "Found", "Fuzzer", "Totals", "carry_out", "first_difference"]
 
 LATE_RETRIES = 3
 CONFIRMATIONS = 2
@@ -93,6 +93,14 @@ class Totals:
     """How often each kind of operation was carried out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many steps of a sequence were carried out, and the difference that ended it."""
+
+    steps: int
+    found: Found | None = None
+
+
 def first_difference(
     backends: Backends, config: Config, operations: Seq[Operation]
 ) -> Found | None:
@@ -100,6 +108,11 @@ def first_difference(
 
     Raises LateHostError if the host is late every time.
     """
+    return carry_out(backends, config, operations).found
+
+
+def carry_out(backends: Backends, config: Config, operations: Seq[Operation]) -> Outcome:
+    """As `first_difference`. A guest that is lost on both sides alike is an end, too."""
     for _ in range(LATE_RETRIES):
         with suppress(LateHostError), ExitStack() as stack:
             left, right = (stack.enter_context(make(config)) for make in backends.make)
@@ -107,18 +120,19 @@ def first_difference(
     raise LateHostError
 
 
-def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Found | None:
+def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Outcome:
     for number, operation in enumerate(operations):
         seen, other = left.step(operation), right.step(operation)
         for patience_us in PATIENCE_US:
             if seen == other:
                 break
-            seen, other = (left.look_again(seen, patience_us), right.look_again(other, patience_us))
+            seen, other = left.look_again(seen, patience_us), right.look_again(other, patience_us)
         if seen != other:
-            return Found(number, operation, tuple(seen.differences(other)))
+            found = Found(number, operation, tuple(seen.differences(other)))
+            return Outcome(number + 1, found)
         if left.lost:
-            break
-    return None
+            return Outcome(number + 1)
+    return Outcome(len(operations))
 
 
 class Fuzzer:
@@ -164,11 +178,11 @@ class Fuzzer:
         totals = self.totals
         totals.sequences += 1
         try:
-            found = first_difference(self.backends, each.config, each.operations)
+            outcome = carry_out(self.backends, each.config, each.operations)
         except LateHostError:
             totals.late += 1
             return None
-        done = each.operations[: len(each.operations) if found is None else found.step + 1]
+        found, done = outcome.found, each.operations[: outcome.steps]
         totals.ops += len(done)
         totals.coverage.update(type(operation).__name__ for operation in done)
         warning = self._log.new_warning() if self._log is not None else None

@@ -13,36 +13,18 @@ starts the PIT's counters again before they get near. Operations that let one fi
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from kvmtick.abi import ioctls
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.exits import ExitHlt, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
-from kvmtick.abi.structs import (
-    KVM_MP_STATE_RUNNABLE,
-    KvmStruct,
-    kvm_irqchip,
-    kvm_lapic_state,
-    kvm_mp_state,
-    kvm_msr_entry,
-    kvm_pit_state2,
-    kvm_vcpu_events,
-    make_msrs,
-)
+from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE
 from kvmtick.conform.fuzz import mailbox
+from kvmtick.conform.fuzz.look import Looks, Seen, errno_name
 from kvmtick.conform.fuzz.mailbox import Mailbox
-from kvmtick.conform.fuzz.observe import (
-    Seen,
-    comparable_events,
-    comparable_lapic,
-    comparable_pit,
-)
 from kvmtick.conform.fuzz.operations import Answer, Operation
 from kvmtick.kvm.api import System, Vcpu, Vm
 from kvmtick.machine.machine import Machine
@@ -53,7 +35,6 @@ __all__ = ["LOST", "Config", "GuestLostError", "LateHostError", "Side"]
 VECTORS_TAKEN = "vectors taken"
 LOST = "the guest is lost"
 EVENTFDS = 4
-_CHIPS = (("pic 0", 16), ("pic 1", 16), ("ioapic", 216))
 LIMIT_S = 5.0
 """No entry takes that long, but where the guest is lost."""
 MOST_EXITS = 20
@@ -74,8 +55,6 @@ REARM_S, LATE_S = 0.010, 0.035
 IRQFD_WORK_NS = 300_000
 LEAST_TIMER_S = 2.2
 """A sequence must be over before a local APIC's timer may fire: the shortest takes 3.2 s."""
-
-_MSRS = bytes(make_msrs(kvm_msr_entry(index=index) for index in (MSR_APIC_BASE, MSR_TSC_DEADLINE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +87,7 @@ class Side(Closing):
         self._real_time = system.backend == "kernel"
         self._age = Stopwatch()
         self._since_load = Stopwatch()
-        self._pit: bytes | str = ""
-        self._buffers = _Buffers()
+        self._look_at = Looks(self.vm, config.runs)
         self._lock: AbstractContextManager[Any] = (
             nullcontext() if self._real_time else _machine(self.vm).lock
         )
@@ -137,14 +115,14 @@ class Side(Closing):
         try:
             answer = operation.do(self)
         except KvmError as error:
-            answer = _errno_name(error)
+            answer = errno_name(error)
         except GuestLostError as error:
             answer, self.lost = LOST, str(error)
         except Exception as error:
             answer = self.lost = repr(error)
         if self._exits:
             answer = (answer, *self._exits)
-        seen = self.look(answer)
+        seen = self._look(answer)
         if self._real_time and self._age.elapsed_s() > LEAST_TIMER_S:
             raise LateHostError
         return seen
@@ -154,47 +132,19 @@ class Side(Closing):
         if not self._real_time:
             return seen
         sleep_ns(after_us * 1000)
-        again = self.look(seen.answer)
+        again = self._look(seen.answer)
         if self.config.runs:
             again.states[VECTORS_TAKEN] = seen.states[VECTORS_TAKEN]
         return again
 
-    def look(self, answer: Answer) -> Seen:
-        """What there is to see now."""
-        vm, runs = self.vm, self.config.runs
-        states: dict[str, int | bytes | str] = {}
+    def _look(self, answer: Answer) -> Seen:
         with self._lock:
-            self._pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, self._buffers.pit)
-            states["pit"] = _but(self._pit, comparable_pit)
-            for chip_id, (name, size_bytes) in enumerate(_CHIPS):
-                self._buffers.chip.chip_id = chip_id
-                chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, self._buffers.chip)
-                states[name] = chip if isinstance(chip, str) else chip[8 : 8 + size_bytes]
-            for index, vcpu in enumerate(self.vcpus):
-                self._look_at_vcpu(index, vcpu, states)
-        if runs:
-            nmis, *vectors = mailbox.interrupts_taken(vm)
-            states["NMIs taken"] = nmis
-            states[VECTORS_TAKEN] = " ".join(map(hex, vectors))
-        return Seen(answer, states)
-
-    def _look_at_vcpu(self, index: int, vcpu: Vcpu, states: dict[str, int | bytes | str]) -> None:
-        buffers, ioctl, runs = self._buffers, vcpu.ioctl, self.config.runs
-        ioctl(ioctls.KVM_GET_MP_STATE, buffers.mp_state)
-        states[f"mp_state {index}"] = buffers.mp_state.mp_state
-        lapic = _read(ioctl, ioctls.KVM_GET_LAPIC, buffers.lapic)
-        states[f"lapic {index}"] = _but(lapic, lambda page: comparable_lapic(page, runs))
-        events = _read(ioctl, ioctls.KVM_GET_VCPU_EVENTS, buffers.events)
-        states[f"events {index}"] = _but(events, comparable_events)
-        msrs = bytearray(_MSRS)
-        ioctl(ioctls.KVM_GET_MSRS, msrs)
-        area = vcpu.area
-        states[f"if_flag {index}"] = area.if_flag
-        states[f"ready_for_interrupt_injection {index}"] = area.ready_for_interrupt_injection
-        states[f"cr8 {index}"] = area.cr8
-        states[f"apic_base {index}"] = area.apic_base
-        states[f"IA32_APIC_BASE {index}"] = int.from_bytes(msrs[16:24], "little")
-        states[f"IA32_TSC_DEADLINE {index}"] = int(any(msrs[32:40]))
+            seen = self._look_at.everything(self.vcpus, answer)
+        if self.config.runs:
+            nmis, *vectors = mailbox.interrupts_taken(self.vm)
+            seen.states["NMIs taken"] = nmis
+            seen.states[VECTORS_TAKEN] = " ".join(map(hex, vectors))
+        return seen
 
     # What operations are made of.
 
@@ -244,7 +194,7 @@ class Side(Closing):
 
     def far_count(self, value: int) -> int:
         """What to write to counter 0 instead of `value`, so that no count is short."""
-        write_state = self._pit[10] if isinstance(self._pit, bytes) else 0
+        write_state = self._look_at.pit.channels[0].write_state
         if write_state in (2, 4):
             return value | LEAST_COUNT >> 8
         return value if write_state == 3 else value & ~0xFF
@@ -316,8 +266,8 @@ class Side(Closing):
         if port == 0x61:
             mask = ~0x30
         elif 0x40 <= port < 0x43 and in_pit:
-            latched = isinstance(self._pit, bytes) and self._pit[(port - 0x40) * 24 + 7]
-            mask = ~0x80 if latched else ~0xFF
+            channel = self._look_at.pit.channels[port - 0x40]
+            mask = ~0x80 if channel.status_latched else ~0xFF
         self._port_masks[index] = mask
         return mask
 
@@ -339,19 +289,14 @@ class Side(Closing):
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
         return answer
 
-    def _lapic(self, index: int) -> bytes | None:
-        """KVM_GET_LAPIC; None without an in-kernel local APIC."""
-        lapic = _read(self.vcpus[index].ioctl, ioctls.KVM_GET_LAPIC, self._buffers.lapic)
-        return None if isinstance(lapic, str) else lapic
-
     def _in_service(self, index: int) -> bool:
         """Whether a vCPU's local APIC has a vector in ISR."""
-        lapic = self._lapic(index)
+        lapic = self._look_at.lapic(self.vcpus[index])
         return lapic is not None and _highest(lapic, ISR) >= 0
 
     def _wakes(self, index: int) -> bool:
         """Whether HLT ends: the local APIC has a vector for a vCPU with nothing in service."""
-        lapic = self._lapic(index)
+        lapic = self._look_at.lapic(self.vcpus[index])
         if lapic is None:
             return True  # HLT is an exit
         base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
@@ -393,39 +338,10 @@ class Side(Closing):
         raise GuestLostError(f"vCPU {index}: still not done after {MOST_EXITS} exits")
 
 
-class _Buffers:
-    """What ioctls fill in, made once."""
-
-    def __init__(self) -> None:
-        self.pit = kvm_pit_state2()
-        self.chip = kvm_irqchip()
-        self.lapic = kvm_lapic_state()
-        self.events = kvm_vcpu_events()
-        self.mp_state = kvm_mp_state()
-
-
 def _machine(vm: Any) -> Machine:
     """The machine of a VM of the model."""
     machine: Machine = vm.machine
     return machine
-
-
-def _read(ioctl: Callable[[int, KvmStruct], int], request: int, buffer: KvmStruct) -> bytes | str:
-    """What an ioctl fills in, or the errno."""
-    try:
-        ioctl(request, buffer)
-    except KvmError as error:
-        return _errno_name(error)
-    return bytes(buffer)
-
-
-def _but(state: bytes | str, comparable: Callable[[bytearray], bytes]) -> bytes | str:
-    """As much of a state as is compared; an errno as it is."""
-    return state if isinstance(state, str) else comparable(bytearray(state))
-
-
-def _errno_name(error: KvmError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 def _highest(lapic: bytes, register: int) -> int:
