@@ -1,7 +1,7 @@
 """Registers by SDM name, in lower case, and where KVM_GET_REGS and KVM_GET_SREGS have them.
 
 `rax` to `r15`, `rip`, `rflags`; of each segment the selector, `_base`, `_limit` and `_access`
-(access rights as in a VMCS, SDM vol. 3C, 25.4.1: a segment that is not present is unusable, too);
+(access rights as in a VMCS, SDM vol. 3C, 26.4.1: a segment that is not present is unusable, too);
 `gdtr` and `idtr`; control registers and `efer`.
 Debug registers and other MSRs have ioctls of their own.
 """

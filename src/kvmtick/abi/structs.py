@@ -775,7 +775,7 @@ class kvm_lapic_state(KvmStruct):
     regs: Annotated[Array[c_uint8], c_uint8 * KVM_APIC_REG_SIZE]
 
     def reg(self, offset: int) -> int:
-        """The 32-bit register at byte `offset` of the page (SDM vol. 3A, table 11-1)."""
+        """The 32-bit register at byte `offset` of the page (SDM vol. 3A, table 12-1)."""
         return int.from_bytes(self.regs[offset : offset + 4], "little")
 
     def set_reg(self, offset: int, value: int) -> None:

@@ -39,7 +39,7 @@ class Probe:
 
 
 def _in_service_after_injection(bench: "Bench") -> bool:
-    """A handler that writes no EOI leaves its vector in service (SDM 3A, 11.8.4)."""
+    """A handler that writes no EOI leaves its vector in service (SDM 12.8.4)."""
     from kvmtick.conform.bench import ENABLED, ISR, PORT_ACT, SVR, WINDOWS
 
     with bench.pc() as pc:

@@ -1,10 +1,10 @@
 """The contract between a vCPU and whatever executes guest instructions.
 
-An engine is the hardware side of VMX as far as events go (Intel SDM vol. 3C, chapters 25-28): the
+An engine is the hardware side of VMX as far as events go (Intel SDM vol. 3C, chapters 26-29): the
 vCPU (`kvmtick.vcpu`) decides, the engine obeys. `enter` is one VM entry and the guest execution up
 to the next VM exit:
 
-* the event in `intr_info` (VM-entry interruption information, SDM 25.8.3) is delivered through the
+* the event in `intr_info` (VM-entry interruption information, SDM 26.8.3) is delivered through the
   guest's IVT or IDT before the first instruction; the vCPU has checked IF and the shadow. An
   exception whose bit 11 is set pushes `entry_error_code`;
 * at every instruction boundary, the first included, in this order: a kick ends the execution
@@ -130,11 +130,11 @@ RESET_REGISTERS = {
     "dr7": 0x400,
     **dict.fromkeys(CPU_MSRS.values(), 0),
 }
-"""All but RFLAGS, after RESET (SDM vol. 3A, table 10-1)."""
+"""All but RFLAGS, after RESET (SDM vol. 3A, table 11-1)."""
 
 
 class EventType(IntEnum):
-    """Interruption type, bits 10:8 of an interruption-information field (SDM 25.8.3)."""
+    """Interruption type, bits 10:8 of an interruption-information field (SDM 26.8.3)."""
 
     EXTERNAL = 0
     NMI = 2
@@ -145,7 +145,7 @@ class EventType(IntEnum):
 
 
 class Interruptibility(IntFlag):
-    """Guest interruptibility state (SDM 25.4.2): what holds an event back besides IF."""
+    """Guest interruptibility state (SDM 26.4.2): what holds an event back besides IF."""
 
     STI = 1 << 0
     MOV_SS = 1 << 1
@@ -262,7 +262,7 @@ class Engine(Protocol):
         """The host may have written RAM that is `shared`: look at the pages with code there."""
 
     def reset(self, cs: int, ip: int) -> None:
-        """Registers as after RESET (SDM table 10-1), but starting at `cs`:`ip` in real mode."""
+        """Registers as after RESET (SDM table 11-1), but starting at `cs`:`ip` in real mode."""
 
     def enter(
         self, intr_info: int, irq_window: bool, nmi_window: bool, budget: int, tsc: int
@@ -307,7 +307,7 @@ class Engine(Protocol):
         """All registers by SDM name in lower case.
 
         `rax` to `r15`, `rip`, `rflags`; selectors `es`, `cs`, `ss`, `ds`, `fs`, `gs`, `ldtr`, `tr`
-        and for each `_base`, `_limit` and `_access` (access rights as in a VMCS, SDM 25.4.1);
+        and for each `_base`, `_limit` and `_access` (access rights as in a VMCS, SDM 26.4.1);
         `gdtr_base`, `gdtr_limit`, `idtr_base`, `idtr_limit`; `cr0`, `cr2`, `cr3`, `cr4`; `dr0` to
         `dr3`, `dr6`, `dr7`; the values of `CPU_MSRS` (`fs_base` and `gs_base` are those of the
         segments).

@@ -3,8 +3,8 @@
 A guest routine yields one typed operation per instruction. Delivering an event suspends the running
 routine and starts the handler of the vector; the end of the handler is its IRET. What follows the
 engine contract follows the same parts of the Intel SDM as a real CPU would: STI and MOV SS shadows
-(vol. 2B, STI; vol. 3A, 6.8.3), NMI blocking until IRET (vol. 3A, 6.7.1), RFLAGS.IF cleared on
-delivery (vol. 3A, 6.12.1), IDT-vectoring information (vol. 3C, 25.9.3).
+(vol. 2B, STI; vol. 3A, 7.8.3), NMI blocking until IRET (vol. 3A, 7.7.1), RFLAGS.IF cleared on
+delivery (vol. 3A, 7.12.1), IDT-vectoring information (vol. 3C, 26.9.3).
 
     def main() -> Program:
         yield Sti()
@@ -370,7 +370,7 @@ class ScriptedEngine:
         """Let the next `injections` event deliveries fail half-way.
 
         Such an entry executes nothing and exits with `EXTERNAL_INTERRUPT` and the event in
-        `idt_vectoring_info`, for the vCPU to inject again (SDM vol. 3C, 25.9.3 and 28.2.4).
+        `idt_vectoring_info`, for the vCPU to inject again (SDM vol. 3C, 26.9.3 and 29.2.4).
         """
         self._cuts_left = injections
 

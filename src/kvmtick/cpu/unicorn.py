@@ -2,8 +2,8 @@
 
 Implements, in every CPU mode (real and unreal, protected with 16 and 32 bits, virtual-8086, long):
 delivery of external interrupts, NMIs, exceptions and software interrupts through the IVT (Intel SDM
-vol. 3A, 6.12; vol. 3B, 21.1.4) or the IDT with error codes, stack switches by TSS and IST, RF and
-EXT (vol. 3A, 6.10 to 6.14), the shadows of STI and MOV SS (6.8.3), NMI blocking until IRET (6.7.1),
+vol. 3A, 7.12; vol. 3B, 22.1.4) or the IDT with error codes, stack switches by TSS and IST, RF and
+EXT (vol. 3A, 7.10 to 7.14), the shadows of STI and MOV SS (7.8.3), NMI blocking until IRET (7.7.1),
 double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 and 5), HLT, IN,
 OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET,
 SYSENTER, SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B

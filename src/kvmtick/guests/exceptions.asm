@@ -2,7 +2,7 @@
 ;
 ; The guest goes through its cases round after round, until it has taken `count` ticks (0: for ever)
 ; and ended a round, and leaves with code 0. A case raises one exception; what the processor pushed
-; must be what the SDM says (vol. 3A, chapter 6): vector, error code, CS, RIP, RFLAGS with IF, TF, AC
+; must be what the SDM says (vol. 3A, chapter 7): vector, error code, CS, RIP, RFLAGS with IF, TF, AC
 ; and RF, SS, RSP, and for a page fault CR2; so must the stack, SS and RFLAGS of the handler, and the
 ; registers after it. Otherwise it leaves with code 6 and a line that says what is wrong where, with
 ; code 5 where CPUID has no long mode. The first round prints a line a case:

@@ -1,7 +1,7 @@
 """KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS and KVM_SET_SREGS of the model (api.rst 4.11 to 4.14).
 
 `set_sregs` refuses what kvm_is_valid_sregs and kvm_apic_set_base do. Segments are kept as in a VMCS
-(SDM vol. 3C, 25.4.1): one that is not present is unusable, too, and a field has its bits only.
+(SDM vol. 3C, 26.4.1): one that is not present is unusable, too, and a field has its bits only.
 CR0.ET always reads 1, and a task that is available is busy.
 
 Not modelled: registers that contradict each other in other ways; an entry with them does what the

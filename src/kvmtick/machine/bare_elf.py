@@ -47,7 +47,7 @@ def load_bare_elf(image: bytes, layout: Layout) -> dict[str, int]:
 
 
 def _identity_map(at: int) -> bytes:
-    """A PML4, a PDPT and four page directories, for address `at` (SDM vol. 3A, 4.5)."""
+    """A PML4, a PDPT and four page directories, for address `at` (SDM vol. 3A, 5.5)."""
     pdpt, directories = at + PAGE_BYTES, at + 2 * PAGE_BYTES
     tables = _table([pdpt | PRESENT_WRITABLE_USER])
     tables += _table(

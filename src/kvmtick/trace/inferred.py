@@ -3,7 +3,7 @@
 * **kvm_pit_reset_reinject**: i8254.c has no tracepoint. `pending` is forgotten when the guest
   programs counter 0 (its hrtimer is started for another time outside of an interrupt) and, with
   reinject on, when it unmasks IRQ 0 in the PIC's IMR or the IOAPIC pin of GSI 0.
-* **kvm_inj_nmi**: `intr_info` of kvm_entry shows it (SDM 24.8.3, APM 15.20).
+* **kvm_inj_nmi**: `intr_info` of kvm_entry shows it (SDM 26.8.3, APM 15.20).
 * **kvm_inj_virq**, where a back end never writes it and writes the local APIC's EOI itself when it
   injects: a kvm_eoi that the guest did not write is the injection. The guest's own EOI then finds
   nothing in service (vector -1): it ends what was injected last. A back end is one of these until

@@ -4,7 +4,7 @@
 kvm_check_and_inject_events (arch/x86/kvm/x86.c) over the VMX functions vmx_inject_irq,
 vmx_inject_nmi and vmx_enable_{irq,nmi}_window: first an event whose delivery was cut short, then an
 NMI, then an external interrupt; what cannot be taken now opens a window. Blocking follows SDM vol.
-3A, 6.8.1 (IF), 6.8.3 (MOV SS) and 6.7.1 (NMI).
+3A, 7.8.1 (IF), 7.8.3 (MOV SS) and 7.7.1 (NMI).
 
 Not modelled: SMI, pending exceptions (those that KVM itself raises; the engine does that, and
 `PendingEvents.exception` does not show it), nested guests.

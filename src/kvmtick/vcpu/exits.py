@@ -315,5 +315,5 @@ class ExitHandlers:
 
 
 def _io_qualification(port: int, size_bytes: int, is_in: int) -> int:
-    """The exit qualification of a port access (SDM table 28-5)."""
+    """The exit qualification of a port access (SDM table 29-5)."""
     return port << 16 | is_in << 3 | (size_bytes - 1)

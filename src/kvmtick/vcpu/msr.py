@@ -245,7 +245,7 @@ class Msrs:
         self._apic_base = value
         return True
 
-    # Time (SDM vol. 3B, 18.17.3): IA32_TSC_ADJUST sums up what the guest did to the TSC.
+    # Time (SDM vol. 3B, 19.17.3): IA32_TSC_ADJUST sums up what the guest did to the TSC.
 
     def _set_tsc(self, value: int, host_initiated: bool) -> None:
         vcpu = self._vcpu

@@ -36,7 +36,7 @@ __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 NO_VECTOR = -1
 NS_PER_MS = 1_000_000
 RESET_CS_IP = (0xF000, 0xFFF0)
-"""Where a processor starts after RESET and INIT (SDM table 10-1), but for CS's base: there is no
+"""Where a processor starts after RESET and INIT (SDM table 11-1), but for CS's base: there is no
 firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
 SIPI_PAGE_SHIFT = 8
 """A SIPI vector is the number of the 4 KiB page to start at: CS is vector << 8."""
@@ -420,7 +420,7 @@ class Vcpu:
     # One entry and exit.
 
     def exit_on_pause(self, enabled: bool) -> None:
-        """PAUSE exiting (SDM vol. 3C, 25.6.2): whether another vCPU could use the time."""
+        """PAUSE exiting (SDM vol. 3C, 26.6.2): whether another vCPU could use the time."""
         if enabled != self._exits_on_pause:
             self._exits_on_pause = enabled
             self.engine.exit_on_pause(enabled)

@@ -1,4 +1,4 @@
-"""The VMCS fields that carry events into and out of the guest (Intel SDM vol. 3C, chapter 25).
+"""The VMCS fields that carry events into and out of the guest (Intel SDM vol. 3C, chapter 26).
 
 Not modelled: everything else of a VMCS; guest state lives in the engine.
 """
@@ -13,7 +13,7 @@ INTR_INFO_TYPE_MASK = 7
 
 
 def intr_info(event_type: EventType, vector: int) -> int:
-    """An interruption-information field, valid, without an error code (SDM 25.8.3)."""
+    """An interruption-information field, valid, without an error code (SDM 26.8.3)."""
     return INTR_INFO_VALID | int(event_type) << INTR_INFO_TYPE_SHIFT | vector
 
 

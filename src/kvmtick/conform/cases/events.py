@@ -1,5 +1,5 @@
 """What goes into a vCPU and when: NMIs, the order of interrupts, HLT and MP states, INIT and SIPI,
-KVM_INTERRUPT and KVM_SET_VCPU_EVENTS (SDM vol. 3A 6.7 to 6.9; arch/x86/kvm/x86.c).
+KVM_INTERRUPT and KVM_SET_VCPU_EVENTS (SDM vol. 3A 7.7 to 7.9; arch/x86/kvm/x86.c).
 """
 
 from collections.abc import Callable, Iterator
@@ -123,7 +123,7 @@ def nmi_limit(bench: Bench, sent: int, taken: int) -> None:
         equal(counted(pc.vm), taken, "NMIs taken")
 
 
-@case("An NMI is taken with IF=0 (SDM 6.7).")
+@case("An NMI is taken with IF=0 (SDM 7.7).")
 def nmi_ignores_if(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(out8(PORT_ACT, 0), *WINDOWS, acts=[pc.vcpus[0].nmi])
@@ -168,7 +168,7 @@ def nmi_states(bench: Bench, sent_in_handler: int) -> list[tuple[int, int]]:
     return seen
 
 
-@case("In an NMI's handler NMIs are masked, and IRET unmasks them (SDM 6.7.1).")
+@case("In an NMI's handler NMIs are masked, and IRET unmasks them (SDM 7.7.1).")
 def nmis_are_masked_until_iret(bench: Bench) -> None:
     equal(nmi_states(bench, 0), [(0, 1), (0, 0)], "pending and masked, in the handler and after")
 
@@ -200,7 +200,7 @@ def pending_nmis_are_set(bench: Bench, how: str, does: str, flags: int, nmis: in
         equal(pc.run(out8(PORT_ACT, 0), *WINDOWS, acts=[send]).nmis, nmis, "NMIs taken")
 
 
-@case("KVM_SET_VCPU_EVENTS can mask NMIs; one that comes then waits (api.rst 4.32; SDM 6.7.1).")
+@case("KVM_SET_VCPU_EVENTS can mask NMIs; one that comes then waits (api.rst 4.32; SDM 7.7.1).")
 def masked_by_set_vcpu_events(bench: Bench) -> None:
     with bench.pc() as pc:
         seen: list[int] = []
@@ -280,7 +280,7 @@ def pic_before_the_lapic(bench: Bench) -> None:
 
 
 @case(
-    "An NMI goes in before an interrupt, whose turn is the handler's end or later (SDM table 6-2)."
+    "An NMI goes in before an interrupt, whose turn is the handler's end or later (SDM table 7-2)."
 )
 def nmi_before_interrupts(bench: Bench) -> None:
     def arm(pc: Pc) -> None:
@@ -310,7 +310,7 @@ def injected_before_all(bench: Bench) -> None:
 
 
 @variants(
-    "With {0} in KVM_SET_VCPU_EVENTS an interrupt is taken {1} (SDM 6.8.3; api.rst 4.32, "
+    "With {0} in KVM_SET_VCPU_EVENTS an interrupt is taken {1} (SDM 7.8.3; api.rst 4.32, "
     "interrupt.shadow).",
     {
         "none": ("no shadow", "at once", 0, 0),
@@ -438,7 +438,7 @@ NEVER = 0xEE
 
 
 @variants(
-    "After INIT and SIPI a vCPU starts at the SIPI's page {0:#x}: CS is {0:#x}00 (SDM 8.4.4.1; "
+    "After INIT and SIPI a vCPU starts at the SIPI's page {0:#x}: CS is {0:#x}00 (SDM 10.4.4.1; "
     "kvm_apic_accept_events).",
     {"3": (3,), "5": (5,)},
 )
@@ -449,14 +449,14 @@ def sipi_starts_at(bench: Bench, page: int) -> None:
         equal(counted(pc.vm), page << 8, "CS of vCPU 1")
 
 
-@case("A vCPU that was sent no SIPI does not start, although it got INIT (SDM 8.4.4).")
+@case("A vCPU that was sent no SIPI does not start, although it got INIT (SDM 10.4.4).")
 def init_alone_starts_nothing(bench: Bench) -> None:
     with bench.pc(vcpus=2) as pc:
         pc.run(*ON, sends(INIT, TO_VCPU_1), *WINDOWS)
         equal(pc.vcpus[1].get_mp_state(), KVM_MP_STATE_INIT_RECEIVED, "MP state of vCPU 1")
 
 
-@case("A SIPI without INIT is ignored (SDM 8.4.4; kvm_apic_accept_events: INIT_RECEIVED only).")
+@case("A SIPI without INIT is ignored (SDM 10.4.4; kvm_apic_accept_events: INIT_RECEIVED only).")
 def sipi_without_init(bench: Bench) -> None:
     with bench.pc(vcpus=2) as pc:
         pc.vm.write_memory(0x3000, STORE_CS + CLI + HLT)
@@ -731,7 +731,7 @@ def refused_events(bench: Bench, what: str, flags: int, exception: int) -> None:
 
 
 @case(
-    "A triple fault is an exit: here an exception in protected mode without an IDT (SDM 6.15, "
+    "A triple fault is an exit: here an exception in protected mode without an IDT (SDM 7.15, "
     "interrupt 8; KVM_EXIT_SHUTDOWN)."
 )
 def triple_fault_exits(bench: Bench) -> None:

@@ -756,7 +756,7 @@ def delivery_mode(
         equal(vcpu.get_mp_state(), mp_state, "MP state")
 
 
-@case("An interrupt of NMI delivery comes with IF=0 (82093AA 3.2.4, mode 100; SDM vol. 3A 6.7).")
+@case("An interrupt of NMI delivery comes with IF=0 (82093AA 3.2.4, mode 100; SDM vol. 3A 7.7).")
 def nmi_delivery_is_not_held_back_by_if(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(

@@ -808,7 +808,7 @@ def ipi_of_mode(
 
 
 @variants(
-    "An NMI IPI {0} comes with IF=0 (SDM 12.6.1; 6.7).",
+    "An NMI IPI {0} comes with IF=0 (SDM 12.6.1; 7.7).",
     {"by-shorthand": ("by shorthand", ASSERT | SELF | NMI), "by-id": ("by id", ASSERT | NMI)},
 )
 def nmi_ipi_to_itself(bench: Bench, how: str, icr: int) -> None:
@@ -876,7 +876,7 @@ def illegal_vector(bench: Bench, vector: int) -> None:
         equal(pc.irr(), {vector}, "IRR")
 
 
-@case("Interrupts wait in IRR while IF is 0 (SDM 6.8.1; 12.8.4).")
+@case("Interrupts wait in IRR while IF is 0 (SDM 7.8.1; 12.8.4).")
 def requests_wait_for_if(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(

@@ -134,7 +134,7 @@ def ioapic(bench: Bench, pin: str, expected: tuple[int, ...], why: str, entry: i
 
 @case(
     "An IOAPIC edge to a local APIC that is disabled by software gives 0: it takes no message"
-    " (SDM 3A, 11.4.7.2; __apic_accept_irq)."
+    " (SDM 12.4.7.2; __apic_accept_irq)."
 )
 def ioapic_to_a_disabled_lapic(bench: Bench) -> None:
     sequence(bench, to_the_ioapic(VECTOR, enabled=False), IOAPIC_NOBODY)

@@ -545,7 +545,7 @@ def ioapic_masked_for_50_ms(bench: Bench, reinject: bool, how: str) -> None:
 
 @variants(
     "GSI 0 at IOAPIC pin 2 and no EOI, reinjection {1}: one tick, and {3} (pit_do_work; its class"
-    " stays in service, SDM 3A, 11.8.3).",
+    " stays in service, SDM 12.8.3).",
     {
         "reinject": (True, "on", set[int](), "no request behind it, for the line is not pulsed"),
         "no-reinject": (False, "off", {VECTOR}, "one request behind it in IRR"),

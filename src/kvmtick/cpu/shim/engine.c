@@ -494,7 +494,7 @@ static bool prepare(Engine *self, uint32_t intr_info)
     return true;
 }
 
-/* As a VM entry fails that has no TSS in TR (SDM vol. 3C, 27.3.1.2). */
+/* As a VM entry fails that has no TSS in TR (SDM vol. 3C, 28.3.1.2). */
 static PyObject *refuse_entry(Engine *self)
 {
     self->retired = 0;

@@ -65,7 +65,7 @@ static void deliver_entry_exception(Engine *self, int vector, int error_code)
     I32(self->cpu, CPU_EXCEPTION_INDEX) = vector;
     I32(self->env, ENV_EXCEPTION_IS_INT) = 0;
     I32(self->env, ENV_ERROR_CODE) = error_code;
-    /* A fault on the way makes a double or triple fault of it (SDM vol. 3A, table 6-5). */
+    /* A fault on the way makes a double or triple fault of it (SDM vol. 3A, table 7-5). */
     I32(self->env, ENV_OLD_EXCEPTION) = is_contributory(vector) ? vector : -1;
     if (is_fault(vector)) {
         U64(self->env, ENV_EFLAGS) |= FLAGS_RF; /* as KVM has it in the guest state */
@@ -158,7 +158,7 @@ static bool leave_before_fetch(Engine *self)
     return true;
 }
 
-/* A gate's error code is vector * 8 + IDT (SDM vol. 3A, 6.13). QEMU has 16 instead, the bytes of a
+/* A gate's error code is vector * 8 + IDT (SDM vol. 3A, 7.13). QEMU has 16 instead, the bytes of a
  * gate in long mode. */
 static void mend_gate_error_code(Engine *self, int vector)
 {

@@ -158,7 +158,7 @@ static const Register REGISTERS[] = {
     {"tsc_aux", ENV_TSC_AUX, NUMBER_64},
 };
 
-/* Access rights in a VMCS (SDM 25.4.1): the attributes of a descriptor, and "unusable". */
+/* Access rights in a VMCS (SDM 26.4.1): the attributes of a descriptor, and "unusable". */
 #define ACCESS_ATTRIBUTES 0xf0ffu
 #define ACCESS_UNUSABLE (1u << 16)
 /* The processor keeps a TSS that is busy in TR. */
