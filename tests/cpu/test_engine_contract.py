@@ -143,7 +143,7 @@ def windows_come_at_once() -> bool:
 
 @functools.cache
 def ivt_has_a_limit() -> bool:
-    """An interrupt beyond the IDTR's limit ends in a triple fault (SDM 3A, 21.1.4)."""
+    """An interrupt beyond the IDTR's limit ends in a triple fault (SDM 3B, 22.1.4)."""
     # lidt [0x1100] (zeros: no vector is inside the limit); int 0x40; hlt
     return _ends_with("0f011e0011 cd40 f4") == ExitShutdown()
 

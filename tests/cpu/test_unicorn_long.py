@@ -298,7 +298,7 @@ def test_nmis_are_blocked_until_iretq() -> None:
 
 @either_engine
 def test_an_iretq_that_faults_ends_the_blocking_of_nmis(exact: bool) -> None:
-    # The NMI handler returns to a selector beyond the GDT: #GP (SDM vol. 3A, 6.7.1).
+    # The NMI handler returns to a selector beyond the GDT: #GP (SDM vol. 3A, 7.7.1).
     cpu = LongCpu(
         "ebfe", {2: "66c74424080010 48cf", GP: "f4"}, exact=exact
     )  # mov word [rsp+8], 0x1000; iretq

@@ -1,4 +1,4 @@
-"""What goes into the guest at the next entry: order, blocking, windows (x86.c, SDM 25.8.3, 6.8)."""
+"""What goes into the guest at the next entry: order, blocking, windows (x86.c, SDM 26.8.3, 7.8)."""
 
 import pytest
 

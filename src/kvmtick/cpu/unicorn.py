@@ -4,7 +4,7 @@ Implements, in every CPU mode (real and unreal, protected with 16 and 32 bits, v
 delivery of external interrupts, NMIs, exceptions and software interrupts through the IVT (Intel SDM
 vol. 3A, 7.12; vol. 3B, 22.1.4) or the IDT with error codes, stack switches by TSS and IST, RF and
 EXT (vol. 3A, 7.10 to 7.14), the shadows of STI and MOV SS (7.8.3), NMI blocking until IRET (7.7.1),
-double and triple faults (6.15, interrupt 8), paging and protection (chapters 4 and 5), HLT, IN,
+double and triple faults (7.15, interrupt 8), paging and protection (chapters 5 and 6), HLT, IN,
 OUT, INS and OUTS (vol. 1, chapter 19), RDTSC and RDTSCP (vol. 3B, 18.17), SYSCALL, SYSRET,
 SYSENTER, SYSEXIT and the checks of control registers and of the MSRs in `engine.CPU_MSRS` (vol. 2B
 and 4; vol. 3A, 2.5), VM-entry event injection, interrupt-window and NMI-window exiting (vol. 3C,

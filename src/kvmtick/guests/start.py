@@ -6,7 +6,7 @@ segments, paging on; the SSE instructions compilers use are on too (CR4.OSFXSR).
 GDTR and IDTR are empty and all else is as after RESET (SDM table 10-1), unless further registers
 are given by name: `rax=...`, `gdtr_base=...`.
 
-Access rights of segments are in a VMCS's format (SDM 25.4.1).
+Access rights of segments are in a VMCS's format (SDM 26.4.1).
 """
 
 from typing import Final

@@ -143,9 +143,9 @@ class TickTrace:
             self.assembler.settle()
 
     def _know_worker(self) -> None:
-        """With one VM in this process its worker is known; else the events tell which it is."""
+        """The worker of the only PIT of this process is known; else the events tell which it is."""
         workers = pit_worker_tids(os.getpid())
-        if len(workers) == 1:
+        if self._vm.told.pit_flags is not None and len(workers) == 1:
             tid = workers.pop()
             self._one_vm.add_task(self._decoder.tasks.name(tid, f"kvm-pit/{os.getpid()}"))
 

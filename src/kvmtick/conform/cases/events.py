@@ -123,6 +123,18 @@ def nmi_limit(bench: Bench, sent: int, taken: int) -> None:
         equal(counted(pc.vm), taken, "NMIs taken")
 
 
+@case("Beside an NMI that is being injected one may wait (process_nmi looks at nmi_injected).")
+def nmi_limit_beside_an_injected_one(bench: Bench) -> None:
+    with bench.pc() as pc:
+        vcpu = pc.vcpus[0]
+        events = kvm_vcpu_events()
+        events.nmi.injected = 1
+        vcpu.set_vcpu_events(events)
+        for _ in range(3):
+            vcpu.nmi()
+        equal(vcpu.get_vcpu_events().nmi.pending, 1, "pending NMIs")
+
+
 @case("An NMI is taken with IF=0 (SDM 7.7).")
 def nmi_ignores_if(bench: Bench) -> None:
     with bench.pc() as pc:
@@ -462,6 +474,15 @@ def sipi_without_init(bench: Bench) -> None:
         pc.vm.write_memory(0x3000, STORE_CS + CLI + HLT)
         pc.run(*ON, sends(SIPI | 3, TO_VCPU_1), *WINDOWS)
         equal(pc.vcpus[1].get_mp_state(), KVM_MP_STATE_UNINITIALIZED, "MP state of vCPU 1")
+
+
+@case("INIT throws away a SIPI that was not taken yet (__apic_accept_irq: INIT alone is pending).")
+def init_forgets_a_sipi(bench: Bench) -> None:
+    with bench.pc(vcpus=2) as pc:
+        pc.enable_lapic(1)
+        for sent in (INIT, SIPI | 3, INIT):
+            pc.vm.signal_msi(MSI_ADDRESS | 1 << 12, sent)
+        equal(pc.vcpus[1].get_mp_state(), KVM_MP_STATE_INIT_RECEIVED, "MP state of vCPU 1")
 
 
 @case("A SIPI to a vCPU that runs is ignored (SDM 12.6.1, start-up).")

@@ -47,6 +47,7 @@ from kvmtick.guests.script import (
     IOAPIC,
     Op,
     apic_eoi_off,
+    apic_eoi_on,
     cli,
     ioapic_read,
     ioapic_write,
@@ -56,7 +57,9 @@ from kvmtick.guests.script import (
     out8,
     snap_vector,
     sti,
+    tsc_read,
     unreal,
+    wait_vector,
 )
 
 ID, VERSION, ARBITRATION = range(3)
@@ -483,6 +486,24 @@ def eoi_of_a_masked_pin(bench: Bench) -> None:
         end_in_service(pc, ioapic_write(REDTBL_LOW, LEVEL_ENTRY | MASKED))
         equal(pc.irr(), set(), "requests after EOI")
         equal(pc.pin(PIN), LEVEL_ENTRY | MASKED, "redirection entry")
+
+
+@case(
+    "A level line that is still high after 10,000 EOIs in a row interrupts again 10 ms later only "
+    "(kvm_ioapic_update_eoi_one: IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT)."
+)
+def interrupt_storm_is_slowed_down(bench: Bench) -> None:
+    # what a kernel counts in jiffies may be one less
+    least_ns = 10_000_000 if bench.exact else 5_000_000
+    with bench.pc() as pc:
+        only_the_ioapic(pc, LEVEL_ENTRY)
+        got = pc.run(
+            *(*ON, apic_eoi_on(), out8(PORT_ACT, 0), sti(), wait_vector(VECTOR, 9_990)),
+            *(tsc_read(0), wait_vector(VECTOR, 10_010), tsc_read(2)),
+            acts=[lambda: pc.vm.irq_line(GSI, 1)],
+        )
+        took_ns = pc.elapsed_ns(got, 0, 2)
+        check(took_ns >= least_ns, "ns from interrupt 9,990 to 10,010", "10 ms or more", took_ns)
 
 
 @case("Masking a pin leaves its Remote IRR: the interrupt is still in service (82093AA 3.2.4).")

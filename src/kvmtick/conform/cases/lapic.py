@@ -755,13 +755,21 @@ def logical_id_of_several_bits(bench: Bench, dest: int, whom: str, who: tuple[bo
     equal(logical(bench, ONES, (0x03, 0x04), dest), taken_by(*who), "requests of both vCPUs")
 
 
-@case("Each local APIC reads a logical destination by its own DFR (kvm_apic_match_logical_addr).")
-def logical_models_may_differ(bench: Bench) -> None:
+@variants(
+    "Each local APIC reads a logical destination by its own DFR: {0:#x} for 0x10 in the flat and "
+    "0x11 in the cluster model (kvm_apic_match_logical_addr).",
+    {
+        "both": (0x11, (True, True)),
+        "other-member": (0x12, (True, False)),
+        "other-cluster": (0x21, (False, False)),
+    },
+)
+def logical_models_may_differ(bench: Bench, dest: int, who: tuple[bool, ...]) -> None:
     with bench.pc(vcpus=2) as pc:
         pc.set_lapic({SVR: ENABLED, DFR: ONES, LDR: 0x10 << 24}, 0)
         pc.set_lapic({SVR: ENABLED, DFR: CLUSTER, LDR: 0x11 << 24}, 1)
-        pc.run(unreal(), sends(ASSERT | LOGICAL | VECTOR, 0x12 << 24))
-        equal(each(pc), taken_by(True, False), "requests of the flat one and the cluster's")
+        pc.run(unreal(), sends(ASSERT | LOGICAL | VECTOR, dest << 24))
+        equal(each(pc), taken_by(*who), "requests of the flat one and the cluster's")
 
 
 @case("A lowest-priority IPI for several is taken by one (SDM 12.6.2.4; vector hashing).")
@@ -923,12 +931,32 @@ def x2apic_ldr(bench: Bench) -> None:
         equal(got, [{0x80D: 1}, {0x80D: 2}], "IA32_X2APIC_LDR")
 
 
-@case("An x2APIC logical destination names a cluster and its members (SDM 12.12.10.2).")
-def x2apic_cluster_destination(bench: Bench) -> None:
+@variants(
+    "An x2APIC logical destination names a cluster and its members: {0:#x} (SDM 12.12.10.2).",
+    {
+        "members": (0x6, (False, True, True)),
+        "other-cluster": (0x1_0006, (False, False, False)),
+    },
+)
+def x2apic_cluster_destination(bench: Bench, dest: int, who: tuple[bool, ...]) -> None:
     with bench.pc(vcpus=3) as pc:
         to_x2apic(pc)
-        pc.run(unreal(), wrmsr(msr(ICR), 6 << 32 | ASSERT | LOGICAL | VECTOR))
-        equal(each(pc), taken_by(False, True, True), "requests of three vCPUs")
+        pc.run(unreal(), wrmsr(msr(ICR), dest << 32 | ASSERT | LOGICAL | VECTOR))
+        equal(each(pc), taken_by(*who), "requests of three vCPUs")
+
+
+@variants(
+    "Beside an xAPIC, too, an x2APIC looks at the cluster of a logical destination: {0:#x} "
+    "(SDM 12.12.10.2; kvm_apic_match_logical_addr).",
+    {"own-cluster": (0x1, (True, False)), "other-cluster": (0x1_0001, (False, False))},
+)
+def x2apic_beside_an_xapic(bench: Bench, dest: int, who: tuple[bool, ...]) -> None:
+    with bench.pc(vcpus=2) as pc:
+        equal(pc.vcpus[0].set_msrs({MSR_APIC_BASE: X2APIC_BASE}), 1, "MSRs set")
+        pc.enable_lapic(0)
+        pc.set_lapic({SVR: ENABLED, DFR: ONES, LDR: 0x02 << 24}, 1)
+        pc.run(unreal(), wrmsr(msr(ICR), dest << 32 | ASSERT | LOGICAL | VECTOR))
+        equal(each(pc), taken_by(*who), "requests of the x2APIC and the xAPIC")
 
 
 @case("In x2APIC mode 0xffffffff is the broadcast destination (SDM 12.12.9).")

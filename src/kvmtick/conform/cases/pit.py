@@ -599,6 +599,16 @@ def out_pin(bench: Bench, mode: int, first: int, second: int, how: str) -> None:
     equal(bench.quiet(attempt), (first, second), "OUT at the load, and later")
 
 
+@case(
+    "In mode 3 the high half of an odd count is the longer one: of count 1 all is high"
+    " (8254 datasheet, mode 3; pit_get_out)."
+)
+def out_of_an_odd_count(bench: Bench) -> None:
+    with bench.pc(pit=True) as pc:
+        got = pc.run(*load(2, 3, 1), *status(2))
+        equal(got.results[AT] >> 7, 1, "OUT")
+
+
 # --- the gate and port 0x61 -----------------------------------------------------------------------
 
 

@@ -552,6 +552,18 @@ def lapic_one_shot_is_due(bench: Bench) -> None:
         equal(got.apic_vectors[VECTOR], 1, f"times vector {VECTOR:#x} was taken")
 
 
+@case("A periodic timer with nothing left has a whole period to go (set_target_expiration).")
+def lapic_periodic_goes_on_with_a_period(bench: Bench) -> None:
+    with bench.pc() as pc:
+        got = pc.run(
+            *(unreal(), out8(PORT_ACT, 0), sti(), *WINDOWS),
+            acts=[lambda: running_timer(pc, HOUR, 0, LVT_PERIODIC)],
+        )
+        equal(got.apic_vectors[VECTOR], 0, f"times vector {VECTOR:#x} was taken")
+        left = pc.lapic(TMCCT)
+        check(left > HOUR // 4, "TMCCT", f"{HOUR}, less what has passed", left)
+
+
 @case("In TSC-deadline mode the initial count reads 0 (apic_set_reg of TMICT is not for it).")
 def lapic_deadline_mode_has_no_count(bench: Bench) -> None:
     with bench.pc() as pc:

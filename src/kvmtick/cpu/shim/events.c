@@ -2,7 +2,7 @@
  *
  * QEMU delivers them, through the guest's IVT or IDT. What is added here, from the SDM's vol. 3A:
  * RF in the flags a fault pushes (vol. 3B, 18.3.1.1), EXT in the error code of a fault during the
- * delivery of an event (6.13), the end of NMI blocking by an IRET that faults (6.7.1), INT1. */
+ * delivery of an event (7.13), the end of NMI blocking by an IRET that faults (7.7.1), INT1. */
 
 #include "shim.h"
 
