@@ -40,8 +40,14 @@ do not count. What is set aside stands in docs/comparing.md.
 A guest that prints or holds ticks back does so in real time: more than 20 ticks are asked of
 tick-if0 and tick-mask, so that what was replayed is over before they end.
 
-exit codes: 0 the same; 1 they differ; 2 usage; 3 no /dev/kvm, no tracefs, KVM cannot run this
-guest, or the host is too noisy
+exit codes:
+  0 the same   1 they differ   2 usage   130 interrupted
+  3 no /dev/kvm, no tracefs, KVM cannot run this guest, or the host is too noisy
+
+examples:
+  kvmtick compare tick-if0                      ticks that are held back
+  kvmtick compare tick-lapic --timer oneshot    the local APIC's timer
+  kvmtick compare tick-pic --all                every step of both
 """
 
 LINES = {
@@ -77,13 +83,13 @@ def _parser() -> Parser:
     p = Parser(
         prog="kvmtick compare",
         usage="kvmtick compare GUEST [OPTION ...]",
-        description="Run a guest (built-in, or FILE) on the model and on the kernel, and show side"
-        " by side where they do not do the same.",
+        description="Run a guest on the model and on the kernel, and show side by side where they do"
+        " not do the same.\nGUEST is a built-in guest or a file, as of kvmtick run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("guest", metavar="GUEST", help="as of kvmtick run")
+    p.add_argument("guest", metavar="GUEST", help=argparse.SUPPRESS)
     add_guest(p, ticks=str(DEFAULT_TICKS))
     add_file(p)
     add_reinject(p.add_argument_group("how"))

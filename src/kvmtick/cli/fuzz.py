@@ -25,6 +25,23 @@ MOST_SHOWN = 40
 BACKENDS = ("model", "kernel")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
+EPILOG = """\
+The search ends after --ops or --for, whichever comes first, at the first difference, and at the
+first warning in the kernel's log, which only root may read. A difference is made as short as it
+gets and saved: a file for --replay. What is not compared, times above all, stands in
+docs/fidelity.md.
+
+exit codes:
+  0 no difference   1 a difference, or a warning of the kernel   2 usage
+  3 no usable /dev/kvm   130 interrupted
+
+examples:
+  kvmtick fuzz                            40,000 operations, about half a minute
+  kvmtick fuzz --for 15m --seed 7         for long, and others
+  kvmtick fuzz --replay fuzz-0-1.json     a saved difference again
+  kvmtick fuzz --backends model,model     without /dev/kvm: does the model agree with itself?
+"""
+
 
 def main(argv: list[str]) -> int:
     """Run the verb; the exit code is 1 when something was found."""
@@ -37,24 +54,23 @@ def _parser() -> Parser:
     p = Parser(
         prog="kvmtick fuzz",
         usage="kvmtick fuzz [OPTION ...]",
-        description="Carry out random operations on two back ends and compare after each: results, "
-        "errnos, what the guest read, and the state of all chips and vCPUs. Needs /dev/kvm.",
-        epilog="exit codes: 0 no difference, 1 a difference or a warning of the kernel, 2 usage, "
-        "3 the host lacks what was asked for",
+        description="Does the model do what /dev/kvm does? Random operations on both, compared after"
+        " each: results,\nerrnos, what the guest read, and the state of all chips and vCPUs.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--ops", metavar="N", help=f"how many operations (default {DEFAULT_OPS:,})")
+    p.add_argument("--ops", metavar="N", help=f"how many operations ({DEFAULT_OPS:,})")
     p.add_argument("--for", dest="for_", metavar="DURATION", help="how long: 90s, 15m, 2h")
-    p.add_argument("--seed", metavar="N", default="0", help="what to draw from (default 0)")
+    p.add_argument("--seed", metavar="N", default="0", help="what to draw from (0)")
     p.add_argument(
         "--backends",
         metavar="A,B",
         default=",".join(BACKENDS),
-        help="which two (default %(default)s)",
+        help="which two, each model or kernel (%(default)s)",
     )
     p.add_argument(
-        "--save", metavar="DIR", default=".", help="where a finding is saved (default .)"
+        "--save", metavar="DIR", default=".", help="where a finding is saved (.)"
     )
     p.add_argument("--replay", metavar="FILE", help="carry out a saved sequence again")
     p.add_argument("--json", action="store_true", help="one JSON object instead of text")
