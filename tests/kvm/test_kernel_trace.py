@@ -14,6 +14,7 @@ from kvmtick.host.tracefs import Tracefs, open_tracefs
 from kvmtick.kvm import kernel_trace
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.kernel_trace import TickTrace
+from kvmtick.kvm.setup import cpuid_of
 from kvmtick.machine.run import Run
 from kvmtick.ticks.report import TickReport
 from kvmtick.trace.events import Event, Record
@@ -171,6 +172,19 @@ def test_two_vms_of_one_process_at_once() -> None:
         assert total(ticks) == ticks.expired
         assert taken(ticks) == runs[name].guest_ticks
         assert ticks.extra <= pulses_nobody_asked_for(records[name])
+
+
+def test_a_vm_without_a_pit_does_not_take_the_worker_of_another() -> None:
+    with KernelVm() as other, KernelVm() as vm:
+        other.prepare(guests.load("tick-pic", tsc_khz=other.get_tsc_khz()).needs)
+        vm.create_irqchip()
+        vm.create_vcpu(0).set_cpuid2(cpuid_of(vm.get_supported_cpuid(), 0))
+        guest = guests.load("tick-lapic", ticks=20, tsc_khz=vm.get_tsc_khz())
+        vm.load(guest)
+        trace = TickTrace(vm)
+        run = vm.run(limit_s=LIMIT_S, observer=trace)
+    assert run.guest_ticks == 20
+    assert not [task for task in trace.tasks if task.startswith("kvm-pit/")]
 
 
 def test_what_a_small_buffer_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,8 @@ def _parser() -> Parser:
     p = Parser(
         prog="kvmtick compare",
         usage="kvmtick compare GUEST [OPTION ...]",
-        description="Run a guest on the model and on the kernel, and show side by side where they do"
-        " not do the same.\nGUEST is a built-in guest or a file, as of kvmtick run.",
+        description="Run a guest on the model and on the kernel, and show side by side where they"
+        " do not do the same.\nGUEST is a built-in guest or a file, as of kvmtick run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -54,8 +54,8 @@ def _parser() -> Parser:
     p = Parser(
         prog="kvmtick fuzz",
         usage="kvmtick fuzz [OPTION ...]",
-        description="Does the model do what /dev/kvm does? Random operations on both, compared after"
-        " each: results,\nerrnos, what the guest read, and the state of all chips and vCPUs.",
+        description="Does the model do what /dev/kvm does? Random operations on both, compared"
+        " after each: results,\nerrnos, what the guest read, and the state of all chips and vCPUs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -69,9 +69,7 @@ def _parser() -> Parser:
         default=",".join(BACKENDS),
         help="which two, each model or kernel (%(default)s)",
     )
-    p.add_argument(
-        "--save", metavar="DIR", default=".", help="where a finding is saved (.)"
-    )
+    p.add_argument("--save", metavar="DIR", default=".", help="where a finding is saved (.)")
     p.add_argument("--replay", metavar="FILE", help="carry out a saved sequence again")
     p.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return p

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kvmtick.guests import Guest, Parameters
+from kvmtick.kvm.goal import TickGoal, any_of
 from kvmtick.kvm.length import NOMINAL_TIMES, believed_period_ns, most_ns, parameters_of
 from kvmtick.machine.machine import Exit, Machine
 from kvmtick.machine.ports import PortHandler
@@ -38,15 +39,15 @@ class GuestRun:
         stopwatch = Stopwatch()
         guest = self.machine.loaded[-1] if self.machine.loaded else None
         lengths_ns = [] if for_ns is None else [for_ns]
-        goal: _TickGoal | None = None
+        goal: TickGoal | None = None
         if guest is not None and guest.parameters is not None:
             lengths_ns += self._rest_ns(guest)
         elif ticks is not None:
-            goal = _TickGoal(self, ticks)
+            goal = TickGoal(ticks, self._reached, self._is_time_up)
         self.machine.ports.handlers = handlers
         self.machine.ports.on_ioapic_eoi = on_ioapic_eoi
         exit_ = self.machine.run(
-            min(lengths_ns, default=None), limit_s, _either(goal.is_over if goal else None, until)
+            min(lengths_ns, default=None), limit_s, any_of(goal.is_over if goal else None, until)
         )
         if exit_.reason == "until" and goal is not None and goal.reason:
             exit_ = Exit(goal.reason)
@@ -72,6 +73,17 @@ class GuestRun:
             return []
         ran_ns = self.machine.clock.now_ns - max(self.machine.loaded_ns, self._started_ns())
         return [max(0, whole_ns - ran_ns)]
+
+    def _reached(self) -> int:
+        """How many ticks have reached the guest."""
+        self.machine.recorder.flush()
+        return self.assembler.reached
+
+    def _is_time_up(self, ticks: int) -> bool:
+        """Whether a foreign guest had ten times the time that so many ticks of the PIT take."""
+        pit = self.machine.board.pit
+        period_ns = pit.period_ns if pit else 0
+        return period_ns > 0 and self.machine.elapsed_ns >= NOMINAL_TIMES * ticks * period_ns
 
     def _started_ns(self) -> int:
         """When the machine was first run; now, if it was not."""
@@ -105,31 +117,3 @@ class GuestRun:
             console=machine.ports.console.decode("utf-8", "replace"),
             serial=machine.ports.serial.decode("utf-8", "replace"),
         )
-
-
-class _TickGoal:
-    """A foreign guest's end: `ticks` of them reached it, or it had ten times the time for that."""
-
-    def __init__(self, run: GuestRun, ticks: int) -> None:
-        self._run = run
-        self._ticks = ticks
-        self.reason = ""
-
-    def is_over(self) -> bool:
-        machine = self._run.machine
-        machine.recorder.flush()
-        pit = machine.board.pit
-        period_ns = pit.period_ns if pit else 0
-        if self._run.assembler.reached >= self._ticks:
-            self.reason = "done"
-        elif period_ns and machine.elapsed_ns >= NOMINAL_TIMES * self._ticks * period_ns:
-            self.reason = "time"
-        return bool(self.reason)
-
-
-def _either(
-    first: Callable[[], bool] | None, second: Callable[[], bool] | None
-) -> Callable[[], bool] | None:
-    if first is None or second is None:
-        return first or second
-    return lambda: first() or second()

@@ -6,7 +6,7 @@ Not here: the chips user space has to bring with a split or a userspace irqchip.
 """
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Final
 
@@ -26,7 +26,8 @@ from kvmtick.host.kvmdev import (
 )
 from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
-from kvmtick.kvm.kernel_run import Ends, Observer, Session, TickGoal, UserSpace, observed
+from kvmtick.kvm.goal import TickGoal, any_of
+from kvmtick.kvm.kernel_run import Ends, Observer, Session, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
 from kvmtick.kvm.told import Told
 from kvmtick.machine.machine import Exit as RunExit
@@ -231,13 +232,12 @@ class KernelVm(Vm[KernelVcpu]):
             raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
         if for_ns is not None and for_ns < 0:
             raise ValueError(f"for_ns={for_ns} is negative: give 0 or more")
-        questions = [] if until is None else [until]
         goal: TickGoal | None = None
         if ticks is not None and not (self._guest and self._guest.parameters):
             if observer is None:
                 raise ValueError(f"ticks={ticks}: nobody sees a foreign guest's here, give for_ns")
-            goal = TickGoal(observer, ticks)
-            questions.append(goal.is_over)
+            watcher = observer
+            goal = TickGoal(ticks, lambda: watcher.assembler.reached)
         self.user.ports.handlers = handlers or {}
         self.user.ports.on_ioapic_eoi = on_ioapic_eoi
         with nullcontext() if observer is None else observed(observer, goal is not None):
@@ -245,11 +245,11 @@ class KernelVm(Vm[KernelVcpu]):
             self._started_ns = self._started_ns or stopwatch.started_ns
             lengths_ns = [each for each in (for_ns, self._rest_ns()) if each is not None]
             end_ns = stopwatch.started_ns + min(lengths_ns) if lengths_ns else None
-            ends = Ends(end_ns, limit_s, _any_of(questions))
+            ends = Ends(end_ns, limit_s, any_of(goal.is_over if goal else None, until))
             exit_ = Session(self.vcpus, self.user, ends).run(first)
             ran_ns = stopwatch.elapsed_ns()
-        if exit_.reason == "until" and goal is not None and goal.is_over():
-            exit_ = RunExit("done")
+        if exit_.reason == "until" and goal is not None and goal.reason:
+            exit_ = RunExit(goal.reason)
         return self._result(exit_, stopwatch.started_ns, ran_ns, counter, observer)
 
     def parameters(self) -> Parameters | None:
@@ -317,8 +317,3 @@ class KernelVm(Vm[KernelVcpu]):
         for name in ("file", "device", "memory"):
             if (part := getattr(self, name, None)) is not None:
                 part.close()
-
-
-def _any_of(questions: Sequence[Callable[[], bool]]) -> Callable[[], bool] | None:
-    """The answer to all of them, asked in that order; None if there is none."""
-    return (lambda: any(question() for question in questions)) if questions else None

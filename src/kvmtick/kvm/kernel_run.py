@@ -31,7 +31,7 @@ from kvmtick.ticks.life import TickAssembler
 if TYPE_CHECKING:
     from kvmtick.kvm.kernel import KernelVcpu, KernelVm
 
-__all__ = ["Ends", "Observer", "Session", "TickGoal", "UserSpace", "observed"]
+__all__ = ["Ends", "Observer", "Session", "UserSpace", "observed"]
 
 SLICE_S: Final = 0.05
 """How often `until` is asked, where no exit of a vCPU does it sooner."""
@@ -58,18 +58,6 @@ def observed(observer: Observer, live: bool) -> Iterator[None]:
         yield
     finally:
         observer.stop()
-
-
-class TickGoal:
-    """Knows when `ticks` have reached a guest."""
-
-    def __init__(self, observer: Observer, ticks: int) -> None:
-        self._observer = observer
-        self._ticks = ticks
-
-    def is_over(self) -> bool:
-        """Whether they have."""
-        return self._observer.assembler.reached >= self._ticks
 
 
 class UserSpace:
