@@ -1,5 +1,6 @@
 """Every conformance case, on the model and on /dev/kvm; what a host cannot show is skipped."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -11,6 +12,8 @@ from kvmtick.conform.case import Case, all_cases
 from kvmtick.conform.run import run_case
 
 CASES = list(all_cases())
+SOURCE = re.compile(r"SDM|datasheet|82093AA|8254|8259|api\.rst|KVM_[A-Z]|[a-z]_[a-z]|\bKVM\b")
+"""A document, an ioctl, or a function of the kernel."""
 
 MakeBench = Callable[[str], Bench]
 
@@ -51,3 +54,4 @@ def test_every_case_has_a_name_of_its_own_and_a_sentence() -> None:
     for case in CASES:
         assert case.right.endswith("."), case.name
         assert case.right.isprintable(), case.name
+        assert SOURCE.search(case.right), f"{case.name} does not say why"

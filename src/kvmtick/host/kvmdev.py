@@ -573,7 +573,10 @@ def open_kvm(path: str = KVM_PATH) -> KvmDevice:
         version = device.api_version()
     except KvmError as error:
         device.close()
-        raise HostError(f"{path} is no KVM device ({error})", "a KVM device is: c 10 232") from None
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        raise HostError(
+            f"{path} is no KVM device (KVM_GET_API_VERSION: {name})", f"mknod {KVM_PATH} c 10 232"
+        ) from None
     if version != structs.KVM_API_VERSION:
         device.close()
         raise HostError(f"{path} speaks KVM API {version}, not 12", "use a kernel from 2.6.22 on")

@@ -584,7 +584,10 @@ def memory_writes_of(
         equal(event.count(), count, "the eventfd's count")
 
 
-@case("An eventfd may be an ioeventfd and an irqfd: the guest's write interrupts it.")
+@case(
+    "An eventfd may be an ioeventfd and an irqfd: the guest's write interrupts it"
+    " (ioeventfd_write)."
+)
 def ioeventfd_that_is_an_irqfd(bench: Bench) -> None:
     with bench.pc() as pc, eventfds() as (event,):
         pc.vm.ioeventfd(PORT, 1, event.fd, PIO)

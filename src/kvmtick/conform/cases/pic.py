@@ -375,7 +375,10 @@ def rotate_in_aeoi(bench: Bench, command: int, rotate: int, what: str) -> None:
         equal(pc.pic()["rotate_on_auto_eoi"], rotate, "rotate_on_auto_eoi")
 
 
-@case("The slave's EOI ends the slave's service only; the master's IR2 needs its own (cascading).")
+@case(
+    "The slave's EOI ends the slave's service only; the master's IR2 needs its own (8259A"
+    " datasheet, cascading)."
+)
 def eoi_is_one_chips(bench: Bench) -> None:
     with bench.pc() as pc:
         pc.pic(MASTER, isr=0x04)
@@ -398,7 +401,9 @@ def slave_nests_in_sfnm(bench: Bench, icw4: int, how: str, what: str) -> None:
         equal(polled(pc), 0x82 if icw4 & 0x10 else NOTHING, "poll of the master")
 
 
-@case("Special fully nested mode is about the cascade only: IR3 in service blocks IR3 (SFNM).")
+@case(
+    "Special fully nested mode is about the cascade only: IR3 in service blocks IR3 (pic_get_irq)."
+)
 def sfnm_is_for_the_cascade(bench: Bench) -> None:
     with bench.pc() as pc:
         pc.accesses(*init(MASTER, 0x11))
@@ -485,7 +490,9 @@ def poll_of_the_slave_clears_the_cascade(bench: Bench) -> None:
         equal(pc.pic(MASTER)["irr"], 0, "IRR of the master after")
 
 
-@case("A poll of the master finds IR2 when the slave asks; the slave goes on asking (cascading).")
+@case(
+    "A poll of the master finds IR2 when the slave asks; the slave goes on asking (pic_poll_read)."
+)
 def poll_of_the_master_finds_the_cascade(bench: Bench) -> None:
     with bench.pc() as pc:
         pc.pulse(13)
@@ -577,14 +584,16 @@ def inta_keeps_a_level(bench: Bench) -> None:
         equal((got["irr"], got["isr"]), (0x20, 0x20), "IRR, ISR")
 
 
-@case("INTA of a slave's request puts both chips in service, the master at IR2 (cascading).")
+@case("INTA of a slave's request puts both chips in service, the master at IR2 (kvm_pic_read_irq).")
 def inta_of_the_slave(bench: Bench) -> None:
     with bench.pc() as pc:
         taken_once(pc, 13)
         equal((pc.pic(MASTER)["isr"], pc.pic(SLAVE)["isr"]), (0x04, 0x20), "ISR of both chips")
 
 
-@case("A second edge of a pin in service waits for the EOI, and is taken then (end of interrupt).")
+@case(
+    "A second edge of a pin in service waits for the EOI, and is taken then (8259A datasheet, EOI)."
+)
 def eoi_lets_the_next_through(bench: Bench) -> None:
     requests: list[int] = []
     with bench.pc() as pc:
@@ -596,7 +605,10 @@ def eoi_lets_the_next_through(bench: Bench) -> None:
     equal((requests, got.vectors[5]), ([0x20], 2), "IRR before the EOI, times taken")
 
 
-@case("A higher request interrupts the handler of a lower one, not the reverse (fully nested).")
+@case(
+    "A higher request interrupts the handler of a lower one, not the reverse (8259A"
+    " datasheet, fully nested)."
+)
 def higher_interrupts_lower(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(

@@ -279,7 +279,10 @@ def interleaved_reads_and_writes(bench: Bench) -> None:
         equal(pc.counter(0).count, 0x5678, "count that was written around the read")
 
 
-@case("A latched count holds until it is read, while the counter goes on (counter latch command).")
+@case(
+    "A latched count holds until it is read, while the counter goes on (8254 datasheet,"
+    " counter latch command)."
+)
 def latch_holds(bench: Bench) -> None:
     latched: list[int] = []
     with bench.pc(pit=True) as pc:
@@ -294,7 +297,10 @@ def latch_holds(bench: Bench) -> None:
     )
 
 
-@case("A second latch command before the count is read is ignored (counter latch command).")
+@case(
+    "A second latch command before the count is read is ignored (8254 datasheet, counter"
+    " latch command)."
+)
 def second_latch_is_ignored(bench: Bench) -> None:
     latched: list[int] = []
     with bench.pc(pit=True) as pc:
@@ -379,21 +385,30 @@ def read_back(bench: Bench, command: int, selected: int, counts: int, statuses: 
         equal(got, [(on & counts, on & statuses) for on in chosen], "latched counts and statuses")
 
 
-@case("When both are latched the status is read first, then the count (read-back command).")
+@case(
+    "When both are latched the status is read first, then the count (8254 datasheet,"
+    " read-back command)."
+)
 def status_before_count(bench: Bench) -> None:
     with bench.pc(pit=True) as pc:
         got = pc.run(*load(0, 5, 0x1234), out8(CONTROL, 0xC2), *read(0, 3))
         equal(got.results[AT : AT + 3], (0x3A, 0x34, 0x12), "three reads")
 
 
-@case("A second status latch before the status is read is ignored (read-back command).")
+@case(
+    "A second status latch before the status is read is ignored (8254 datasheet, read-back"
+    " command)."
+)
 def second_status_latch_is_ignored(bench: Bench) -> None:
     with bench.pc(pit=True) as pc:
         got = pc.run(control(0, 5), out8(CONTROL, 0xE2), control(0, 4, LSB), *status(0))
         equal(got.results[AT] & 0x7F, 0x3A, "status byte without OUT")
 
 
-@case("The status shows access, mode and BCD as the control word had them (status byte).")
+@case(
+    "The status shows access, mode and BCD as the control word had them (8254 datasheet,"
+    " status byte)."
+)
 def status_shows_the_control_word(bench: Bench) -> None:
     with bench.pc(pit=True) as pc:
         got = pc.run(control(2, 4, LSB, bcd=1), *status(2))
@@ -693,7 +708,8 @@ def create_pit_has_the_speaker(bench: Bench) -> None:
 
 
 @variants(
-    "Gate and speaker data written to port 0x61 as {0:#04b} read back (port B of the PC's 8255).",
+    "Gate and speaker data written to port 0x61 as {0:#04b} read back (speaker_ioport_write,"
+    " speaker_ioport_read).",
     {f"{value:02b}": (value,) for value in range(4)},
 )
 def speaker_bits_read_back(bench: Bench, value: int) -> None:
@@ -839,7 +855,10 @@ def period(bench: Bench) -> None:
     check(off_ns < limit_ns, "20 periods", f"{20 * PERIOD_NS} ns", f"{off_ns} ns off")
 
 
-@case("The first tick comes a full interval after the count is loaded, never before (hrtimer).")
+@case(
+    "The first tick comes a full interval after the count is loaded, never before"
+    " (create_pit_timer)."
+)
 def first_tick_is_not_early(bench: Bench) -> None:
     with bench.pc(pit=True) as pc:
         got = pc.run(tsc_read(0), pit(COUNT), tsc_read(2), wait_ticks(1), tsc_read(4))
@@ -855,7 +874,10 @@ def count_0_is_the_longest_period(bench: Bench) -> None:
         check(took_ns > 54_900_000, "time to the first tick", "54.9 ms", f"{took_ns} ns")
 
 
-@case("A new count replaces the running timer: the tick comes when the new one is over.")
+@case(
+    "A new count replaces the running timer: the tick comes when the new one is over"
+    " (create_pit_timer)."
+)
 def shorter_count_replaces_a_longer_one(bench: Bench) -> None:
     def attempt() -> int | None:
         with bench.pc(pit=True) as pc:

@@ -191,7 +191,10 @@ def no_eoi_no_pulse(bench: Bench) -> None:
         equal((irr, taken), (0, 1), "IRR bit 0 and ticks, after 20 ms without EOI")
 
 
-@case("Without reinjection every expiry pulses the line: IRR holds one behind the one in service.")
+@case(
+    "Without reinjection every expiry pulses the line: IRR holds one behind the one in"
+    " service (pit_do_work)."
+)
 def no_eoi_no_reinject_latches(bench: Bench) -> None:
     with bench.pc(pit=True, reinject=False) as pc:
         irr, taken = irr_and_ticks_without_eoi(pc)
@@ -467,7 +470,9 @@ def set_pit2_after_30_ms(bench: Bench, reinject: bool, how: str) -> None:
 
 
 @variants(
-    "A late EOI, reinjection {1}: one more tick follows, and the next waits for the next EOI.", BOTH
+    "A late EOI, reinjection {1}: one more tick follows, and the next waits for the next EOI"
+    " (pit_do_work).",
+    BOTH,
 )
 def late_eoi(bench: Bench, reinject: bool, how: str) -> None:
     late = (cli(), out8(0x20, 0x20), wait_ticks(1), user_sleep_us(5_000), *WINDOWS, snap(AT + 1))

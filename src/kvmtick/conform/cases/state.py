@@ -231,7 +231,7 @@ def pit_half_written_count_moves(bench: Bench) -> None:
         equal(pc.counter(2).count, 0x1234, "count")
 
 
-@case("Speaker data and gate move with the PIT: port 0x61 reads the same (flags, gate).")
+@case("Speaker data and gate move with the PIT: port 0x61 reads the same (kvm_vm_ioctl_set_pit2).")
 def pit_speaker_moves(bench: Bench) -> None:
     results, _ = move_pit(bench, (out8(0x61, 3),), (in8(0x61, 0),))
     equal(results[0] & 3, 3, "bits 1:0 of port 0x61")
@@ -285,7 +285,7 @@ def pic_initialisation_goes_on(bench: Bench) -> None:
         equal((got["irq_base"], got["auto_eoi"], got["imr"]), (0x50, 1, 0xA5), "base, AEOI, IMR")
 
 
-@case("A poll that was asked for is answered after the move (poll).")
+@case("A poll that was asked for is answered after the move (picdev_read).")
 def pic_poll_goes_on(bench: Bench) -> None:
     with bench.pc() as pc:
         pc.pic(irr=0x20, poll=1)
@@ -352,7 +352,7 @@ def ioapic_entry_is_kept(bench: Bench, what: str, entry: int) -> None:
         equal(pc.pin(PIN), entry, f"redirection entry {PIN}")
 
 
-@case("The guest reads the register that was selected before the move (ioregsel).")
+@case("The guest reads the register that was selected before the move (ioapic_mmio_read).")
 def ioapic_selection_moves(bench: Bench) -> None:
     with bench.pc() as pc:
         ioapic(pc, lambda state: setattr(state, "ioregsel", 1))
@@ -378,7 +378,9 @@ def ioapic_request_is_sent(bench: Bench, name: str, trigger: int) -> None:
         equal(entry, VECTOR | trigger | (REMOTE_IRR if trigger else 0), f"entry {PIN}")
 
 
-@case("A line that is high on a masked level triggered pin is kept until the unmask (irr).")
+@case(
+    "A line that is high on a masked level triggered pin is kept until the unmask (kvm_set_ioapic)."
+)
 def ioapic_masked_level_is_kept(bench: Bench) -> None:
     with bench.pc() as pc:
         pc.enable_lapic()
@@ -542,7 +544,7 @@ def lapic_timer_without_initial_count(bench: Bench) -> None:
         equal(running_timer(pc, 0, HOUR), 0, "TMCCT after SET_LAPIC")
 
 
-@case("A one-shot with nothing left is due: the interrupt comes when the vCPU runs.")
+@case("A one-shot with nothing left is due: it comes when the vCPU runs (start_sw_period).")
 def lapic_one_shot_is_due(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
@@ -650,14 +652,14 @@ def pending_nmis_without_the_flag(bench: Bench) -> None:
         equal(got.nmi.pending, 1, "nmi.pending")
 
 
-@case("An NMI that is masked, as in its handler, stays so (nmi.masked).")
+@case("An NMI that is masked, as in its handler, stays so (api.rst 4.32).")
 def masked_nmi_is_kept(bench: Bench) -> None:
     with bench.pc() as pc:
         got = events(pc, lambda state: setattr(state.nmi, "masked", 1))
         equal(got.nmi.masked, 1, "nmi.masked")
 
 
-@case("While NMIs are masked by the state a pending one waits (nmi.masked).")
+@case("While NMIs are masked by the state a pending one waits (api.rst 4.32).")
 def masked_nmi_waits(bench: Bench) -> None:
     with bench.pc() as pc:
 
@@ -672,7 +674,7 @@ def masked_nmi_waits(bench: Bench) -> None:
         equal(events(pc).nmi.pending, 1, "nmi.pending")
 
 
-@case("An NMI that was being injected is delivered at the next entry (nmi.injected).")
+@case("An NMI that was being injected is delivered at the next entry (api.rst 4.32).")
 def injected_nmi_is_delivered(bench: Bench) -> None:
     with bench.pc() as pc:
         got = pc.run(
