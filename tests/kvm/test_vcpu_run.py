@@ -6,12 +6,12 @@ The guests are right on any KVM, also on one that looks for interrupts once in m
 import errno
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from eventfds import MakeEventFd
+from threads import JOIN_S, thread
 
 from kvmtick.abi import HostError, KvmError, ioctls, structs
 from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP
@@ -44,7 +44,6 @@ MakeVm = Callable[..., tuple[Vm, Vcpu]]
 CODE = 0x1000
 HANDLERS = 0x1800
 STACK_TOP = 0x8000
-JOIN_S = 30
 SHORT_S = 0.05
 DEVICE = 0xD000_0000
 """Where no RAM is."""
@@ -135,28 +134,6 @@ def answer_all(vcpu: Vcpu, answers: dict[int, bytes]) -> list[tuple[int, bytes]]
 def port_of(exit_: Exit) -> int:
     assert isinstance(exit_, ExitIo), exit_
     return exit_.port
-
-
-@contextmanager
-def thread(function: Callable[[], None]) -> Iterator[threading.Thread]:
-    """Runs `function` beside the test; what it raises, the test does."""
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as failure:
-            failures.append(failure)
-
-    running = threading.Thread(target=run)
-    running.start()
-    try:
-        yield running
-    finally:
-        running.join(JOIN_S)
-    assert not running.is_alive()
-    if failures:
-        raise failures[0]
 
 
 # ---- accesses ----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class KvmFile(Closing):
 
     def fileno(self) -> int:
         """The descriptor, -1 after `close`."""
-        return self._fd
+        return -1 if self.closed else self._fd
 
     def ioctl(self, request: int, arg: "int | KvmStruct | bytearray" = 0) -> int:
         """Call ioctl(2), again after EINTR (KVM_RUN: not); a structure or buffer is passed by
@@ -301,7 +301,8 @@ class VcpuFile(KvmFile):
         super().__init__(fd)
         self._life = life
         life.descriptors += 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_open = True
         self._runner = 0
         self.tid = 0
         """The thread that runs it, or last did, as the kernel counts threads; 0: none yet."""
@@ -309,19 +310,26 @@ class VcpuFile(KvmFile):
         self._ended = False
         self._deadline_s = 0.0
         self._timer = _ThreadTimer()
+        self._map: mmap.mmap | None = None
+        self._kvm_run: kvm_run | None = None
         try:
-            self._map: mmap.mmap | None = mmap.mmap(fd, mmap_bytes)
+            self._map = mmap.mmap(fd, mmap_bytes)
         except OSError:
             self.close()
             raise
-        self._kvm_run: kvm_run | None = kvm_run.from_buffer(self._map)
+        self._kvm_run = kvm_run.from_buffer(self._map)
 
     @property
     def area(self) -> kvm_run:
         """The shared area. Raises `KvmError` EBADF after `close`."""
-        if self._kvm_run is None:
+        if self._kvm_run is None or not self._is_open:
             raise KvmError(errno.EBADF, "KVM_RUN", "this vCPU was closed")
         return self._kvm_run
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`, even if a KVM_RUN is still on its way out."""
+        return not self._is_open
 
     @contextmanager
     def bounded(self, limit_s: float | None = DEFAULT_LIMIT_S) -> Iterator[None]:
@@ -359,6 +367,8 @@ class VcpuFile(KvmFile):
             _drain()
             if KICK_SIGNAL not in before:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
+            if self.closed:
+                self.close()
 
     def enter(self) -> Exit:
         """KVM_RUN until the next exit; signals meant for others do not end it.
@@ -366,8 +376,8 @@ class VcpuFile(KvmFile):
         Raises `KvmError`: EIO from another process than the VM's, EBADF after `close`, EFAULT
         where guest memory went away.
         """
-        area = self.area
         while True:
+            self.area  # noqa: B018  closed meanwhile: EBADF
             try:
                 fcntl.ioctl(self._fd, ioctls.KVM_RUN, 0)
             except (InterruptedError, BlockingIOError):  # EAGAIN: an INIT or SIPI was taken
@@ -377,7 +387,7 @@ class VcpuFile(KvmFile):
             except OSError as error:
                 raise KvmError(error.errno or 0, "KVM_RUN") from None
             assert self._map is not None
-            return decode(area, self._map)
+            return decode(self.area, self._map)
 
     def run(self, limit_s: float = DEFAULT_LIMIT_S) -> Exit:
         """One KVM_RUN to the next exit, at most `limit_s` wall seconds; errors as `enter`."""
@@ -432,18 +442,23 @@ class VcpuFile(KvmFile):
         self.ioctl(ioctls.KVM_SET_REGS, kvm_regs(rip=ip, rflags=2))
 
     def close(self) -> None:
-        """Unmap kvm_run and give the descriptor back; not while it runs."""
-        timer, map_ = getattr(self, "_timer", None), getattr(self, "_map", None)
-        if timer is not None:
-            timer.close()
+        """Unmap kvm_run and give the descriptor back. A `bounded` under way ends: every `enter` in
+        it with EBADF from now on; who is in it then does the rest.
+        """
+        with self._lock:
+            self._is_open = False
+            if self._runner:
+                self.kick()
+                return
+            fd, map_ = self._fd, self._map
+            self._fd, self._kvm_run, self._map = -1, None, None
+        self._timer.close()
         if map_ is not None:
-            with self._lock:
-                self._kvm_run = self._map = None
             # a caller may still hold `area`: the mapping then goes with that reference
             with suppress(BufferError):
                 map_.close()
-        if not self.closed:
-            super().close()
+        if fd >= 0:
+            os.close(fd)
             self._life.leave()
 
     def _stopped(self) -> ExitIntr | None:

@@ -177,6 +177,12 @@ class Vcpu(Ioctls):
         ValueError: it was no read, or the size is wrong.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Give the vCPU back; harmless when repeated. A `run` of another thread's ends with EBADF,
+        and only then everything is given back.
+        """
+
     # Registers.
 
     @abstractmethod
@@ -533,4 +539,10 @@ class Vm(Ioctls, Generic[_V]):
         32-bit tick count, guest-physical. `handlers` answer ports of their own, or ours instead,
         and may call the VM. `on_ioapic_eoi` is told the vectors of KVM_EXIT_IOAPIC_EOI (split
         irqchip). May be called again to go on.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the VM and its vCPUs back; harmless when repeated. What runs ends, as for
+        `Vcpu.close`, and so does a `run` that calls it from a handler.
         """

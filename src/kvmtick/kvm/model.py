@@ -110,6 +110,10 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         return self._vcpus
 
     def create_vcpu(self, vcpu_id: int = 0) -> ModelVcpu:
+        with self.machine.lock:
+            return self._create_vcpu(vcpu_id)
+
+    def _create_vcpu(self, vcpu_id: int) -> ModelVcpu:
         self.check_usable(ioctls.KVM_CREATE_VCPU)
         if not 0 <= vcpu_id < KVM_MAX_VCPU_IDS or len(self._vcpus) >= KVM_MAX_VCPUS:
             raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
@@ -147,20 +151,24 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         return len(self.machine.ram)
 
     def load_guest(self, guest: Guest) -> None:
-        self.machine.load(guest)
+        with self.machine.lock:
+            self.machine.load(guest)
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
-        return self.machine.read_memory(gpa, size_bytes)
+        with self.machine.lock:
+            return self.machine.read_memory(gpa, size_bytes)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
-        self.machine.write_memory(gpa, data)
+        with self.machine.lock:
+            self.machine.write_memory(gpa, data)
 
     def close(self) -> None:
-        """Free the VM and its vCPUs; harmless when repeated."""
-        for vcpu in self._vcpus:
-            vcpu.close()
-        super().close()
-        self.machine.close()
+        """As `Vm.close`."""
+        with self.closing():
+            for vcpu in self._vcpus:
+                vcpu.close()
+            super().close()
+            self.machine.close()
 
     # Running.
 
@@ -178,20 +186,29 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         """As `Vm.run`. A guest that does not get its ticks ends (reason `time`) after ten times the
         time they should take.
         """
-        self.check_usable(ioctls.KVM_RUN)
-        return self._guest_run.run(
+        self._check_runs()
+        run = self._guest_run.run(
             ticks, for_ns, limit_s, until, counter, handlers or {}, on_ioapic_eoi
         )
+        self._check_runs()
+        return run
+
+    def _check_runs(self) -> None:
+        self.check_usable(ioctls.KVM_RUN)
+        for vcpu in self._vcpus:
+            vcpu.check_usable(ioctls.KVM_RUN)
 
     def ticks(self) -> TickReport:
         """The ticks so far, of the PIT if it ever expired, else of the busiest local APIC timer."""
-        return self._guest_run.ticks()
+        with self.machine.lock:
+            return self._guest_run.ticks()
 
     def parameters(self) -> Parameters | None:
         """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one
         that has overwritten it.
         """
-        return self._guest_run.parameters()
+        with self.machine.lock:
+            return self._guest_run.parameters()
 
 
 def _unicorn_engine(exact: bool, seed: int) -> Engine:

@@ -11,7 +11,7 @@ an empty memfd. `file_of` gives the object.
 import errno
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -104,11 +104,19 @@ class MachineFile(ModelFile):
             return super()._do(request, arg)
         machine = self.machine
         with machine.lock:
+            if self.closed:
+                self.check_usable(request)
             machine.clock.refresh()
             try:
                 return super()._do(request, arg)
             finally:
                 machine.wake_threads()
+
+    def closing(self) -> AbstractContextManager[None]:
+        """Have the machine, to close something of it; where another process has the VM by fork(),
+        the one who had the machine then is not in it.
+        """
+        return self.machine.lock if self._pid == os.getpid() else nullcontext()
 
     def check_usable(self, request: int) -> None:
         """As `ModelFile.check_usable`; EIO in another process, which has it by fork()."""

@@ -259,8 +259,9 @@ class KvmRun:
                         raise
         finally:
             self._limit_s = None
+        area = self.area
         assert self._map is not None
-        return decode(self.area, self._map)
+        return decode(area, self._map)
 
     def _interrupted(self) -> ExitIntr:
         if self._kicked:
@@ -274,8 +275,7 @@ class KvmRun:
         self._kicked = True
         if self._area is not None:
             self._area.immediate_exit = 1
-        self._vcpu.engine.kick()
-        self._thread.wake()
+        self._thread.call_out()
 
     def answer(self, data: bytes) -> None:
         """`Vcpu.answer`."""
@@ -284,8 +284,10 @@ class KvmRun:
         self._map[at : at + len(data)] = data
 
     def close(self) -> None:
-        """Give everything back; harmless when repeated."""
+        """Give everything back; harmless when repeated. A `run` under way ends, and does it then."""
         self._thread.close()
+        if self._thread in self._machine.threads:
+            return
         self._area = None
         map_, self._map = self._map, None
         if map_ is not None:
@@ -297,9 +299,15 @@ class KvmRun:
 
     def enter(self) -> None:
         """One KVM_RUN. KvmError EINTR: `immediate_exit`, a kick or the limit; EAGAIN: an INIT was
-        taken; EINVAL: CR8 has reserved bits; EFAULT: a slot's memory is gone.
+        taken; EINVAL: CR8 has reserved bits; EFAULT: a slot's memory is gone; EBADF: it was closed.
         """
-        area = self.area
+        try:
+            self._enter_once(self.area)
+        finally:
+            if self._thread.closed:
+                self.close()
+
+    def _enter_once(self, area: kvm_run) -> None:
         exits = self._vcpu.exits
         with self._thread.running():
             before, exits.user_space = exits.user_space, self._user
@@ -402,6 +410,7 @@ class KvmRun:
 
     def _stop_if_over(self, area: kvm_run) -> None:
         """A kick, or the limit: for the kernel they are signals."""
+        self._thread.check_open()
         if area.immediate_exit or self._left_s() == 0:
             self._put_reason(structs.KVM_EXIT_INTR)
             raise KvmError(errno.EINTR, "KVM_RUN")

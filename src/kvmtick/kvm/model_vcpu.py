@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from kvmtick.abi import ioctls
-from kvmtick.abi.exits import Exit
+from kvmtick.abi.exits import Exit as VcpuExit
 from kvmtick.abi.structs import kvm_run
 from kvmtick.kvm.api import DEFAULT_VCPU_LIMIT_S, Vcpu
 from kvmtick.kvm.model_file import Handler, MachineFile
 from kvmtick.kvm.model_run import KvmRun
 from kvmtick.kvm.vcpu_ioctl import VCPU_IOCTLS
-from kvmtick.machine.machine import Machine
+from kvmtick.machine.machine import Exit, Machine
 from kvmtick.vcpu import vcpu as inner
 
 __all__ = ["ModelVcpu"]
@@ -46,7 +46,7 @@ class ModelVcpu(MachineFile, Vcpu):
         """KVM_RUN."""
         self._kvm_run.enter()
 
-    def run(self, limit_s: float = DEFAULT_VCPU_LIMIT_S) -> Exit:
+    def run(self, limit_s: float = DEFAULT_VCPU_LIMIT_S) -> VcpuExit:
         self.check_usable(ioctls.KVM_RUN)
         return self._kvm_run.run(limit_s)
 
@@ -57,9 +57,15 @@ class ModelVcpu(MachineFile, Vcpu):
         self._kvm_run.answer(data)
 
     def close(self) -> None:
-        """Give the vCPU back; harmless when repeated."""
-        super().close()
-        self._kvm_run.close()
+        """As `Vcpu.close`."""
+        with self.closing():
+            super().close()
+            self._kvm_run.close()
+            if self.machine.runs_all:
+                self.machine.stop(Exit("interrupted", detail=f"vCPU {self.vcpu_id} was closed"))
 
     def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
-        self.vcpu.start_at(cs, ip, registers)
+        self.check_usable(ioctls.KVM_SET_REGS)
+        with self.machine.lock:
+            self.vcpu.start_at(cs, ip, registers)
+            self.machine.wake_threads()

@@ -277,6 +277,7 @@ def _irqfd(vm: "ModelVm", arg: Arg) -> int:
     given = get_struct(arg, kvm_irqfd)
     fd, resamplefd = c_int32(given.fd).value, c_int32(given.resamplefd).value
     vm.machine.board.irqfds.set(fd, given.gsi, given.flags, resamplefd)
+    vm.machine.wake_sleepers()
     return 0
 
 

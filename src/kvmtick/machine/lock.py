@@ -1,13 +1,14 @@
 """Who works on a machine: one thread at a time, in the order of asking.
 
 A thread that holds the lock may take it again. One that only wants to make a call is `urgent`: it
-gets the machine at the next boundary of the guest. vCPU threads share it by turns.
+gets the machine at the next boundary of the guest. vCPU threads share it by turns. A signal's
+handler may ask, too, whatever its thread waits for.
 """
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 __all__ = ["MachineLock"]
 
@@ -20,7 +21,7 @@ class MachineLock:
         self._changed = threading.Condition()
         self._holder = 0
         self._depth = 0
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[int] = deque()
 
     @property
     def wanted(self) -> bool:
@@ -46,13 +47,13 @@ class MachineLock:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let others have it meanwhile."""
+        """Let others have it meanwhile. What interrupts the way back, does so on arrival."""
         me, depth = self._holder, self._depth
         self._give()
         try:
             yield
         finally:
-            self._take(me, urgent=False)
+            self._take_back(me)
             self._depth = depth
 
     def pass_on(self) -> None:
@@ -70,18 +71,31 @@ class MachineLock:
     def _take(self, me: int, urgent: bool) -> None:
         with self._changed:
             if self._holder or self._waiting:
-                self._wait(urgent)
+                self._wait(me, urgent)
             self._holder = me
             self._depth = 1
 
-    def _wait(self, urgent: bool) -> None:
-        ticket = object()
-        self._waiting.append(ticket)
+    def _take_back(self, me: int) -> None:
+        try:
+            self._take(me, urgent=False)
+        except BaseException:
+            # Ctrl-C, most likely: the holder shall not keep it waiting
+            while self._holder != me:
+                with suppress(BaseException):
+                    self._take(me, urgent=True)
+            raise
+
+    def _wait(self, me: int, urgent: bool) -> None:
+        if me in self._waiting:
+            # a signal's handler: what it interrupted waits for its end
+            self._waiting.appendleft(me)
+        else:
+            self._waiting.append(me)
         try:
             if urgent and self._holder:
                 self._on_urgent()
-            while self._holder or self._waiting[0] is not ticket:
+            while self._holder or self._waiting[0] != me:
                 self._changed.wait()
         finally:
-            self._waiting.remove(ticket)
+            self._waiting.remove(me)
             self._changed.notify_all()

@@ -118,7 +118,8 @@ class Machine:
         self.memory = GuestMemory()
         if isinstance(self.ram, mmap):
             self.memory.add_ram(0, self.ram)
-        self.lock = MachineLock(self._kick_running)
+        self.lock = MachineLock(self._kick_all)
+        self.closed = False
         self.runs_all = False
         """`run` is under way."""
         self.threads: list[VcpuThread] = []
@@ -134,6 +135,8 @@ class Machine:
         self._quantum_end_ns = NEVER_NS
         self._slice_over = False
         self._kicker: Kicker | None = None
+        self._entering: Vcpu | None = None
+        """In real time, the vCPU that the kicker is armed for."""
 
     # Putting it together.
 
@@ -164,7 +167,7 @@ class Machine:
         if not self.virtual:
             engine.release_gil(True)
             if self._kicker is None:
-                self._kicker = Kicker(self._kick_running)
+                self._kicker = Kicker(self._kick_entering)
         if self.loaded:
             self._place(vcpu)
         return vcpu
@@ -208,7 +211,14 @@ class Machine:
         return self.memory.read(gpa, size_bytes)
 
     def close(self) -> None:
-        """Stop the threads and give the memory back. Harmless when repeated."""
+        """Give everything back; harmless when repeated. Where vCPUs run, they are called out of the
+        guest, and the last of them does it. The caller has the lock.
+        """
+        self.closed = True
+        if self.runs_all or self.threads:
+            self.stop(Exit("interrupted", detail="the machine was closed"))
+            self.wake_sleepers()
+            return
         if self._kicker is not None:
             self._kicker.close()
             self._kicker = None
@@ -262,6 +272,8 @@ class Machine:
                 return self._run(for_ns, limit_s, until)
             finally:
                 self.runs_all = False
+                if self.closed:
+                    self.close()
 
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
@@ -284,8 +296,7 @@ class Machine:
     def stop(self, exit_: Exit) -> None:
         """End the run, from within it: a debugger's last word."""
         self._exit = exit_
-        for vcpu in self.board.vcpus:
-            vcpu.engine.kick()
+        self._kick_all()
 
     def begin(self) -> None:
         """A thread wants vCPUs to run. At the first time the machine's time starts: what was set
@@ -379,6 +390,11 @@ class Machine:
                 is_earlier = nobody and not self.is_asleep_for_good(thread.vcpu)
             if thread.vcpu.kicked or is_earlier:
                 thread.wake()
+
+    def wake_sleepers(self) -> None:
+        """All look up: what they wait for has changed."""
+        for thread in self.sleepers:
+            thread.wake()
 
     def is_asleep_for_good(self, vcpu: Vcpu) -> bool:
         """As time passes nothing wakes it: only a call or another vCPU can."""
@@ -491,8 +507,12 @@ class Machine:
         if self._kicker is None:
             budget = deadline_ns - now_ns
             return vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
+        self._entering = vcpu
         self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
-        return vcpu.enter(UNLIMITED_INSTRUCTIONS)
+        try:
+            return vcpu.enter(UNLIMITED_INSTRUCTIONS)
+        finally:
+            self._entering = None
 
     def meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
@@ -548,7 +568,7 @@ class Machine:
         clock, queue = self.clock, self.board.queue
         for _ in range(passes):
             self._sleep(end_ns)
-            if clock.now_ns >= end_ns:
+            if clock.now_ns >= end_ns or self._slice_over:
                 return False
             queue.run_due(clock)
             if vcpu.kicked:
@@ -570,6 +590,17 @@ class Machine:
         wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
         sleep_ns(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()
+        self._slice_over = True
+
+    def _kick_all(self) -> None:
+        """From another thread, which cannot tell who is about to enter the guest."""
+        for vcpu in self.board.vcpus:
+            vcpu.engine.kick()
+
+    def _kick_entering(self) -> None:
+        vcpu = self._entering
+        if vcpu is not None:
+            vcpu.engine.kick()
 
     def _kick_running(self) -> None:
         for vcpu in self.board.vcpus:

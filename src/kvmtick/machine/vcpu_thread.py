@@ -7,11 +7,13 @@ so no sooner than wall time passes; and it stands still while nothing could come
 a call of another thread ends the sleep.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from kvmtick.abi.errors import KvmError
 from kvmtick.machine.machine import Machine
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import wait_for_any
@@ -30,12 +32,16 @@ class VcpuThread:
         self.machine = machine
         self.vcpu = vcpu
         self.until_ns = NEVER_NS
+        self.closed = False
         self._wake_fd = -1
+        self._has_wake_fd = threading.RLock()
         self._entered = threading.Lock()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In KVM_RUN; the thread has the machine. RuntimeError: somebody runs this vCPU."""
+        """In KVM_RUN; the thread has the machine. RuntimeError: somebody runs this vCPU. KvmError
+        EBADF: it was closed.
+        """
         machine = self.machine
         if machine.runs_all or machine.lock.is_mine or not self._entered.acquire(blocking=False):
             raise RuntimeError("this vCPU is running already; one thread at a time")
@@ -43,6 +49,7 @@ class VcpuThread:
             with machine.lock:
                 if machine.runs_all:
                     raise RuntimeError("the VM is running all its vCPUs already")
+                self.check_open()
                 machine.begin()
                 machine.threads.append(self)
                 if machine.virtual:
@@ -52,6 +59,8 @@ class VcpuThread:
                 finally:
                     machine.threads.remove(self)
                     machine.wake_threads()
+                    if machine.closed:
+                        machine.close()
         finally:
             self._entered.release()
 
@@ -90,12 +99,30 @@ class VcpuThread:
 
     def wake(self) -> None:
         """End its sleep, from any thread."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+        with self._has_wake_fd:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def call_out(self) -> None:
+        """Let it look up, wherever it is."""
+        self.vcpu.engine.kick()
+        self.wake()
+
+    def check_open(self) -> None:
+        """KvmError EBADF after `close`, of the machine too."""
+        if self.closed or self.machine.closed:
+            raise KvmError(errno.EBADF, "KVM_RUN", "this vCPU was closed")
 
     def close(self) -> None:
-        """Give the descriptor back; harmless when repeated."""
-        fd, self._wake_fd = self._wake_fd, -1
+        """Give the descriptor back; harmless when repeated. One in KVM_RUN is called out, and has to
+        be closed again.
+        """
+        self.closed = True
+        if self in self.machine.threads:
+            self.call_out()
+            return
+        with self._has_wake_fd:
+            fd, self._wake_fd = self._wake_fd, -1
         if fd >= 0:
             os.close(fd)
 
