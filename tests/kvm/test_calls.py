@@ -24,6 +24,7 @@ from kvmtick.abi.structs import (
     KVM_EXIT_INTR,
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     KvmStruct,
+    kvm_clock_data,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_irq_level,
@@ -381,3 +382,45 @@ def test_the_clock_is_not_stable_with_tscs_that_differ() -> None:
         assert vm.get_clock().flags == KVM_CLOCK_TSC_STABLE
         vcpu.set_msrs({MSR_TSC: 1 << 40})
         assert vm.get_clock().flags == 0
+
+
+# --- what an error says ---------------------------------------------------------------------------
+
+
+def test_a_short_buffer_is_efault(vms: MakeVm) -> None:
+    with pytest.raises(KvmError, match="EFAULT: the argument is not all memory"):
+        vms().ioctl(ioctls.KVM_GET_CLOCK, bytearray(8))
+
+
+MISTAKES: dict[str, Callable[[Any], object]] = {
+    "below 4 GiB": lambda vm: vm.set_tss_addr(1 << 33),
+    "before create_vcpu": lambda vm: vm.create_vcpu(0) and vm.set_identity_map_addr(0),
+    "with a vCPU": lambda vm: vm.create_vcpu(0) and vm.set_tsc_khz(0),
+    "this host cannot give": lambda vm: vm.create_vcpu(0).set_tsc_khz(1000),
+    "no in-kernel local APIC": lambda vm: vm.create_vcpu(0).set_vapic_addr(0),
+    "256 entries at most": lambda vm: vm.create_vcpu(0).set_cpuid2([kvm_cpuid_entry2()] * 257),
+    "fewer than 256 MSRs": lambda vm: vm.create_vcpu(0).get_msrs(range(256)),
+    "KVM_CLOCK_": lambda vm: vm.set_clock(kvm_clock_data(flags=0x10)),
+    "fd is no open descriptor": lambda vm: vm.ioeventfd(0x510, 2, -1),
+    "delete it first": lambda vm: vm.set_user_memory_region(0, 0, 4096, 0),
+    "has no such ioctl": lambda vm: vm.ioctl(ioctls.KVM_RUN),
+}
+
+
+@pytest.mark.parametrize("told", MISTAKES)
+def test_a_refusal_says_what_to_do(vms: MakeVm, told: str) -> None:
+    with pytest.raises(KvmError) as caught:
+        MISTAKES[told](vms())
+    assert "\n" not in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["VM", "vCPU", "system"])
+def test_what_was_closed_says_so_by_its_name(what: str, vms: MakeVm) -> None:
+    vm = vms()
+    vcpu = vm.create_vcpu(0)
+    with Kvm(vm.backend) as system:
+        files = {"VM": vm, "vCPU": vcpu, "system": system}
+        files[what].close()
+        with pytest.raises(KvmError, match=f": EBADF: this {what} was closed"):
+            files[what].ioctl(ioctls.KVM_GET_API_VERSION)

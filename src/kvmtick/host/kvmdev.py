@@ -78,8 +78,15 @@ def _ioctl_word(fd: int, request: int, word: int) -> int:
     return result
 
 
+def _size_of(buffer: "KvmStruct | bytearray") -> int:
+    return len(buffer) if isinstance(buffer, bytearray) else ctypes.sizeof(buffer)
+
+
 class KvmFile(Closing):
     """An open KVM file descriptor; a context manager, closing is harmless when repeated."""
+
+    kind = "descriptor"
+    """What it is, for messages."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -95,13 +102,15 @@ class KvmFile(Closing):
 
     def ioctl(self, request: int, arg: "int | KvmStruct | bytearray" = 0) -> int:
         """Call ioctl(2), again after EINTR (KVM_RUN: not); a structure or buffer is passed by
-        address.
+        address: EFAULT where it is shorter than `request` says.
 
         Raises `KvmError` with the kernel's errno; EBADF after `close`.
         """
         call = ioctls.ioctl_name(request)
         if self.closed:
-            raise KvmError(errno.EBADF, call, f"this {type(self).__name__} was closed")
+            raise KvmError(errno.EBADF, call, f"this {self.kind} was closed")
+        if not isinstance(arg, int) and _size_of(arg) < ioctls.argument_bytes(request):
+            raise KvmError(errno.EFAULT, call)
         while True:
             try:
                 if isinstance(arg, int):
@@ -134,6 +143,8 @@ class KvmFile(Closing):
 class KvmDevice(KvmFile):
     """The system fd: /dev/kvm (api.rst, "System ioctls")."""
 
+    kind = "system"
+
     def api_version(self) -> int:
         """KVM_GET_API_VERSION: 12 on every kernel one meets."""
         return self.ioctl(ioctls.KVM_GET_API_VERSION)
@@ -149,7 +160,7 @@ class KvmDevice(KvmFile):
     def again(self) -> "KvmDevice":
         """Another descriptor of the same device, to be closed by itself."""
         if self.closed:
-            raise KvmError(errno.EBADF, "KVM_CREATE_VM", "this KvmDevice was closed")
+            raise KvmError(errno.EBADF, "KVM_CREATE_VM", f"this {self.kind} was closed")
         return KvmDevice(fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0))
 
     def create_vm(self, type_: int = 0) -> "VmFile":
@@ -179,6 +190,8 @@ class _VmLife:
 
 class VmFile(KvmFile):
     """A VM fd (api.rst, "VM ioctls"); the VM lives until this and all its vCPUs are closed."""
+
+    kind = "VM"
 
     def __init__(self, fd: int, vcpu_mmap_bytes: int) -> None:
         super().__init__(fd)
@@ -296,6 +309,8 @@ class VcpuFile(KvmFile):
 
     `enter` is one KVM_RUN, inside `bounded`; `run` is both in one.
     """
+
+    kind = "vCPU"
 
     def __init__(self, fd: int, mmap_bytes: int, life: _VmLife) -> None:
         super().__init__(fd)
@@ -573,7 +588,11 @@ def open_kvm(path: str = KVM_PATH) -> KvmDevice:
         version = device.api_version()
     except KvmError as error:
         device.close()
-        raise HostError(f"{path} is no KVM device ({error})", "a KVM device is: c 10 232") from None
+        name = errno.errorcode.get(error.errno or 0, "")
+        raise HostError(
+            f"{path} is no KVM device ({error.call}: {name})",
+            "a KVM device is: c 10 232",
+        ) from None
     if version != structs.KVM_API_VERSION:
         device.close()
         raise HostError(f"{path} speaks KVM API {version}, not 12", "use a kernel from 2.6.22 on")

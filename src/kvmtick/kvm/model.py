@@ -44,6 +44,7 @@ class ModelSystem(ModelFile, System):
     """What stands for /dev/kvm."""
 
     backend = "model"
+    kind = "system"
     handlers: ClassVar[Mapping[int, Handler]] = DEV_IOCTLS
     unknown: ClassVar[int] = errno.EINVAL
 
@@ -65,6 +66,7 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
     """One VM of the model, with RAM at guest-physical 0. A context manager."""
 
     backend = "model"
+    kind = "VM"
     handlers: ClassVar[Mapping[int, Handler]] = VM_IOCTLS
     unknown: ClassVar[int] = errno.ENOTTY
 

@@ -218,7 +218,9 @@ def from_json(value: Any) -> VmState:
         raise StateError("no state of a VM; Vm.save() and VmState.write() make one")
     version = value.get("version")
     if version != VERSION:
-        raise StateError(f"version {_short(version)}, and this kvmtick reads {VERSION}; use its writer")
+        raise StateError(
+            f"version {_short(version)}, and this kvmtick reads {VERSION}; use its writer"
+        )
     file = _Node(value, "")
     state = VmState(
         backend=file["backend"].text(),
