@@ -235,7 +235,7 @@ def test_a_living_vm_keeps_its_memory(make_vm: MakeVm) -> None:
     vm = make_vm(SPIN)
     vm.file.close()
     vm.memory.close()
-    with pytest.raises(ValueError, match="was closed"):
+    with pytest.raises(KvmError, match="read_memory: EBADF: this VM was closed"):
         vm.read_memory(0x1000, 2)
     assert not vm.memory.ram.closed
     assert vm.vcpus[0].run(0.02) == ExitIntr("time")

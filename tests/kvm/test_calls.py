@@ -22,6 +22,7 @@ from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
 from kvmtick.abi.structs import (
     KVM_CLOCK_TSC_STABLE,
     KVM_EXIT_INTR,
+    KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     KvmStruct,
     kvm_clock_data,
@@ -382,6 +383,45 @@ def test_the_clock_is_not_stable_with_tscs_that_differ() -> None:
         assert vm.get_clock().flags == KVM_CLOCK_TSC_STABLE
         vcpu.set_msrs({MSR_TSC: 1 << 40})
         assert vm.get_clock().flags == 0
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_without_a_vcpu_there_is_nothing_to_run(vms: MakeVm) -> None:
+    with pytest.raises(KvmError, match=r"KVM_RUN: ENOENT: .*call create_vcpu\(0\)"):
+        vms().run()
+
+
+def test_the_guest_starts_on_the_vcpu_that_boots(vms: MakeVm) -> None:
+    vm = vms()
+    vm.set_boot_cpu_id(1)
+    vm.create_irqchip()
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    vm.create_vcpu(0)
+    vm.create_vcpu(1)
+    vm.load(guests.load("tick-pic", ticks=3))
+    run = vm.run(limit_s=10)
+    assert (run.exit.reason, run.guest_ticks) == ("done", 3)
+
+
+@pytest.mark.parametrize("ram_bytes", [5, -4096, 1 << 40])
+def test_ram_is_in_pages_and_below_the_chips(vms: MakeVm, ram_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"ram_bytes={ram_bytes}: give a multiple of 4096 up to"):
+        vms(ram_bytes=ram_bytes)
+
+
+def test_memory_of_a_closed_vm_is_ebadf(vms: MakeVm) -> None:
+    vm = vms()
+    vm.close()
+    calls: list[Callable[[], object]] = [
+        lambda: vm.read_memory(0, 1),
+        lambda: vm.write_memory(0, b"x"),
+        lambda: vm.load(guests.load("tick-pic")),
+    ]
+    for call in calls:
+        with pytest.raises(KvmError, match="EBADF: this VM was closed"):
+            call()
 
 
 # --- what an error says ---------------------------------------------------------------------------

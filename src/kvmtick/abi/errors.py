@@ -3,12 +3,13 @@
 import errno as _errno
 import os
 
-__all__ = ["NO_IRQCHIP", "HostError", "KvmError"]
+__all__ = ["NO_IRQCHIP", "NO_VCPU", "HostError", "KvmError"]
 
 _EEXIST, _EINVAL, _ENOENT, _ENXIO = _errno.EEXIST, _errno.EINVAL, _errno.ENOENT, _errno.ENXIO
 _E2BIG = _errno.E2BIG
 
 NO_IRQCHIP = "no in-kernel irqchip; call create_irqchip() first"
+NO_VCPU = "the VM has no vCPU; call create_vcpu(0)"
 _NO_PIT = "the VM has no PIT; call create_irqchip() and create_pit2() first"
 _BAD_CHIP = "no such chip_id; 0 is the PIC master, 1 the PIC slave, 2 the IOAPIC"
 _NO_DESCRIPTOR = "fd is no open descriptor; give one of os.eventfd()"

@@ -262,10 +262,7 @@ class VmFile(KvmFile):
 
 
 class GuestMemory:
-    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`); addresses are guest-physical bytes.
-
-    `ram` is what the guest sees, and may be handed to others.
-    """
+    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`). `ram` is what the guest sees, and may be handed to others."""
 
     def __init__(self, vm: VmFile, slot: int, gpa: int, ram: mmap.mmap) -> None:
         self.slot = slot
@@ -274,28 +271,6 @@ class GuestMemory:
         self.size_bytes = len(ram)
         self._vm = vm
         self._closed = False
-
-    def read(self, gpa: int, size_bytes: int) -> bytes:
-        """Bytes at `gpa`. Raises ValueError outside this memory."""
-        at = self._offset(gpa, size_bytes)
-        return self.ram[at : at + size_bytes]
-
-    def write(self, gpa: int, data: bytes) -> None:
-        """Store bytes at `gpa`. Raises ValueError outside this memory."""
-        at = self._offset(gpa, len(data))
-        self.ram[at : at + len(data)] = data
-
-    def _offset(self, gpa: int, size_bytes: int) -> int:
-        if self._closed:
-            raise ValueError("this guest RAM was closed")
-        at = gpa - self.gpa
-        if at < 0 or size_bytes < 0 or at + size_bytes > self.size_bytes:
-            end = self.gpa + self.size_bytes
-            raise ValueError(
-                f"{size_bytes} bytes at gpa {gpa:#x} are outside guest RAM; "
-                f"stay within {self.gpa:#x}..{end:#x}, or create the VM with more RAM"
-            )
-        return at
 
     def close(self) -> None:
         """Take it from the VM and unmap it; harmless when repeated."""

@@ -127,7 +127,8 @@ class System(Ioctls):
         """KVM_CREATE_VM: a VM with `ram_bytes` of RAM at guest-physical 0 in slot 0 (0: none).
 
         `clock` is `virtual` or `real`, None what the back end has (model: virtual); `seed` is for
-        what is random in the model. EINVAL: no such machine type. ValueError: no such clock here.
+        what is random in the model. EINVAL: no such machine type. ValueError: no such clock here,
+        or `ram_bytes` not in pages or above 3 GiB.
         """
 
     def get_api_version(self) -> int:
@@ -513,11 +514,11 @@ class Vm(Ioctls, Generic[_V]):
 
     @abstractmethod
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
-        """Bytes of guest RAM; ValueError outside of it."""
+        """Bytes of guest RAM, of any slots; ValueError outside of it. EBADF: after `close`."""
 
     @abstractmethod
     def write_memory(self, gpa: int, data: bytes) -> None:
-        """Store bytes in guest RAM; ValueError outside of it."""
+        """Store bytes in guest RAM; ValueError outside of it. EBADF: after `close`."""
 
     @abstractmethod
     def run(
@@ -538,7 +539,7 @@ class Vm(Ioctls, Generic[_V]):
         guest ends when `ticks` ticks have reached it. `counter`: where a foreign guest keeps a
         32-bit tick count, guest-physical. `handlers` answer ports of their own, or ours instead,
         and may call the VM. `on_ioapic_eoi` is told the vectors of KVM_EXIT_IOAPIC_EOI (split
-        irqchip). May be called again to go on.
+        irqchip). May be called again to go on. ENOENT: there is no vCPU.
         """
 
     @abstractmethod

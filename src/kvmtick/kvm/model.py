@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from kvmtick.abi import ioctls
-from kvmtick.abi.errors import KvmError
+from kvmtick.abi.errors import NO_VCPU, KvmError
 from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.engine import Engine
 from kvmtick.cpu.hostkvm import HostKvm
@@ -154,14 +154,21 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
 
     def load_guest(self, guest: Guest) -> None:
         with self.machine.lock:
+            self._check_open("write_memory")
             self.machine.load(guest)
+
+    def _check_open(self, call: str) -> None:
+        if self.closed:
+            raise KvmError(errno.EBADF, call, f"this {self.kind} was closed")
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         with self.machine.lock:
+            self._check_open("read_memory")
             return self.machine.read_memory(gpa, size_bytes)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         with self.machine.lock:
+            self._check_open("write_memory")
             self.machine.write_memory(gpa, data)
 
     def close(self) -> None:
@@ -197,6 +204,8 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
 
     def _check_runs(self) -> None:
         self.check_usable(ioctls.KVM_RUN)
+        if not self._vcpus:
+            raise KvmError(errno.ENOENT, "KVM_RUN", NO_VCPU)
         for vcpu in self._vcpus:
             vcpu.check_usable(ioctls.KVM_RUN)
 
