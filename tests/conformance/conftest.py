@@ -2,19 +2,20 @@
 
 import pytest
 
-from conformance.rig import Backend
 from kvmtick.abi import HostError
-from kvmtick.kvm.kernel import KernelVm
-from kvmtick.kvm.model import ModelVm
+from kvmtick.conform.bench import BACKENDS, Bench, bench_of
 
 
-@pytest.fixture(params=["model", "kernel"])
-def backend(request: pytest.FixtureRequest) -> Backend:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Bench:
     """Both back ends; a skip that says why where /dev/kvm cannot be used."""
-    if request.param == "model":
-        return Backend("model", ModelVm, exact=True)
     try:
-        KernelVm().close()
+        return bench_of(request.param)
     except HostError as error:
         pytest.skip(f"needs /dev/kvm: {error}")
-    return Backend("kernel", KernelVm)
+
+
+@pytest.fixture
+def model() -> Bench:
+    """The model alone, for what the recorded kernel's back end does in a way of its own."""
+    return bench_of("model")

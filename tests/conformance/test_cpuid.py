@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from conformance.rig import Backend, Pc
+from kvmtick.conform.bench import Bench, Pc
 from kvmtick.guests.script import cpuid
 from kvmtick.kvm.dev_ioctl import cpuid_entries
 from kvmtick.vcpu.cpuid import CpuidLeaf
@@ -48,21 +48,21 @@ OUT_OF_RANGE = (
 )
 
 
-def test_leaves_out_of_range_read_as_the_highest_basic_one(backend: Backend) -> None:
+def test_leaves_out_of_range_read_as_the_highest_basic_one(backend: Bench) -> None:
     with backend.pc(cpuid=False) as pc:
         pc.vcpus[0].set_cpuid2(cpuid_entries(leaves(INTEL)))
         assert answers(pc, IN_RANGE) == IN_RANGE
         assert answers(pc, OUT_OF_RANGE) == dict.fromkeys(OUT_OF_RANGE, HIGHEST_BASIC)
 
 
-def test_on_amds_cpus_they_read_0(backend: Backend) -> None:
+def test_on_amds_cpus_they_read_0(backend: Bench) -> None:
     with backend.pc(cpuid=False) as pc:
         pc.vcpus[0].set_cpuid2(cpuid_entries(leaves(AMD)))
         assert answers(pc, IN_RANGE) == IN_RANGE
         assert answers(pc, OUT_OF_RANGE) == dict.fromkeys(OUT_OF_RANGE, NOTHING)
 
 
-def test_without_leaves_all_read_0(backend: Backend) -> None:
+def test_without_leaves_all_read_0(backend: Bench) -> None:
     with backend.pc(cpuid=False) as pc:
         assert answers(pc, (0, 1, 0x16, 0x8000_0000)) == dict.fromkeys(
             (0, 1, 0x16, 0x8000_0000), NOTHING
@@ -70,9 +70,7 @@ def test_without_leaves_all_read_0(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("leaf", [0xB, 0x1F])
-def test_below_its_levels_topology_tells_the_subleaf_and_the_id(
-    backend: Backend, leaf: int
-) -> None:
+def test_below_its_levels_topology_tells_the_subleaf_and_the_id(backend: Bench, leaf: int) -> None:
     """With a highest basic leaf of 0x1f both are in range; it has a level 1 only here."""
     with backend.pc(cpuid=False) as pc:
         given = [entry for entry in leaves(INTEL) if entry.function not in (0, 0xB)]

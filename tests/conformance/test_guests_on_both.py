@@ -3,15 +3,17 @@
 What a guest says when it misses something is tested with the guests.
 """
 
+from typing import Any
+
 import pytest
 from eventfds import LIMIT_S
 
 from kvmtick import guests
+from kvmtick.conform.bench import Bench
+from kvmtick.kvm.api import Vm
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.run import Run
-
-from .rig import Backend, Vm
 
 TICKS = 50
 PLAYED = [
@@ -22,7 +24,7 @@ PLAYED = [
 
 
 def play(
-    vm: Vm, name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
+    vm: Vm[Any], name: str, timer: guests.TimerMode | None, reinject: bool = True, ack: bool = True
 ) -> Run:
     guest = guests.load(name, ticks=TICKS, timer=timer, tsc_khz=vm.get_tsc_khz(), ack=ack)
     vm.prepare(guest.needs, reinject)
@@ -32,7 +34,7 @@ def play(
 
 @pytest.mark.parametrize(("name", "timer"), PLAYED, ids=[" ".join(filter(None, p)) for p in PLAYED])
 def test_a_guest_takes_the_ticks_it_waits_for(
-    backend: Backend, name: str, timer: guests.TimerMode | None
+    backend: Bench, name: str, timer: guests.TimerMode | None
 ) -> None:
     with backend.make_vm() as vm:
         run = play(vm, name, timer)
@@ -54,7 +56,7 @@ def test_the_model_finds_every_tick_of_the_source_with_the_guest(name: str) -> N
 
 
 @pytest.mark.parametrize("reinject", [False, True], ids=["once", "reinject"])
-def test_the_watchdog_without_acknowledgement(backend: Backend, reinject: bool) -> None:
+def test_the_watchdog_without_acknowledgement(backend: Bench, reinject: bool) -> None:
     """Without reinjection it gets all its ticks, with it one."""
     with backend.make_vm() as vm:
         if not reinject:

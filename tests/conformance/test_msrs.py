@@ -6,9 +6,9 @@ Paravirtual MSRs are those of a vCPU with KVM_CAP_ENFORCE_PV_FEATURE_CPUID and n
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from conformance.rig import Backend, Pc
 from kvmtick.abi import ioctls
 from kvmtick.abi.structs import kvm_enable_cap
+from kvmtick.conform.bench import Bench, Pc
 from kvmtick.guests.script import Op, rdmsr, unreal, wrmsr
 from kvmtick.kvm.kernel import KernelVcpu
 from kvmtick.kvm.setup import cpuid_of
@@ -17,9 +17,6 @@ KVM_CAP_ENFORCE_PV_FEATURE_CPUID = 190
 LEAF_KVM_FEATURES = 0x4000_0001
 ONES = (1 << 64) - 1
 GP = None
-
-SWALLOWED = "the recorded host's back end takes any value here"
-OF_THE_HOST = "the recorded host's back end has it of the host's own"
 
 PAT, MTRR_DEF_TYPE, MISC_ENABLE, DEBUGCTL = 0x277, 0x2FF, 0x1A0, 0x1D9
 WB_MTRR = 0x0606_0606_0606_0606
@@ -98,7 +95,7 @@ ABSENT = (
 
 
 @contextmanager
-def pc_without_pv(backend: Backend) -> Iterator[Pc]:
+def pc_without_pv(backend: Bench) -> Iterator[Pc]:
     """One vCPU that has to do without KVM's paravirtual features."""
     with backend.pc(cpuid=False) as pc:
         vcpu = pc.vcpus[0]
@@ -128,19 +125,19 @@ def writes(pc: Pc, *values: tuple[int, int]) -> list[bool]:
     return [pc.run(unreal(), wrmsr(index, value)).faults == 0 for index, value in values]
 
 
-def test_a_guest_reads_those_that_are_constant(backend: Backend) -> None:
+def test_a_guest_reads_those_that_are_constant(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         assert read_by_guest(pc, CONSTANTS) == CONSTANTS
         assert pc.vcpus[0].get_msrs(CONSTANTS) == CONSTANTS
 
 
-def test_a_guest_reads_those_it_may_write_as_after_reset(backend: Backend) -> None:
+def test_a_guest_reads_those_it_may_write_as_after_reset(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         assert read_by_guest(pc, AFTER_RESET) == AFTER_RESET
         assert pc.vcpus[0].get_msrs(AFTER_RESET) == AFTER_RESET
 
 
-def test_all_others_fault(backend: Backend) -> None:
+def test_all_others_fault(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         assert read_by_guest(pc, ABSENT) == dict.fromkeys(ABSENT, GP)
         assert writes(pc, *((index, 0) for index in ABSENT)) == [False] * len(ABSENT)
@@ -148,7 +145,7 @@ def test_all_others_fault(backend: Backend) -> None:
 
 
 def test_those_without_their_feature_fault_and_user_space_reads_and_writes_0(
-    backend: Backend,
+    backend: Bench,
 ) -> None:
     with pc_without_pv(backend) as pc:
         vcpu = pc.vcpus[0]
@@ -159,7 +156,7 @@ def test_those_without_their_feature_fault_and_user_space_reads_and_writes_0(
         assert [vcpu.set_msrs({index: 1}) for index in PARAVIRTUAL] == [0] * len(PARAVIRTUAL)
 
 
-def test_user_space_reads_up_to_the_first_unknown_one(backend: Backend) -> None:
+def test_user_space_reads_up_to_the_first_unknown_one(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         assert pc.vcpus[0].get_msrs([0xFE, 0xDEAD_BEEF, 0xCD]) == {0xFE: 0x508}
         assert pc.vcpus[0].set_msrs({PAT: 0, 0xFE: 0, 0x1FC: 1}) == 1
@@ -169,7 +166,7 @@ READ_ONLY = (0x0, 0x1, 0x17, 0x2A, 0x2C, 0xCD, 0xFE, 0x179, 0x198, 0x199, 0x1DB,
 IGNORED = (0x79, 0x8B, 0xC1, 0x11E, 0x186, 0xC001_0000, 0xC001_001B, 0xC001_0020, 0xC001_102C)
 
 
-def test_writes_to_constants_fault_or_do_nothing(backend: Backend) -> None:
+def test_writes_to_constants_fault_or_do_nothing(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         assert writes(pc, *((index, 0) for index in READ_ONLY)) == [False] * len(READ_ONLY)
         assert writes(pc, *((index, ONES) for index in IGNORED)) == [True] * len(IGNORED)
@@ -195,7 +192,7 @@ TAKEN: list[tuple[int, int, bool]] = [
 ]
 
 
-def test_what_a_guest_may_write_it_reads_back(backend: Backend) -> None:
+def test_what_a_guest_may_write_it_reads_back(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         for index, value, taken in TAKEN:
             before = pc.vcpus[0].get_msrs([index])
@@ -204,46 +201,41 @@ def test_what_a_guest_may_write_it_reads_back(backend: Backend) -> None:
             assert pc.vcpus[0].get_msrs([index]) == after, (hex(index), hex(value))
 
 
-def test_reserved_memory_types_of_pat_fault(backend: Backend) -> None:
-    backend.needs_model(SWALLOWED)
-    with backend.pc() as pc:
+def test_reserved_memory_types_of_pat_fault(model: Bench) -> None:
+    with model.pc() as pc:
         assert writes(pc, (PAT, 2), (PAT, 3), (PAT, 8), (PAT, 0xFF << 56)) == [False] * 4
 
 
-def test_user_space_may_set_what_a_guest_may_not(backend: Backend) -> None:
+def test_user_space_may_set_what_a_guest_may_not(backend: Bench) -> None:
     with pc_without_pv(backend) as pc:
         vcpu = pc.vcpus[0]
         assert vcpu.set_msrs({0x401: 5}) == 1
         assert vcpu.get_msrs([0x401]) == {0x401: 5}
 
 
-def test_bits_of_misc_enable_that_tell_of_hardware_stay(backend: Backend) -> None:
+def test_bits_of_misc_enable_that_tell_of_hardware_stay(model: Bench) -> None:
     """Branch trace store and PEBS are unavailable; performance monitoring is, too."""
-    backend.needs_model(SWALLOWED)
-    with backend.pc() as pc:
+    with model.pc() as pc:
         assert read_by_guest(pc, [MISC_ENABLE]) == {MISC_ENABLE: 0x1801}
         assert writes(pc, (MISC_ENABLE, 0x1001), (MISC_ENABLE, 0x0801)) == [False, False]
         assert writes(pc, (MISC_ENABLE, 0x1888)) == [True]
         assert read_by_guest(pc, [MISC_ENABLE]) == {MISC_ENABLE: 0x1808}
 
 
-def test_debugctl_has_no_bits_and_ignores_two(backend: Backend) -> None:
-    backend.needs_model(SWALLOWED)
-    with backend.pc() as pc:
+def test_debugctl_has_no_bits_and_ignores_two(model: Bench) -> None:
+    with model.pc() as pc:
         assert writes(pc, (DEBUGCTL, 3), (DEBUGCTL, 4), (DEBUGCTL, 1 << 14)) == [True, False, False]
         assert read_by_guest(pc, [DEBUGCTL]) == {DEBUGCTL: 0}
 
 
-def test_there_is_no_cpuid_faulting(backend: Backend) -> None:
-    backend.needs_model(OF_THE_HOST)
-    with backend.pc() as pc:
+def test_there_is_no_cpuid_faulting(model: Bench) -> None:
+    with model.pc() as pc:
         assert read_by_guest(pc, [0xCE, 0x140]) == {0xCE: 0, 0x140: 0}
         assert writes(pc, (0xCE, 0), (0x140, 0), (0x140, 1)) == [False, True, False]
 
 
-def test_the_microcode_is_intels_and_user_space_sets_it(backend: Backend) -> None:
-    backend.needs_model(OF_THE_HOST)
-    with backend.pc() as pc:
+def test_the_microcode_is_intels_and_user_space_sets_it(model: Bench) -> None:
+    with model.pc() as pc:
         assert read_by_guest(pc, [0x8B]) == {0x8B: 1 << 32}
         assert pc.vcpus[0].set_msrs({0x8B: 7 << 32}) == 1
         assert read_by_guest(pc, [0x8B]) == {0x8B: 7 << 32}
@@ -254,14 +246,14 @@ def test_the_microcode_is_intels_and_user_space_sets_it(backend: Backend) -> Non
 TSC, TSC_ADJUST = 0x10, 0x3B
 
 
-def test_tsc_adjust_without_cpuid_is_ignored(backend: Backend) -> None:
+def test_tsc_adjust_without_cpuid_is_ignored(backend: Bench) -> None:
     with backend.pc(cpuid=False) as pc:
         assert writes(pc, (TSC_ADJUST, 7)) == [True]
         assert pc.vcpus[0].set_msrs({TSC_ADJUST: 5}) == 1
         assert read_by_guest(pc, [TSC_ADJUST]) == {TSC_ADJUST: 0}
 
 
-def test_tsc_adjust_tells_what_the_guest_did_to_its_tsc(backend: Backend) -> None:
+def test_tsc_adjust_tells_what_the_guest_did_to_its_tsc(backend: Bench) -> None:
     with backend.pc() as pc:
         ops: tuple[Op, ...] = (*wrmsr(TSC, 1 << 62), *rdmsr(TSC_ADJUST, 0))
         got = pc.run(unreal(), ops)
@@ -269,15 +261,14 @@ def test_tsc_adjust_tells_what_the_guest_did_to_its_tsc(backend: Backend) -> Non
         assert abs(moved - (1 << 62)) < 1 << 60
 
 
-def test_tsc_adjust_moves_the_tsc(backend: Backend) -> None:
-    backend.needs_model("the recorded host's back end leaves the TSC as it is")
-    with backend.pc() as pc:
+def test_tsc_adjust_moves_the_tsc(model: Bench) -> None:
+    with model.pc() as pc:
         got = pc.run(unreal(), wrmsr(TSC_ADJUST, 1 << 40), rdmsr(TSC, 0), wrmsr(TSC_ADJUST, 0))
         assert 1 << 40 < got.results[0] | got.results[1] << 32 < (1 << 40) + 1_000_000
         assert pc.vcpus[0].get_msrs([TSC])[TSC] < 1_000_000
 
 
-def test_user_space_sets_the_tsc_and_leaves_tsc_adjust(backend: Backend) -> None:
+def test_user_space_sets_the_tsc_and_leaves_tsc_adjust(backend: Bench) -> None:
     with backend.pc() as pc:
         assert pc.vcpus[0].set_msrs({TSC: 1 << 50}) == 1
         assert pc.vcpus[0].get_msrs([TSC_ADJUST]) == {TSC_ADJUST: 0}

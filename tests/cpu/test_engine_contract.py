@@ -62,6 +62,7 @@ any_engine = pytest.mark.parametrize(
 )
 """What holds for an engine that is not exact, too: nothing in between two blocks is looked at."""
 
+REFUSES = "its accesses cannot be refused"
 BUDGET = "it counts no instructions, so a budget bounds nothing"
 KICK = "a kick before KVM_RUN gives the event back, undelivered"
 WINDOWS = "some KVMs look for windows only at exits and once in many instructions"
@@ -1421,7 +1422,7 @@ def test_scripted_reports_an_injection_cut_short() -> None:
 # ---- refused accesses ----------------------------------------------------------------------------
 
 
-@any_engine
+@any_but_kvm(REFUSES)
 def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
     def routine() -> Program:
         yield Spin(1)
@@ -1443,7 +1444,7 @@ def test_a_refused_access_leaves_before_the_instruction(build: Build) -> None:
     assert [access[:4] for access in machine.accesses] == [("out", 0x40, 1, 0x77)]
 
 
-@any_engine
+@any_but_kvm(REFUSES)
 def test_a_refused_write_happens_when_it_is_let_through(build: Build) -> None:
     def routine() -> Program:
         yield Out(0x40, 0)

@@ -7,6 +7,7 @@ import pytest
 from backends import MakeVm, vms, with_cpuid  # noqa: F401 - a fixture
 
 from kvmtick.abi import KvmError
+from kvmtick.abi.registers import put_registers
 from kvmtick.abi.structs import (
     KVM_MP_STATE_HALTED,
     KVM_MP_STATE_RUNNABLE,
@@ -16,7 +17,6 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.guests import start
 from kvmtick.kvm.kernel import KernelVm
-from kvmtick.kvm.registers import put_registers
 
 
 def test_long_mode() -> None:

@@ -24,6 +24,7 @@ from kvmtick.abi.exits import (
     ExitIoapicEoi,
     ExitIrqWindowOpen,
     ExitMmio,
+    ExitSetTpr,
     ExitShutdown,
 )
 from kvmtick.abi.structs import (
@@ -32,10 +33,11 @@ from kvmtick.abi.structs import (
     KVM_MP_STATE_UNINITIALIZED,
     kvm_irq_routing_entry,
 )
-from kvmtick.guests.start import protected
+from kvmtick.guests.start import long_mode, protected
 from kvmtick.host.kvmdev import open_kvm
 from kvmtick.kvm.kernel import KernelVcpu, KernelVm
 from kvmtick.kvm.model import ModelVcpu, ModelVm
+from kvmtick.kvm.setup import cpuid_of
 
 Vm = ModelVm | KernelVm
 Vcpu = ModelVcpu | KernelVcpu
@@ -199,6 +201,18 @@ def test_memory_that_is_no_ram(pc: MakeVm) -> None:
     assert vm.read_memory(0x2000, 7) == b"ABCDEFG"
 
 
+def test_an_access_of_8_bytes_is_one_exit(pc: MakeVm) -> None:
+    vm, vcpu = pc(
+        "66bb000000d0"  # mov ebx, 0xd0000000
+        "670f6f03"  # movq mm0, [ebx]
+        "670f7f4308"  # movq [ebx+8], mm0
+        "0f7f060020"  # movq [0x2000], mm0
+        "f4"  # hlt
+    )
+    assert answer_all(vcpu, {DEVICE: b"abcdefgh"}) == [(DEVICE + 8, b"abcdefgh")]
+    assert vm.read_memory(0x2000, 8) == b"abcdefgh"
+
+
 def test_an_access_over_the_end_of_a_page_is_two_exits(pc: MakeVm) -> None:
     _, vcpu = pc(
         "66bbfe0f00d0"  # mov ebx, 0xd0000ffe
@@ -317,6 +331,41 @@ def test_code_where_no_ram_is_cannot_be_emulated(pc: MakeVm) -> None:
     exit_ = vcpu.run()
     assert isinstance(exit_, ExitInternalError)
     assert exit_.suberror == structs.KVM_INTERNAL_ERROR_EMULATION
+    assert vcpu.area.u.internal.ndata == len(exit_.data)
+    assert vcpu.get_regs().rip == 0x10
+    assert vcpu.run() == exit_
+
+
+def test_a_lower_cr8_is_an_exit_without_an_irqchip(new_vm: Callable[..., Vm]) -> None:
+    vm = new_vm()
+    vcpu = start(
+        vm,
+        "b805000000"  # mov eax, 5
+        "440f22c0"  # mov cr8, rax
+        "e680"  # out 0x80, al
+        "440f22c0"  # mov cr8, rax
+        "b803000000"  # mov eax, 3
+        "440f22c0"  # mov cr8, rax
+        "e681"  # out 0x81, al
+        "440f20c0"  # mov rax, cr8
+        "e682",  # out 0x82, al
+    )
+    for table in (0x9000, 0xA000):
+        vm.write_memory(table, (table + 0x1000 | 3).to_bytes(8, "little"))
+    vm.write_memory(0xB000, (0x83).to_bytes(8, "little"))  # 2 MiB from 0 on
+    vcpu.set_cpuid2(cpuid_of(vm.get_supported_cpuid(), 0))
+    vcpu.start_at(0, CODE, long_mode(CODE, 0x9000, rsp=STACK_TOP))
+    assert port_of(vcpu.run()) == 0x80
+    assert vcpu.area.cr8 == 5
+    exit_ = vcpu.run()
+    assert vcpu.area.cr8 == 3
+    # a KVM whose emulator executes the instruction does not tell
+    if isinstance(vm, ModelVm) or exit_ == ExitSetTpr():
+        assert exit_ == ExitSetTpr()
+        exit_ = vcpu.run()
+    assert port_of(exit_) == 0x81
+    vcpu.area.cr8 = 9
+    assert vcpu.run() == ExitIo(0x82, 1, 1, True, b"\x09")
 
 
 def test_cr8_is_user_spaces_without_an_irqchip(pc: MakeVm) -> None:

@@ -3,6 +3,7 @@
 A busy host is late as it likes: nothing here asks for speed.
 """
 
+import errno
 import gc
 import os
 from collections.abc import Iterator
@@ -205,3 +206,34 @@ def test_registers_that_contradict_each_other_are_refused(host: HostKvm) -> None
     with pytest.raises(KvmError, match="EINVAL"):
         engine.set_registers({"cr0": 0x8000_0010})  # paging without protection
     engine.close()
+
+
+def test_kvm_run_of_one_vcpu_is_refused(host: HostKvm) -> None:
+    with ModelVm(engine=host, clock="real") as vm:
+        vcpu = vm.create_vcpu(0)
+        with pytest.raises(KvmError, match=r"runs by Vm\.run") as failure:
+            vcpu.run()
+        assert failure.value.errno == errno.EOPNOTSUPP
+
+
+SAYS_IT = "ff060020 e680 cf"  # inc word [0x2000]; out 0x80, al; iret
+ONCE = "fb 90 fa e4 81 f4"  # sti; nop; cli; in al, 0x81; hlt
+
+
+@pytest.mark.parametrize("cpu", ["unicorn", "kvm"])
+def test_an_interrupt_whose_handler_meets_an_exception_is_not_repeated(
+    cpu: str, request: pytest.FixtureRequest
+) -> None:
+    engine = request.getfixturevalue("host") if cpu == "kvm" else None
+    with ModelVm(engine=engine, clock="real") as vm:
+        vm.write_memory(0x40 * 4, (0x500).to_bytes(4, "little"))
+        vm.write_memory(0x500, bytes.fromhex(SAYS_IT))
+        vcpu = vm.create_vcpu(0)
+        vm.load(Guest("code", bytes.fromhex(ONCE), CODE, (0, CODE), None))
+        vcpu.interrupt(0x40)
+        with pytest.raises(ZeroDivisionError):
+            vm.run(handlers={0x80: lambda *_: 1 // 0}, limit_s=LIMIT_S)
+        assert vm.read_memory(0x2000, 2) == b"\1\0"
+        run = vm.run(limit_s=LIMIT_S)
+        assert run.exit.reason == "deadlock"
+        assert vm.read_memory(0x2000, 2) == b"\1\0"

@@ -19,7 +19,7 @@ class Watched(MachineLock):
     def __init__(self) -> None:
         self.waits = threading.Event()
         self.urgent = threading.Semaphore(0)
-        super().__init__(self.urgent.release)
+        super().__init__(lambda holder: self.urgent.release())
 
     def _wait(self, me: int, urgent: bool) -> None:
         self.waits.set()
@@ -179,10 +179,15 @@ def test_an_interrupt_on_the_way_back_comes_with_the_lock() -> None:
             lock.await_urgent()  # as it comes back once more
 
     running = threading.Thread(target=hold, daemon=True)
-    with on_signal(interrupt) as send, lock:
-        with pytest.raises(Interrupt), lock.released():
+
+    def let_it_hold() -> None:
+        with lock.released():
             running.start()
             assert held.wait(JOIN_S)
+
+    with on_signal(interrupt) as send, lock:
+        with pytest.raises(Interrupt):
+            let_it_hold()
         assert lock.is_mine
     assert not lock.is_mine
     assert not lock.wanted

@@ -6,6 +6,7 @@ come as `ExitOther`.
 
 from dataclasses import dataclass
 from mmap import mmap
+from struct import Struct
 from typing import Literal, TypeAlias
 
 from kvmtick.abi import structs
@@ -175,6 +176,9 @@ Exit: TypeAlias = (
 
 Buffer: TypeAlias = mmap | bytearray
 
+_UNION_AT = offset_of(kvm_run, "u")
+_IO = Struct("<BBHIQ")
+
 _PLAIN: dict[int, Exit] = {
     structs.KVM_EXIT_HLT: ExitHlt(),
     structs.KVM_EXIT_DEBUG: ExitDebug(),
@@ -190,7 +194,7 @@ def decode(run: kvm_run, area: Buffer) -> Exit:
     if known := _PLAIN.get(reason):
         return known
     if reason == structs.KVM_EXIT_IO:
-        return _decode_io(run, area)
+        return _decode_io(area)
     if reason == structs.KVM_EXIT_MMIO:
         mmio = run.u.mmio
         write = bool(mmio.is_write)
@@ -212,11 +216,10 @@ def decode(run: kvm_run, area: Buffer) -> Exit:
     return ExitOther(reason)
 
 
-def _decode_io(run: kvm_run, area: Buffer) -> ExitIo:
-    io = run.u.io
-    write = io.direction == structs.KVM_EXIT_IO_OUT
-    data = bytes(memoryview(area)[io.data_offset :][: io.size * io.count]) if write else b""
-    return ExitIo(io.port, io.size, io.count, write, data)
+def _decode_io(area: Buffer) -> ExitIo:
+    direction, size, port, count, at = _IO.unpack_from(area, _UNION_AT)
+    write = direction == structs.KVM_EXIT_IO_OUT
+    return ExitIo(port, size, count, write, area[at : at + size * count] if write else b"")
 
 
 def trouble(exit_: Exit) -> str:
@@ -249,4 +252,4 @@ def answer_place(run: kvm_run, answer: bytes) -> int:
     return at
 
 
-_MMIO_DATA = offset_of(kvm_run, "u") + offset_of(structs.kvm_run_mmio, "data")
+_MMIO_DATA = _UNION_AT + offset_of(structs.kvm_run_mmio, "data")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import BufferedWriter
 from pathlib import Path
+from textwrap import fill
 
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import EXIT_DIFFERENCE, EXIT_OK, UsageError
@@ -23,7 +24,7 @@ __all__ = ["main"]
 
 SUBJECTS = ", ".join(f"{module.replace('_', '-')}.*" for module in MODULES)
 EPILOG = f"""\
-cases: {SUBJECTS}
+{fill(SUBJECTS, 96, initial_indent="cases: ", subsequent_indent="       ", break_on_hyphens=False)}
 
 outcomes:
   passed   the back end does what is right

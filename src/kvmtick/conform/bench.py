@@ -51,7 +51,6 @@ ATTEMPTS = 4
 TIMES_AT = 124
 """The results that hold the TSC at the beginning and at the end of `Bench.on_time`."""
 
-EOI_AT_INJECTION = "the recorded host's back end writes EOI when it injects an interrupt"
 
 PORT_ACT = 0x510
 """A write to this port or one of the next is an exit to user space, where the test acts."""

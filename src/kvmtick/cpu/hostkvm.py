@@ -299,7 +299,7 @@ class HostKvmEngine:
         """Nothing: the processor sees it."""
 
     def refuse(self) -> None:
-        """RuntimeError: KVM is past the access when it tells of it."""
+        """RuntimeError: it has no instructions to count, so none can be entered alone."""
         raise RuntimeError("a vCPU of /dev/kvm cannot leave before an access: use the unicorn CPU")
 
     def kick(self) -> None:
@@ -352,6 +352,7 @@ class HostKvmEngine:
                     reason = self._run()
             except BaseException:
                 self._complete_access()
+                self._take_state(0)
                 raise
         self._take_state(intr_info if reason == ExitReason.EXTERNAL_INTERRUPT else 0)
         return reason

@@ -13,6 +13,7 @@ from typing import Final
 from kvmtick.abi import KvmError, ioctls
 from kvmtick.abi.errors import NO_VCPU
 from kvmtick.abi.exits import Exit
+from kvmtick.abi.registers import put_registers
 from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_run, kvm_userspace_memory_region
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.host.kvmdev import (
@@ -28,7 +29,6 @@ from kvmtick.irqchip.i8254 import nominal_period_ns
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
 from kvmtick.kvm.kernel_run import Ends, Observer, Session, TickGoal, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
-from kvmtick.kvm.registers import put_registers
 from kvmtick.kvm.told import Told, struct_of
 from kvmtick.machine.machine import Exit as RunExit
 from kvmtick.machine.memory import GuestMemory as Slots

@@ -284,7 +284,7 @@ class KvmRun:
         self._map[at : at + len(data)] = data
 
     def close(self) -> None:
-        """Give everything back; harmless when repeated. A `run` under way ends, and does it then."""
+        """Give everything back; a `run` under way ends, and does it then. May be repeated."""
         self._thread.close()
         if self._thread in self._machine.threads:
             return
@@ -299,8 +299,12 @@ class KvmRun:
 
     def enter(self) -> None:
         """One KVM_RUN. KvmError EINTR: `immediate_exit`, a kick or the limit; EAGAIN: an INIT was
-        taken; EINVAL: CR8 has reserved bits; EFAULT: a slot's memory is gone; EBADF: it was closed.
+        taken; EINVAL: CR8 has reserved bits; EFAULT: a slot's memory is gone; EBADF: it was closed;
+        EOPNOTSUPP: a vCPU of /dev/kvm under the model's chips.
         """
+        if self._vcpu.engine.real_time:
+            why = "a vCPU of /dev/kvm under the model's chips runs by Vm.run, or take Kvm('kernel')"
+            raise KvmError(errno.EOPNOTSUPP, "KVM_RUN", why)
         try:
             self._enter_once(self.area)
         finally:

@@ -1,5 +1,4 @@
-"""KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS and KVM_SET_SREGS of the model (api.rst 4.11 to 4.14),
-and what an engine's registers, by SDM name (`Engine.registers`), are in these structures.
+"""KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS and KVM_SET_SREGS of the model (api.rst 4.11 to 4.14).
 
 `set_sregs` refuses what kvm_is_valid_sregs and kvm_apic_set_base do. Segments are kept as in a VMCS
 (SDM vol. 3C, 25.4.1): one that is not present is unusable, too, and a field has its bits only.
@@ -10,24 +9,17 @@ engine makes of it. Debug registers and MSRs have ioctls of their own.
 """
 
 import errno
-from collections.abc import Iterator, Mapping
 
 from kvmtick.abi.errors import KvmError
-from kvmtick.abi.structs import kvm_regs, kvm_segment, kvm_sregs
+from kvmtick.abi.registers import GENERAL, SPECIAL, put_registers, special_values
+from kvmtick.abi.structs import kvm_regs, kvm_sregs
 from kvmtick.cpu.mode import CR0_PE, EFER_LMA, RFLAGS_VM
 from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE
 from kvmtick.kvm.vcpu_events import has_injected_interrupt
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.vcpu import Vcpu
 
-__all__ = ["get_regs", "get_sregs", "put_registers", "set_regs", "set_sregs"]
-
-_SEGMENTS = {name: name for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr")} | {"ldtr": "ldt"}
-_TABLES = {"gdtr": "gdt", "idtr": "idt"}
-_CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
-_GENERAL = tuple(field[0] for field in kvm_regs._fields_)
-_ACCESS_BITS = (("s", 4), ("present", 7), ("avl", 12), ("l", 13), ("db", 14), ("g", 15))
-"""One-bit fields of access rights; type is 3:0, DPL 6:5, unusable 16."""
+__all__ = ["get_regs", "get_sregs", "set_regs", "set_sregs"]
 
 CR0_NW, CR0_CD, CR0_PG = 1 << 29, 1 << 30, 1 << 31
 CR4_PAE = 1 << 5
@@ -58,12 +50,12 @@ RESET_RIP, RESET_CS, RESET_CS_BASE = 0xFFF0, 0xF000, 0xFFFF_0000
 def get_regs(vcpu: Vcpu) -> kvm_regs:
     """KVM_GET_REGS."""
     registers = vcpu.engine.registers()
-    return kvm_regs(**{name: registers[name] for name in _GENERAL})
+    return kvm_regs(**{name: registers[name] for name in GENERAL})
 
 
 def set_regs(vcpu: Vcpu, regs: kvm_regs) -> None:
     """KVM_SET_REGS."""
-    values: dict[str, int] = {name: getattr(regs, name) for name in _GENERAL}
+    values: dict[str, int] = {name: getattr(regs, name) for name in GENERAL}
     if not vcpu.engine.registers()["cr0"] & CR0_PE:
         values["rflags"] &= ~RFLAGS_VM
     vcpu.engine.set_registers(values)
@@ -74,7 +66,7 @@ def get_sregs(vcpu: Vcpu) -> kvm_sregs:
     """KVM_GET_SREGS."""
     sregs, lapic, pending = kvm_sregs(), vcpu.lapic, vcpu.pending
     registers = vcpu.engine.registers()
-    put_registers({name: registers[name] for name in _sregs_names()}, kvm_regs(), sregs)
+    put_registers({name: registers[name] for name in SPECIAL}, kvm_regs(), sregs)
     sregs.cr8 = vcpu.exits.cr8 if lapic is None else lapic.get_cr8()
     sregs.apic_base = vcpu.msrs.get(MSR_IA32_APICBASE, host_initiated=True) or 0
     if has_injected_interrupt(pending):
@@ -92,7 +84,7 @@ def set_sregs(vcpu: Vcpu, sregs: kvm_sregs) -> None:
         raise KvmError(errno.EINVAL, "KVM_SET_SREGS", "cr0, cr3, cr4, efer and cs do not fit")
     if not vcpu.msrs.set(MSR_IA32_APICBASE, sregs.apic_base, host_initiated=True):
         raise KvmError(errno.EINVAL, "KVM_SET_SREGS", f"apic_base={sregs.apic_base:#x}")
-    vcpu.engine.set_registers(dict(_values(sregs)))
+    vcpu.engine.set_registers(dict(special_values(sregs)))
     if sregs.cr8 <= CR8_MAX:
         if vcpu.lapic is None:
             vcpu.exits.cr8 = sregs.cr8
@@ -134,66 +126,3 @@ def _allowed_cr4(cpuid: Cpuid) -> int:
         for bit, (function, register, mask) in _CR4_OF_CPUID.items()
         if not given or cpuid.has_bit(function, register, mask)
     )
-
-
-# Names and structures.
-
-
-def put_registers(values: Mapping[str, int], regs: kvm_regs, sregs: kvm_sregs) -> None:
-    """Write `values` into the structures. ValueError: one has no place there."""
-    for name, value in values.items():
-        register, _, part = name.partition("_")
-        if name in _GENERAL:
-            setattr(regs, name, value)
-        elif name in _CONTROL:
-            setattr(sregs, name, value)
-        elif register in _SEGMENTS and part in ("", "base", "limit", "access"):
-            _put_segment(getattr(sregs, _SEGMENTS[register]), part or "selector", value)
-        elif register in _TABLES and part in ("base", "limit"):
-            setattr(getattr(sregs, _TABLES[register]), part, value)
-        else:
-            raise ValueError(f"{name}: KVM_SET_REGS and KVM_SET_SREGS have no such register")
-
-
-def _sregs_names() -> Iterator[str]:
-    yield from _CONTROL
-    for name in _TABLES:
-        yield from (f"{name}_base", f"{name}_limit")
-    for name in _SEGMENTS:
-        yield from (name, f"{name}_base", f"{name}_limit", f"{name}_access")
-
-
-def _values(sregs: kvm_sregs) -> Iterator[tuple[str, int]]:
-    """What `put_registers` takes, of the special registers."""
-    for name in _CONTROL:
-        yield name, getattr(sregs, name)
-    for name, field in _TABLES.items():
-        table = getattr(sregs, field)
-        yield f"{name}_base", table.base
-        yield f"{name}_limit", table.limit
-    for name, field in _SEGMENTS.items():
-        segment = getattr(sregs, field)
-        yield name, segment.selector
-        yield f"{name}_base", segment.base
-        yield f"{name}_limit", segment.limit
-        yield f"{name}_access", _access(segment)
-
-
-def _put_segment(segment: kvm_segment, part: str, value: int) -> None:
-    if part != "access":
-        setattr(segment, part, value)
-        return
-    # Access rights as in a VMCS (SDM vol. 3C, 25.4.1).
-    segment.type = value & 0xF
-    for name, bit in _ACCESS_BITS:
-        setattr(segment, name, value >> bit & 1)
-    segment.dpl = value >> 5 & 3
-    segment.unusable = value >> 16 & 1
-
-
-def _access(segment: kvm_segment) -> int:
-    """`vmx_segment_access_rights`."""
-    access = segment.type & 0xF | (segment.dpl & 3) << 5
-    for name, bit in _ACCESS_BITS:
-        access |= (getattr(segment, name) & 1) << bit
-    return access | (segment.unusable != 0 or not segment.present & 1) << 16

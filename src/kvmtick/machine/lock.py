@@ -14,9 +14,11 @@ __all__ = ["MachineLock"]
 
 
 class MachineLock:
-    """A fair lock. `on_urgent` is called when a thread wants it while another one has it."""
+    """A fair lock. `on_urgent` is called when a thread wants it while another one, whose ident it
+    gets, has it.
+    """
 
-    def __init__(self, on_urgent: Callable[[], None]) -> None:
+    def __init__(self, on_urgent: Callable[[int], None]) -> None:
         self._on_urgent = on_urgent
         self._changed = threading.Condition()
         self._holder = 0
@@ -93,7 +95,7 @@ class MachineLock:
             self._waiting.append(me)
         try:
             if urgent and self._holder:
-                self._on_urgent()
+                self._on_urgent(self._holder)
             while self._holder or self._waiting[0] != me:
                 self._changed.wait()
         finally:

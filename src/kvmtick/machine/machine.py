@@ -114,7 +114,7 @@ class Machine:
         self.memory = GuestMemory()
         if isinstance(self.ram, mmap):
             self.memory.add_ram(0, self.ram)
-        self.lock = MachineLock(self._kick_all)
+        self.lock = MachineLock(self._call_out)
         self.closed = False
         self.runs_all = False
         """`run` is under way."""
@@ -585,8 +585,15 @@ class Machine:
         self.clock.refresh()
         self._slice_over = True
 
+    def _call_out(self, holder: int) -> None:
+        """Another thread wants the machine, and `holder` may be in the guest or just about to."""
+        if self.runs_all:
+            self._kick_all()
+        for thread in self.threads:
+            if thread.ident == holder:
+                thread.vcpu.engine.kick()
+
     def _kick_all(self) -> None:
-        """From another thread, which cannot tell who is about to enter the guest."""
         for vcpu in self.board.vcpus:
             vcpu.engine.kick()
 

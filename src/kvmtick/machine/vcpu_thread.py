@@ -31,6 +31,8 @@ class VcpuThread:
     def __init__(self, machine: Machine, vcpu: Vcpu) -> None:
         self.machine = machine
         self.vcpu = vcpu
+        self.ident = 0
+        """Of the thread in KVM_RUN, or last there."""
         self.until_ns = NEVER_NS
         self.closed = False
         self._wake_fd = -1
@@ -50,7 +52,11 @@ class VcpuThread:
                 if machine.runs_all:
                     raise RuntimeError("the VM is running all its vCPUs already")
                 self.check_open()
+                if self._wake_fd < 0:
+                    # from here on no wake is lost, also one before the sleep
+                    self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 machine.begin()
+                self.ident = threading.get_ident()
                 machine.threads.append(self)
                 if machine.virtual:
                     self.vcpu.engine.release_gil(threading.active_count() > 1)
@@ -88,7 +94,7 @@ class VcpuThread:
         if limit_s is not None and not machine.virtual:
             end_ns = machine.clock.now_ns + int(limit_s * 1e9)
         others = machine.awake_threads > 1
-        if others:
+        if others or machine.lock.wanted:
             end_ns = min(end_ns, machine.clock.now_ns + machine.quantum_ns)
         self.vcpu.exit_on_pause(others)
         machine.board.running = self.vcpu if others else None
@@ -114,8 +120,8 @@ class VcpuThread:
             raise KvmError(errno.EBADF, "KVM_RUN", "this vCPU was closed")
 
     def close(self) -> None:
-        """Give the descriptor back; harmless when repeated. One in KVM_RUN is called out, and has to
-        be closed again.
+        """Give the descriptor back; may be repeated. One in KVM_RUN is called out, and has to be
+        closed again.
         """
         self.closed = True
         if self in self.machine.threads:
@@ -149,8 +155,6 @@ class VcpuThread:
         by `wake`, a signalled irqfd, or `limit_s`.
         """
         machine = self.machine
-        if self._wake_fd < 0:
-            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         wait_ns = NEVER_NS if until_ns == NEVER_NS else max(0, until_ns - machine.clock.now_ns)
         limit_ns = NEVER_NS if limit_s is None else int(limit_s * 1e9)
         least_ns = min(wait_ns, limit_ns)

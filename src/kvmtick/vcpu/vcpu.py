@@ -435,10 +435,17 @@ class Vcpu:
             recorder.kvm_entry(self.vcpu_id, engine.rip, vmcs.entry_intr_info)
         self.kicked = False
         on_debug = self.on_debug
-        if on_debug is None:
-            reason = self._enter_guest(vmcs.entry_intr_info, budget)
-        else:
-            reason = self._enter_debugged(vmcs.entry_intr_info, budget, on_debug)
+        try:
+            if on_debug is None:
+                reason = self._enter_guest(vmcs.entry_intr_info, budget)
+            else:
+                reason = self._enter_debugged(vmcs.entry_intr_info, budget, on_debug)
+        except BaseException:
+            # a handler's: the guest has gone on up to its access
+            vmcs.guest_rflags = engine.rflags
+            vmcs.guest_interruptibility = engine.interruptibility
+            vmcs.entry_intr_info = 0
+            raise
         vmcs.exit_reason = reason
         vmcs.guest_rflags = engine.rflags
         vmcs.guest_interruptibility = engine.interruptibility
