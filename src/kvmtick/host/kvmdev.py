@@ -262,7 +262,10 @@ class VmFile(KvmFile):
 
 
 class GuestMemory:
-    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`). `ram` is what the guest sees, and may be handed to others."""
+    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`).
+
+    `ram` is what the guest sees, and may be handed to others.
+    """
 
     def __init__(self, vm: VmFile, slot: int, gpa: int, ram: mmap.mmap) -> None:
         self.slot = slot
