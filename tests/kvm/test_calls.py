@@ -19,9 +19,12 @@ from errno_readings import BAD_POINTER, KERNEL_POINTER, NULL, Pages
 from kvmtick import Kvm, KvmError, guests
 from kvmtick.abi import ioctls
 from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
+from kvmtick.abi.exits import ExitIo
 from kvmtick.abi.structs import (
     KVM_CLOCK_TSC_STABLE,
     KVM_EXIT_INTR,
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_UNINITIALIZED,
     KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     KvmStruct,
@@ -403,6 +406,21 @@ def test_the_guest_starts_on_the_vcpu_that_boots(vms: MakeVm) -> None:
     vm.load(guests.load("tick-pic", ticks=3))
     run = vm.run(limit_s=10)
     assert (run.exit.reason, run.guest_ticks) == ("done", 3)
+
+
+def test_what_starts_anew_waits_for_nothing(vms: MakeVm) -> None:
+    vm = vms()
+    vm.create_irqchip()
+    vm.write_memory(0x1000, b"\xfa\xf4")  # cli; hlt
+    vm.write_memory(0x2000, b"\xe6\x10")  # out 0x10, al
+    for vcpu_id, waits in ((0, KVM_MP_STATE_HALTED), (1, KVM_MP_STATE_UNINITIALIZED)):
+        vcpu = vm.create_vcpu(vcpu_id)
+        if vcpu_id == 0:
+            vcpu.start_at(0, 0x1000)
+            vcpu.run(limit_s=0.02)
+        assert vcpu.get_mp_state() == waits
+        vcpu.start_at(0, 0x2000)
+        assert isinstance(vcpu.run(), ExitIo)
 
 
 @pytest.mark.parametrize("ram_bytes", [5, -4096, 1 << 40])

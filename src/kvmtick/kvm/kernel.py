@@ -14,7 +14,12 @@ from kvmtick.abi import KvmError, ioctls
 from kvmtick.abi.errors import NO_VCPU
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.registers import put_registers
-from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_run, kvm_userspace_memory_region
+from kvmtick.abi.structs import (
+    KVM_MP_STATE_RUNNABLE,
+    kvm_cpuid_entry2,
+    kvm_run,
+    kvm_userspace_memory_region,
+)
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.host.kvmdev import (
     DEFAULT_LIMIT_S,
@@ -112,6 +117,7 @@ class KernelVcpu(Vcpu):
             put_registers(registers, regs, sregs)
             self.set_sregs(sregs)
             self.set_regs(regs)
+        self.set_mp_state(KVM_MP_STATE_RUNNABLE)
 
     def close(self) -> None:
         """Give the vCPU back; harmless when repeated, the VM may be closed already."""
@@ -273,7 +279,6 @@ class KernelVm(Vm[KernelVcpu]):
         return self._result(exit_, stopwatch.started_ns, ran_ns, counter, observer)
 
     def parameters(self) -> Parameters | None:
-        """The guest's parameter block as it is now in RAM; None if there is none."""
         return parameters_of(self._guest, self.read_memory) if self.memory else None
 
     def _rest_ns(self) -> int | None:

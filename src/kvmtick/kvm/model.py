@@ -215,9 +215,6 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
             return self._guest_run.ticks()
 
     def parameters(self) -> Parameters | None:
-        """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one
-        that has overwritten it.
-        """
         with self.machine.lock:
             return self._guest_run.parameters()
 
