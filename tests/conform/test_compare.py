@@ -4,7 +4,7 @@ host that is late is neither.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle
+from itertools import count, cycle
 
 import pytest
 
@@ -133,11 +133,28 @@ def impatient(vm: ModelVm) -> None:
     pit.work.callback = work
 
 
+def repeated(vm: ModelVm) -> None:
+    """The guest's tenth tick is not counted: it takes one more."""
+    pit = pit_of(vm)
+    do_work = pit.work.callback
+    calls = count(1)
+
+    def work() -> None:
+        if next(calls) == 10:
+            at = guests.PARAMETERS.counter
+            counted = int.from_bytes(vm.read_memory(at, 4), "little")
+            vm.write_memory(at, (counted - 1).to_bytes(4, "little"))
+        do_work()
+
+    pit.work.callback = work
+
+
 FAULTS: dict[str, tuple[str, int, Callable[[ModelVm], None], str]] = {
     "period": ("tick-pic", 20, period_off_by_one, "hrtimer"),
     "line": ("tick-pic", 20, level_left_high, "gsi"),
     "source": ("tick-ioapic", 20, wrong_source, "gsi"),
     "ack": ("tick-if0", 40, impatient, "worker"),
+    "repeat": ("tick-pic", 60, repeated, "counts"),
 }
 
 
@@ -247,12 +264,42 @@ def test_where_steps_are_missing_changed_or_more(model: Side) -> None:
     ]
 
 
-@pytest.mark.parametrize(("count", "close"), [(20, True), (23, True), (17, True), (24, False)])
-def test_counts_may_be_a_little_apart(model: Side, count: int, close: bool) -> None:
+def expired(model: Side, number: int) -> Side:
+    """The same with so many expiries."""
     assert "expire 20" in model.lines["counts"]
-    counts = (each.replace("expire 20", f"expire {count}") for each in model.lines["counts"])
-    found = differences(model, changed(model, "counts", *counts))
-    assert found == ([] if close else [Difference("counts", 1, ("expire 20",), ("expire 24",))])
+    counts = (each.replace("expire 20", f"expire {number}") for each in model.lines["counts"])
+    return changed(model, "counts", *counts)
+
+
+@pytest.mark.parametrize(("number", "close"), [(20, True), (23, True), (17, True), (24, False)])
+def test_counts_may_be_close(model: Side, number: int, close: bool) -> None:
+    theirs = expired(model, number)
+    found = [Difference("counts", 1, ("expire 20",), (f"expire {number}",))]
+    assert differences(model, theirs) == ([] if number == 20 else found)
+    assert differences(model, theirs, close=True) == ([] if close else found)
+
+
+def test_close_counts_differ_when_more_runs_on_time_say_so(
+    model: Side, kernel: Callable[..., None]
+) -> None:
+    kernel(expired(model, 21))
+    result = compare(wanted("tick-pic"))
+    assert result.runs == module.SAME_CLOSE
+    assert result.differences == [Difference("counts", 1, ("expire 20",), ("expire 21",))]
+
+
+def test_one_run_with_the_same_counts_is_enough(model: Side, kernel: Callable[..., None]) -> None:
+    kernel(expired(model, 21), expired(model, 21), model)
+    assert compare(wanted("tick-pic")).equal
+
+
+def test_close_counts_are_equal_on_a_host_that_is_always_late(
+    model: Side, kernel: Callable[..., None]
+) -> None:
+    kernel(expired(model, 21), late=(0,))
+    result = compare(wanted("tick-pic"))
+    assert result.equal
+    assert result.runs == module.NEVER
 
 
 def test_where_time_ends_a_run_its_end_is_not_compared() -> None:

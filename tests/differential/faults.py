@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvmtick.conform.fuzz.observe import Seen
+from kvmtick.conform.fuzz.look import Seen
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.search import Backends
 from kvmtick.conform.fuzz.side import Config, Side
+from kvmtick.irqchip import i8254, lapic_timer
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
@@ -24,21 +25,21 @@ from kvmtick.vcpu.events import PendingEvents
 
 @dataclass(frozen=True)
 class Fault:
-    """`method` of `owner` becomes what `change` makes of it."""
+    """`name` of a class or module becomes what `change` makes of it."""
 
-    owner: type
-    method: str
-    change: Callable[[Callable[..., Any]], Callable[..., Any]]
+    owner: object
+    name: str
+    change: Callable[[Any], Any]
 
     @contextmanager
     def planted(self) -> Iterator[None]:
         """The model has the fault."""
-        sound = getattr(self.owner, self.method)
-        setattr(self.owner, self.method, self.change(sound))
+        sound = getattr(self.owner, self.name)
+        setattr(self.owner, self.name, self.change(sound))
         try:
             yield
         finally:
-            setattr(self.owner, self.method, sound)
+            setattr(self.owner, self.name, sound)
 
 
 def nothing(_: Callable[..., Any]) -> Callable[..., None]:
@@ -135,6 +136,53 @@ FAULTS = {
     "a tick that is not pulsed": Fault(Pit, "do_work", nothing),
     "an irqfd that is not looked at": Fault(IrqFds, "poll", lambda _: lambda self: False),
 }
+
+
+def _ignore_the_acknowledgement(work: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Pit) -> None:
+        self.irq_ack = True
+        work(self)
+
+    return wrong
+
+
+def _drift(timer_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(self: Pit) -> Any:
+        self.period_ns += 100_000
+        try:
+            return timer_fn(self)
+        finally:
+            self.period_ns -= 100_000
+
+    return wrong
+
+
+def _number(value: int) -> Callable[..., int]:
+    return lambda _: value
+
+
+CONFORM_FAULTS = {
+    "a PIT without the least period": (
+        Fault(i8254, "MIN_TIMER_PERIOD_NS", _number(0)),
+        "pit.short-periods-are-clamped",
+    ),
+    "a local APIC's timer without the least period": (
+        Fault(lapic_timer, "MIN_TIMER_PERIOD_NS", _number(0)),
+        "timer.short-period-is-raised",
+    ),
+    "ticks kept at the unmask": (Fault(Pit, "mask_changed", nothing), "reinject.unmask-drops"),
+    "ticks kept at a new count": (Fault(Pit, "reset_reinject", nothing), "reinject.reload-drops"),
+    "ticks that wait for nothing": (
+        Fault(Pit, "do_work", _ignore_the_acknowledgement),
+        "reinject.no-eoi-no-pulse",
+    ),
+    "a period that is too long": (Fault(Pit, "timer_fn", _drift), "pit.period"),
+    "no NMI watchdog": (
+        Fault(IrqDelivery, "deliver_nmi_watchdog", nothing),
+        "nmi-watchdog.every-period-has-one-*",
+    ),
+}
+"""Faults of ticks in time, and the conformance cases that find them."""
 
 
 class FaultySide(Side):

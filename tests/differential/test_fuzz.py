@@ -101,12 +101,13 @@ def test_a_difference_is_shrunk_to_what_shows_it(finding: Finding) -> None:
 
 def test_what_shows_once_only_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvmtick.conform.fuzz import search
-    from kvmtick.conform.fuzz.observe import Difference
+    from kvmtick.conform.fuzz.look import Difference
 
     model = Kvm("model")
     fuzzer = Fuzzer(Backends.of(model, model))
-    once = [search.Found(0, sequence(0, 0).operations[0], (Difference("answer", 0, 1),))]
-    monkeypatch.setattr(search, "first_difference", lambda *_: once.pop() if once else None)
+    found = search.Found(0, sequence(0, 0).operations[0], (Difference("answer", 0, 1),))
+    once = [search.Outcome(1, found)]
+    monkeypatch.setattr(search, "carry_out", lambda *_: once.pop() if once else search.Outcome(1))
     assert fuzzer.run(1) is None
     assert (fuzzer.totals.noise, fuzzer.totals.differences) == (1, 0)
 
@@ -263,6 +264,22 @@ def test_it_stops_at_a_warning_of_the_kernel(
     assert finding is not None
     assert (finding.found, finding.warning) == (None, warning)
     assert load(save(finding, ("model", "model"), tmp_path)) == finding.sequence
+
+
+def test_a_kernel_log_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, and the search goes on."""
+
+    def absent(self: KernelLog) -> None:
+        raise HostError("/dev/kmsg cannot be read (Operation not permitted)", "read it as root")
+
+    monkeypatch.setattr(KernelLog, "__init__", absent)
+    monkeypatch.setattr(verb, "_system", lambda name: Kvm("model"))
+    assert run("--backends", "model,kernel", "--ops", "50") == EXIT_OK
+    told = capsys.readouterr()
+    assert "the kernel log is not watched: /dev/kmsg cannot be read" in told.err
+    assert "0 differences" in told.out
 
 
 def test_without_a_kvm_device(

@@ -5,20 +5,24 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
+from differential.faults import FAULTS, faulty
 from doc_blocks import ROOT
 
 from kvmtick.cli import main
+from kvmtick.conform import compare
+from kvmtick.conform.fuzz.search import Backends
 from kvmtick.machine.machine import Exit
 from kvmtick.ticks.verdict import Path
 
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
 OPEN_OBJECTS = dict.fromkeys(
     ("faults", "capabilities", "events", "parameters", "crash.vcpus[].registers"), "name"
-)
+) | {"coverage": "operation"}
 """Objects whose keys depend on the host or the command line."""
 WHOLE_OBJECTS = ("sources[].ticks", "sources[].latency_ns")
 """Objects that are described elsewhere."""
@@ -146,9 +150,29 @@ def test_verdicts_add_up() -> None:
     assert sum(ticks[verdict] for verdict in verdicts) == ticks["expired"] > 8
 
 
+def test_fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> None:
+    """With a finding, for a fault is planted."""
+    fault = FAULTS["three NMIs that wait"]
+    monkeypatch.setattr(Backends, "of", lambda left, right: faulty(fault, right))
+    arguments = ("fuzz", "--backends", "model,model", "--save", str(tmp_path))
+    assert not faults(documented("kvmtick fuzz"), printed(*arguments, code=1))
+
+
 def test_conform() -> None:
     result = printed("conform", "--case", "pic.icw*")
     assert not faults(documented("kvmtick conform"), result)
+
+
+def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model in place of the kernel, so that it needs none; one step of it is changed."""
+
+    def run_kernel(wanted: compare.Wanted) -> tuple[compare.Side, int]:
+        side = compare.run_model(wanted)
+        return replace(side, lines={**side.lines, "pic": ()}), 0
+
+    monkeypatch.setattr(compare, "run_kernel", run_kernel)
+    result = printed("compare", "tick-pic", code=1)
+    assert not faults(documented("kvmtick compare"), result)
 
 
 def test_doctor() -> None:

@@ -19,6 +19,7 @@ from kvmtick.ticks.report import TickReport
 from kvmtick.trace.events import Event, Record
 
 LIMIT_S = 10.0
+PIT_SOURCE_ID = 2
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +36,16 @@ def tracefs() -> Iterator[Tracefs]:
         assert [name for name in opened.instances() if f"-{os.getpid()}-" in name] == []
 
 
-def traced(vm: KernelVm, name: str, reinject: bool = True, **load: int) -> tuple[Run, TickTrace]:
-    """One run of a built-in guest."""
+def traced(
+    vm: KernelVm, name: str, reinject: bool = True, **load: int
+) -> tuple[Run, TickTrace, list[Record]]:
+    """One run of a built-in guest, its trace, and the records of that."""
     guest = guests.load(name, tsc_khz=vm.get_tsc_khz(), **load)
     vm.prepare(guest.needs, reinject)
     vm.load(guest)
-    trace = TickTrace(vm)
-    return vm.run(limit_s=LIMIT_S, observer=trace), trace
+    records: list[Record] = []
+    trace = TickTrace(vm, consumers=[records.extend])
+    return vm.run(limit_s=LIMIT_S, observer=trace), trace, records
 
 
 def total(report: TickReport) -> int:
@@ -50,10 +54,22 @@ def total(report: TickReport) -> int:
 
 
 def taken(report: TickReport) -> int:
-    """Interrupts that the guest took: a back end that acknowledges by itself may let the PIT pulse
-    once more than it expired.
-    """
+    """Interrupts that the guest took, each for a tick or `extra`."""
     return sum(tick.inject_ns is not None for tick in report) + report.extra
+
+
+def pulses_nobody_asked_for(records: list[Record]) -> int:
+    """Pulses of the PIT without an acknowledgement since the last one. There are none, but with a
+    back end of KVM that has the PIT take its own injection for one (see docs/fidelity.md).
+    """
+    count, acknowledged = 0, True
+    for record in records:
+        if record[1] in (Event.KVM_ACK_IRQ, Event.PIT_RESET_REINJECT):
+            acknowledged = True
+        elif record[1] == Event.KVM_SET_IRQ and record[3:] == (0, 1, PIT_SOURCE_ID):
+            count += not acknowledged
+            acknowledged = False
+    return count
 
 
 @pytest.mark.parametrize(
@@ -72,13 +88,24 @@ def taken(report: TickReport) -> int:
 )
 def test_every_tick_has_a_verdict(name: str, source: str, path: str) -> None:
     with KernelVm() as vm:
-        run, trace = traced(vm, name, ticks=60)
-    assert (run.exit.reason, run.guest_ticks) == ("done", 60)
+        run, trace, records = traced(vm, name, ticks=60)
+    # between its tick and its look at the counter the guest may take one more
+    assert run.exit.reason == "done"
+    assert run.guest_ticks is not None
+    assert run.guest_ticks >= 60
     assert run.ticks is not None
     assert (run.ticks.source, run.ticks.path) == (source, path)
-    assert total(run.ticks) == run.ticks.expired >= 60
-    assert run.ticks.count("unknown") == trace.lost == 0
-    assert taken(run.ticks) == 60
+    assert total(run.ticks) == run.ticks.expired
+    # the guest's last NMI may find it leaving
+    assert run.ticks.count("unknown") <= (name == "nmi-watchdog")
+    assert trace.lost == 0
+    # of ipi-tick CPU 1 counts, and IPIs merge
+    assert taken(run.ticks) == run.guest_ticks or (
+        name == "ipi-tick" and taken(run.ticks) > run.guest_ticks
+    )
+    unasked = pulses_nobody_asked_for(records) if source == "pit" else 0
+    assert run.guest_ticks - unasked <= run.ticks.expired
+    assert run.ticks.extra <= unasked
     if name == "tick-if0":
         assert run.ticks.count("reinjected") + run.ticks.count("late") >= 45
     if name == "tick-mask":
@@ -88,7 +115,7 @@ def test_every_tick_has_a_verdict(name: str, source: str, path: str) -> None:
 
 def test_both_timers_of_one_guest() -> None:
     with KernelVm() as vm:
-        run, _ = traced(vm, "tick-long", ticks=30)
+        run, _, _ = traced(vm, "tick-long", ticks=30)
     assert [(report.source, report.path) for report in run.sources] == [
         ("pit", "ioapic"),
         ("lapic", "lapic"),
@@ -99,7 +126,7 @@ def test_both_timers_of_one_guest() -> None:
 @pytest.mark.parametrize("reinject", [False, True])
 def test_how_the_pit_was_set_up_before_is_known(reinject: bool) -> None:
     with KernelVm() as vm:
-        run, _ = traced(vm, "tick-if0", reinject, ticks=60)
+        run, _, _ = traced(vm, "tick-if0", reinject, ticks=60)
     assert run.ticks is not None
     assert (run.ticks.count("reinjected") > 20) is reinject
     assert (run.ticks.count("coalesced") > 20) is not reinject
@@ -125,10 +152,11 @@ def test_nmis_that_no_event_shows_are_unknown() -> None:
 
 def test_two_vms_of_one_process_at_once() -> None:
     runs: dict[str, Run] = {}
+    records: dict[str, list[Record]] = {}
 
     def play(name: str) -> None:
         with KernelVm() as vm:
-            runs[name], _ = traced(vm, name, ticks=100)
+            runs[name], _, records[name] = traced(vm, name, ticks=100)
 
     names = ("tick-pic", "tick-ioapic")
     threads = [threading.Thread(target=play, args=(name,)) for name in names]
@@ -141,14 +169,15 @@ def test_two_vms_of_one_process_at_once() -> None:
         assert ticks is not None
         assert {tick.path for tick in ticks if tick.path} == {path}
         assert total(ticks) == ticks.expired
-        assert taken(ticks) == 100
+        assert taken(ticks) == runs[name].guest_ticks
+        assert ticks.extra <= pulses_nobody_asked_for(records[name])
 
 
 def test_what_a_small_buffer_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_trace, "BUFFER_KIB", 4)
     monkeypatch.setattr(kernel_trace, "READ_EVERY_S", LIMIT_S)
     with KernelVm() as vm:
-        run, trace = traced(vm, "tick-pic", ticks=300)
+        run, trace, _ = traced(vm, "tick-pic", ticks=300)
     assert run.guest_ticks == 300
     assert run.ticks is not None
     assert trace.lost > 0

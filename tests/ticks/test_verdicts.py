@@ -3,7 +3,10 @@
 import pytest
 from stream import PERIOD_NS, Stream
 
+from kvmtick.ticks.life import TickAssembler
+from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.verdict import Verdict, Where
+from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 
 DELIVERED, LATE, REINJECTED = Verdict.DELIVERED, Verdict.LATE, Verdict.REINJECTED
 MASKED, COALESCED, DROPPED = Verdict.MASKED, Verdict.COALESCED, Verdict.DROPPED
@@ -405,3 +408,44 @@ def test_the_dict_has_the_keys_of_the_json() -> None:
         "inject_to_eoi",
         "expiry_to_eoi",
     }
+
+
+def written(*records: Record) -> TickReport:
+    """What these say of a PIT with reinjection and a PIC that is set up."""
+    assembler = TickAssembler()
+    assembler([START_REINJECT, *map(pic_write, ((0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1)))])
+    assembler([(n, *record[1:]) for n, record in enumerate(records)])
+    assembler.settle()
+    return assembler.report()
+
+
+def pic_write(write: tuple[int, int]) -> Record:
+    return (0, int(Event.KVM_PIO), 3, 1, write[0], 1, 1, write[1])
+
+
+START_REINJECT = (0, int(Event.KVM_APICV_INHIBIT_CHANGED), 3, 9, 1, 0)
+EXPIRY: list[Record] = [
+    (0, int(Event.HRTIMER_EXPIRE_ENTRY), IRQ_CONTEXT, 0x300, 0, 0),
+    (0, int(Event.WORK_QUEUE), IRQ_CONTEXT, 1, 1, 1),
+    (0, int(Event.WORK_START), 2, 1, 1),
+]
+RAISE: Record = (0, int(Event.KVM_SET_IRQ), 2, 0, 1, 2)
+LATCH: Record = (0, int(Event.KVM_PIC_SET_IRQ), 2, 0, 0, 0, 0, False)
+WORK_END: Record = (0, int(Event.WORK_END), 2, 1, 1)
+INJECT: Record = (0, int(Event.KVM_INJ_VIRQ), 3, 0x20, False, False)
+ACK: Record = (0, int(Event.KVM_ACK_IRQ), 3, 0, 0)
+
+
+def test_the_worker_may_raise_the_line_between_an_eoi_and_what_it_leads_to() -> None:
+    first = [*EXPIRY, RAISE, LATCH, WORK_END, INJECT]
+    second = [*EXPIRY, pic_write((0x20, 0x20)), RAISE, ACK, LATCH, WORK_END, INJECT]
+    report = written(*first, *second)
+    assert [tick.inject_ns is not None for tick in report] == [True, True]
+    assert next(iter(report)).eoi_ns == 12
+    assert report.extra == 0
+
+
+def test_a_request_that_inta_took_is_injected_after_the_next_pulse_is_recorded() -> None:
+    report = written(*EXPIRY, RAISE, LATCH, WORK_END, *EXPIRY, RAISE, LATCH, INJECT, INJECT)
+    assert [tick.inject_ns for tick in report] == [11, 12]
+    assert report.extra == 0

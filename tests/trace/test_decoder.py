@@ -6,7 +6,7 @@ import pytest
 from recorded import COUNTS, RUNS, decode, functions, kernel, reports, verdicts
 from recorded import decoder as decoder_of
 
-from kvmtick.trace.decoder import Decoder, Merge
+from kvmtick.trace.decoder import Decoder, Merge, TaskNames
 from kvmtick.trace.events import Event, Function, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ftrace import event_name, event_text, format_line
@@ -153,6 +153,13 @@ def test_what_later_kernels_added_may_be_missing_and_nothing_else() -> None:
     ]
     with pytest.raises(FormatError, match="kvm_set_irq has no field gsi here"):
         Decoder(KERNEL["header_page"], formats("kvm_set_irq", "gsi"), FUNCTIONS)
+
+
+def test_every_cpu_has_an_idle_thread_of_its_own() -> None:
+    tasks = TaskNames()
+    assert [tasks.idle(cpu) for cpu in (0, 1, 0, 1)] == [0, 1, 0, 1]
+    assert tasks.index(7) == 2
+    assert tasks.names == ["<idle>-0", "<idle>-0", "<...>-7"]
 
 
 def test_records_wait_for_those_of_other_cpus() -> None:

@@ -98,3 +98,14 @@ def test_another_thread_s_is_not_kept(event: Event) -> None:
     vm = OneVm()
     vm.add_task(VCPU)
     assert vm.keep([record(event, OTHER_VCPU, 0, 0, 0, 0, 0)]) == []
+
+
+def test_an_expiry_whose_work_is_queued_already_claims_no_work_of_another_vm() -> None:
+    vm = OneVm()
+    vm.add_task(VCPU)
+    vm.keep(started(VCPU, TIMER))
+    expiry, _, restart, *run = tick(TIMER, WORK, WORKER, IDLE)
+    ours = [*tick(TIMER, WORK, WORKER, IDLE)[:3], expiry, restart]
+    theirs = tick(OTHER_TIMER, OTHER_WORK, OTHER_WORKER, IDLE)
+    assert vm.keep([*ours, *theirs, *run, *theirs]) == [*ours, *run]
+    assert vm.workers == {WORKER}

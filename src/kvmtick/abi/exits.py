@@ -219,7 +219,7 @@ def decode(run: kvm_run, area: Buffer) -> Exit:
 def _decode_io(area: Buffer) -> ExitIo:
     direction, size, port, count, at = _IO.unpack_from(area, _UNION_AT)
     write = direction == structs.KVM_EXIT_IO_OUT
-    return ExitIo(port, size, count, write, area[at : at + size * count] if write else b"")
+    return ExitIo(port, size, count, write, bytes(area[at : at + size * count]) if write else b"")
 
 
 def trouble(exit_: Exit) -> str:

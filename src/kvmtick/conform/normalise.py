@@ -420,12 +420,13 @@ class _Reader:
         self._say(match, what)
 
     def _kvm_ack_irq(self, match: re.Match[str]) -> None:
-        self.tally["ack"] += 1
         pid, what = match["pid"], f"ack {match['rest']}"
         in_service = self._in_service.get(pid)
         if self._eoi_is_injection and in_service:
             self._acks.setdefault(pid, []).append((in_service[-1], what))
-        elif "IOAPIC" in what:
+            return
+        self.tally["ack"] += 1
+        if "IOAPIC" in what:
             self._say(match, what, self._ended.get(pid, ""))
         else:
             self._say(match, what)
@@ -475,6 +476,7 @@ class _Reader:
         waiting = self._acks.get(pid, [])
         given = [ack for ack in waiting if ack[0] == vector]
         if given:
+            self.tally["ack"] += len(given)
             self._vcpus[pid] += given
             self._acks[pid] = [ack for ack in waiting if ack not in given]
 

@@ -40,6 +40,7 @@ HARMLESS = tuple(
             r"Disabled LAPIC found during irq injection",
             r"requested lapic timer restore with starting count register",
             r"[Uu]nhandled (WR|RD)MSR|ignored (wr|rd)msr",
+            r"user requested TSC rate below hardware speed",
             r"debugfs: duplicate directory",
             r"callbacks suppressed",
             # a guest that is lost, on a host whose back end emulates instructions

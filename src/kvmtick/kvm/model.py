@@ -120,6 +120,9 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         if not 0 <= vcpu_id < KVM_MAX_VCPU_IDS or len(self._vcpus) >= KVM_MAX_VCPUS:
             raise KvmError(errno.EINVAL, "KVM_CREATE_VCPU")
         if any(vcpu.vcpu_id == vcpu_id for vcpu in self._vcpus):
+            # The kernel has made the vCPU, and reset its local APIC, before it looks for the id.
+            self.machine.board.delivery.apic_map_dirty = True
+            self.machine.board.delivery.recalculate_map()
             raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU")
         if self._engine is not None:
             engine = self._engine()

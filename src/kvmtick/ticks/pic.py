@@ -38,6 +38,8 @@ class PicPin:
         "_imr",
         "_init4",
         "_init_state",
+        "_taken",
+        "_unended",
         "auto_eoi",
         "foreign_request",
         "in_service",
@@ -51,6 +53,10 @@ class PicPin:
         self.foreign_request = False
         self.in_service: Claim | None = None
         self.auto_eoi = False
+        self._unended = False
+        """It was injected, for whomever, and not acknowledged since."""
+        self._taken: list[Claim | None] = []
+        """Requests that INTA took, and whose injection is still to be recorded; None: foreign."""
         self._auto_eoi_claim: Claim | None = None
         self._command = [NO_COMMAND, NO_COMMAND]
         self._imr = [0, 0]
@@ -75,6 +81,8 @@ class PicPin:
         return (
             self.request is None
             and self.in_service is None
+            and not self._unended
+            and not self._taken
             and not self.foreign_request
             and not self.auto_eoi
             and not self.pin
@@ -90,16 +98,23 @@ class PicPin:
     def forget(self) -> None:
         """Records are missing: what is requested or in service is not known any more."""
         self.request = self.in_service = self._auto_eoi_claim = None
-        self.foreign_request = self.auto_eoi = False
-        self.new_pulse()
+        self.foreign_request = self.auto_eoi = self._unended = False
+        self._taken.clear()
+        self._forget_commands()
 
     def new_pulse(self) -> None:
-        """A line rises: a command written before it ends nothing that comes after it."""
+        """A line rises: a command written before it ends nothing that comes after it. But the
+        worker may raise it between the guest's EOI and the acknowledgement that this leads to.
+        """
+        if not self._unended:
+            self._forget_commands()
+
+    def _forget_commands(self) -> None:
         self._command[0] = self._command[1] = NO_COMMAND
 
     def pulse(self, record: Record, source: Source, tick: Tick | None, held: bool) -> int:
         """The pin was driven high, for a tick or for somebody else: LATCHED, MASKED, ..."""
-        ts_ns, _, _, chip, _, _, imr, coalesced = record
+        ts_ns, _, _, chip, pin, elcr, imr, coalesced = record
         self._imr[chip & 1] = imr
         if self.masked and (self.request is not None or self.foreign_request):
             return MASKED
@@ -107,10 +122,13 @@ class PicPin:
             return COALESCED
         if tick is not None and held:
             return MASKED if self.masked else HELD
-        request = self.request
+        request, requested = self.request, self.request is not None or self.foreign_request
         self.request = source.claim(tick, _PIC, ts_ns) if tick is not None else None
         self.foreign_request = tick is None
-        if request is not None:
+        if requested and not elcr >> (pin & 7) & 1:
+            # nothing else but INTA clears the request of an edge
+            self._taken = [request]
+        elif request is not None:
             request.source.lose(request, Where.PIC, "its PIC request was taken back")
         return LATCHED
 
@@ -124,14 +142,19 @@ class PicPin:
             elif claim.arrived:
                 claim.tick.vector = vector
             return
-        claim = self.request
-        base = self.vector
-        if claim is None or (base is not None and vector != base):
-            if base is None or vector == base:
-                self.foreign_request = False
+        if self.vector not in (None, vector):
             source.extra += 1
             return
-        self.request = None
+        self._unended = True
+        self._forget_commands()
+        if self._taken:
+            claim = self._taken.pop()
+        else:
+            claim, self.request = self.request, None
+            self.foreign_request = False
+        if claim is None:
+            source.extra += 1
+            return
         self.in_service = claim
         source.arrive(claim, ts_ns, vcpu, vector)
 
@@ -139,6 +162,7 @@ class PicPin:
         """The pin was acknowledged: by an EOI, ICW1, a poll or an automatic EOI."""
         chip = self.pin >> 3
         command, self._command[chip] = self._command[chip], NO_COMMAND
+        self._unended = False
         if command == NO_COMMAND or command & (ICW1 | OCW3):
             self._acknowledge_request(command, ts_ns, vcpu)
         elif self.in_service is not None:

@@ -37,11 +37,15 @@ _BY_TIME = itemgetter(0)
 
 
 class TaskNames:
-    """Threads as a recorder has them: `comm-pid` by index. Those not named are `<...>-pid`."""
+    """Threads as a recorder has them: `comm-pid` by index. Those not named are `<...>-pid`.
+
+    Every CPU has an idle thread; all of them have pid 0.
+    """
 
     def __init__(self) -> None:
         self.names = ["<idle>-0"]
-        self._index = {0: 0}
+        self._index: dict[int, int] = {}
+        self._idle = {0: 0}
 
     def index(self, pid: int) -> int:
         """A thread's index."""
@@ -49,6 +53,14 @@ class TaskNames:
         if index is None:
             index = self._index[pid] = len(self.names)
             self.names.append(f"<...>-{pid}")
+        return index
+
+    def idle(self, cpu: int) -> int:
+        """The index of a CPU's idle thread."""
+        index = self._idle.get(cpu)
+        if index is None:
+            index = self._idle[cpu] = len(self.names)
+            self.names.append("<idle>-0")
         return index
 
     def name(self, pid: int, comm: str) -> int:
@@ -144,7 +156,7 @@ class Decoder:
                 if function is None:
                     continue
                 values[1] = function
-            task = tasks.index(pid)
+            task = tasks.index(pid) if pid else tasks.idle(cpu)
             if flags & _IN_INTERRUPT:
                 task |= IRQ_CONTEXT
             records.append((ts_ns, reader.event, task, *values))

@@ -2,7 +2,8 @@
 
 Its vCPUs' threads are told to it. The rest follows: a timer is the VM's if one of them programmed
 it, a work item if such a timer's callback or such a thread queued it, a worker if it ran one. For
-timers fire in whatever thread was running, and kvm-pit workers of one process have one name.
+timers fire in whatever thread was running, and kvm-pit workers of one process have one name. The
+idle threads of several CPUs have to be several tasks.
 
 Not told apart, for no record tells: what other threads of its user space do, such as KVM_IRQ_LINE
 (`add_task` for them), and irqfds.
@@ -34,7 +35,9 @@ class OneVm:
         self._timers: set[int] = set()
         self._works: set[int] = set()
         self._expired: set[int] = set()
-        """Tasks in whose interrupt the VM's PIT expired: the work queued next there is its own."""
+        """Tasks in whose interrupt the VM's PIT was the last to expire: they queue its own work.
+        Work that still is queued is not queued again, so an expiry need not have any.
+        """
 
     def add_task(self, task: int) -> None:
         """A thread of the VM: a vCPU's, or a worker known beforehand."""
@@ -57,18 +60,15 @@ class OneVm:
         event, task, timer = record[1:4]
         if event == _HRTIMER_START and own_task:
             self._timers.add(timer)
-        if timer not in self._timers:
-            return False
+        own = timer in self._timers
         if event == _HRTIMER_EXPIRE_ENTRY and record[4] == _PIT:
-            self._expired.add(task)
-        return True
+            (self._expired.add if own else self._expired.discard)(task)
+        return own
 
     def _is_own_work(self, record: Record, own_task: bool) -> bool:
         event, task, work = record[1:4]
-        if event == _WORK_QUEUE and (own_task or task in self._expired):
-            self._works.add(work)
-            self._expired.discard(task)
-        elif event == _WORK_START and own_task:
+        is_queued = event == _WORK_QUEUE and task in self._expired
+        if is_queued or (own_task and event in (_WORK_QUEUE, _WORK_START)):
             self._works.add(work)
         if work not in self._works:
             return False

@@ -577,6 +577,9 @@ class LapicTick(OfVcpu):
 
     def do_to(self, side: Side) -> Answer:
         vcpu = side.vcpus[self.vcpu]
+        answer = side.access(self.vcpu, "none")
+        if isinstance(answer, str):
+            return answer
         lapic = vcpu.get_lapic()
         lapic.set_reg(0x320, self.lvtt)
         lapic.set_reg(0x3E0, 0xB)

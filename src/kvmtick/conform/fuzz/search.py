@@ -14,18 +14,20 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from kvmtick.conform.fuzz.generate import Sequence, sequence
-from kvmtick.conform.fuzz.observe import Difference
+from kvmtick.conform.fuzz.look import Difference
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.shrink import fewest, without_parts
-from kvmtick.conform.fuzz.side import Config, LateHostError, Side
+from kvmtick.conform.fuzz.side import LOST, Config, LateHostError, Side
 from kvmtick.host.kmsg import KernelLog
 from kvmtick.kvm.api import System
 from kvmtick.timing.wall import Stopwatch
 
-__all__ = ["Backends", "Finding", "Found", "Fuzzer", "Totals", "first_difference"]
+__all__ = ["Backends", "Finding", "Found", "Fuzzer", "Totals", "carry_out", "first_difference"]
 
 LATE_RETRIES = 3
 CONFIRMATIONS = 2
+PATIENCE_US = (200, 1_000, 5_000, 20_000)
+"""The work of an irqfd, or of the PIT, may come after the first look: so long until the next."""
 SHRINK_S = 60.0
 
 MakeSide: TypeAlias = Callable[[Config], Side]
@@ -53,6 +55,20 @@ class Found:
     operation: Operation
     differences: tuple[Difference, ...]
 
+    def is_like(self, other: Found) -> bool:
+        """Whether it is the same thing that went wrong, as far as can be told: the kind of the
+        operation and what differs first, with a vCPU or register of its own.
+        """
+        kinds = type(self.operation), type(other.operation)
+        ends = [LOST in (each.left, each.right) for each in (self.first, other.first)]
+        fields = [each.field.split(" ")[0].split("[")[0] for each in (self.first, other.first)]
+        return kinds[0] is kinds[1] and fields[0] == fields[1] and ends[0] == ends[1]
+
+    @property
+    def first(self) -> Difference:
+        """The first of the differences."""
+        return self.differences[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -77,6 +93,14 @@ class Totals:
     """How often each kind of operation was carried out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many steps of a sequence were carried out, and the difference that ended it."""
+
+    steps: int
+    found: Found | None = None
+
+
 def first_difference(
     backends: Backends, config: Config, operations: Seq[Operation]
 ) -> Found | None:
@@ -84,6 +108,11 @@ def first_difference(
 
     Raises LateHostError if the host is late every time.
     """
+    return carry_out(backends, config, operations).found
+
+
+def carry_out(backends: Backends, config: Config, operations: Seq[Operation]) -> Outcome:
+    """As `first_difference`. A guest that is lost on both sides alike is an end, too."""
     for _ in range(LATE_RETRIES):
         with suppress(LateHostError), ExitStack() as stack:
             left, right = (stack.enter_context(make(config)) for make in backends.make)
@@ -91,14 +120,19 @@ def first_difference(
     raise LateHostError
 
 
-def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Found | None:
+def _compare(left: Side, right: Side, operations: Seq[Operation]) -> Outcome:
     for number, operation in enumerate(operations):
         seen, other = left.step(operation), right.step(operation)
+        for patience_us in PATIENCE_US:
+            if seen == other:
+                break
+            seen, other = left.look_again(seen, patience_us), right.look_again(other, patience_us)
         if seen != other:
-            return Found(number, operation, tuple(seen.differences(other)))
+            found = Found(number, operation, tuple(seen.differences(other)))
+            return Outcome(number + 1, found)
         if left.lost:
-            break
-    return None
+            return Outcome(number + 1)
+    return Outcome(len(operations))
 
 
 class Fuzzer:
@@ -144,11 +178,11 @@ class Fuzzer:
         totals = self.totals
         totals.sequences += 1
         try:
-            found = first_difference(self.backends, each.config, each.operations)
+            outcome = carry_out(self.backends, each.config, each.operations)
         except LateHostError:
             totals.late += 1
             return None
-        done = each.operations[: len(each.operations) if found is None else found.step + 1]
+        found, done = outcome.found, each.operations[: outcome.steps]
         totals.ops += len(done)
         totals.coverage.update(type(operation).__name__ for operation in done)
         warning = self._log.new_warning() if self._log is not None else None
@@ -171,18 +205,20 @@ class Fuzzer:
         return None
 
     def shrunk(self, finding: Finding) -> Finding:
-        """The same difference, or one like it, shown by as few operations as possible."""
-        whole = finding.sequence
+        """The same difference, shown by as few operations as possible."""
+        whole, found = finding.sequence, finding.found
+        assert found is not None
         stopwatch = Stopwatch()
 
         def shows(operations: list[Operation]) -> bool:
             if stopwatch.elapsed_s() > SHRINK_S:
                 return False
-            return self._shows(replace(whole, operations=tuple(operations))) is not None
+            shown = self._shows(replace(whole, operations=tuple(operations)))
+            return shown is not None and shown.is_like(found)
 
         operations = fewest(list(whole.operations), shows)
         for at in range(len(operations)):
             operations = without_parts(operations, at, shows)
         less = replace(whole, operations=tuple(operations))
-        found = self._shows(less)
-        return Finding(less, found) if found and self._shows(less) else finding
+        shown = self._shows(less)
+        return Finding(less, shown) if shown and shown.is_like(found) else finding

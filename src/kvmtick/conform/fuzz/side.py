@@ -4,7 +4,8 @@ Interrupts are taken in windows only (`Side.window`), one each. What makes them 
 back end that writes EOI itself when it injects one (docs/fidelity.md): a window opens only while
 nothing is in service in the local APIC, and afterwards the guest writes EOI where something is. And
 with one that looks for interrupts at every KVM_RUN: before a window the vCPU is asked to look
-(KVM_REQ_EVENT), by a KVM_SET_MP_STATE that changes nothing.
+(KVM_REQ_EVENT), by a KVM_SET_MP_STATE that changes nothing. And with one that serves all requests
+at KVM_RUN only: after an access the vCPU enters the guest once more, for nothing.
 
 No timer may fire by itself: counts are far away (`far_count`), and in real time `keep_pit_away`
 starts the PIT's counters again before they get near. Operations that let one fire wait for it.
@@ -12,45 +13,28 @@ starts the PIT's counters again before they get near. Operations that let one fi
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from kvmtick.abi import ioctls
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import KvmError
 from kvmtick.abi.exits import ExitHlt, ExitIo, ExitIoapicEoi, ExitIrqWindowOpen, ExitMmio
-from kvmtick.abi.structs import (
-    KVM_MP_STATE_RUNNABLE,
-    KvmStruct,
-    kvm_irqchip,
-    kvm_lapic_state,
-    kvm_mp_state,
-    kvm_msr_entry,
-    kvm_pit_state2,
-    kvm_vcpu_events,
-    make_msrs,
-)
+from kvmtick.abi.structs import KVM_MP_STATE_RUNNABLE
 from kvmtick.conform.fuzz import mailbox
+from kvmtick.conform.fuzz.look import Looks, Seen, errno_name
 from kvmtick.conform.fuzz.mailbox import Mailbox
-from kvmtick.conform.fuzz.observe import (
-    Seen,
-    comparable_events,
-    comparable_lapic,
-    comparable_pit,
-)
 from kvmtick.conform.fuzz.operations import Answer, Operation
 from kvmtick.kvm.api import System, Vcpu, Vm
 from kvmtick.machine.machine import Machine
 from kvmtick.timing.wall import Stopwatch, sleep_ns
 
-__all__ = ["Config", "GuestLostError", "LateHostError", "Side"]
+__all__ = ["LOST", "Config", "GuestLostError", "LateHostError", "Side"]
 
+VECTORS_TAKEN = "vectors taken"
+LOST = "the guest is lost"
 EVENTFDS = 4
-_CHIPS = (("pic 0", 16), ("pic 1", 16), ("ioapic", 216))
 LIMIT_S = 5.0
 """No entry takes that long, but where the guest is lost."""
 MOST_EXITS = 20
@@ -61,10 +45,9 @@ APIC_BASE_X2APIC, APIC_BASE_ENABLED = 1 << 10, 1 << 11
 TPR, EOI, SVR, ISR, IRR, ESR, TMCCT = 0x80, 0xB0, 0xF0, 0x100, 0x200, 0x280, 0x390
 APIC_PAGES = 0xFED0_0000
 """From here on there are local APICs, where MSR_IA32_APICBASE puts them."""
-_UNREADABLE = frozenset((EOI, 0xC0, 0x2F0, 0x3F0))
-READABLE = (
-    frozenset((0x20, 0x30, *range(0x80, 0x400, 0x10))) - _UNREADABLE - {0x3A0, 0x3B0, 0x3C0, 0x3D0}
-)
+READABLE = frozenset((0x20, 0x30, TPR, 0x90, 0xA0, 0xD0, 0xE0, SVR, 0x3E0))
+READABLE |= {*range(ISR, ESR + 1, 0x10), *range(0x300, TMCCT + 1, 0x10)}
+"""Registers of a local APIC; of any other the kernel gives what its emulator read last."""
 
 LEAST_COUNT = 0xC000
 """Of the PIT's channel 0: 41 ms."""
@@ -72,8 +55,6 @@ REARM_S, LATE_S = 0.010, 0.035
 IRQFD_WORK_NS = 300_000
 LEAST_TIMER_S = 2.2
 """A sequence must be over before a local APIC's timer may fire: the shortest takes 3.2 s."""
-
-_MSRS = bytes(make_msrs(kvm_msr_entry(index=index) for index in (MSR_APIC_BASE, MSR_TSC_DEADLINE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +87,7 @@ class Side(Closing):
         self._real_time = system.backend == "kernel"
         self._age = Stopwatch()
         self._since_load = Stopwatch()
-        self._pit: bytes | str = ""
-        self._is_split = False
-        self._buffers = _Buffers()
+        self._look_at = Looks(self.vm, config.runs)
         self._lock: AbstractContextManager[Any] = (
             nullcontext() if self._real_time else _machine(self.vm).lock
         )
@@ -136,52 +115,36 @@ class Side(Closing):
         try:
             answer = operation.do(self)
         except KvmError as error:
-            answer = _errno_name(error)
+            answer = errno_name(error)
         except GuestLostError as error:
-            answer, self.lost = "the guest is lost", str(error)
+            answer, self.lost = LOST, str(error)
         except Exception as error:
             answer = self.lost = repr(error)
         if self._exits:
             answer = (answer, *self._exits)
-        seen = self.look(answer)
+        seen = self._look(answer)
         if self._real_time and self._age.elapsed_s() > LEAST_TIMER_S:
             raise LateHostError
         return seen
 
-    def look(self, answer: Answer) -> Seen:
-        """What there is to see now."""
-        vm, runs = self.vm, self.config.runs
-        states: dict[str, int | bytes | str] = {}
-        with self._lock:
-            self._pit = _read(vm.ioctl, ioctls.KVM_GET_PIT2, self._buffers.pit)
-            states["pit"] = _but(self._pit, comparable_pit)
-            for chip_id, (name, size_bytes) in enumerate(_CHIPS):
-                self._buffers.chip.chip_id = chip_id
-                chip = _read(vm.ioctl, ioctls.KVM_GET_IRQCHIP, self._buffers.chip)
-                states[name] = chip if isinstance(chip, str) else chip[8 : 8 + size_bytes]
-            for index, vcpu in enumerate(self.vcpus):
-                self._look_at_vcpu(index, vcpu, states)
-        self._is_split = isinstance(states["pic 0"], str) and isinstance(
-            states.get("lapic 0"), bytes
-        )
-        if runs:
-            nmis, *vectors = mailbox.interrupts_taken(vm)
-            states["NMIs taken"] = nmis
-            states["vectors taken"] = " ".join(map(hex, vectors))
-        return Seen(answer, states)
+    def look_again(self, seen: Seen, after_us: int) -> Seen:
+        """What there is to see a moment after `seen`, in which nothing was done."""
+        if not self._real_time:
+            return seen
+        sleep_ns(after_us * 1000)
+        again = self._look(seen.answer)
+        if self.config.runs:
+            again.states[VECTORS_TAKEN] = seen.states[VECTORS_TAKEN]
+        return again
 
-    def _look_at_vcpu(self, index: int, vcpu: Vcpu, states: dict[str, int | bytes | str]) -> None:
-        buffers, ioctl, runs = self._buffers, vcpu.ioctl, self.config.runs
-        ioctl(ioctls.KVM_GET_MP_STATE, buffers.mp_state)
-        states[f"mp_state {index}"] = buffers.mp_state.mp_state
-        lapic = _read(ioctl, ioctls.KVM_GET_LAPIC, buffers.lapic)
-        states[f"lapic {index}"] = _but(lapic, lambda page: comparable_lapic(page, runs))
-        events = _read(ioctl, ioctls.KVM_GET_VCPU_EVENTS, buffers.events)
-        states[f"events {index}"] = _but(events, comparable_events)
-        msrs = bytearray(_MSRS)
-        ioctl(ioctls.KVM_GET_MSRS, msrs)
-        states[f"IA32_APIC_BASE {index}"] = int.from_bytes(msrs[16:24], "little")
-        states[f"IA32_TSC_DEADLINE {index}"] = int(any(msrs[32:40]))
+    def _look(self, answer: Answer) -> Seen:
+        with self._lock:
+            seen = self._look_at.everything(self.vcpus, answer)
+        if self.config.runs:
+            nmis, *vectors = mailbox.interrupts_taken(self.vm)
+            seen.states["NMIs taken"] = nmis
+            seen.states[VECTORS_TAKEN] = " ".join(map(hex, vectors))
+        return seen
 
     # What operations are made of.
 
@@ -231,7 +194,7 @@ class Side(Closing):
 
     def far_count(self, value: int) -> int:
         """What to write to counter 0 instead of `value`, so that no count is short."""
-        write_state = self._pit[10] if isinstance(self._pit, bytes) else 0
+        write_state = self._look_at.pit.channels[0].write_state
         if write_state in (2, 4):
             return value | LEAST_COUNT >> 8
         return value if write_state == 3 else value & ~0xFF
@@ -267,9 +230,14 @@ class Side(Closing):
 
     # The guest.
 
+    def runs(self, index: int) -> bool:
+        """Whether a vCPU can enter the guest."""
+        state = self.vcpus[index].get_mp_state() if self.config.runs else -1
+        return state == KVM_MP_STATE_RUNNABLE
+
     def access(self, index: int, kind: str, address: int = 0, value: int = 0) -> Answer:
         """Let the guest do something; what it read, and 1 for a #GP."""
-        if not self.config.runs or self.vcpus[index].get_mp_state() != KVM_MP_STATE_RUNNABLE:
+        if not self.runs(index):
             return "not running"
         if self.vcpus[index].get_vcpu_events().interrupt.injected and self._in_service(index):
             return "in service"
@@ -281,6 +249,8 @@ class Side(Closing):
             read &= self._port_mask(index, address, int(kind[2:]) // 8)
         else:
             read = _masked(kind, address, read)
+        self._mailbox.post("none")
+        self._enter(index)
         self._take_nmis(index)
         return read, fault
 
@@ -296,8 +266,8 @@ class Side(Closing):
         if port == 0x61:
             mask = ~0x30
         elif 0x40 <= port < 0x43 and in_pit:
-            latched = isinstance(self._pit, bytes) and self._pit[(port - 0x40) * 24 + 7]
-            mask = ~0x80 if latched else ~0xFF
+            channel = self._look_at.pit.channels[port - 0x40]
+            mask = ~0x80 if channel.status_latched else ~0xFF
         self._port_masks[index] = mask
         return mask
 
@@ -308,7 +278,7 @@ class Side(Closing):
         if kind == "hlt" and not self._wakes(index):
             return "nothing to wait for"
         vcpu = self.vcpus[index]
-        if vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE:
+        if self.runs(index):
             vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)  # KVM_REQ_EVENT
         answer = self.access(index, kind)
         if self._in_service(index):
@@ -317,25 +287,18 @@ class Side(Closing):
                 self.access(index, "wrmsr", MSR_X2APIC + EOI // 16)
             else:
                 self.access(index, "w32", (base & ~0xFFF & 0xFFFF_FFFF) + EOI)
-        if self._is_split:
-            self.access(index, "none")  # KVM_EXIT_IOAPIC_EOI comes at the next KVM_RUN
         return answer
-
-    def _lapic(self, index: int) -> bytes | None:
-        """KVM_GET_LAPIC; None without an in-kernel local APIC."""
-        lapic = _read(self.vcpus[index].ioctl, ioctls.KVM_GET_LAPIC, self._buffers.lapic)
-        return None if isinstance(lapic, str) else lapic
 
     def _in_service(self, index: int) -> bool:
         """Whether a vCPU's local APIC has a vector in ISR."""
-        lapic = self._lapic(index)
+        lapic = self._look_at.lapic(self.vcpus[index])
         return lapic is not None and _highest(lapic, ISR) >= 0
 
     def _wakes(self, index: int) -> bool:
-        """Whether the local APIC has a vector for a vCPU with nothing in service."""
-        lapic = self._lapic(index)
+        """Whether HLT ends: the local APIC has a vector for a vCPU with nothing in service."""
+        lapic = self._look_at.lapic(self.vcpus[index])
         if lapic is None:
-            return False
+            return True  # HLT is an exit
         base = self.vcpus[index].get_msrs((MSR_APIC_BASE,))[MSR_APIC_BASE]
         enabled = base & APIC_BASE_ENABLED and lapic[SVR + 1] & 1
         return bool(enabled) and max(_highest(lapic, IRR), 0) & 0xF0 > lapic[TPR] & 0xF0
@@ -375,39 +338,10 @@ class Side(Closing):
         raise GuestLostError(f"vCPU {index}: still not done after {MOST_EXITS} exits")
 
 
-class _Buffers:
-    """What ioctls fill in, made once."""
-
-    def __init__(self) -> None:
-        self.pit = kvm_pit_state2()
-        self.chip = kvm_irqchip()
-        self.lapic = kvm_lapic_state()
-        self.events = kvm_vcpu_events()
-        self.mp_state = kvm_mp_state()
-
-
 def _machine(vm: Any) -> Machine:
     """The machine of a VM of the model."""
     machine: Machine = vm.machine
     return machine
-
-
-def _read(ioctl: Callable[[int, KvmStruct], int], request: int, buffer: KvmStruct) -> bytes | str:
-    """What an ioctl fills in, or the errno."""
-    try:
-        ioctl(request, buffer)
-    except KvmError as error:
-        return _errno_name(error)
-    return bytes(buffer)
-
-
-def _but(state: bytes | str, comparable: Callable[[bytearray], bytes]) -> bytes | str:
-    """As much of a state as is compared; an errno as it is."""
-    return state if isinstance(state, str) else comparable(bytearray(state))
-
-
-def _errno_name(error: KvmError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 def _highest(lapic: bytes, register: int) -> int:
