@@ -431,11 +431,13 @@ def test_ram_is_in_pages_and_below_the_chips(vms: MakeVm, ram_bytes: int) -> Non
 
 def test_memory_of_a_closed_vm_is_ebadf(vms: MakeVm) -> None:
     vm = vms()
+    state = vm.save()
     vm.close()
     calls: list[Callable[[], object]] = [
         lambda: vm.read_memory(0, 1),
         lambda: vm.write_memory(0, b"x"),
         lambda: vm.load(guests.load("tick-pic")),
+        lambda: vm.load(state),
     ]
     for call in calls:
         with pytest.raises(KvmError, match="EBADF: this VM was closed"):

@@ -155,6 +155,8 @@ def load(vm: "Vm[Any]", state: VmState) -> None:
     try:
         _put(vm, state)
     except KvmError as error:
+        if error.errno in (errno.EBADF, errno.EIO):
+            raise  # nothing of the state: the VM was closed, or is another process's
         raise StateError(f"this back end refuses the state ({error}); close the VM") from error
 
 
