@@ -107,6 +107,8 @@ class MachineFile(ModelFile):
             if self.closed:
                 self.check_usable(request)
             machine.clock.refresh()
+            # An irqfd that was signalled before this call was served before it.
+            machine.board.irqfds.poll()
             try:
                 return super()._do(request, arg)
             finally:
