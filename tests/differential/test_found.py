@@ -5,18 +5,23 @@ from collections.abc import Iterator
 import pytest
 
 from kvmtick.abi import HostError
+from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP
 from kvmtick.abi.structs import kvm_pic_state, kvm_vcpu_events
 from kvmtick.conform.fuzz.look import Seen
 from kvmtick.conform.fuzz.operations import (
     Access,
     CreateIrqchip,
     CreateVcpu,
+    EnableCap,
+    IrqFd,
     Nmi,
     Operation,
+    ReadFd,
     SetCpuid2,
     SetIrqchip,
     SetMpState,
     SetVcpuEvents,
+    SignalFd,
     SignalMsi,
 )
 from kvmtick.conform.fuzz.side import Config, Side
@@ -118,3 +123,9 @@ def test_a_sipi_resets_nothing(system: System) -> None:
     seen = after(system, CreateIrqchip(), CreateVcpu(0), set_events(nmi_masked=1), SetMpState(0, 4))
     assert seen.states["mp_state 0"] == 0
     assert events(seen).nmi.masked == 1
+
+
+def test_an_irqfd_takes_what_is_signalled_though_no_chip_is_there(system: System) -> None:
+    split = EnableCap(KVM_CAP_SPLIT_IRQCHIP, 24)
+    assert after(system, split, SignalFd(0), ReadFd(0)).answer == 1
+    assert after(system, split, IrqFd(0, 6), SignalFd(0), ReadFd(0)).answer is None

@@ -19,11 +19,16 @@ from errno_readings import BAD_POINTER, KERNEL_POINTER, NULL, Pages
 from kvmtick import Kvm, KvmError, guests
 from kvmtick.abi import ioctls
 from kvmtick.abi.caps import KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API
+from kvmtick.abi.exits import ExitIo
 from kvmtick.abi.structs import (
     KVM_CLOCK_TSC_STABLE,
     KVM_EXIT_INTR,
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_UNINITIALIZED,
+    KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
     KvmStruct,
+    kvm_clock_data,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_irq_level,
@@ -381,3 +386,101 @@ def test_the_clock_is_not_stable_with_tscs_that_differ() -> None:
         assert vm.get_clock().flags == KVM_CLOCK_TSC_STABLE
         vcpu.set_msrs({MSR_TSC: 1 << 40})
         assert vm.get_clock().flags == 0
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_without_a_vcpu_there_is_nothing_to_run(vms: MakeVm) -> None:
+    with pytest.raises(KvmError, match=r"KVM_RUN: ENOENT: .*call create_vcpu\(0\)"):
+        vms().run()
+
+
+def test_the_guest_starts_on_the_vcpu_that_boots(vms: MakeVm) -> None:
+    vm = vms()
+    vm.set_boot_cpu_id(1)
+    vm.create_irqchip()
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    vm.create_vcpu(0)
+    vm.create_vcpu(1)
+    vm.load(guests.load("tick-pic", ticks=3))
+    run = vm.run(limit_s=10)
+    assert (run.exit.reason, run.guest_ticks) == ("done", 3)
+
+
+def test_what_starts_anew_waits_for_nothing(vms: MakeVm) -> None:
+    vm = vms()
+    vm.create_irqchip()
+    vm.write_memory(0x1000, b"\xfa\xf4")  # cli; hlt
+    vm.write_memory(0x2000, b"\xe6\x10")  # out 0x10, al
+    for vcpu_id, waits in ((0, KVM_MP_STATE_HALTED), (1, KVM_MP_STATE_UNINITIALIZED)):
+        vcpu = vm.create_vcpu(vcpu_id)
+        if vcpu_id == 0:
+            vcpu.start_at(0, 0x1000)
+            vcpu.run(limit_s=0.02)
+        assert vcpu.get_mp_state() == waits
+        vcpu.start_at(0, 0x2000)
+        assert isinstance(vcpu.run(), ExitIo)
+
+
+@pytest.mark.parametrize("ram_bytes", [5, -4096, 1 << 40])
+def test_ram_is_in_pages_and_below_the_chips(vms: MakeVm, ram_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"ram_bytes={ram_bytes}: give a multiple of 4096 up to"):
+        vms(ram_bytes=ram_bytes)
+
+
+def test_memory_of_a_closed_vm_is_ebadf(vms: MakeVm) -> None:
+    vm = vms()
+    state = vm.save()
+    vm.close()
+    calls: list[Callable[[], object]] = [
+        lambda: vm.read_memory(0, 1),
+        lambda: vm.write_memory(0, b"x"),
+        lambda: vm.load(guests.load("tick-pic")),
+        lambda: vm.load(state),
+    ]
+    for call in calls:
+        with pytest.raises(KvmError, match="EBADF: this VM was closed"):
+            call()
+
+
+# --- what an error says ---------------------------------------------------------------------------
+
+
+def test_a_short_buffer_is_efault(vms: MakeVm) -> None:
+    with pytest.raises(KvmError, match="EFAULT: the argument is not all memory"):
+        vms().ioctl(ioctls.KVM_GET_CLOCK, bytearray(8))
+
+
+MISTAKES: dict[str, Callable[[Any], object]] = {
+    "below 4 GiB": lambda vm: vm.set_tss_addr(1 << 33),
+    "before create_vcpu": lambda vm: vm.create_vcpu(0) and vm.set_identity_map_addr(0),
+    "with a vCPU": lambda vm: vm.create_vcpu(0) and vm.set_tsc_khz(0),
+    "this host cannot give": lambda vm: vm.create_vcpu(0).set_tsc_khz(1000),
+    "no in-kernel local APIC": lambda vm: vm.create_vcpu(0).set_vapic_addr(0),
+    "256 entries at most": lambda vm: vm.create_vcpu(0).set_cpuid2([kvm_cpuid_entry2()] * 257),
+    "fewer than 256 MSRs": lambda vm: vm.create_vcpu(0).get_msrs(range(256)),
+    "KVM_CLOCK_": lambda vm: vm.set_clock(kvm_clock_data(flags=0x10)),
+    "fd is no open descriptor": lambda vm: vm.ioeventfd(0x510, 2, -1),
+    "delete it first": lambda vm: vm.set_user_memory_region(0, 0, 4096, 0),
+    "has no such ioctl": lambda vm: vm.ioctl(ioctls.KVM_RUN),
+}
+
+
+@pytest.mark.parametrize("told", MISTAKES)
+def test_a_refusal_says_what_to_do(vms: MakeVm, told: str) -> None:
+    with pytest.raises(KvmError) as caught:
+        MISTAKES[told](vms())
+    assert "\n" not in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["VM", "vCPU", "system"])
+def test_what_was_closed_says_so_by_its_name(what: str, vms: MakeVm) -> None:
+    vm = vms()
+    vcpu = vm.create_vcpu(0)
+    with Kvm(vm.backend) as system:
+        files = {"VM": vm, "vCPU": vcpu, "system": system}
+        files[what].close()
+        with pytest.raises(KvmError, match=f": EBADF: this {what} was closed"):
+            files[what].ioctl(ioctls.KVM_GET_API_VERSION)

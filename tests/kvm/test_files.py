@@ -80,11 +80,15 @@ def test_a_vm_outlives_its_system(system: System) -> None:
 
 
 def busy(system: System, eventfd: int) -> Any:
-    """A VM with all that has descriptors or threads."""
+    """A VM with all that has descriptors or threads, whose vCPU has slept."""
     vm = system.create_vm(ram_bytes=RAM_BYTES)
     vm.create_irqchip()
     vm.create_pit2()
-    vm.create_vcpu(0).fileno()
+    vcpu = vm.create_vcpu(0)
+    vcpu.fileno()
+    vm.write_memory(0, b"\xfa\xf4")  # cli; hlt
+    vcpu.start_at(0, 0)
+    vcpu.run(limit_s=0.001)
     vm.irqfd(eventfd, 4)
     vm.ioeventfd(0x510, 2, eventfd, 2)
     return vm

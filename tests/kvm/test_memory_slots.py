@@ -3,7 +3,7 @@
 import ctypes
 import errno
 from collections.abc import Callable, Iterator
-from mmap import mmap
+from mmap import PROT_READ, mmap
 
 import pytest
 
@@ -159,5 +159,34 @@ def test_reading_and_writing_over_slots() -> None:
         vm.write_memory(2 * PAGE - 2, b"abcd")
         assert vm.read_memory(2 * PAGE - 2, 4) == b"abcd"
         assert more.bytes[:2] == b"cd"
-        with pytest.raises(ValueError, match="RAM ends at 0x3000"):
+        with pytest.raises(ValueError, match="outside guest RAM"):
             vm.read_memory(3 * PAGE - 1, 2)
+
+
+def test_user_space_reaches_every_slot(vm: Vm) -> None:
+    low, high = Memory(2 * PAGE), Memory(2 * PAGE)
+    vm.set_user_memory_region(0, AT, 2 * PAGE, low.address)
+    vm.set_user_memory_region(1, AT + 2 * PAGE, 2 * PAGE, high.address, KVM_MEM_READONLY)
+    vm.write_memory(AT + 2 * PAGE - 2, b"abcd")
+    assert (low.bytes[-2:], high.bytes[:2]) == (b"ab", b"cd")
+    assert vm.read_memory(AT + 2 * PAGE - 1, 2) == b"bc"
+    assert vm.read_memory(0, 0) == b""
+    for gpa, size_bytes in ((AT - 1, 2), (AT + 4 * PAGE - 1, 2), (0, 1), (-1, 1), (AT, -1)):
+        with pytest.raises(ValueError, match=r"outside guest RAM; stay within 0x200000\.\."):
+            vm.read_memory(gpa, size_bytes)
+    vm.set_user_memory_region(0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"stay within 0x202000\.\.0x204000"):
+        vm.write_memory(AT, b"x")
+    vm.set_user_memory_region(1, 0, 0, 0)
+    with pytest.raises(ValueError, match="this VM has no memory slot"):
+        vm.read_memory(AT, 1)
+
+
+def test_memory_that_this_process_may_not_write(vm: Vm) -> None:
+    memory = mmap(-1, PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), PAGE, PROT_READ) == 0
+    vm.set_user_memory_region(0, AT, PAGE, address, KVM_MEM_READONLY)
+    assert vm.read_memory(AT, 2) == b"\0\0"
+    with pytest.raises(ValueError, match="outside guest RAM"):
+        vm.write_memory(AT, b"x")

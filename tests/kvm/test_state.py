@@ -1,6 +1,9 @@
 """`Vm.save` and `Vm.load`: what moves between VMs of the two back ends, and what goes on there."""
 
+import base64
 import json
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -612,6 +615,7 @@ def test_a_foreign_file_is_told(text: str, message: str, tmp_path: Path) -> None
         (("ram_bytes",), 4097, "ram_bytes: 4097 is not a multiple of 4096"),
         (("ram_bytes",), 4096, "are not between the others"),
         (("ram", 0, "gpa"), "0x1", "are not multiples of 4096"),
+        (("ram", 0, "bytes"), (1 << 20) + 4096, "1052672 is not in 1..1048576"),
         (("ram", 0, "bytes"), 8192, "RAM at 0x8000 has not 8192 bytes"),
         (("ram", 0, "zlib"), "????", "ram[0].zlib: no base64"),
         (("ram", 0, "zlib"), "AAAA", "RAM at 0x8000 is damaged"),
@@ -653,6 +657,35 @@ def test_a_file_that_contradicts_itself_is_not_applied(
     with pytest.raises(StateError, match="contradicts itself"):
         vm.load(state)
     assert vm.vcpus == []
+
+
+def test_a_number_of_any_length_is_one_line(good: str, tmp_path: Path) -> None:
+    file = json.loads(good)
+    file["clock_ns"] = 10**1000
+    with pytest.raises(StateError) as caught:
+        read(json.dumps(file), tmp_path)
+    assert "..." in str(caught.value)
+    assert len(str(caught.value)) < 200 + len(str(tmp_path))
+
+
+def test_what_a_run_of_pages_takes_is_known_before(good: str, tmp_path: Path) -> None:
+    """A small file that would inflate to gigabytes is refused before it does."""
+    file = json.loads(good)
+    deflate = zlib.compressobj(9)
+    bomb = b"".join(deflate.compress(bytes(1 << 22)) for _ in range(64)) + deflate.flush()
+    for claimed_bytes in (64 << 22, 4096):
+        file["ram_bytes"] = 64 << 22
+        file["ram"] = [
+            {"gpa": "0x0", "bytes": claimed_bytes, "zlib": base64.b64encode(bomb).decode()}
+        ]
+        text = json.dumps(file)
+        tracemalloc.start()
+        try:
+            with pytest.raises(StateError):
+                read(text, tmp_path)
+            assert tracemalloc.get_traced_memory()[1] < 32 << 20
+        finally:
+            tracemalloc.stop()
 
 
 @settings(max_examples=200)

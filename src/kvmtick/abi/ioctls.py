@@ -105,6 +105,7 @@ __all__ = [
 
 _IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
 _IOC_TYPESHIFT, _IOC_SIZESHIFT, _IOC_DIRSHIFT = 8, 16, 30
+_IOC_SIZEMASK = (1 << 14) - 1
 
 
 def _ioc(direction: int, type_: int, nr: int, size_bytes: int) -> int:
@@ -204,6 +205,11 @@ IOCTLS: dict[str, int] = {
 """All of the above by name."""
 
 _NAMES = {number: name for name, number in IOCTLS.items()}
+
+
+def argument_bytes(request: int) -> int:
+    """The size of the argument that is part of a request number (_IOC_SIZE)."""
+    return request >> _IOC_SIZESHIFT & _IOC_SIZEMASK
 
 
 def ioctl_name(request: int) -> str:

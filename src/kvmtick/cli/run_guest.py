@@ -12,7 +12,7 @@ from kvmtick.cli import UsageError
 from kvmtick.cli.run_options import address, duration_ns, integer, ticks_of
 from kvmtick.guests import Guest
 from kvmtick.machine.loader import LoadError, load_file
-from kvmtick.machine.machine import MOST_RAM_BYTES
+from kvmtick.machine.memory import MOST_RAM_BYTES
 from kvmtick.vcpu.cpuid import FEATURES
 
 __all__ = ["guest_of", "is_kernel"]

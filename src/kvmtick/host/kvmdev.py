@@ -78,8 +78,15 @@ def _ioctl_word(fd: int, request: int, word: int) -> int:
     return result
 
 
+def _size_of(buffer: "KvmStruct | bytearray") -> int:
+    return len(buffer) if isinstance(buffer, bytearray) else ctypes.sizeof(buffer)
+
+
 class KvmFile(Closing):
     """An open KVM file descriptor; a context manager, closing is harmless when repeated."""
+
+    kind = "descriptor"
+    """What it is, for messages."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -95,13 +102,15 @@ class KvmFile(Closing):
 
     def ioctl(self, request: int, arg: "int | KvmStruct | bytearray" = 0) -> int:
         """Call ioctl(2), again after EINTR (KVM_RUN: not); a structure or buffer is passed by
-        address.
+        address: EFAULT where it is shorter than `request` says.
 
         Raises `KvmError` with the kernel's errno; EBADF after `close`.
         """
         call = ioctls.ioctl_name(request)
         if self.closed:
-            raise KvmError(errno.EBADF, call, f"this {type(self).__name__} was closed")
+            raise KvmError(errno.EBADF, call, f"this {self.kind} was closed")
+        if not isinstance(arg, int) and _size_of(arg) < ioctls.argument_bytes(request):
+            raise KvmError(errno.EFAULT, call)
         while True:
             try:
                 if isinstance(arg, int):
@@ -134,6 +143,8 @@ class KvmFile(Closing):
 class KvmDevice(KvmFile):
     """The system fd: /dev/kvm (api.rst, "System ioctls")."""
 
+    kind = "system"
+
     def api_version(self) -> int:
         """KVM_GET_API_VERSION: 12 on every kernel one meets."""
         return self.ioctl(ioctls.KVM_GET_API_VERSION)
@@ -149,7 +160,7 @@ class KvmDevice(KvmFile):
     def again(self) -> "KvmDevice":
         """Another descriptor of the same device, to be closed by itself."""
         if self.closed:
-            raise KvmError(errno.EBADF, "KVM_CREATE_VM", "this KvmDevice was closed")
+            raise KvmError(errno.EBADF, "KVM_CREATE_VM", f"this {self.kind} was closed")
         return KvmDevice(fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, 0))
 
     def create_vm(self, type_: int = 0) -> "VmFile":
@@ -179,6 +190,8 @@ class _VmLife:
 
 class VmFile(KvmFile):
     """A VM fd (api.rst, "VM ioctls"); the VM lives until this and all its vCPUs are closed."""
+
+    kind = "VM"
 
     def __init__(self, fd: int, vcpu_mmap_bytes: int) -> None:
         super().__init__(fd)
@@ -249,7 +262,7 @@ class VmFile(KvmFile):
 
 
 class GuestMemory:
-    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`); addresses are guest-physical bytes.
+    """Memory of a VM's slot at `gpa` (`VmFile.add_memory`).
 
     `ram` is what the guest sees, and may be handed to others.
     """
@@ -261,28 +274,6 @@ class GuestMemory:
         self.size_bytes = len(ram)
         self._vm = vm
         self._closed = False
-
-    def read(self, gpa: int, size_bytes: int) -> bytes:
-        """Bytes at `gpa`. Raises ValueError outside this memory."""
-        at = self._offset(gpa, size_bytes)
-        return self.ram[at : at + size_bytes]
-
-    def write(self, gpa: int, data: bytes) -> None:
-        """Store bytes at `gpa`. Raises ValueError outside this memory."""
-        at = self._offset(gpa, len(data))
-        self.ram[at : at + len(data)] = data
-
-    def _offset(self, gpa: int, size_bytes: int) -> int:
-        if self._closed:
-            raise ValueError("this guest RAM was closed")
-        at = gpa - self.gpa
-        if at < 0 or size_bytes < 0 or at + size_bytes > self.size_bytes:
-            end = self.gpa + self.size_bytes
-            raise ValueError(
-                f"{size_bytes} bytes at gpa {gpa:#x} are outside guest RAM; "
-                f"stay within {self.gpa:#x}..{end:#x}, or create the VM with more RAM"
-            )
-        return at
 
     def close(self) -> None:
         """Take it from the VM and unmap it; harmless when repeated."""
@@ -296,6 +287,8 @@ class VcpuFile(KvmFile):
 
     `enter` is one KVM_RUN, inside `bounded`; `run` is both in one.
     """
+
+    kind = "vCPU"
 
     def __init__(self, fd: int, mmap_bytes: int, life: _VmLife) -> None:
         super().__init__(fd)
@@ -573,9 +566,10 @@ def open_kvm(path: str = KVM_PATH) -> KvmDevice:
         version = device.api_version()
     except KvmError as error:
         device.close()
-        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        name = errno.errorcode.get(error.errno or 0, "")
         raise HostError(
-            f"{path} is no KVM device (KVM_GET_API_VERSION: {name})", f"mknod {KVM_PATH} c 10 232"
+            f"{path} is no KVM device ({error.call}: {name})",
+            f"make it one: mknod {KVM_PATH} c 10 232",
         ) from None
     if version != structs.KVM_API_VERSION:
         device.close()

@@ -105,11 +105,11 @@ class EventFd(Closing):
 def _eventfd_ident(fd: int, call: str) -> str:
     """What two descriptors of one eventfd have in common."""
     if not 0 <= fd < 1 << 31:
-        raise KvmError(errno.EBADF, call, f"{fd} is no file descriptor")
+        raise KvmError(errno.EBADF, call)
     try:
         os.fstat(fd)
     except OSError as error:
-        raise KvmError(errno.EBADF, call, f"{fd} is no open file descriptor") from error
+        raise KvmError(errno.EBADF, call) from error
     with open(f"/proc/self/fdinfo/{fd}") as info:
         found = re.search(r"^eventfd-id:\s*(\d+)", info.read(), re.MULTILINE)
     if found is None:

@@ -45,7 +45,7 @@ from kvmtick.abi.structs import (
     make_irq_routing,
     make_msrs,
 )
-from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs
+from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs, Parameters
 from kvmtick.kvm.setup import prepare
 from kvmtick.kvm.state import VmState
 from kvmtick.kvm.told import Told
@@ -127,7 +127,8 @@ class System(Ioctls):
         """KVM_CREATE_VM: a VM with `ram_bytes` of RAM at guest-physical 0 in slot 0 (0: none).
 
         `clock` is `virtual` or `real`, None what the back end has (model: virtual); `seed` is for
-        what is random in the model. EINVAL: no such machine type. ValueError: no such clock here.
+        what is random in the model. EINVAL: no such machine type. ValueError: no such clock here,
+        or `ram_bytes` not in pages or above 3 GiB.
         """
 
     def get_api_version(self) -> int:
@@ -187,7 +188,9 @@ class Vcpu(Ioctls):
 
     @abstractmethod
     def start_at(self, cs: int, ip: int, registers: Mapping[str, int] | None = None) -> None:
-        """Real mode at `cs`:`ip`, or the state that `registers` make of it (`Guest.start`)."""
+        """Real mode at `cs`:`ip`, or the state that `registers` make of it (`Guest.start`); and
+        runnable, whatever it waited for (KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_MP_STATE).
+        """
 
     def get_regs(self) -> kvm_regs:
         """KVM_GET_REGS."""
@@ -206,7 +209,7 @@ class Vcpu(Ioctls):
         self.ioctl(ioctls.KVM_SET_SREGS, sregs)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """KVM_GET_MSRS: values by index, up to the first MSR there is none of."""
+        """KVM_GET_MSRS: values by index, up to the first MSR there is none of. E2BIG: over 255."""
         data = make_msrs(kvm_msr_entry(index=index) for index in indices)
         read = self.ioctl(ioctls.KVM_GET_MSRS, data)
         entries = (
@@ -216,7 +219,9 @@ class Vcpu(Ioctls):
         return {entry.index: entry.data for entry in entries}
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
-        """KVM_SET_MSRS, in order, up to the first that is refused; returns how many were set."""
+        """KVM_SET_MSRS, in order, up to the first that is refused; returns how many were set.
+        E2BIG: over 255.
+        """
         entries = (kvm_msr_entry(index=index, data=value) for index, value in values.items())
         return self.ioctl(ioctls.KVM_SET_MSRS, make_msrs(entries))
 
@@ -454,11 +459,11 @@ class Vm(Ioctls, Generic[_V]):
     # Time.
 
     def get_clock(self) -> kvm_clock_data:
-        """KVM_GET_CLOCK: kvmclock."""
+        """KVM_GET_CLOCK: kvmclock in ns; `flags` (KVM_CLOCK_*) say what else is filled in."""
         return self._get(ioctls.KVM_GET_CLOCK, kvm_clock_data)
 
     def set_clock(self, clock: kvm_clock_data) -> None:
-        """KVM_SET_CLOCK. EINVAL: unknown flags."""
+        """KVM_SET_CLOCK: kvmclock goes on from `clock.clock` ns. EINVAL: unknown flags."""
         self.ioctl(ioctls.KVM_SET_CLOCK, clock)
 
     def get_tsc_khz(self) -> int:
@@ -513,11 +518,17 @@ class Vm(Ioctls, Generic[_V]):
 
     @abstractmethod
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
-        """Bytes of guest RAM; ValueError outside of it."""
+        """Bytes of guest RAM, of any slots; ValueError outside of it. EBADF: after `close`."""
 
     @abstractmethod
     def write_memory(self, gpa: int, data: bytes) -> None:
-        """Store bytes in guest RAM; ValueError outside of it."""
+        """Store bytes in guest RAM; ValueError outside of it. EBADF: after `close`."""
+
+    @abstractmethod
+    def parameters(self) -> Parameters | None:
+        """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one
+        that has overwritten it.
+        """
 
     @abstractmethod
     def run(
@@ -538,7 +549,7 @@ class Vm(Ioctls, Generic[_V]):
         guest ends when `ticks` ticks have reached it. `counter`: where a foreign guest keeps a
         32-bit tick count, guest-physical. `handlers` answer ports of their own, or ours instead,
         and may call the VM. `on_ioapic_eoi` is told the vectors of KVM_EXIT_IOAPIC_EOI (split
-        irqchip). May be called again to go on.
+        irqchip). May be called again to go on. ENOENT: there is no vCPU.
         """
 
     @abstractmethod

@@ -10,10 +10,16 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Final
 
-from kvmtick.abi import KvmError
+from kvmtick.abi import KvmError, ioctls
+from kvmtick.abi.errors import NO_VCPU
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.registers import put_registers
-from kvmtick.abi.structs import kvm_cpuid_entry2, kvm_run
+from kvmtick.abi.structs import (
+    KVM_MP_STATE_RUNNABLE,
+    kvm_cpuid_entry2,
+    kvm_run,
+    kvm_userspace_memory_region,
+)
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
 from kvmtick.host.kvmdev import (
     DEFAULT_LIMIT_S,
@@ -29,8 +35,10 @@ from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vcpu, Vm
 from kvmtick.kvm.goal import TickGoal, any_of
 from kvmtick.kvm.kernel_run import Ends, Observer, Session, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
-from kvmtick.kvm.told import Told
+from kvmtick.kvm.told import Told, struct_of
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.memory import GuestMemory as Slots
+from kvmtick.machine.memory import check_ram_bytes
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.timing.wall import Stopwatch
@@ -45,8 +53,9 @@ class KernelSystem(System):
 
     backend = "kernel"
 
-    def __init__(self, path: str = KVM_PATH) -> None:
-        self.device: KvmDevice = open_kvm(path)
+    def __init__(self, path: str = KVM_PATH, device: KvmDevice | None = None) -> None:
+        """`device`: an open /dev/kvm."""
+        self.device: KvmDevice = device or open_kvm(path)
 
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         return self.device.ioctl(request, arg)
@@ -109,6 +118,7 @@ class KernelVcpu(Vcpu):
             put_registers(registers, regs, sregs)
             self.set_sregs(sregs)
             self.set_regs(regs)
+        self.set_mp_state(KVM_MP_STATE_RUNNABLE)
 
     def close(self) -> None:
         """Give the vCPU back; harmless when repeated, the VM may be closed already."""
@@ -138,12 +148,15 @@ class KernelVm(Vm[KernelVcpu]):
         self._started_ns = 0
         self._ran_ns = 0
         self.user = UserSpace(self, ram_bytes)
-        self.device: KvmDevice = device or open_kvm(path)
+        self.slots = Slots()
         self.memory: GuestMemory | None = None
+        self.device: KvmDevice = device or open_kvm(path)
         try:
+            check_ram_bytes(ram_bytes)
             self.file: VmFile = self.device.create_vm(machine_type)
             if ram_bytes:
                 self.memory = self.file.add_memory(0, ram_bytes)
+                self.slots.add_ram(0, self.memory.ram)
         except BaseException:
             self.close()
             raise
@@ -151,6 +164,15 @@ class KernelVm(Vm[KernelVcpu]):
     def ioctl(self, request: int, arg: Arg = 0) -> int:
         result = self.file.ioctl(request, arg)
         self.told.note(request, arg)
+        if request == ioctls.KVM_SET_USER_MEMORY_REGION:
+            region = struct_of(arg, kvm_userspace_memory_region)
+            self.slots.note_slot(
+                region.slot,
+                region.flags,
+                region.guest_phys_addr,
+                region.memory_size,
+                region.userspace_addr,
+            )
         return result
 
     def fileno(self) -> int:
@@ -169,8 +191,7 @@ class KernelVm(Vm[KernelVcpu]):
 
     def get_supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         """KVM_GET_SUPPORTED_CPUID of /dev/kvm."""
-        with KernelSystem() as system:
-            return system.get_supported_cpuid()
+        return KernelSystem(device=self.device).get_supported_cpuid()
 
     @property
     def guest(self) -> Guest | None:
@@ -187,25 +208,29 @@ class KernelVm(Vm[KernelVcpu]):
         for vcpu in self.vcpus:
             self._place(vcpu, guest)
 
-    @staticmethod
-    def _place(vcpu: KernelVcpu, guest: Guest) -> None:
-        if vcpu.vcpu_id == 0:
+    def _place(self, vcpu: KernelVcpu, guest: Guest) -> None:
+        if vcpu.vcpu_id == self.told.boot_cpu_id:
             vcpu.start_at(*guest.entry, guest.start)
-
-    def _ram(self) -> GuestMemory:
-        if self.memory is None:
-            raise ValueError("this VM was made without RAM: make it with ram_bytes")
-        return self.memory
 
     @property
     def ram_bytes(self) -> int:
         return 0 if self.memory is None else self.memory.size_bytes
 
     def write_memory(self, gpa: int, data: bytes) -> None:
-        self._ram().write(gpa, data)
+        self._check_open("write_memory")
+        if not self.slots.write(gpa, data):
+            raise self.slots.outside(gpa, len(data))
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
-        return self._ram().read(gpa, size_bytes)
+        self._check_open("read_memory")
+        data = self.slots.read(gpa, size_bytes)
+        if data is None:
+            raise self.slots.outside(gpa, size_bytes)
+        return data
+
+    def _check_open(self, call: str) -> None:
+        if self.file.closed:
+            raise KvmError(errno.EBADF, call, "this VM was closed")
 
     def run(
         self,
@@ -219,17 +244,18 @@ class KernelVm(Vm[KernelVcpu]):
         on_ioapic_eoi: Callable[[int], None] | None = None,
         observer: Observer | None = None,
     ) -> Run:
-        """As `Vm.run`, in real time: vCPU 0 runs in the calling thread, each other one in its own.
+        """As `Vm.run`, in real time: the vCPU that boots runs in the calling thread, each other one
+        in its own.
 
         `handlers`, `until` and `on_ioapic_eoi` are called one at a time, in the thread of whichever
         vCPU left the guest; what one raises is raised here. A kick of any vCPU and Ctrl-C end the
         run (reason `interrupted`). `observer` sees the kernel's events: without one the result's
-        `ticks` is None, and `ticks` of a foreign guest is a ValueError. Raises `KvmError` ENOENT
-        without vCPU 0, and what KVM_RUN raises.
+        `ticks` is None, and `ticks` of a foreign guest is a ValueError.
         """
-        first = next((each for each in self.vcpus if each.vcpu_id == 0), None)
-        if first is None:
-            raise KvmError(errno.ENOENT, "KVM_RUN", "the VM has no vCPU 0; call create_vcpu(0)")
+        if not self.vcpus:
+            raise KvmError(errno.ENOENT, "KVM_RUN", NO_VCPU)
+        boots = (each for each in self.vcpus if each.vcpu_id == self.told.boot_cpu_id)
+        first = next(boots, self.vcpus[0])
         if for_ns is not None and for_ns < 0:
             raise ValueError(f"for_ns={for_ns} is negative: give 0 or more")
         goal: TickGoal | None = None
@@ -253,7 +279,6 @@ class KernelVm(Vm[KernelVcpu]):
         return self._result(exit_, stopwatch.started_ns, ran_ns, counter, observer)
 
     def parameters(self) -> Parameters | None:
-        """The guest's parameter block as it is now in RAM; None if there is none."""
         return parameters_of(self._guest, self.read_memory) if self.memory else None
 
     def _rest_ns(self) -> int | None:

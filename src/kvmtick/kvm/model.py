@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from kvmtick.abi import ioctls
-from kvmtick.abi.errors import KvmError
+from kvmtick.abi.errors import NO_VCPU, KvmError
 from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.engine import Engine
 from kvmtick.cpu.hostkvm import HostKvm
@@ -44,6 +44,7 @@ class ModelSystem(ModelFile, System):
     """What stands for /dev/kvm."""
 
     backend = "model"
+    kind = "system"
     handlers: ClassVar[Mapping[int, Handler]] = DEV_IOCTLS
     unknown: ClassVar[int] = errno.EINVAL
 
@@ -65,6 +66,7 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
     """One VM of the model, with RAM at guest-physical 0. A context manager."""
 
     backend = "model"
+    kind = "VM"
     handlers: ClassVar[Mapping[int, Handler]] = VM_IOCTLS
     unknown: ClassVar[int] = errno.ENOTTY
 
@@ -155,14 +157,21 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
 
     def load_guest(self, guest: Guest) -> None:
         with self.machine.lock:
+            self._check_open("write_memory")
             self.machine.load(guest)
+
+    def _check_open(self, call: str) -> None:
+        if self.closed:
+            raise KvmError(errno.EBADF, call, f"this {self.kind} was closed")
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         with self.machine.lock:
+            self._check_open("read_memory")
             return self.machine.read_memory(gpa, size_bytes)
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         with self.machine.lock:
+            self._check_open("write_memory")
             self.machine.write_memory(gpa, data)
 
     def close(self) -> None:
@@ -198,6 +207,8 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
 
     def _check_runs(self) -> None:
         self.check_usable(ioctls.KVM_RUN)
+        if not self._vcpus:
+            raise KvmError(errno.ENOENT, "KVM_RUN", NO_VCPU)
         for vcpu in self._vcpus:
             vcpu.check_usable(ioctls.KVM_RUN)
 
@@ -207,9 +218,6 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
             return self._guest_run.ticks()
 
     def parameters(self) -> Parameters | None:
-        """The guest's parameter block as it is now in RAM; None for a foreign guest, and for one
-        that has overwritten it.
-        """
         with self.machine.lock:
             return self._guest_run.parameters()
 

@@ -31,6 +31,8 @@ _U32 = 0xFFFF_FFFF
 class ModelFile(Ioctls):
     """Something open that takes ioctls."""
 
+    kind: ClassVar[str]
+    """What it is, for messages."""
     handlers: ClassVar[Mapping[int, Handler]]
     unknown: ClassVar[int]
     """The errno of a request that is not in `handlers`."""
@@ -56,9 +58,7 @@ class ModelFile(Ioctls):
     def check_usable(self, request: int) -> None:
         """Raises `KvmError` EBADF after `close`."""
         if self.closed:
-            raise KvmError(
-                errno.EBADF, ioctl_name(request), f"this {type(self).__name__} was closed"
-            )
+            raise KvmError(errno.EBADF, ioctl_name(request), f"this {self.kind} was closed")
 
     def fileno(self) -> int:
         """A descriptor that stands for it, made when first asked for; -1 after `close`."""
@@ -107,6 +107,8 @@ class MachineFile(ModelFile):
             if self.closed:
                 self.check_usable(request)
             machine.clock.refresh()
+            # An irqfd that was signalled before this call was served before it.
+            machine.board.irqfds.poll()
             try:
                 return super()._do(request, arg)
             finally:

@@ -20,6 +20,7 @@ __all__ = ["ModelVcpu"]
 class ModelVcpu(MachineFile, Vcpu):
     """One vCPU of a model VM. `vcpu` is the vCPU itself, of `machine`."""
 
+    kind = "vCPU"
     handlers: ClassVar[Mapping[int, Handler]] = VCPU_IOCTLS
     unknown: ClassVar[int] = errno.EINVAL
 

@@ -30,6 +30,7 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.irqchip.apicdef import MSR_IA32_TSC_DEADLINE
 from kvmtick.kvm.state import (
+    RUN_BYTES,
     GuestState,
     IrqchipState,
     PitState,
@@ -62,7 +63,6 @@ MSRS: Final = (
 )
 """The MSRs that are moved; those of the special registers and the local APIC are there."""
 
-CHUNK_BYTES: Final = 1 << 20
 PAGE_BYTES: Final = 4096
 _ZEROS: Final = bytes(PAGE_BYTES)
 
@@ -124,9 +124,9 @@ def _save_chips(vm: "Vm[Any]") -> IrqchipState:
 
 
 def _runs(vm: "Vm[Any]") -> Iterator[tuple[int, bytes]]:
-    """Runs of pages that are not all zeros, up to CHUNK_BYTES long."""
-    for chunk in range(0, vm.ram_bytes, CHUNK_BYTES):
-        data = vm.read_memory(chunk, min(CHUNK_BYTES, vm.ram_bytes - chunk))
+    """Runs of pages that are not all zeros, up to RUN_BYTES long."""
+    for chunk in range(0, vm.ram_bytes, RUN_BYTES):
+        data = vm.read_memory(chunk, min(RUN_BYTES, vm.ram_bytes - chunk))
         begin: int | None = None
         for at in range(0, len(data) + 1, PAGE_BYTES):
             used = data[at : at + PAGE_BYTES] not in (_ZEROS, b"")
@@ -155,6 +155,8 @@ def load(vm: "Vm[Any]", state: VmState) -> None:
     try:
         _put(vm, state)
     except KvmError as error:
+        if error.errno in (errno.EBADF, errno.EIO):
+            raise  # nothing of the state: the VM was closed, or is another process's
         raise StateError(f"this back end refuses the state ({error}); close the VM") from error
 
 
@@ -176,7 +178,7 @@ def _nothing() -> "Program":
 
 
 def _put(vm: "Vm[Any]", state: VmState) -> None:
-    for gpa, data in list(_runs(vm)):
+    for gpa, data in _runs(vm):
         vm.write_memory(gpa, bytes(len(data)))
     for run in state.ram:
         vm.write_memory(run.gpa, run.data())

@@ -34,11 +34,24 @@ from kvmtick.irqchip.apicdef import APIC_TMCCT
 from kvmtick.kvm.told import IrqchipKind
 from kvmtick.vcpu.msr import MSR_IA32_TSC
 
-__all__ = ["GuestState", "IrqchipState", "PitState", "RamRun", "StateError", "VcpuState", "VmState"]
+__all__ = [
+    "RUN_BYTES",
+    "GuestState",
+    "IrqchipState",
+    "PitState",
+    "RamRun",
+    "StateError",
+    "VcpuState",
+    "VmState",
+]
 
 TIMES = ("count_load_time",)
 """Fields of structures that tell a moment."""
 TIME_MSRS = (MSR_IA32_TSC,)
+
+
+RUN_BYTES = 1 << 20
+"""The longest run of pages; a longer one is several."""
 
 
 class StateError(ValueError):
@@ -100,7 +113,10 @@ class VcpuState:
 
 @dataclass(frozen=True, slots=True)
 class RamRun:
-    """Pages in a row that are not all zeros, from guest-physical `gpa` on: zlib's bytes of them."""
+    """Pages in a row that are not all zeros, from guest-physical `gpa` on: zlib's bytes of them.
+
+    At most `RUN_BYTES` of them, so whoever inflates one knows how much that takes.
+    """
 
     gpa: int
     size_bytes: int

@@ -27,6 +27,7 @@ from kvmtick.abi.structs import (
 )
 from kvmtick.guests import ParameterOffsets
 from kvmtick.kvm.state import (
+    RUN_BYTES,
     GuestState,
     IrqchipState,
     PitState,
@@ -171,7 +172,7 @@ class _Node:
         for word in words:
             if self.text() == word:
                 return word
-        raise self.wrong(f"{self.value!r} is none of {', '.join(words)}")
+        raise self.wrong(f"{_short(self.value)} is none of {', '.join(words)}")
 
     def flag(self) -> bool:
         """True or false."""
@@ -181,7 +182,7 @@ class _Node:
         """A number in a range."""
         value = int(self._is(int, "a number"))
         if not low <= value <= high:
-            raise self.wrong(f"{value} is not in {low}..{high}")
+            raise self.wrong(f"{_short(value)} is not in {low}..{high}")
         return value
 
     def address(self, high: int = U64) -> int:
@@ -189,9 +190,10 @@ class _Node:
         try:
             value = int(self.text(), 16)
         except ValueError:
-            raise self.wrong(f"a number in hexadecimal is needed, not {self.value!r}") from None
+            what = f"a number in hexadecimal is needed, not {_short(self.value)}"
+            raise self.wrong(what) from None
         if not 0 <= value <= high:
-            raise self.wrong(f"{value:#x} is not in 0..{high:#x}")
+            raise self.wrong(f"{_short(self.value)} is not in 0..{high:#x}")
         return value
 
     def struct(self, kind: type[_S]) -> _S:
@@ -216,7 +218,9 @@ def from_json(value: Any) -> VmState:
         raise StateError("no state of a VM; Vm.save() and VmState.write() make one")
     version = value.get("version")
     if version != VERSION:
-        raise StateError(f"version {version!r}, and this kvmtick reads {VERSION}; use its writer")
+        raise StateError(
+            f"version {_short(version)}, and this kvmtick reads {VERSION}; use its writer"
+        )
     file = _Node(value, "")
     state = VmState(
         backend=file["backend"].text(),
@@ -307,7 +311,7 @@ def _run(node: _Node) -> RamRun:
         deflated = base64.b64decode(text.text(), validate=True)
     except (binascii.Error, ValueError):
         raise text.wrong(f"no base64: {_short(text.value)}") from None
-    run = RamRun(node["gpa"].address(), node["bytes"].number(1, U64), deflated)
+    run = RamRun(node["gpa"].address(), node["bytes"].number(1, RUN_BYTES), deflated)
     if run.gpa % PAGE_BYTES or run.size_bytes % PAGE_BYTES:
         raise node.wrong(f"{run.gpa:#x} and {run.size_bytes} are not multiples of {PAGE_BYTES}")
     return run

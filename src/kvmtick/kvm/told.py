@@ -22,7 +22,7 @@ from kvmtick.abi.structs import (
 if TYPE_CHECKING:
     from kvmtick.kvm.api import Arg
 
-__all__ = ["IrqchipKind", "Told"]
+__all__ = ["IrqchipKind", "Told", "struct_of"]
 
 IrqchipKind = Literal["none", "split", "kernel"]
 
@@ -51,15 +51,15 @@ class Told:
             assert isinstance(arg, int)
             self.boot_cpu_id = arg
         elif request == ioctls.KVM_ENABLE_CAP:
-            self._note_cap(_struct(arg, kvm_enable_cap))
+            self._note_cap(struct_of(arg, kvm_enable_cap))
         elif request == ioctls.KVM_SET_GSI_ROUTING:
             self.routing = _routing(arg)
         elif request == ioctls.KVM_CREATE_PIT:
             self.pit_flags = KVM_PIT_SPEAKER_DUMMY
         elif request == ioctls.KVM_CREATE_PIT2:
-            self.pit_flags = _struct(arg, kvm_pit_config).flags
+            self.pit_flags = struct_of(arg, kvm_pit_config).flags
         elif request == ioctls.KVM_REINJECT_CONTROL:
-            self.reinject = _struct(arg, kvm_reinject_control).pit_reinject != 0
+            self.reinject = struct_of(arg, kvm_reinject_control).pit_reinject != 0
 
     def _note_cap(self, enable: kvm_enable_cap) -> None:
         self.caps.append((enable.cap, tuple(enable.args)))
@@ -75,11 +75,12 @@ def _bytes(arg: "Arg", size_bytes: int) -> bytes:
     return string_at(arg, size_bytes) if isinstance(arg, int) else bytes(arg)[:size_bytes]
 
 
-def _struct(arg: "Arg", struct: type[_S]) -> _S:
+def struct_of(arg: "Arg", struct: type[_S]) -> _S:
+    """The structure that an ioctl's argument is, once the kernel has read it."""
     return struct.from_buffer_copy(_bytes(arg, sizeof(struct)))
 
 
 def _routing(arg: "Arg") -> list[kvm_irq_routing_entry]:
-    count = _struct(arg, kvm_irq_routing).nr
+    count = struct_of(arg, kvm_irq_routing).nr
     data = _bytes(arg, _ROUTING_HEAD_BYTES + count * sizeof(kvm_irq_routing_entry))
     return list((kvm_irq_routing_entry * count).from_buffer_copy(data, _ROUTING_HEAD_BYTES))

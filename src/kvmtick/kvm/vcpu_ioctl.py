@@ -206,7 +206,6 @@ def _nmi(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 def _get_lapic(vcpu: "ModelVcpu", arg: Arg) -> int:
     lapic = _lapic(vcpu, "KVM_GET_LAPIC")
-    vcpu.machine.board.irqfds.poll()
     put_struct(arg, kvm_lapic_state.from_buffer_copy(lapic.save()))
     return 0
 
@@ -225,7 +224,6 @@ def _lapic(vcpu: "ModelVcpu", call: str) -> Lapic:
 
 
 def _get_vcpu_events(vcpu: "ModelVcpu", arg: Arg) -> int:
-    vcpu.machine.board.irqfds.poll()
     put_struct(arg, get_vcpu_events(vcpu.vcpu))
     return 0
 
@@ -237,7 +235,6 @@ def _set_vcpu_events(vcpu: "ModelVcpu", arg: Arg) -> int:
 
 def _get_mp_state(vcpu: "ModelVcpu", arg: Arg) -> int:
     """`kvm_arch_vcpu_ioctl_get_mpstate`."""
-    vcpu.machine.board.irqfds.poll()
     inner = vcpu.vcpu
     inner.accept_events()
     mp_state = int(inner.mp_state)

@@ -224,11 +224,10 @@ def _set_irqchip(vm: "ModelVm", arg: Arg) -> int:
 
 
 def _chips(vm: "ModelVm", call: str) -> tuple[Pic, Ioapic]:
-    """The PICs and the IOAPIC, with the irqfds that were signalled served."""
+    """The PICs and the IOAPIC."""
     board = vm.machine.board
     if board.pic is None or board.ioapic is None:
         raise KvmError(errno.ENXIO, call)
-    board.irqfds.poll()
     return board.pic, board.ioapic
 
 
@@ -253,7 +252,6 @@ def _set_line(vm: "ModelVm", call: str, line: kvm_irq_level, line_status: bool) 
     board = vm.machine.board
     if not board.irqchip_in_kernel:
         raise KvmError(errno.ENXIO, call)
-    board.irqfds.poll()
     level = int(line.level != 0)
     return board.routing.set_irq(USERSPACE_IRQ_SOURCE_ID, line.irq, level, line_status)
 
@@ -269,7 +267,6 @@ def _set_gsi_routing(vm: "ModelVm", arg: Arg) -> int:
 
 def _signal_msi(vm: "ModelVm", arg: Arg) -> int:
     msi, board = get_struct(arg, kvm_msi), vm.machine.board
-    board.irqfds.poll()
     return board.routing.signal_msi(msi)
 
 

@@ -19,7 +19,7 @@ from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs
 from kvmtick.machine.bare_elf import load_bare_elf
 from kvmtick.machine.elf import ELF_MAGIC
 from kvmtick.machine.layout import ImageError, Layout
-from kvmtick.machine.machine import MOST_RAM_BYTES
+from kvmtick.machine.memory import MOST_RAM_BYTES
 from kvmtick.machine.multiboot import BootOptions, find_header, load_multiboot
 
 __all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from mmap import PAGESIZE, mmap
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from kvmtick.cpu.engine import Engine, ExitReason
@@ -24,7 +24,7 @@ from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
-from kvmtick.machine.memory import GuestMemory
+from kvmtick.machine.memory import GuestMemory, check_ram_bytes
 from kvmtick.machine.ports import PortMap
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
@@ -38,10 +38,7 @@ from kvmtick.vcpu.vcpu import MpState, Vcpu
 if TYPE_CHECKING:
     from kvmtick.machine.vcpu_thread import VcpuThread
 
-__all__ = ["MOST_RAM_BYTES", "QUANTUM_NS", "Exit", "Machine"]
-
-MOST_RAM_BYTES = 3 << 30
-"""A PC's devices are above."""
+__all__ = ["QUANTUM_NS", "Exit", "Machine"]
 
 SLICE_INSTRUCTIONS = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
@@ -97,8 +94,7 @@ class Machine:
             raise ValueError(f"clock {clock!r}: choose virtual or real")
         if quantum_ns <= 0:
             raise ValueError(f"quantum_ns={quantum_ns}: give more than 0")
-        if not 0 <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % PAGESIZE:
-            raise ValueError(f"ram_bytes={ram_bytes}: give a multiple of {PAGESIZE} up to 3 GiB")
+        check_ram_bytes(ram_bytes)
         self.virtual = clock == "virtual"
         self.clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
@@ -194,16 +190,13 @@ class Machine:
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Write guest RAM; ValueError if it does not fit."""
         if not self.memory.write(gpa, data):
-            raise ValueError(
-                f"{len(data)} bytes at {gpa:#x} do not fit: RAM ends at {self.memory.end():#x}"
-            )
+            raise self.memory.outside(gpa, len(data))
 
     def read_memory(self, gpa: int, size_bytes: int) -> bytes:
         """Read guest RAM; ValueError if the range is not all RAM."""
         data = self.read_ram(gpa, size_bytes)
         if data is None:
-            end = self.memory.end()
-            raise ValueError(f"{size_bytes} bytes at {gpa:#x}: RAM ends at {end:#x}")
+            raise self.memory.outside(gpa, size_bytes)
         return data
 
     def read_ram(self, gpa: int, size_bytes: int) -> bytes | None:

@@ -18,9 +18,14 @@ from kvmtick.abi.structs import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from kvmtick.cpu.engine import Engine
 from kvmtick.machine.address_space import Rights, rights_of
 
-__all__ = ["KVM_USER_MEM_SLOTS", "GuestMemory", "Slot"]
+__all__ = ["KVM_USER_MEM_SLOTS", "MOST_RAM_BYTES", "GuestMemory", "Slot", "check_ram_bytes"]
+
+MOST_RAM_BYTES = 3 << 30
+"""Above are the IOAPIC and the local APICs."""
 
 KVM_USER_MEM_SLOTS = 32764
+MOST_PLACES = 4
+"""How many slots an error names."""
 MOST_RANGES = 128
 """What an engine can map."""
 MOST_PAGES = (1 << 31) - 1
@@ -36,7 +41,10 @@ Buffer = mmap | Array[c_char]
 
 @dataclass(slots=True)
 class Slot:
-    """One memory slot; `ram` is its memory, None where this process has none at the address."""
+    """One memory slot; `ram` is its memory, None where this process has none at the address.
+
+    `writable`: for the guest; `is_ours_to_write`: for this process.
+    """
 
     number: int
     flags: int
@@ -46,6 +54,7 @@ class Slot:
     ram: Buffer | None
     writable: bool
     shared: bool
+    is_ours_to_write: bool = True
 
     @property
     def end(self) -> int:
@@ -113,6 +122,15 @@ class GuestMemory:
                 self._add(old)
             raise
 
+    def note_slot(
+        self, number: int, flags: int, gpa: int, size_bytes: int, userspace_addr: int
+    ) -> None:
+        """As `set_slot`, once a kernel has done that; no engine sees it."""
+        self._slots.pop(number, None)
+        if size_bytes:
+            new = _user_slot(number, flags, gpa, size_bytes, userspace_addr)
+            self._slots[number] = new
+
     def _add(self, slot: Slot) -> None:
         mapped: list[Engine] = []
         try:
@@ -155,7 +173,7 @@ class GuestMemory:
 
     def write(self, gpa: int, data: bytes) -> bool:
         """Store bytes; False, and nothing is done, if some of them are in no slot."""
-        parts = self._parts(gpa, len(data))
+        parts = self._parts(gpa, len(data), writes=True)
         if parts is None:
             return False
         done = 0
@@ -166,10 +184,14 @@ class GuestMemory:
             engine.ram_written(gpa, len(data))
         return True
 
-    def _parts(self, gpa: int, size_bytes: int) -> list[tuple[Buffer, int, int]] | None:
+    def _parts(
+        self, gpa: int, size_bytes: int, writes: bool = False
+    ) -> list[tuple[Buffer, int, int]] | None:
         """Where the bytes lie: memory, offset, count."""
         parts: list[tuple[Buffer, int, int]] = []
         for slot in self.slots:
+            if writes and not slot.is_ours_to_write:
+                continue
             if size_bytes > 0 and slot.gpa <= gpa < slot.end and slot.ram is not None:
                 count = min(size_bytes, slot.end - gpa)
                 parts.append((slot.ram, gpa - slot.gpa, count))
@@ -177,9 +199,19 @@ class GuestMemory:
                 size_bytes -= count
         return None if size_bytes else parts
 
-    def end(self) -> int:
-        """The address behind the last slot."""
-        return max((slot.end for slot in self._slots.values()), default=0)
+    def outside(self, gpa: int, size_bytes: int) -> ValueError:
+        """The error of who asked for bytes that are not all in slots."""
+        places = [f"{slot.gpa:#x}..{slot.end:#x}" for slot in self.slots]
+        if len(places) > MOST_PLACES:
+            places[MOST_PLACES:] = ["..."]
+        where = f"stay within {', '.join(places)}" if places else "this VM has no memory slot"
+        return ValueError(f"{size_bytes} bytes at {gpa:#x} are outside guest RAM; {where}")
+
+
+def check_ram_bytes(ram_bytes: int) -> None:
+    """ValueError: a VM cannot have so much RAM at guest-physical 0."""
+    if not 0 <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % PAGESIZE:
+        raise ValueError(f"ram_bytes={ram_bytes}: give a multiple of {PAGESIZE} up to 3 GiB")
 
 
 def _error(code: int, why: str = "") -> KvmError:
@@ -214,8 +246,9 @@ def _user_slot(number: int, flags: int, gpa: int, size_bytes: int, userspace_add
     ram = None
     if Rights.READ in rights:
         ram = (c_char * size_bytes).from_address(userspace_addr)
-    writable = Rights.WRITE in rights and not flags & KVM_MEM_READONLY
-    return Slot(number, flags, gpa, size_bytes, userspace_addr, ram, writable, shared=True)
+    ours = Rights.WRITE in rights
+    writable = ours and not flags & KVM_MEM_READONLY
+    return Slot(number, flags, gpa, size_bytes, userspace_addr, ram, writable, True, ours)
 
 
 def _map(engine: Engine, slot: Slot) -> None:

@@ -132,6 +132,10 @@ class VcpuThread:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+
     # Sleeping.
 
     def _sleep(self, limit_s: float | None) -> None:
