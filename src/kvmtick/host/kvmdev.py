@@ -569,7 +569,7 @@ def open_kvm(path: str = KVM_PATH) -> KvmDevice:
         name = errno.errorcode.get(error.errno or 0, "")
         raise HostError(
             f"{path} is no KVM device ({error.call}: {name})",
-            f"make it one: mknod {KVM_PATH} c 10 232",
+            "a KVM device is: c 10 232",
         ) from None
     if version != structs.KVM_API_VERSION:
         device.close()
