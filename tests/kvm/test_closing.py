@@ -191,13 +191,18 @@ def test_calls_do_not_wait_for_the_sleep_of_a_run(
         vcpu = start(vm, SAYS + SLEEPS)
         event, said = EventFd(), threading.Event()
         vm.irqfd(event.fd, 0)
-        with thread(ends_with_ebadf(lambda: vm.run(handlers={0x80: lambda *_: said.set()}))):
+
+        def ask() -> None:
             assert said.wait(JOIN_S)
             while vcpu.get_mp_state() != MpState.HALTED:
                 vm.get_irqchip(0)
             for _ in range(STRESS_ROUNDS):
                 vm.get_irqchip(0)
             vm.close()
+
+        run = ends_with_ebadf(lambda: vm.run(handlers={0x80: lambda *_: said.set()}))
+        with thread(run), thread(ask):
+            pass
         event.close()
 
 
