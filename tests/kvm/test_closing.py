@@ -15,6 +15,9 @@ from kvmtick import guests
 from kvmtick.abi import KvmError
 from kvmtick.abi.exits import ExitIo
 from kvmtick.kvm.model import ModelVm
+from kvmtick.machine import machine
+from kvmtick.timing.queue import NEVER_NS
+from kvmtick.vcpu.vcpu import MpState
 
 CODE = 0x1000
 SAYS = "e680"  # out 0x80, al
@@ -34,11 +37,11 @@ def new_vm(request: pytest.FixtureRequest) -> Callable[[], Any]:
 
 
 def start(vm: Any, code: str, vcpu_id: int = 0) -> Any:
-    """A vCPU that has come as far as SAYS."""
+    """A vCPU that has come as far as SAYS, with a stack of its own."""
     at = CODE + 0x1000 * vcpu_id
     vm.write_memory(at, bytes.fromhex(SAYS + code))
     vcpu = vm.create_vcpu(vcpu_id)
-    vcpu.start_at(0, at)
+    vcpu.start_at(0, at, {"rsp": at + 0x1000})
     vcpu.set_mp_state(0)
     assert isinstance(vcpu.run(), ExitIo)
     return vcpu
@@ -114,11 +117,11 @@ VCPUS = 4
 TICKS = (
     "b0fe e621"  # mov al, 0xfe; out 0x21, al: IRQ 0 alone
     "fb"  # sti
-    "ff060020"  # l: inc word [0x2000]
+    "ff060006"  # l: inc word [0x600]
     "e680"  # out 0x80, al
     "f4 ebf7"  # hlt; jmp l
 )
-HANDLER = "ff060220 b020 e620 cf"  # inc word [0x2002]; mov al, 0x20; out 0x20, al: EOI; iret
+HANDLER = "ff060206 b020 e620 cf"  # inc word [0x602]; mov al, 0x20; out 0x20, al: EOI; iret
 
 
 @pytest.mark.parametrize("kind", ["virtual", "real"])
@@ -151,7 +154,7 @@ def test_calls_from_everywhere_while_vcpus_run(kind: str, vm_first: bool) -> Non
         def ask() -> None:
             for number in range(STRESS_ROUNDS):
                 vm.irq_line(0, number & 1)
-                vm.write_memory(0x3000, vm.read_memory(0x2000, 4))
+                vm.write_memory(0x700, vm.read_memory(0x600, 4))
                 vcpus[number % VCPUS].get_regs()
                 vcpus[number % VCPUS].get_lapic()
                 vm.get_pit2()
@@ -174,6 +177,32 @@ def test_calls_from_everywhere_while_vcpus_run(kind: str, vm_first: bool) -> Non
             assert all(each.wait(JOIN_S) for each in exits[:-1])
             for each in [vm, *vcpus] if vm_first else [*vcpus, vm]:
                 each.close()
+        event.close()
+
+
+@pytest.mark.parametrize("kind", ["virtual", "real"])
+def test_calls_do_not_wait_for_the_sleep_of_a_run(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them it lasts for ever."""
+    monkeypatch.setattr(machine, "SLICE_REAL_NS", NEVER_NS)
+    with nothing_leaks(), ModelVm(clock=kind) as vm:
+        vm.create_irqchip()
+        vcpu = start(vm, SAYS + SLEEPS)
+        event, said = EventFd(), threading.Event()
+        vm.irqfd(event.fd, 0)
+
+        def ask() -> None:
+            assert said.wait(JOIN_S)
+            while vcpu.get_mp_state() != MpState.HALTED:
+                vm.get_irqchip(0)
+            for _ in range(STRESS_ROUNDS):
+                vm.get_irqchip(0)
+            vm.close()
+
+        run = ends_with_ebadf(lambda: vm.run(handlers={0x80: lambda *_: said.set()}))
+        with thread(run), thread(ask):
+            pass
         event.close()
 
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 from threads import JOIN_S, thread
 
-from kvmtick.machine.lock import MachineLock
+from kvmtick.machine.lock import MachineLock, Ticket
 
 PAUSE_S = 0.001
+ROUNDS = 300
 
 
 class Watched(MachineLock):
@@ -21,9 +22,10 @@ class Watched(MachineLock):
         self.urgent = threading.Semaphore(0)
         super().__init__(lambda holder: self.urgent.release())
 
-    def _wait(self, me: int, urgent: bool) -> None:
-        self.waits.set()
-        super()._wait(me, urgent)
+    def _await(self, ticket: Ticket, urgent: bool) -> None:
+        if self._queue[0] is not ticket:
+            self.waits.set()
+        super()._await(ticket, urgent)
 
     def await_urgent(self, times: int = 1) -> None:
         for _ in range(times):
@@ -210,3 +212,51 @@ def test_a_signals_handler_takes_it_while_its_thread_waits() -> None:
         assert held.wait(JOIN_S)
         note(lock, seen, "thread")()
     assert seen == ["handler", "thread"]
+
+
+def test_no_turn_is_lost_among_many() -> None:
+    """Calls, turns and signals all at once: everybody comes to an end, and one at a time works."""
+    lock, inside, most = MachineLock(lambda holder: None), list[int](), list[int]()
+
+    def work() -> None:
+        inside.append(1)
+        most.append(len(inside))
+        inside.pop()
+
+    def call() -> None:
+        for _ in range(ROUNDS):
+            with lock, lock:
+                work()
+
+    def take_turns() -> None:
+        with lock:
+            for _ in range(ROUNDS):
+                work()
+                lock.pass_on()
+
+    def handle(*_: object) -> None:
+        with lock:
+            handled.append(1)
+
+    def signal_main() -> None:
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, signal.SIGUSR1)
+        while not done.wait(PAUSE_S):
+            signal.pthread_kill(ident, signal.SIGUSR1)
+
+    handled, done = list[int](), threading.Event()
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with thread(signal_main):
+            with thread(call), thread(call), thread(take_turns), thread(take_turns):
+                call()
+                take_turns()
+            done.set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert handled
+    assert set(most) == {1}
+    assert len(most) == 6 * ROUNDS
+    assert not lock.wanted
+    assert not lock.is_mine

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
+from kvmtick.timing.wall import Kicker, Stopwatch, Waker, sleep_ns, wait_for_any
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -140,9 +140,7 @@ def test_sleeping_for_nothing_returns_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_descriptor_that_can_be_read_ends_the_sleep() -> None:
     signalled = os.eventfd(1)
     try:
-        stopwatch = Stopwatch()
-        sleep_ns(3600 * 10**9, [signalled])
-        assert stopwatch.elapsed_s() < 60
+        assert wait_for_any([signalled], 3600 * 10**9)
     finally:
         os.close(signalled)
 
@@ -152,7 +150,34 @@ def test_a_descriptor_above_what_select_can_take_works_too() -> None:
     signalled = os.eventfd(1)
     high = fcntl.fcntl(signalled, fcntl.F_DUPFD, 1024)
     try:
-        sleep_ns(3600 * 10**9, [high])
+        assert wait_for_any([high], 3600 * 10**9)
     finally:
         os.close(high)
         os.close(signalled)
+
+
+def test_a_wake_before_the_sleep_is_not_lost_and_ends_one_sleep() -> None:
+    waker = Waker()
+    waker.wake()  # not open: nothing to wake
+    waker.open()
+    assert not waker.sleep(0)
+    waker.wake()
+    waker.wake()
+    waker.open()
+    assert waker.sleep(None)
+    assert not waker.sleep(0)
+    waker.close()
+    waker.close()
+    waker.wake()
+
+
+def test_a_descriptor_ends_the_sleep_of_a_waker() -> None:
+    waker = Waker()
+    waker.open()
+    signalled = os.eventfd(1)
+    try:
+        assert waker.sleep(None, [signalled])
+        assert os.eventfd_read(signalled) == 1
+    finally:
+        os.close(signalled)
+        waker.close()

@@ -30,7 +30,7 @@ from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import Kicker, Stopwatch, sleep_ns
+from kvmtick.timing.wall import Kicker, Stopwatch, Waker
 from kvmtick.trace.recorder import IDLE_TASK, Recorder
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
@@ -118,6 +118,8 @@ class Machine:
         self.closed = False
         self.runs_all = False
         """`run` is under way."""
+        self._waker = Waker()
+        """Of the thread in `run`."""
         self.threads: list[VcpuThread] = []
         """Those in KVM_RUN, `sleepers` among them."""
         self.sleepers: list[VcpuThread] = []
@@ -215,6 +217,7 @@ class Machine:
         if self._kicker is not None:
             self._kicker.close()
             self._kicker = None
+        self._waker.close()
         self.board.close()
         for vcpu in self.board.vcpus:
             vcpu.engine.close()
@@ -260,8 +263,11 @@ class Machine:
         with self.lock:
             if self.threads:
                 raise RuntimeError("a vCPU of this machine is running already")
+            self._waker.open()
             self.runs_all = True
             try:
+                # from here on whoever asks calls this thread out; those before it come first
+                self.lock.pass_on()
                 return self._run(for_ns, limit_s, until)
             finally:
                 self.runs_all = False
@@ -326,8 +332,10 @@ class Machine:
             if clock.now_ns >= end_ns:
                 return Exit("time")
             passes += 1
-            if (self._slice_over or passes & 15 == 0) and self._look_up(limit_s, stopwatch):
-                return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
+            if (self._slice_over or passes & 15 == 0) and (
+                end := self._look_up(limit_s, stopwatch)
+            ):
+                return end
             if not alone:
                 if self._take_turns(end_ns):
                     return Exit("deadlock", detail=self._deadlock_detail())
@@ -346,13 +354,17 @@ class Machine:
                 return Exit("until")
         return self._exit
 
-    def _look_up(self, limit_s: float | None, stopwatch: Stopwatch) -> bool:
-        """Now and then: hand the records on; is the wall-time limit over?"""
+    def _look_up(self, limit_s: float | None, stopwatch: Stopwatch) -> Exit | None:
+        """Now and then: hand the records on, let others have the machine; whether they ended the
+        run, or the wall-time limit is over.
+        """
         self._slice_over = False
         if self.recorder.full:
             self.recorder.flush()
         self.lock.pass_on()
-        return limit_s is not None and stopwatch.elapsed_s() > limit_s
+        if self._exit is None and limit_s is not None and stopwatch.elapsed_s() > limit_s:
+            return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
+        return self._exit
 
     # Threads that each run a vCPU.
 
@@ -581,14 +593,16 @@ class Machine:
         self.recorder.flush()
         self.clock.refresh()
         wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
-        sleep_ns(wait_ns, self.board.irqfds.filenos())
+        if wait_ns > 0:
+            self._waker.sleep(wait_ns, self.board.irqfds.filenos())
         self.clock.refresh()
         self._slice_over = True
 
     def _call_out(self, holder: int) -> None:
-        """Another thread wants the machine, and `holder` may be in the guest or just about to."""
+        """Another thread wants the machine; `holder` may be in the guest or asleep, or about to."""
         if self.runs_all:
             self._kick_all()
+            self._waker.wake()
         for thread in self.threads:
             if thread.ident == holder:
                 thread.vcpu.engine.kick()

@@ -8,15 +8,14 @@ a call of another thread ends the sleep.
 """
 
 import errno
-import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from kvmtick.abi.errors import KvmError
 from kvmtick.machine.machine import Machine
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import wait_for_any
+from kvmtick.timing.wall import Waker
 from kvmtick.trace.recorder import IDLE_TASK
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
@@ -35,8 +34,7 @@ class VcpuThread:
         """Of the thread in KVM_RUN, or last there."""
         self.until_ns = NEVER_NS
         self.closed = False
-        self._wake_fd = -1
-        self._has_wake_fd = threading.RLock()
+        self._waker = Waker()
         self._entered = threading.Lock()
 
     @contextmanager
@@ -52,9 +50,7 @@ class VcpuThread:
                 if machine.runs_all:
                     raise RuntimeError("the VM is running all its vCPUs already")
                 self.check_open()
-                if self._wake_fd < 0:
-                    # from here on no wake is lost, also one before the sleep
-                    self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._waker.open()
                 machine.begin()
                 self.ident = threading.get_ident()
                 machine.threads.append(self)
@@ -105,9 +101,7 @@ class VcpuThread:
 
     def wake(self) -> None:
         """End its sleep, from any thread."""
-        with self._has_wake_fd:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+        self._waker.wake()
 
     def call_out(self) -> None:
         """Let it look up, wherever it is."""
@@ -126,11 +120,8 @@ class VcpuThread:
         self.closed = True
         if self in self.machine.threads:
             self.call_out()
-            return
-        with self._has_wake_fd:
-            fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        else:
+            self._waker.close()
 
     def __del__(self) -> None:
         if self._wake_fd >= 0:
@@ -158,17 +149,15 @@ class VcpuThread:
         wait_ns = NEVER_NS if until_ns == NEVER_NS else max(0, until_ns - machine.clock.now_ns)
         limit_ns = NEVER_NS if limit_s is None else int(limit_s * 1e9)
         least_ns = min(wait_ns, limit_ns)
-        fds = (self._wake_fd, *machine.board.irqfds.filenos())
+        irqfds = machine.board.irqfds.filenos()
         self.until_ns = until_ns
         machine.sleepers.append(self)
         machine.recorder.flush()
         machine.wake_threads()
         try:
             with machine.lock.released():
-                woken = wait_for_any(fds, None if least_ns == NEVER_NS else least_ns)
+                woken = self._waker.sleep(None if least_ns == NEVER_NS else least_ns, irqfds)
         finally:
             machine.sleepers.remove(self)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
         machine.clock.refresh()
         return woken or limit_ns < wait_ns

@@ -2,14 +2,16 @@
 
 import ctypes
 import errno
+import os
 import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from kvmtick.timing.queue import NEVER_NS
 
-__all__ = ["Kicker", "Stopwatch", "realtime_ns", "sleep_ns", "wait_for_any"]
+__all__ = ["Kicker", "Stopwatch", "Waker", "realtime_ns", "sleep_ns", "wait_for_any"]
 
 REARM_NS = 250_000
 """Who was called back arms the next time within that, if it arms one at all."""
@@ -36,14 +38,10 @@ def realtime_ns() -> int:
     return time.time_ns()
 
 
-def sleep_ns(duration_ns: int, wake_on: Sequence[int] = ()) -> None:
-    """Sleep for that long, or until one of the descriptors `wake_on` can be read."""
-    if duration_ns <= 0:
-        return
-    if not wake_on:
+def sleep_ns(duration_ns: int) -> None:
+    """Sleep for that long."""
+    if duration_ns > 0:
         time.sleep(duration_ns / 1e9)
-    else:
-        wait_for_any(wake_on, duration_ns)
 
 
 class _pollfd(ctypes.Structure):
@@ -67,6 +65,48 @@ def wait_for_any(descriptors: Sequence[int], duration_ns: int | None) -> bool:
     if ready < 0 and ctypes.get_errno() != errno.EINTR:
         raise OSError(ctypes.get_errno(), "ppoll")
     return bool(ready)
+
+
+class Waker:
+    """What one thread sleeps by and any other wakes it by: an eventfd. From `open` on no `wake` is
+    lost: one that comes before the sleep ends it at once.
+    """
+
+    def __init__(self) -> None:
+        self._fd = -1
+        # for a signal's handler, too
+        self._has_fd = threading.RLock()
+
+    def open(self) -> None:
+        """May be repeated."""
+        if self._fd < 0:
+            self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def wake(self) -> None:
+        """From any thread; nothing happens when it is not open."""
+        with self._has_fd:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def sleep(self, duration_ns: int | None, wake_on: Sequence[int] = ()) -> bool:
+        """For that long, None: for ever. True: cut short by `wake`, a signal, or one of the
+        descriptors `wake_on` that can be read.
+        """
+        if not wait_for_any((self._fd, *wake_on), duration_ns):
+            return False
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back; nobody sleeps. May be repeated."""
+        with self._has_fd:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Kicker:
