@@ -123,10 +123,6 @@ class VcpuThread:
         else:
             self._waker.close()
 
-    def __del__(self) -> None:
-        if self._wake_fd >= 0:
-            os.close(self._wake_fd)
-
     # Sleeping.
 
     def _sleep(self, limit_s: float | None) -> None:
