@@ -778,7 +778,8 @@ def test_the_live_kernel_does_the_same(live: None, name: str, reinject: int) -> 
     """A run that differs counts unless the host was late by half a period (in a step of a tick, or
     the vCPU's thread waited for a CPU so long in all) or by one at its end, or let the PIT have an
     acknowledgement of its own (`reopened`), or an expiry met an acknowledgement (its run took what
-    the acknowledgement was for, whose own run was idle); such a run is made again.
+    the acknowledgement was for, whose own run was idle); such a run is made again. Of all
+    others the second that shows the same difference counts: one alone may be such a case unseen.
     """
     late_us, retries = (100, CLAMP_RETRIES) if name == "clamp" else (500, RETRIES)
     needs_apic_events(SCENARIOS[name])
@@ -789,6 +790,7 @@ def test_the_live_kernel_does_the_same(live: None, name: str, reinject: int) -> 
     arguments = capture.parser().parse_args(words)
     expected_us = duration_us(expected.trace)
     late_runs = unlucky_runs = 0
+    seen: set[str] = set()
     while late_runs <= retries and unlucky_runs <= UNLUCKY_RETRIES:
         waited_us = waited_for_cpu_ns() / 1e3
         got = capture.capture(image, arguments)
@@ -806,6 +808,9 @@ def test_the_live_kernel_does_the_same(live: None, name: str, reinject: int) -> 
             or duration_us(got.lines) - expected_us > 2 * late_us
         ):
             late_runs += 1
-        else:
+        elif difference in seen:
             pytest.fail(difference)
+        else:
+            seen.add(difference)
+            unlucky_runs += 1
     pytest.skip(f"no quiet run: {late_runs} late, {unlucky_runs} unlucky")
