@@ -30,10 +30,11 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@for tool in nasm gdb; do command -v $$tool >/dev/null || { \
-		echo "installing $$tool, which some tests compare with"; \
-		{ apt-get update -qq && apt-get install --yes -qq $$tool; } >/dev/null 2>&1 || \
-		echo "$$tool could not be installed: those tests will be skipped"; }; done
+	@for tool in nasm gdb trace-cmd chromium chromedriver; do command -v $$tool >/dev/null || { \
+		echo "installing $$tool, which some tests need"; \
+		package=$$(echo $$tool | sed s/chromedriver/chromium-driver/); \
+		{ apt-get update -qq && apt-get install --yes -qq --no-install-recommends $$package; } \
+		>/dev/null 2>&1 || echo "$$tool could not be installed: those tests will be skipped"; }; done
 	@touch $@
 
 clean:

@@ -20,6 +20,8 @@ ROOMS = (
     "trace",
     "ticks",
     "timing",
+    "report",
+    "record",
     "irqchip",
     "guests",
     "cpu",
@@ -41,6 +43,7 @@ CLOCK_MODULES = frozenset({"datetime", "time"})
 CLOCK_READERS = {
     "timing": "the machine's clock in real time, the stopwatch, the kicker",
     "host": "deadlines of KVM_RUN",
+    "record": "which of the kernel's records are complete, how long to record",
     "cli": "what people are shown",
     "kvm.kernel_run": "a guest's sleep on the real kernel",
     "kvm.kernel_trace": "which of the kernel's records are complete",

@@ -29,6 +29,9 @@ EXIT_INTERRUPTED = 130
 
 VERBS = {
     "run": "boot a guest and follow its ticks",
+    "record": "record the ticks of the VMs on this host",
+    "report": "explain a recording, a trace or a run: findings first, numbers after",
+    "query": "ask a recording by SQL",
     "compare": "run a guest on the model and on the kernel: does the same happen?",
     "conform": "run the conformance suite on the model or on /dev/kvm",
     "fuzz": "look for a difference between the model and /dev/kvm",

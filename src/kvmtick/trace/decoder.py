@@ -23,6 +23,9 @@ _BY_NAME = {tracepoint.name: event for event, tracepoint in TRACEPOINTS.items()}
 _MAY_LACK = frozenset({"was_armed", "intr_info", "info1", "inhibits"})
 """Fields that came with later kernels, and that nobody is judged by."""
 
+_CPU = "cpu"
+"""Not in the record: the CPU whose buffer it was in."""
+
 _COMMON = ("common_type", "common_flags", "common_pid")
 _IN_INTERRUPT = 0x08 | 0x10 | 0x40
 """`common_flags`: in a hard interrupt, a soft one, an NMI (the h, s and z of ftrace text)."""
@@ -76,11 +79,13 @@ class _EventReader:
     def __init__(self, event: Event, format_: EventFormat) -> None:
         self.event = int(event)
         self.has_function = event in _FUNCTION_EVENTS
-        fields = format_.fields
-        for name in TRACEPOINTS[event].fields:
+        fields, own = format_.fields, TRACEPOINTS[event].fields
+        self.wants_cpu = own[-1] == _CPU and _CPU not in fields
+        own = own[:-1] if self.wants_cpu else own
+        for name in own:
             if name not in fields and name not in _MAY_LACK:
                 raise FormatError(f"{format_.name} has no field {name} here: it cannot be read")
-        wanted = (*_COMMON[1:], *TRACEPOINTS[event].fields)
+        wanted = (*_COMMON[1:], *own)
         self.read, self.size = _reader(fields, wanted)
 
 
@@ -156,6 +161,8 @@ class Decoder:
                 if function is None:
                     continue
                 values[1] = function
+            if reader.wants_cpu:
+                values.append(cpu)
             task = tasks.index(pid) if pid else tasks.idle(cpu)
             if flags & _IN_INTERRUPT:
                 task |= IRQ_CONTEXT

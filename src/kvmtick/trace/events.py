@@ -81,6 +81,9 @@ class Event(IntEnum):
     KVM_IOAPIC_DELAYED_EOI_INJ = 24
     KVM_INJ_NMI = 25
     LOST_EVENTS = 26
+    KVM_APICV_ACCEPT_IRQ = 27
+    SCHED_WAKING = 28
+    SCHED_SWITCH = 29
 
 
 class Tracepoint(NamedTuple):
@@ -138,6 +141,15 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     # No tracepoint at all: where the kernel's ring buffer says that records are missing. `count` is
     # -1 if it does not say how many.
     Event.LOST_EVENTS: Tracepoint("kvmtick", "lost_events", ("cpu", "count")),
+    # The message went to the hardware (APICv, AVIC): no record will tell of its injection.
+    Event.KVM_APICV_ACCEPT_IRQ: Tracepoint(
+        "kvm", "kvm_apicv_accept_irq", ("apicid", "dm", "tm", "vec")
+    ),
+    Event.SCHED_WAKING: Tracepoint("sched", "sched_waking", ("pid", "target_cpu")),
+    # `cpu` is no field of the kernel's: it is where the record came from.
+    Event.SCHED_SWITCH: Tracepoint(
+        "sched", "sched_switch", ("prev_pid", "prev_state", "next_pid", "cpu")
+    ),
 }
 
 

@@ -213,6 +213,9 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_IOAPIC_DELAYED_EOI_INJ: _delayed_eoi_inj,
     Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]} pending {r[4]}",
     Event.LOST_EVENTS: lambda r: f"cpu {r[3]} count {r[4]}",
+    Event.KVM_APICV_ACCEPT_IRQ: _apic_accept_irq,
+    Event.SCHED_WAKING: lambda r: f"pid={r[3]} target_cpu={r[4]:03d}",
+    Event.SCHED_SWITCH: lambda r: f"prev_pid={r[3]} prev_state={r[4]} ==> next_pid={r[5]}",
 }
 
 

@@ -1,0 +1,1 @@
+"""Recording the VMs of this host."""

@@ -1,0 +1,144 @@
+"""The report as data: what the text, the JSON, the page and the picture all show.
+
+`kvmtick.report.build` makes it from a trace. Times are ns by the trace's own clock.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from kvmtick.ticks.histogram import Histogram
+from kvmtick.ticks.report import TickReport
+from kvmtick.ticks.tick import Tick
+
+__all__ = ["Finding", "Report", "Severity", "SourceReport", "StoryLine", "VmReport", "WorstTick"]
+
+
+class Severity(StrEnum):
+    """How much a finding matters."""
+
+    PROBLEM = "problem"
+    """The guest loses ticks or gets them late."""
+    NOTICE = "notice"
+    """Worth knowing; the guest may be meant to be so."""
+    GOOD = "good"
+    """All is well, and what that was seen by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One plain sentence, with the remedy."""
+
+    kind: str
+    """A fixed word for programs, such as `worker-late`; docs/reporting.md lists them."""
+    severity: Severity
+    text: str
+    """What was seen: how many ticks, because of what, where."""
+    remedy: str
+    """What to do about it; empty if there is nothing to do."""
+    pid: int | None = None
+    """Whose it is; None: the whole host's, or the trace's."""
+    source: str | None = None
+    """`pit` or `lapic`; None: the VM's."""
+    vcpu: int | None = None
+    ticks: int = 0
+    """How many ticks it concerns."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "kind": self.kind,
+            "severity": self.severity.value,
+            "text": self.text,
+            "remedy": self.remedy,
+            "pid": self.pid,
+            "source": self.source,
+            "vcpu": self.vcpu,
+            "ticks": self.ticks,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StoryLine:
+    """One event of a tick's life."""
+
+    ts_ns: int
+    thread: str
+    """`comm-pid` of the thread it happened in; in an interrupt, the thread it interrupted."""
+    event: str
+    """The tracepoint."""
+    text: str
+    """Its fields, as ftrace writes them."""
+    what: str
+    """The step, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorstTick:
+    """A tick that came late or not at all, and its story."""
+
+    tick: Tick
+    held_up: str
+    """Which hop took longest and who caused that, as far as the trace shows; a sentence."""
+    story: list[StoryLine]
+    """From the expiry (or what armed it) to the EOI; empty if it was not kept."""
+
+
+@dataclass(slots=True)
+class SourceReport:
+    """One timer of one VM."""
+
+    source: str
+    """`pit` or `lapic`."""
+    vcpu: int
+    ticks: TickReport
+    """Counts by verdict, latency per hop, path."""
+    histograms: dict[str, Histogram]
+    """Latency per hop (`kvmtick.ticks.source.HOPS`)."""
+    period_ns: int | None
+    """The period it was mostly set to; None for a one-shot timer."""
+    asked_hz: float | None
+    """Ticks per second by that period."""
+    got_hz: float | None
+    """Ticks per second that reached a vCPU."""
+    drift_ppm: float | None
+    """A clock that counts its ticks goes wrong by so much; negative: it is slow."""
+    drift_constant: str = ""
+    """What a tick was counted as: the PIT frequency that the guest is taken to believe."""
+    points: list[Tick] = field(default_factory=list)
+    """Lives to draw, in order. All that were not simply delivered, up to a bound, and of the others
+    as many as there is room for, evenly: `expired` of `ticks` tells whether some are left out.
+    """
+    worst: list[WorstTick] = field(default_factory=list)
+    """The worst first."""
+
+
+@dataclass(slots=True)
+class VmReport:
+    """One VM."""
+
+    pid: int
+    name: str
+    sources: list[SourceReport]
+    notes: list[str] = field(default_factory=list)
+    """What cannot be told of it, and why."""
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything a trace says."""
+
+    path: Path
+    origin: str
+    """Where the trace comes from: a host's kernel, a text, a simulated run."""
+    start_ns: int
+    end_ns: int
+    records: int
+    lost_events: int
+    unknown_lines: int
+    vms: list[VmReport]
+    findings: list[Finding]
+    """The most important first."""
+    notes: list[str] = field(default_factory=list)
+    """What is missing of the trace, and why."""

@@ -1,0 +1,76 @@
+"""Traces from files: what every reader gives, and which reader a file needs."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from kvmtick.trace.events import Event, Record
+from kvmtick.trace.formats import FormatError
+from kvmtick.trace.ktrace import MAGIC, KtraceReader
+from kvmtick.trace.vms import VmInfo
+
+__all__ = ["Trace", "open_trace"]
+
+_GZIP = b"\x1f\x8b"
+
+
+class Trace(Protocol):
+    """A trace that is being read; what it says of itself is whole when `batches` is over."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """`comm-pid` of the records' tasks, by index; may still grow."""
+
+    @property
+    def events(self) -> frozenset[Event]:
+        """Classes of events that were recorded; of a text those seen so far."""
+
+    @property
+    def vms(self) -> list[VmInfo]:
+        """What is known of the VMs beside the records; a text knows nothing."""
+
+    @property
+    def is_complete(self) -> bool:
+        """A simulated run: also what a kernel has no tracepoint for is in it."""
+
+    @property
+    def lost(self) -> int:
+        """Events that the kernel could not store, as far as it says."""
+
+    @property
+    def unknown(self) -> int:
+        """Lines that were not understood."""
+
+    @property
+    def cut(self) -> str:
+        """Why the end is missing; empty if it is not."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The file's size."""
+
+    @property
+    def position_bytes(self) -> int:
+        """How much of it was read."""
+
+    def batches(self) -> Iterator[list[Record]]:
+        """The records in order of time, in batches. Raises `FormatError` for a damaged file."""
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+
+
+def open_trace(path: Path) -> Trace:
+    """Open a file by what it holds. Raises OSError, and `FormatError` where nobody can read it."""
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start[:2] == _GZIP:
+        with gzip.open(path) as packed:
+            try:
+                start = packed.read(len(MAGIC))
+            except (OSError, EOFError):
+                raise FormatError(f"{path}: damaged gzip file: record it anew") from None
+    if start == MAGIC:
+        return KtraceReader(path)
+    raise FormatError(f"{path}: neither a recording of kvmtick nor ftrace text: {start!r}")
