@@ -1,8 +1,8 @@
 """The text of a record is the kernel's: real lines of recorded traces, and the kernel's print fmt.
 
 The file named with a line is one of tests/golden/traces (Linux 6.18, x86-64). `(fmt)` marks a line
-made by hand from `events/*/*/format` of that kernel, where the recordings have no such event; `(6.18)`
-is of such a kernel's `trace`.
+made by hand from `events/*/*/format` of that kernel, where the recordings have no such event;
+`(6.18)` is of such a kernel's `trace`.
 """
 
 import io
