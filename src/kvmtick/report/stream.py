@@ -44,6 +44,7 @@ _BY_ITS_VCPU = frozenset(
 )
 """Events that happen in the thread of the vCPU they name."""
 
+
 @dataclass(frozen=True, slots=True)
 class Thread:
     """A task of a trace, taken apart."""

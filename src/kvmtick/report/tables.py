@@ -315,9 +315,7 @@ def _field_maps(records: Sequence[Record]) -> pa.Array:
     keys = pa.DictionaryArray.from_arrays(
         pa.array(list(chain.from_iterable(numbers)), pa.int32()), pa.array(_ALL_FIELDS)
     ).cast(pa.string())
-    values = [
-        None if value < 0 else value for value in chain.from_iterable(map(_values, records))
-    ]
+    values = [None if value < 0 else value for value in chain.from_iterable(map(_values, records))]
     return pa.MapArray.from_arrays(offsets, keys, pa.array(values, pa.uint64()))
 
 
