@@ -244,6 +244,12 @@ class KtraceReader:
             merge.lose(cpu)
         yield merge.until(None)
 
+    def pages(self) -> Iterator[tuple[int, bytes]]:
+        """The raw pages instead, each with its CPU, as they stand in the file."""
+        while (chunk := self._chunk()) is not None:
+            if chunk[0] == _PAGE:
+                yield chunk[1], chunk[2]
+
     def _records(self, cpu: int, page: bytes, gaps: set[int]) -> list[Record]:
         """Those of a page. `gaps`: CPUs of which the page before was damaged."""
         try:
