@@ -63,6 +63,14 @@ class HostVm:
     looks: dict[int, int] = field(default_factory=dict)
     """How often a thread was looked at."""
 
+    def workers(self) -> list[int]:
+        """Its kvm-pit workers."""
+        return [tid for tid, comm in self.threads.items() if _WORKER.fullmatch(comm)]
+
+    def new_threads(self) -> list[int]:
+        """Threads that the last scan found and that may be vCPUs, as far as is known."""
+        return [tid for tid, looks in self.looks.items() if looks == 1 and tid not in self.vcpus]
+
 
 class HostVms:
     """The VMs of this host; `vms` holds all that were seen, by pid, also those that ended."""

@@ -94,7 +94,9 @@ def _in_ranges(field: str, numbers: Iterable[int]) -> Iterator[str]:
             continue
         if first is not None:
             yield (
-                f"{field} == {first}" if first == last else f"({field} >= {first} && {field} <= {last})"
+                f"{field} == {first}"
+                if first == last
+                else f"({field} >= {first} && {field} <= {last})"
             )
         first = last = number
 

@@ -184,4 +184,3 @@ class Tally:
 
 def _has_id(page: bytes, record: int, number: int) -> bool:
     return record >= 0 and bool(_U16.unpack_from(page, record)[0] == number)
-
