@@ -61,7 +61,7 @@ class HostVm:
     reinject: bool | None = None
     """How its command line sets the PIT; None if it does not."""
     looks: dict[int, int] = field(default_factory=dict)
-    """How often a thread was looked at."""
+    """How often its living threads were looked at."""
 
     def workers(self) -> list[int]:
         """Its kvm-pit workers."""
@@ -137,6 +137,7 @@ class HostVms:
         found = [(tid, comm) for tid, comm in self._workers.get(vm.pid, {}).items()]
         with suppress(OSError):
             tids = [int(name) for name in os.listdir(self._proc / str(vm.pid) / "task")]
+            vm.looks = {tid: vm.looks.get(tid, 0) + 1 for tid in tids}
             found += [(tid, self._thread_name(vm, tid)) for tid in tids]
         for tid, comm in found:
             if comm and vm.threads.get(tid) != comm:
@@ -147,8 +148,7 @@ class HostVms:
                 self.changes += 1
 
     def _thread_name(self, vm: HostVm, tid: int) -> str:
-        looks = vm.looks[tid] = vm.looks.get(tid, 0) + 1
-        if looks > _NAMING_LOOKS:
+        if vm.looks[tid] > _NAMING_LOOKS:
             return vm.threads.get(tid, "")
         return self._comm(vm.pid, "task", str(tid))
 

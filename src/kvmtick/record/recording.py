@@ -148,7 +148,7 @@ class _State:
     scan_at_s: float
     names_at_s: float
     filters: dict[str, str]
-    comms: dict[int, str] = field(default_factory=dict)
+    named: set[int] = field(default_factory=set)
     told_changes: int = -1
 
 
@@ -322,8 +322,9 @@ class Recording(Closing):
         if now_s >= state.names_at_s:
             state.names_at_s = now_s + NAMES_EVERY_S
             comms = self._tracefs.comms()
-            fresh = {tid: comm for tid, comm in comms.items() if state.comms.get(tid) != comm}
-            state.comms.update(fresh)
+            nameless = self.tally.interrupted - state.named
+            fresh = {tid: comms[tid] for tid in nameless if tid in comms}
+            state.named |= fresh.keys()
         if fresh or state.told_changes != self.vms.changes:
             state.told_changes = self.vms.changes
             state.writer.update(self.infos(), fresh)

@@ -79,6 +79,8 @@ class Tally:
         """`formats`: texts of `format` files by the event's name; `functions`: by address."""
         self.timers: dict[int, Timer] = {}
         """By address."""
+        self.interrupted: set[int] = set()
+        """Threads in whose interrupts they expired."""
         self._layouts = {
             name: _Layout.of(parse_format(formats[name]), object_)
             for name, object_ in (
@@ -131,6 +133,7 @@ class Tally:
         if _has_id(page, record, expire.id):
             timer = self._timer(page, record + expire.object, source)
             timer.ticks[timer.tid] += 1
+            self.interrupted.add(_PID.unpack_from(page, record + expire.pid)[0])
             return
         start = self._layouts[_START]
         record = at - start.to_start
