@@ -271,5 +271,7 @@ def _draw_histograms(axes: Axes, source: SourceReport) -> None:
 
 def _name_latencies(axis: Axis) -> None:
     """Powers of ten as durations."""
+    from matplotlib.ticker import NullLocator
+
     axis.set_major_formatter(lambda value, _: format_ns(round(value)))
-    axis.set_minor_formatter(lambda _value, _: "")
+    axis.set_minor_locator(NullLocator())
