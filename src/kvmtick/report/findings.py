@@ -9,8 +9,8 @@ from kvmtick.report.data import Finding, Severity
 from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts
 from kvmtick.report.findings_held import held_findings
 from kvmtick.report.findings_trace import trace_findings
+from kvmtick.report.phrases import DISCARD, REPLAY, count, finding, rate, share, title
 from kvmtick.report.source import MIN_PERIOD_NS
-from kvmtick.report.words import DISCARD, REPLAY, count, finding, rate, share, title
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
 from kvmtick.trace.events import Event

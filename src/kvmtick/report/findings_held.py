@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from kvmtick.report.causes import Cause, CauseKind
 from kvmtick.report.data import Finding, Severity
 from kvmtick.report.facts import SourceFacts, VmFacts
+from kvmtick.report.phrases import count, finding, title
 from kvmtick.report.source import Held
-from kvmtick.report.words import count, finding, title
 from kvmtick.timing.host import format_ns
 from kvmtick.trace.events import Event
 

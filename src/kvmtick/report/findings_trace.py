@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from kvmtick.report.data import Finding, Severity
 from kvmtick.report.facts import TraceFacts, VmFacts
-from kvmtick.report.words import count, finding, share, title
+from kvmtick.report.phrases import count, finding, share, title
 from kvmtick.ticks.verdict import Verdict
 
 __all__ = ["trace_findings"]

@@ -1,59 +1,40 @@
-"""How findings speak: counts, timers, rates, and the remedies that several share."""
+"""How verdicts and hops are named and coloured wherever a report is shown."""
 
-from kvmtick.report.data import Finding, Severity
-from kvmtick.report.facts import SourceFacts, VmFacts
+from kvmtick.ticks.verdict import Verdict
 
-__all__ = ["DISCARD", "REPLAY", "count", "finding", "rate", "share", "title"]
+__all__ = ["COLOURS", "hop_names"]
 
-DISCARD = (
-    "tickpolicy discard (QEMU: -global kvm-pit.lost_tick_policy=discard; libvirt:"
-    " <timer name='pit' tickpolicy='discard'/>)"
-)
-REPLAY = (
-    "tickpolicy delay (QEMU: -global kvm-pit.lost_tick_policy=delay; libvirt:"
-    " <timer name='pit' tickpolicy='delay'/>)"
-)
+COLOURS = {
+    Verdict.DELIVERED: "#2a9d6f",
+    Verdict.LATE: "#e69f00",
+    Verdict.REINJECTED: "#3a86e0",
+    Verdict.COALESCED: "#d1495b",
+    Verdict.MASKED: "#9467bd",
+    Verdict.DROPPED: "#d95f0e",
+    Verdict.OUTSTANDING: "#8a939c",
+    Verdict.UNKNOWN: "#8c6d31",
+}
+"""In the order a reader wants them. They show on white and on black, and those that share a plot
+area (the first three) differ to the colour-blind; the others have a lane of their own as well.
+"""
 
-
-def count(number: int, thing: str) -> str:
-    """`1 tick`, `1,234 ticks`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def title(source: SourceFacts) -> str:
-    """Which timer."""
-    if source.report.source == "lapic":
-        return f"the local APIC timer of vCPU {source.report.vcpu}"
-    return "the PIT"
-
-
-def share(ticks: int, source: SourceFacts) -> str:
-    """How much that is of all that expired."""
-    return f"{100 * ticks / source.report.ticks.expired:.3g} %"
-
-
-def rate(hz: float) -> str:
-    """`1,000 ticks a second`."""
-    return f"{hz:,.5g} ticks a second"
+_PIC = {
+    "expiry_to_work": "hrtimer expiry -> kvm-pit worker",
+    "work_to_accept": "worker -> PIC request",
+    "accept_to_inject": "PIC request -> VM entry",
+    "inject_to_eoi": "VM entry -> guest's EOI",
+    "expiry_to_eoi": "expiry -> EOI",
+}
+_APIC = {
+    **_PIC,
+    "work_to_accept": "worker -> local APIC",
+    "accept_to_inject": "local APIC -> VM entry",
+}
+_LAPIC_TIMER = {**_APIC, "expiry_to_work": "hrtimer expiry -> local APIC"}
 
 
-def finding(
-    vm: VmFacts,
-    source: SourceFacts | None,
-    kind: str,
-    severity: Severity,
-    text: str,
-    remedy: str,
-    ticks: int = 0,
-) -> Finding:
-    """One about a VM, or a timer of it."""
-    return Finding(
-        kind=kind,
-        severity=severity,
-        text=text,
-        remedy=remedy,
-        pid=vm.ticks.pid,
-        source=None if source is None else source.report.source,
-        vcpu=None if source is None else source.report.vcpu,
-        ticks=ticks,
-    )
+def hop_names(source: str, path: str) -> dict[str, str]:
+    """What each of `kvmtick.ticks.source.HOPS` is for ticks of `source` that go by `path`."""
+    if source == "lapic":
+        return _LAPIC_TIMER
+    return _PIC if path == "pic" else _APIC
