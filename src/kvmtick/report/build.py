@@ -9,8 +9,8 @@ from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts
 from kvmtick.report.findings import findings_of
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
-from kvmtick.report.threads import Threads
 from kvmtick.report.vcpus import Vcpus, pid_of
+from kvmtick.report.waits import CpuWaits
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
@@ -26,8 +26,10 @@ WORST = 10
 RECENT_RECORDS = 400_000
 """Records of all VMs that stories can be told from."""
 
-_SCHED = (int(Event.SCHED_WAKING), int(Event.SCHED_SWITCH))
-_SCHED_OR_LOST = frozenset((*_SCHED, int(Event.LOST_EVENTS)))
+_LOST = int(Event.LOST_EVENTS)
+_SWITCH = int(Event.SCHED_SWITCH)
+_SCHED = frozenset((int(Event.SCHED_WAKING), _SWITCH))
+_SCHED_OR_LOST = _SCHED | {_LOST}
 _APICV = int(Event.KVM_APICV_INHIBIT_CHANGED)
 _TELLS_REINJECT = int(ApicvInhibitReason.PIT_REINJ)
 
@@ -45,7 +47,7 @@ class _Builder:
     def __init__(self, trace: Trace, worst: int) -> None:
         self._trace = trace
         self._worst = worst
-        self._threads = Threads()
+        self._waits = CpuWaits()
         self._vms: dict[int, _Vm] = {}
         self._host = HostTicks(trace, on_records=self._on_records, on_lives=self._on_lives)
         self._sched: list[Record] = []
@@ -55,8 +57,8 @@ class _Builder:
         for batch in self._trace.batches():
             self._sched = [record for record in batch if record[1] in _SCHED_OR_LOST]
             for info in self._trace.vms:
-                self._threads.follow(info.threads)
-            self._threads.take(self._sched)
+                self._waits.follow(info.threads)
+            self._waits.take(self._sched)
             self._host.take(batch)
             for vm in self._vms.values():
                 vm.look()
@@ -69,7 +71,7 @@ class _Builder:
     def _vm(self, ticks: VmTicks) -> "_Vm":
         vm = self._vms.get(id(ticks))
         if vm is None:
-            vm = self._vms[id(ticks)] = _Vm(ticks, self._threads, self._worst)
+            vm = self._vms[id(ticks)] = _Vm(ticks, self._waits, self._worst)
             most = RECENT_RECORDS // len(self._vms)
             for each in self._vms.values():
                 each.recent.most = most
@@ -120,12 +122,12 @@ class _Builder:
 class _Vm:
     """What is gathered of one VM."""
 
-    def __init__(self, ticks: VmTicks, threads: Threads, worst: int) -> None:
+    def __init__(self, ticks: VmTicks, waits: CpuWaits, worst: int) -> None:
         self.ticks = ticks
         self.recent = RecentRecords()
-        self._threads = threads
+        self._waits = waits
         self._vcpus = Vcpus(ticks.tasks)
-        self._causes = Causes(ticks, threads, self._vcpus)
+        self._causes = Causes(ticks, waits, self._vcpus)
         self._worst = worst
         self._reinject = ticks.info.reinject
         self._watches: dict[int, Watch] = {}
@@ -142,7 +144,12 @@ class _Vm:
     def _with_threads(self, records: list[Record], sched: list[Record]) -> list[Record]:
         """The records, and in their order what happened to the VM's threads."""
         pids = self._pids()
-        own = [r for r in sched if r[1] in _SCHED and not pids.isdisjoint(r[3:6:2])]
+        own = [
+            record
+            for record in sched
+            if (record[3] in pids and record[1] != _LOST)
+            or (record[1] == _SWITCH and record[5] in pids)
+        ]
         if not own:
             return records
         merged = [record for record in records if record[1] not in _SCHED]
@@ -152,7 +159,7 @@ class _Vm:
 
     def _pids(self) -> set[int]:
         workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.one_vm.workers}
-        self._threads.follow(workers)
+        self._waits.follow(workers)
         return workers | self.ticks.info.threads.keys()
 
     def look(self) -> None:

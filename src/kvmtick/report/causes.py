@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from kvmtick.report.threads import Threads, Wait
 from kvmtick.report.vcpus import Vcpus, pid_of
+from kvmtick.report.waits import CpuWaits, Wait
 from kvmtick.ticks.host import VmTicks
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
@@ -113,9 +113,9 @@ def _held_by(holder: int | None, name: Namer) -> str:
 class Causes:
     """Finds the cause of one VM's ticks."""
 
-    def __init__(self, vm: VmTicks, threads: Threads, vcpus: Vcpus) -> None:
+    def __init__(self, vm: VmTicks, waits: CpuWaits, vcpus: Vcpus) -> None:
         self._vm = vm
-        self._threads = threads
+        self._waits = waits
         self._vcpus = vcpus
 
     def of(self, tick: Tick, before: Tick | None, cause_before: Cause | None) -> Cause:
@@ -162,7 +162,7 @@ class Causes:
         """Why the worker did not run in a span."""
         for task in self._vm.one_vm.workers:
             pid = pid_of(self._vm.tasks[task])
-            waits = [w for w in self._threads.waits(pid, start_ns, end_ns) if not w.asleep]
+            waits = [w for w in self._waits.waits(pid, start_ns, end_ns) if not w.asleep]
             wait = max(waits, key=lambda wait: wait.ns, default=None)
             if wait is not None and wait.within(start_ns, end_ns) * _HALF >= end_ns - start_ns:
                 return _waited(CauseKind.WORKER_WAITED, pid, wait)
@@ -180,7 +180,7 @@ class Causes:
                 return Cause(CauseKind.VCPU_OUT, span_ns)
             return Cause(CauseKind.INTERRUPTS_OFF, end_ns - entry_ns)
         pid = self._vcpus.pid(self._vm.info, vcpu)
-        if pid is not None and self._threads.knows(pid, start_ns):
+        if pid is not None and self._waits.knows(pid, start_ns):
             return Cause(CauseKind.BUSY, span_ns, pid)
         return Cause(CauseKind.NOT_TAKEN, span_ns)
 
@@ -190,7 +190,7 @@ class Causes:
         if pid is None:
             return None
         for asleep in (False, True):
-            waits = [w for w in self._threads.waits(pid, start_ns, end_ns) if w.asleep == asleep]
+            waits = [w for w in self._waits.waits(pid, start_ns, end_ns) if w.asleep == asleep]
             off_ns = sum(wait.within(start_ns, end_ns) for wait in waits)
             if not waits or off_ns * _HALF < end_ns - start_ns:
                 continue

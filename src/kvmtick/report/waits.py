@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvmtick.trace.events import Event, Record
 
-__all__ = ["Threads", "Wait"]
+__all__ = ["CpuWaits", "Wait"]
 
 SHORTEST_NS = 20_000
 """Shorter waits are not kept: none of them makes a tick late."""
@@ -80,7 +80,7 @@ class _Thread:
             self.since_ns = ts_ns
 
 
-class Threads:
+class CpuWaits:
     """Follows the threads that it was told of."""
 
     def __init__(self) -> None:
@@ -104,14 +104,14 @@ class Threads:
                 self._forget()
 
     def _switch(self, record: Record) -> None:
-        ts_ns, _, _, before, state, after, cpu = record
+        ts_ns, _, _, before, state, after, cpu = record[:7]
         if before in self._threads:
             self._threads[before].leave(ts_ns, state not in _RUNNABLE, cpu, after)
         if after in self._threads:
             self._threads[after].over(ts_ns, cpu, before)
 
     def _waking(self, record: Record) -> None:
-        ts_ns, _, _, pid, cpu = record
+        ts_ns, _, _, pid, cpu = record[:5]
         if pid not in self._threads:
             return
         thread = self._threads[pid]
