@@ -7,7 +7,7 @@ const colours = data.colours;
 const verdicts = Object.keys(colours);
 const ARRIVING = ["delivered", "late", "reinjected"];
 const LEFT = 84, RIGHT = 14, TOP = 12, PLOT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
-const DENSE = 4000;
+const DENSE = 4000, SPARSE = 400;
 const SHORTEST_NS = 1000;
 
 const count = (n) => n.toLocaleString("en-US");
@@ -62,7 +62,7 @@ function mark(pen, verdict, x, y, r) {
     pen.lineTo(x, y + r + 1);
     pen.lineTo(x - r - 1, y);
     pen.fill();
-  } else if (verdict === "delivered" && r > 2) {
+  } else if (verdict === "delivered" && r >= 2) {
     pen.beginPath();
     pen.arc(x, y, r, 0, 7);
     pen.fill();
@@ -188,6 +188,7 @@ class Timeline {
     const { pen, width } = this;
     const style = getComputedStyle(this.root);
     this.ink = style.getPropertyValue("--ink");
+    this.card = style.getPropertyValue("--card");
     this.muted = style.getPropertyValue("--muted");
     this.grid = style.getPropertyValue("--grid");
     pen.clearRect(0, 0, width, this.height);
@@ -197,6 +198,7 @@ class Timeline {
     this.drawLanes();
     this.drawTimeAxis();
     this.drawMarks();
+    this.drawPeriod();
     this.drawStrip();
     this.drawChosen();
     const shown = [...this.drawn.values()].reduce((a, b) => a + b, 0);
@@ -224,15 +226,23 @@ class Timeline {
       pen.fillStyle = this.muted;
       pen.fillText(duration(at), LEFT - 8, y);
     }
+  }
+
+  /** Where a tick is late, written over the marks. */
+  drawPeriod() {
+    const { pen } = this;
     const period = this.told.period;
-    if (period) {
-      const y = Math.round(this.yOf(period)) + 0.5;
-      this.line(LEFT, y, width - RIGHT, y, this.muted, [5, 4]);
-      pen.fillStyle = this.muted;
-      pen.textAlign = "left";
-      const late = this.until === "inject" ? ": late from here on" : "";
-      pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
-    }
+    if (!period) return;
+    const y = Math.round(this.yOf(period)) + 0.5;
+    const late = this.until === "inject" ? ": late from here on" : "";
+    this.line(LEFT, y, this.width - RIGHT, y, this.muted, [5, 4]);
+    pen.textAlign = "left";
+    pen.strokeStyle = this.card;
+    pen.lineWidth = 4;
+    pen.strokeText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
+    pen.lineWidth = 1;
+    pen.fillStyle = this.muted;
+    pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
   }
 
   drawLanes() {
@@ -285,6 +295,7 @@ class Timeline {
       this.drawn.set(verdict, end - first);
       const taken = new Uint8Array(columns * (Math.ceil(this.height) + 1));
       const common = verdict === "delivered" && total > DENSE;
+      const radius = total < SPARSE ? 3.5 : verdict === "delivered" ? (common ? 1 : 2) : 3;
       pen.fillStyle = colours[verdict];
       pen.globalAlpha = common ? 0.75 : 1;
       for (let at = first; at < end; at++) {
@@ -293,7 +304,7 @@ class Timeline {
         const pixel = Math.round(y) * columns + Math.round(x);
         if (taken[pixel]) continue;
         taken[pixel] = 1;
-        mark(pen, verdict, x, y, common ? 1 : total > DENSE ? 2.5 : 3.5);
+        mark(pen, verdict, x, y, radius);
       }
     }
     pen.restore();
@@ -614,7 +625,7 @@ class Timeline {
       const line = story.find((event) => event[0] === at);
       if (line) step.append(make("small", ` ${line[1]}`));
       const tr = row(duration(at), n ? duration(took[n]) : "", bar, step);
-      if (n && longest > 0 && took[n] === longest) tr.className = "longest";
+      if (steps.length > 2 && longest > 0 && took[n] === longest) tr.className = "longest";
       body.append(tr);
     });
     if (Number.isNaN(this.ticks.inject[i])) {

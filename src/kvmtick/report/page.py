@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmtick.report.data import Finding, Report, SourceReport, VmReport, WorstTick
 from kvmtick.report.page_data import drawn, page_data, script_json
 from kvmtick.report.page_svg import Scale, axis, histogram, verdict_bar
-from kvmtick.report.words import COLOURS, hop_names
+from kvmtick.report.words import COLOURS, hop_names, timer_name
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
@@ -24,7 +24,7 @@ __all__ = ["page_text", "write_page"]
 
 def write_page(report: Report, path: Path) -> None:
     """Write the page to `path`. Raises OSError."""
-    path.write_text(page_text(report), encoding="utf-8")
+    path.write_bytes(page_text(report).encode(errors="replace"))
 
 
 def page_text(report: Report) -> str:
@@ -209,7 +209,7 @@ def _vm_title(vm: VmReport) -> str:
 
 
 def _timer(source: SourceReport) -> str:
-    return "PIT" if source.source == "pit" else f"LAPIC timer of vCPU {source.vcpu}"
+    return timer_name(source.source, source.vcpu)
 
 
 def _source(source: SourceReport, name: str) -> str:
@@ -281,7 +281,7 @@ def _latency(source: SourceReport) -> str:
     filled = {hop: h for hop, h in source.histograms.items() if len(h)}
     if not filled:
         return "<h4>Latency</h4><p>No tick reached the guest.</p>"
-    scale = Scale(filled)
+    scale = Scale(filled.values())
     rows = [
         f"<tr><td>{escape(_arrow(names[hop]))}</td><td>{histogram(latency, scale)}</td>"
         + "".join(f'<td class="n">{format_ns(v)}</td>' for v in latency.summary().values())
@@ -319,7 +319,8 @@ def _timeline(source: SourceReport) -> str:
         '<option value="inject">VM entry</option><option value="eoi">the guest\'s EOI</option>'
         f'</select></label>{_BUTTONS}<span class="range"></span></div>'
         '<div class="plot"><canvas tabindex="0" role="img"'
-        f' aria-label="timeline of {len(ticks):,} ticks"></canvas><div class="tip" hidden></div></div>'
+        f' aria-label="timeline of {len(ticks):,} ticks"></canvas>'
+        '<div class="tip" hidden></div></div>'
         f'<p class="keys">{_KEYS}</p>'
     )
 
@@ -335,8 +336,8 @@ _BUTTONS = "".join(
     )
 )
 _KEYS = (
-    "Drag: zoom in. Double-click: all. Shift and drag, or the strip below: move. Ctrl and wheel: zoom."
-    " Keys: arrows for the next tick, with Shift to move; + and \N{MINUS SIGN}; 0."
+    "Drag: zoom in. Double-click: all. Shift and drag, or the strip below: move. Ctrl and wheel:"
+    " zoom. Keys: arrows for the next tick, with Shift to move; + and \N{MINUS SIGN}; 0."
 )
 
 

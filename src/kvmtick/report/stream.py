@@ -44,6 +44,7 @@ _BY_ITS_VCPU = frozenset(
 )
 """Events that happen in the thread of the vCPU they name."""
 
+
 @dataclass(frozen=True, slots=True)
 class Thread:
     """A task of a trace, taken apart."""
@@ -140,10 +141,9 @@ class _Owners:
         """Whose an event is that tells nothing of ticks, or that was replaced by what it means."""
         event, task = record[1], record[2]
         other = _OTHER_THREAD.get(event)
-        if task & IRQ_CONTEXT:
-            vm = None
-        else:
-            vm = self._by_tid.get(int(tasks[task].rpartition("-")[2]))
+        # In an interrupt the thread says nothing; no thread has this number.
+        tid = -1 if task & IRQ_CONTEXT else int(tasks[task].rpartition("-")[2])
+        vm = self._by_tid.get(tid)
         return self._by_tid.get(record[other]) if vm is None and other is not None else vm
 
 
