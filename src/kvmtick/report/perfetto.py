@@ -44,6 +44,9 @@ Step = tuple[int, int, int | None, str]
 _MOST_LANES = 64
 _RANK_TICKS, _RANK_VCPU, _RANK_CHIP, _RANK_LAPIC, _RANK_REST = 0, 1000, 100_000, 200_000, 300_000
 
+_FIELDS = {int(event): tracepoint.fields for event, tracepoint in TRACEPOINTS.items()}
+_NAMES = {int(event): tracepoint.name for event, tracepoint in TRACEPOINTS.items()}
+_HAS_FUNCTION = {event for event, fields in _FIELDS.items() if "function" in fields}
 _FUNCTIONS = [function.name.lower() for function in Function]
 _PIT_TIMER, _APIC_TIMER = int(Function.PIT_TIMER_FN), int(Function.APIC_TIMER_FN)
 
@@ -55,7 +58,7 @@ _SWITCH, _WAKING = int(Event.SCHED_SWITCH), int(Event.SCHED_WAKING)
 _UNNAMED = "<...>"
 
 _PIT, _PIC, _IOAPIC = "PIT", "PIC", "IOAPIC"
-_CHIPS = {
+_CHIPS: dict[int, str] = {
     Event.WORK_QUEUE: _PIT,
     Event.PIT_RESET_REINJECT: _PIT,
     Event.KVM_PIC_SET_IRQ: _PIC,
@@ -138,12 +141,10 @@ class _Writer:
 
     def told(self, record: Record) -> list[tuple[str, int | str | None]]:
         """The fields of an event, the thread and whether it was interrupted."""
-        event = record[1]
-        fields = TRACEPOINTS[Event(event)].fields
         told: list[tuple[str, int | str | None]] = list(
-            zip(fields, record[HEADER_FIELDS:], strict=True)
+            zip(_FIELDS[record[1]], record[HEADER_FIELDS:], strict=True)
         )
-        if len(fields) > 1 and fields[1] == "function":
+        if record[1] in _HAS_FUNCTION:
             told[1] = ("function", _FUNCTIONS[record[HEADER_FIELDS + 1]])
         thread = self.threads[record[2]]
         where = "interrupted" if record[2] & IRQ_CONTEXT else "thread"
@@ -160,7 +161,7 @@ class _Writer:
     def _no_vm(self, record: Record) -> None:
         """An event of no VM, or a gap."""
         self._other = self._other or self.file.track("events of no VM", 0, _RANK_REST)
-        event = TRACEPOINTS[Event(record[1])].name
+        event = _NAMES[record[1]]
         self.file.instant(self._other, record[0], event, self.told(record))
 
     def _switch(self, record: Record, by_tid: Mapping[int, VmTicks]) -> None:
@@ -239,7 +240,7 @@ class _Vm:
     def event(self, record: Record) -> None:
         """An event of this VM."""
         ts_ns, event = record[:2]
-        name = TRACEPOINTS[Event(event)].name
+        name = _NAMES[event]
         track = self._place(record)
         told = self._writer.told(record)
         if event == _WORK_START:
@@ -280,7 +281,7 @@ class _Vm:
         event, task = record[1], record[2]
         if event in (_HRTIMER_START, _HRTIMER_CANCEL, _HRTIMER_EXPIRE):
             return self._timer(record)
-        chip = _CHIPS.get(Event(event))
+        chip = _CHIPS.get(event)
         if chip is not None:
             return self.chip(chip)
         if event == Event.KVM_ACK_IRQ:

@@ -19,6 +19,11 @@ _SEQUENCE = 1
 _STATE_CLEARED, _NEEDS_STATE = 1, 2
 _SLICE_BEGIN, _SLICE_END, _INSTANT = 1, 2, 3
 _EXPLICIT = 3
+_U64 = (1 << 64) - 1
+_VARINT, _FIXED64, _BYTES = 0, 1, 2
+"""Types on the wire (protobuf's encoding, "Message Structure")."""
+_MOST_NOTES = 50_000
+"""Annotations kept as they are in the file: most come again."""
 _POINTERS = frozenset(
     ("hrtimer", "work", "worker", "rip", "guest_rip", "gpa", "address", "e", "port", "info1")
 )
@@ -29,12 +34,16 @@ class TrackEvents:
     """Writes packets to a file, one by one. Times are ns; those of a track have to ascend."""
 
     def __init__(self, file: BinaryIO) -> None:
+        from perfetto.protos.perfetto.trace import perfetto_trace_pb2
         from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
 
+        self._file = file
         self._builder = StreamingTraceProtoBuilder(file)
+        self._wire = _Wire(perfetto_trace_pb2)
         self._tracks = 0
-        self._names: dict[tuple[str, str], int] = {}
-        self._counts: dict[str, int] = {}
+        self._names: dict[str, dict[str, int]] = {}
+        self._heads: dict[tuple[int, int, str], bytes] = {}
+        self._notes: dict[tuple[str, int | str | None], bytes] = {}
         self._open: dict[int, None] = {}
         self.packets = 0
         """So many were written."""
@@ -132,43 +141,52 @@ class TrackEvents:
         flow: int = 0,
         ends: bool = False,
     ) -> None:
-        packet = self._packet()
-        packet.timestamp = ts_ns
-        event = packet.track_event
-        event.type = kind
-        event.track_uuid = track
-        if name:
-            event.name_iid = self._intern(packet, "event_names", name)
+        head = self._heads.get((kind, track, name))
+        if head is None:
+            head = self._heads[kind, track, name] = self._wire.head(
+                kind, track, self._intern("event_names", name) if name else 0
+            )
+        parts = [head]
         if flow:
-            (event.terminating_flow_ids if ends else event.flow_ids).append(flow)
-        for key, value in told:
-            if value is None:
-                continue
-            note = event.debug_annotations.add()
-            note.name_iid = self._intern(packet, "debug_annotation_names", key)
-            if isinstance(value, str):
-                table = "debug_annotation_string_values"
-                note.string_value_iid = self._intern(packet, table, value)
-            elif value < 0:
-                note.int_value = value
-            elif key in _POINTERS:
-                note.pointer_value = value
-            else:
-                note.uint_value = value
-        self._write(packet)
+            parts.append(self._wire.flow(flow, ends))
+        notes = self._notes
+        for said in told:
+            note = notes.get(said)
+            if note is None:
+                key, value = said
+                if value is None:
+                    continue
+                if len(notes) > _MOST_NOTES:
+                    notes.clear()
+                note = notes[said] = self._note(key, value)
+            parts.append(note)
+        self.packets += 1
+        self._file.write(self._wire.packet(ts_ns, b"".join(parts)))
 
-    def _intern(self, packet: Any, table: str, text: str) -> int:
-        """The number of a text in this sequence; the packet that needs it first brings it."""
-        number = self._names.get((table, text))
+    def _note(self, key: str, value: int | str) -> bytes:
+        """What a debug annotation is in the file."""
+        name = self._intern("debug_annotation_names", key)
+        if isinstance(value, str):
+            number = self._intern("debug_annotation_string_values", value)
+            return self._wire.note(name, "string_value_iid", number)
+        if value < 0:
+            return self._wire.note(name, "int_value", value & _U64)
+        return self._wire.note(name, "pointer_value" if key in _POINTERS else "uint_value", value)
+
+    def _intern(self, table: str, text: str) -> int:
+        """The number of a text in this sequence; it is told before it is used."""
+        names = self._names.setdefault(table, {})
+        number = names.get(text)
         if number is None:
-            number = self._counts[table] = self._counts.get(table, 0) + 1
-            self._names[table, text] = number
+            number = names[text] = len(names) + 1
+            packet = self._packet()
             entry = getattr(packet.interned_data, table).add()
             entry.iid = number
             if table == "debug_annotation_string_values":
                 entry.str = text.encode()
             else:
                 entry.name = text
+            self._write(packet)
         return number
 
     def _next(self) -> int:
@@ -187,6 +205,71 @@ class TrackEvents:
     def _write(self, packet: Any) -> None:
         self.packets += 1
         self._builder.write_packet(packet)
+
+
+class _Wire:
+    """Packets of track events as protobuf has them on the wire, by the numbers of their fields.
+
+    Most of a trace is these; put together from parts that are known they take a fifth of the time.
+    """
+
+    def __init__(self, messages: Any) -> None:
+        trace = messages.Trace.DESCRIPTOR.fields_by_name
+        packet = messages.TracePacket.DESCRIPTOR.fields_by_name
+        event = messages.TrackEvent.DESCRIPTOR.fields_by_name
+        self._packet = _tag(trace["packet"], _BYTES)
+        self._timestamp = _tag(packet["timestamp"], _VARINT)
+        sequence = messages.TracePacket(
+            trusted_packet_sequence_id=_SEQUENCE, sequence_flags=_NEEDS_STATE
+        )
+        self._event = sequence.SerializeToString() + _tag(packet["track_event"], _BYTES)
+        self._note = _tag(event["debug_annotations"], _BYTES)
+        self._flow = _tag(event["flow_ids"], _FIXED64)
+        self._last_flow = _tag(event["terminating_flow_ids"], _FIXED64)
+        note = messages.DebugAnnotation.DESCRIPTOR.fields_by_name
+        self._name = _tag(note["name_iid"], _VARINT)
+        self._kinds = {
+            kind: _tag(note[kind], _VARINT)
+            for kind in ("uint_value", "int_value", "pointer_value", "string_value_iid")
+        }
+        self._messages = messages
+
+    def head(self, kind: int, track: int, name: int) -> bytes:
+        """What all events of one name on one track have in common."""
+        event = self._messages.TrackEvent(type=kind, track_uuid=track)
+        if name:
+            event.name_iid = name
+        data: bytes = event.SerializeToString()
+        return data
+
+    def flow(self, flow: int, ends: bool) -> bytes:
+        """An arrow that comes through, or ends."""
+        return (self._last_flow if ends else self._flow) + flow.to_bytes(8, "little")
+
+    def note(self, name: int, kind: str, value: int) -> bytes:
+        """A debug annotation, as a part of its event; `kind`: the field its value is in."""
+        note = b"".join((self._name, _varint(name), self._kinds[kind], _varint(value)))
+        return self._note + _varint(len(note)) + note
+
+    def packet(self, ts_ns: int, event: bytes) -> bytes:
+        """A whole packet, as a part of the trace."""
+        body = b"".join((self._timestamp, _varint(ts_ns), self._event, _varint(len(event)), event))
+        return self._packet + _varint(len(body)) + body
+
+
+def _tag(field: Any, wire_type: int) -> bytes:
+    """What stands before a field's value (protobuf's encoding, "Message Structure")."""
+    return _varint(field.number << 3 | wire_type)
+
+
+def _varint(number: int) -> bytes:
+    """A number in as few bytes as it needs (protobuf's encoding, "Base 128 Varints")."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 class Lanes:
