@@ -147,7 +147,7 @@ def test_a_click_on_a_tick_tells_its_own_story(open_report: Open, index: int) ->
     for took in hops_of(tick):
         assert took in story
     assert f"trace time {tick.expiry_ns // 10**9}.{tick.expiry_ns % 10**9:09} s" in story
-    assert ("never reached the guest" in story) == (tick.inject_ns is None)
+    assert ("it never reached the guest" in story) == (tick.inject_ns is None)
     assert tick.detail in story
     if tick.inject_ns is not None:
         assert "VM entry with vector 0x20" in story
