@@ -625,7 +625,7 @@ class Timeline {
       const line = story.find((event) => event[0] === at);
       if (line) step.append(make("small", ` ${line[1]}`));
       const tr = row(duration(at), n ? duration(took[n]) : "", bar, step);
-      if (n && longest > 0 && took[n] === longest) tr.className = "longest";
+      if (steps.length > 2 && longest > 0 && took[n] === longest) tr.className = "longest";
       body.append(tr);
     });
     if (Number.isNaN(this.ticks.inject[i])) {

@@ -11,7 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmtick.report.data import Finding, Report, Severity, SourceReport, VmReport
 from kvmtick.report.extras import extra
@@ -44,7 +44,7 @@ _SEVERITY_COLOURS = {
 _MARKERS = {Verdict.LATE: "^", Verdict.REINJECTED: "D", Verdict.DELIVERED: "o"}
 _DASHES = {"p50": "-", "p99": "--", "max": ":"}
 _INK, _MUTED, _GRID, _BAR = "#1f2328", "#57606a", "#d8dee4", "#6e8fb5"
-_STYLE = {
+_STYLE: dict[Any, object] = {
     "font.size": 9.5,
     "text.parse_math": False,
     "text.color": _INK,
@@ -271,5 +271,7 @@ def _draw_histograms(axes: Axes, source: SourceReport) -> None:
 
 def _name_latencies(axis: Axis) -> None:
     """Powers of ten as durations."""
+    from matplotlib.ticker import NullLocator
+
     axis.set_major_formatter(lambda value, _: format_ns(round(value)))
-    axis.set_minor_formatter(lambda _value, _: "")
+    axis.set_minor_locator(NullLocator())

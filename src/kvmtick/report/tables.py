@@ -7,7 +7,7 @@ docs/tables.md tells what every column means. The file's metadata has one JSON o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -154,7 +154,12 @@ class _Tables:
         self._tick_file = _TableFile(ticks, by_name[TICKS])
         self._event_file = _TableFile(events, by_name[EVENTS])
 
-    def events(self, records: Sequence[Record], owners: Sequence[VmTicks | None]) -> None:
+    def events(
+        self,
+        records: Sequence[Record],
+        owners: Sequence[VmTicks | None],
+        by_tid: Mapping[int, VmTicks],
+    ) -> None:
         """A batch of events."""
         self._events.add(records, owners)
         if len(self._events) >= _ROWS:
