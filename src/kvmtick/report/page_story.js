@@ -38,19 +38,19 @@ function tell(timeline, i) {
   timeline.story.scrollTop = 0;
 }
 
-/** Step and time since the tick was due, of the steps that it reached. */
+/** Of the steps that it reached: what, how long since it was due, which events can stand for it. */
 function stepsOf(told, ticks, i) {
   const { path, vector } = ticks.kind[i];
   const callback = told.source === "pit" ? "pit_timer_fn" : "apic_timer_fn";
   const byPic = (path ?? told.path) === "pic";
   const event = vector === null ? "" : ` with vector 0x${vector.toString(16)}`;
   return [
-    ["the hrtimer is due", 0],
-    [`its callback runs (${callback})`, ticks.fired[i]],
-    ["the kvm-pit worker takes it (pit_do_work)", ticks.work[i]],
-    [byPic ? "the PIC has the request" : "a local APIC has accepted it", ticks.accept[i]],
-    [path === "nmi" ? "VM entry with an NMI" : `VM entry${event}`, ticks.inject[i]],
-    ["the guest's EOI", ticks.eoi[i]],
+    ["the hrtimer is due", 0, null],
+    [`its callback runs (${callback})`, ticks.fired[i], /^hrtimer_expire_entry$/],
+    ["the kvm-pit worker takes it (pit_do_work)", ticks.work[i], /^sched_kthread_work_execute_start$/],
+    [byPic ? "the PIC has the request" : "a local APIC has accepted it", ticks.accept[i], /_irq$/],
+    [path === "nmi" ? "VM entry with an NMI" : `VM entry${event}`, ticks.inject[i], /inj|eoi|ack/],
+    ["the guest's EOI", ticks.eoi[i], /eoi|ack|pio|msr/],
   ].filter(([, at]) => !Number.isNaN(at));
 }
 
@@ -62,13 +62,13 @@ function hopTable(told, ticks, i, story) {
   const head = make("thead");
   head.append(row(...["since due", "took", "", "step"].map((name) => make("th", name))));
   const body = make("tbody");
-  steps.forEach(([what, at], n) => {
+  steps.forEach(([what, at, events], n) => {
     const bar = make("td", undefined, "share");
     const fill = make("i");
     fill.style.width = `${longest ? (100 * Math.max(0, took[n])) / longest : 0}%`;
     bar.append(fill);
     const step = make("td", what);
-    const line = story.find((event) => event[0] === at);
+    const line = events && story.find((event) => event[0] === at && events.test(event[2]));
     if (line) step.append(make("small", line[1]));
     const tr = row(duration(at), n ? duration(took[n]) : "", bar, step);
     if (steps.length > 2 && longest > 0 && took[n] === longest) tr.className = "longest";

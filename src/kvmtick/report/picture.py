@@ -17,6 +17,7 @@ from kvmtick.report.data import Finding, Report, Severity, SourceReport, VmRepor
 from kvmtick.report.extras import extra
 from kvmtick.report.log_bins import bins, decades
 from kvmtick.report.page_data import drawn
+from kvmtick.report.phrases import count
 from kvmtick.report.words import COLOURS, hop_names, timer_name
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
@@ -98,7 +99,7 @@ def _header(report: Report) -> list[tuple[str, str, str]]:
         (f"Ticks of {_plain(report.path.name)}", _INK, "bold"),
         (
             f"from {_plain(report.origin)}, {format_ns(report.end_ns - report.start_ns)},"
-            f" {len(report.vms):,} VMs, {report.records:,} events, {lost}",
+            f" {count(len(report.vms), 'VM')}, {count(report.records, 'event')}, {lost}",
             _MUTED,
             "normal",
         ),
