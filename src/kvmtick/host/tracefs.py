@@ -23,7 +23,7 @@ import select
 import signal
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,18 +272,24 @@ class Instance:
         """What was recorded, as ftrace text with its header; stays in the buffer."""
         return self.read("trace")
 
-    def pages(self) -> Iterator[tuple[int, bytes]]:
+    def pages(self, is_full: Callable[[bytes], bool] | None = None) -> Iterator[tuple[int, bytes]]:
         """What was recorded since the last time as `(cpu, page)`, each CPU's in order; never waits.
 
-        It leaves the buffer. Raises `HostError`.
+        It leaves the buffer. `is_full`: leave a CPU where a page is not (the first may be the rest
+        of one): where events come fast there are always some more, a few on each page. Raises
+        `HostError`.
         """
         if not self._pipes:
             self._open_pipes()
         size_bytes = self._page_bytes()
         for cpu, fd in self._pipes.items():
             with _told(self.path / "trace_pipe_raw"):
+                is_first = True
                 while page := _read_page(fd, size_bytes):
                     yield cpu, page
+                    if is_full is not None and not is_first and not is_full(page):
+                        break
+                    is_first = False
 
     def _open_pipes(self) -> None:
         for where in self.path.glob("per_cpu/cpu*"):

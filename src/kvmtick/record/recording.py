@@ -46,6 +46,8 @@ FIRST_SCAN_S: Final = 0.3
 SCAN_EVERY_S: Final = 1.0
 SHOW_EVERY_S: Final = 1.0
 NAMES_EVERY_S: Final = 5.0
+ROOM_BYTES: Final = 256
+"""A page with less room than that is full: no event that we record is longer."""
 
 MOST_BUFFER_KIB: Final = 16 << 10
 LEAST_BUFFER_KIB: Final = 2 << 10
@@ -287,19 +289,22 @@ class Recording(Closing):
             self._running().instance.wait(window_s, ends)
             watcher.sample(self, self._take())
 
-    def _take(self) -> list[tuple[int, bytes]]:
-        """Empty the buffers into the file."""
+    def _take(self, *, all_of_it: bool = False) -> list[tuple[int, bytes]]:
+        """Empty the buffers into the file; but for `all_of_it`, up to what comes meanwhile."""
         state = self._running()
         settled_ns = time.monotonic_ns() - SETTLED_NS
         write, count, end_of = state.writer.page, self.tally.page, self._end_of
         pages = []
-        for cpu, page in state.instance.pages():
+        for cpu, page in state.instance.pages(None if all_of_it else self._is_full):
             cut = page[: end_of(page)]
             write(cpu, cut)
             count(cut)
             pages.append((cpu, cut))
         state.writer.mark(settled_ns)
         return pages
+
+    def _is_full(self, page: bytes) -> bool:
+        return self._end_of(page) > len(page) - ROOM_BYTES
 
     def _look(self, now_s: float) -> None:
         """For new VMs and threads, if it is time."""
@@ -346,7 +351,7 @@ class Recording(Closing):
         state = self._running()
         try:
             state.instance.stop()
-            self._take()
+            self._take(all_of_it=True)
             self.vms.scan(time.monotonic())
             state.names_at_s = 0.0
             self._tell(time.monotonic())
