@@ -407,11 +407,20 @@ _FUNCTION_TERM = re.compile(r"(\w+)\.function == (\w+)")
 def _addresses(names: set[str], kallsyms: Path | None = None) -> dict[int, str]:
     """Addresses of kernel functions; empty where they are hidden."""
     try:
-        text = (kallsyms or KALLSYMS).read_text()
+        text = (kallsyms or KALLSYMS).read_bytes()
     except OSError:
         return {}
-    lines = re.findall(rf"^(\w+) \w ({'|'.join(names)})\s", text, re.MULTILINE) if names else []
-    return {int(address, 16): name for address, name in lines if int(address, 16)}
+    found = {_address(text, name.encode()): name for name in names}
+    found.pop(0, None)
+    return found
+
+
+def _address(kallsyms: bytes, name: bytes) -> int:
+    """The address in the line of a function, `ffffffff812eb600 t pit_timer_fn[\t[kvm]]`; 0 if there
+    is none. A search is several times as fast as a regular expression over 200,000 lines.
+    """
+    at = max(kallsyms.find(b" %s%s" % (name, end)) for end in (b"\n", b"\t"))
+    return int(kallsyms[kallsyms.rfind(b"\n", 0, at) + 1 : at].split(b" ")[0], 16) if at > 0 else 0
 
 
 def _function_filter(filter_: str, kallsyms: Path | None = None) -> str:
