@@ -22,7 +22,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -142,9 +142,10 @@ class KtraceWriter:
         """All events before `ts_ns` are in the file."""
         self._file.write(_CHUNK.pack(_MARK, 0, _U64.size) + _U64.pack(ts_ns))
 
-    def update(self, vms: list[VmInfo]) -> None:
-        """What is known of the VMs now."""
-        self._json(_UPDATE, {"vms": [vm.as_dict() for vm in vms]})
+    def update(self, vms: list[VmInfo], tasks: Mapping[int, str] | None = None) -> None:
+        """What is known of the VMs now, and of other threads: tid to name."""
+        told = {str(tid): comm for tid, comm in (tasks or {}).items()}
+        self._json(_UPDATE, {"vms": [vm.as_dict() for vm in vms], "tasks": told})
 
     def end(self, end_ns: int, lost: int) -> None:
         """The recording is whole; `lost`: events that the kernel could not store."""
@@ -294,6 +295,8 @@ class KtraceReader:
     def _update(self, told: dict[str, Any]) -> None:
         for vm in [VmInfo.from_dict(vm) for vm in told["vms"]]:
             self._vms[vm.pid] = vm
+        for tid, comm in told.get("tasks", {}).items():
+            self._tasks.name(int(tid), str(comm))
         self._name_tasks()
 
     def _name_tasks(self) -> None:
