@@ -5,24 +5,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmtick.machine.run import BELIEVED_HZ, Run
+from kvmtick.report.words import hop_names
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.host import format_ns
 
 __all__ = ["ReportConsole", "show_run"]
 
-_HOPS = {
-    "expiry_to_work": "hrtimer expiry -> kvm-pit worker",
-    "work_to_accept": "worker -> PIC request",
-    "accept_to_inject": "PIC request -> VM entry",
-    "inject_to_eoi": "VM entry -> guest's EOI",
-    "expiry_to_eoi": "expiry -> EOI",
-}
-_APIC_HOPS = {
-    **_HOPS,
-    "work_to_accept": "worker -> local APIC",
-    "accept_to_inject": "local APIC -> VM entry",
-}
-_LAPIC_TIMER_HOPS = {**_APIC_HOPS, "expiry_to_work": "hrtimer expiry -> local APIC"}
 _STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
 
 
@@ -113,9 +101,7 @@ def _outcome(run: Run) -> str:
 
 
 def _show_latency(report: TickReport, console: Console) -> None:
-    names = _HOPS if report.path == "pic" else _APIC_HOPS
-    if report.source == "lapic":
-        names = _LAPIC_TIMER_HOPS
+    names = hop_names(report.source, report.path)
     table = Table("hop", "p50", "p99", "max", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

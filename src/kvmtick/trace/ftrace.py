@@ -4,7 +4,7 @@ The wording of each event is its `print fmt` in `events/*/*/format` (Linux 6.18)
 pointers are the model's fixed numbers. A trailing blank of kvm_pio is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
@@ -183,6 +183,32 @@ def _delayed_eoi_inj(r: Record) -> str:
     )
 
 
+_TASK_STATES = "SDTtXZPI"
+_PREEMPTED = 1 << len(_TASK_STATES)
+
+
+def _comm(pid: int, tasks: Sequence[str]) -> str:
+    end = f"-{pid}"
+    return next((task[: -len(end)] for task in tasks if task.endswith(end)), "<...>")
+
+
+def _sched_waking(r: Record, tasks: Sequence[str]) -> str:
+    return f"comm={_comm(r[3], tasks)} pid={r[3]} prio={r[5]} target_cpu={r[4]:03d}"
+
+
+def _sched_switch(r: Record, tasks: Sequence[str]) -> str:
+    _, _, _, prev_pid, prev_state, next_pid, cpu, prev_prio, next_prio = r
+    idle = f"swapper/{cpu}"
+    states = [name for bit, name in enumerate(_TASK_STATES) if prev_state >> bit & 1]
+    return (
+        f"prev_comm={_comm(prev_pid, tasks) if prev_pid else idle} prev_pid={prev_pid}"
+        f" prev_prio={prev_prio} prev_state={'|'.join(states) or 'R'}"
+        f"{'+' if prev_state & _PREEMPTED else ''}"
+        f" ==> next_comm={_comm(next_pid, tasks) if next_pid else idle} next_pid={next_pid}"
+        f" next_prio={next_prio}"
+    )
+
+
 _TEXT: dict[int, Callable[[Record], str]] = {
     Event.HRTIMER_START: _hrtimer_start,
     Event.HRTIMER_CANCEL: lambda r: f"hrtimer={r[3]:016x}",
@@ -214,8 +240,11 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]} pending {r[4]}",
     Event.LOST_EVENTS: lambda r: f"cpu {r[3]} count {r[4]}",
     Event.KVM_APICV_ACCEPT_IRQ: _apic_accept_irq,
-    Event.SCHED_WAKING: lambda r: f"pid={r[3]} target_cpu={r[4]:03d}",
-    Event.SCHED_SWITCH: lambda r: f"prev_pid={r[3]} prev_state={r[4]} ==> next_pid={r[5]}",
+}
+
+_TEXT_OF_TASKS: dict[int, Callable[[Record, Sequence[str]], str]] = {
+    Event.SCHED_WAKING: _sched_waking,
+    Event.SCHED_SWITCH: _sched_switch,
 }
 
 
@@ -224,9 +253,10 @@ def event_name(record: Record) -> str:
     return TRACEPOINTS[Event(record[1])].name
 
 
-def event_text(record: Record) -> str:
-    """What follows the name on an event's line."""
-    return _TEXT[record[1]](record)
+def event_text(record: Record, tasks: Sequence[str] = ()) -> str:
+    """What follows the name on an event's line; `tasks` have the names of threads in it."""
+    text = _TEXT.get(record[1])
+    return text(record) if text else _TEXT_OF_TASKS[record[1]](record, tasks)
 
 
 def format_line(record: Record, tasks: list[str]) -> str:
@@ -236,7 +266,7 @@ def format_line(record: Record, tasks: list[str]) -> str:
     seconds, ns = divmod(record[0], 1_000_000_000)
     return (
         f"{comm:>16}-{pid:<7} [000] {flags} {seconds:5d}.{ns // 1000:06d}:"
-        f" {event_name(record)}: {event_text(record)}"
+        f" {event_name(record)}: {event_text(record, tasks)}"
     )
 
 
