@@ -34,7 +34,7 @@ class VmTicks:
         """What cannot be told of this VM, and why; a sentence each."""
         self.inferred = Inferred()
         self.assembler = TickAssembler(
-            keep, tasks=trace.tasks, sees_nmis=lambda: self.inferred.sees_nmis
+            keep, tasks=trace.tasks, sees_nmis=lambda: trace.is_complete or self.inferred.sees_nmis
         )
         self.one_vm = OneVm()
 
