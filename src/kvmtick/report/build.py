@@ -152,7 +152,7 @@ class _Vm:
         return merged
 
     def _pids(self) -> set[int]:
-        workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.one_vm.workers}
+        workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.workers}
         pids = workers | self.ticks.info.threads.keys()
         self._waits.follow(pids)
         return pids

@@ -160,7 +160,7 @@ class Causes:
 
     def _worker(self, start_ns: int, end_ns: int) -> Cause:
         """Why the worker did not run in a span."""
-        for task in self._vm.one_vm.workers:
+        for task in self._vm.workers:
             pid = pid_of(self._vm.tasks[task])
             waits = [w for w in self._waits.waits(pid, start_ns, end_ns) if not w.asleep]
             wait = max(waits, key=lambda wait: wait.ns, default=None)
