@@ -16,7 +16,7 @@ from operator import itemgetter
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.formats import EventFormat, Field, FormatError, parse_format
-from kvmtick.trace.pages import PageLayout
+from kvmtick.trace.pages import UNKNOWN_COUNT, PageLayout
 
 __all__ = ["Decoder", "Merge", "TaskNames"]
 
@@ -331,6 +331,7 @@ class Merge:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Record]] = {}
+        self._added: set[int] = set()
         self._handed_ns = 0
         self.waiting = 0
         """So many records wait."""
@@ -338,25 +339,38 @@ class Merge:
     def add(self, cpu: int, records: list[Record]) -> None:
         """The next records of a CPU, in order."""
         self._waiting.setdefault(cpu, []).extend(records)
+        self._added.add(cpu)
         self.waiting += len(records)
+
+    def lose(self, cpu: int) -> None:
+        """A CPU's next records are lost, nobody knows how many."""
+        last_ns = max((run[-1][0] for run in self._waiting.values() if run), default=0)
+        ts_ns = max(last_ns, self._handed_ns)
+        self.add(cpu, [(ts_ns, _LOST_EVENTS, 0, cpu, UNKNOWN_COUNT)])
 
     def until(self, end_ns: int | None) -> list[Record]:
         """All before `end_ns`, in order; the others wait. None: all."""
+        for cpu in self._added:
+            self._order(cpu, self._waiting[cpu])
+        self._added.clear()
         ready: list[Record] = []
-        for cpu, records in self._waiting.items():
-            # A run in order costs next to nothing.
-            records.sort(key=_BY_TIME)
-            late = bisect_left(records, self._handed_ns, key=_BY_TIME)
-            if late:
-                records[:late] = [(self._handed_ns, _LOST_EVENTS, 0, cpu, late)]
+        for records in self._waiting.values():
             cut = len(records) if end_ns is None else bisect_left(records, end_ns, key=_BY_TIME)
-            ready += records[:cut]
-            del records[:cut]
+            if cut:
+                ready += records[:cut]
+                del records[:cut]
         ready.sort(key=_BY_TIME)
         if ready:
             self._handed_ns = ready[-1][0]
-        self.waiting = sum(map(len, self._waiting.values()))
+            self.waiting = sum(map(len, self._waiting.values()))
         return ready
+
+    def _order(self, cpu: int, records: list[Record]) -> None:
+        """Only damage makes a CPU's records come in another order than that of their time."""
+        records.sort(key=_BY_TIME)
+        late = bisect_left(records, self._handed_ns, key=_BY_TIME)
+        if late:
+            records[:late] = [(self._handed_ns, _LOST_EVENTS, 0, cpu, late)]
 
     def known_ns(self) -> int:
         """Up to here every CPU of which records wait has some; 0 if none wait."""

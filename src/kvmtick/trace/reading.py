@@ -1,6 +1,8 @@
 """Traces from files: what every reader gives, and which reader a file needs."""
 
 import gzip
+import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +42,7 @@ class Trace(Protocol):
 
     @property
     def unknown(self) -> int:
-        """Lines that were not understood."""
+        """Lines that were not understood, pages that were damaged."""
 
     @property
     def cut(self) -> str:
@@ -55,7 +57,7 @@ class Trace(Protocol):
         """How much of it was read."""
 
     def batches(self) -> Iterator[list[Record]]:
-        """The records in order of time, in batches. Raises `FormatError` for a damaged file."""
+        """The records in order of time, in batches."""
 
     def close(self) -> None:
         """Close the file; harmless when repeated."""
@@ -63,13 +65,15 @@ class Trace(Protocol):
 
 def open_trace(path: Path) -> Trace:
     """Open a file by what it holds. Raises OSError, and `FormatError` where nobody can read it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{path}: no regular file: save the trace into one and give that")
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start[:2] == _GZIP:
         with gzip.open(path) as packed:
             try:
                 start = packed.read(len(MAGIC))
-            except (OSError, EOFError):
+            except (OSError, EOFError, zlib.error):
                 raise FormatError(f"{path}: damaged gzip file: record it anew") from None
     if start == MAGIC:
         return KtraceReader(path)
