@@ -1,13 +1,15 @@
 """Ticks counted in raw pages: as many as the decoder finds."""
 
+from itertools import pairwise
+
 import pytest
 from fake_tracefs import FORMATS, RECORDED, pages_of
 
 from kvmtick.record.tally import Tally
 from kvmtick.trace.decoder import Decoder
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
-from kvmtick.trace.one_vm import OneVm
 
+QUEUE, START, EXPIRE = Event.WORK_QUEUE, Event.WORK_START, Event.HRTIMER_EXPIRE_ENTRY
 FUNCTIONS = {int(at, 16): name for at, name in RECORDED["functions"].items()}
 
 
@@ -67,12 +69,18 @@ def without_starts(page: bytes) -> bytes:
 def test_a_pit_that_was_running_is_its_workers() -> None:
     at = own_timer("tick-pic")
     tasks, records = decoded(pages_of("tick-pic"))
-    one_vm = OneVm()
-    for task in {r[2] for r in records if r[1] == Event.HRTIMER_START and r[3] == at}:
-        if not task & IRQ_CONTEXT:
-            one_vm.add_task(task)
-    one_vm.keep(sorted(records))
-    workers = {tasks[task].rpartition("-")[2] for task in one_vm.workers}
+    ordered = sorted(record for record in records if record[1] in (QUEUE, START, EXPIRE))
+    works = {
+        after[3]
+        for record, after in pairwise(ordered)
+        if record[1] == EXPIRE and record[3] == at and after[1] == QUEUE and after[2] == record[2]
+    }
+    workers = {
+        tasks[record[2]].rpartition("-")[2]
+        for record in ordered
+        if record[1] == START and record[3] in works
+    }
+    assert len(workers) == 1
     tally = tallied([(cpu, without_starts(page)) for cpu, page in pages_of("tick-pic")])
     timer = tally.timers[at]
     assert {str(timer.tid)} == workers
