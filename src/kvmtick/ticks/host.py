@@ -58,6 +58,16 @@ class VmTicks:
         return self._share.info
 
     @property
+    def workers(self) -> set[int]:
+        """Tasks that run its PIT's work."""
+        return self._share.workers
+
+    @property
+    def vcpus(self) -> dict[int, int]:
+        """Which task is which vCPU, as far as it is known."""
+        return self._share.vcpus
+
+    @property
     def pid(self) -> int:
         """The process that made it; 0 if that is not known."""
         return self.info.pid
