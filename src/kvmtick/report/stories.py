@@ -163,9 +163,15 @@ class Watch:
         """After a batch: which ticks are over now?"""
         source = self._source
         fresh = min(source.expired - self._seen, source.kept)
-        self._seen = source.expired
-        for back in range(fresh, 0, -1):
-            self._open.append(source.life(source.kept - back))
+        self.see([source.life(source.kept - back) for back in range(fresh, 0, -1)])
+
+    def see(self, lives: Iterable[Tick]) -> None:
+        """The next lives; those that were seen before are left out."""
+        seen = self._seen
+        for tick in lives:
+            if tick.index > seen:
+                self._open.append(tick)
+                self._seen = tick.index
         while self._open and self._is_over(self._open[0]):
             self._take(self._open.popleft())
 
