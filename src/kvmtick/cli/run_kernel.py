@@ -63,7 +63,7 @@ def _observer(options: argparse.Namespace, vm: KernelVm) -> Iterator[TickTrace |
         print(f"kvmtick: nobody sees the ticks: {error}", file=sys.stderr)
         yield None
         return
-    with trace_writer(options.trace, lambda: trace.tasks) as writer:
+    with trace_writer(options.trace, lambda: trace.tasks, simulated=False) as writer:
         trace = TickTrace(vm, as_written=[] if writer is None else [writer])
         yield trace
 

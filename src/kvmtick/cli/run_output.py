@@ -26,7 +26,7 @@ __all__ = ["live_text", "report", "trace_writer"]
 
 @contextlib.contextmanager
 def trace_writer(
-    name: str | None, tasks: Callable[[], list[str]]
+    name: str | None, tasks: Callable[[], list[str]], simulated: bool
 ) -> Iterator[Callable[[list[Record]], None] | None]:
     """A consumer that writes records to the trace file `name`; `tasks` is asked at the first batch.
 
@@ -42,7 +42,7 @@ def trace_writer(
     def write(batch: list[Record]) -> None:
         nonlocal writer
         with _is_trace_file(name):
-            writer = writer or FtraceWriter(file, tasks())
+            writer = writer or FtraceWriter(file, tasks(), simulated)
             writer(batch)
 
     try:
