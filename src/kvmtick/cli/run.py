@@ -133,7 +133,9 @@ def _build(
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
     recorder = vm.machine.recorder
-    writer = stack.enter_context(trace_writer(options.trace, lambda: recorder.tasks, simulated=True))
+    writer = stack.enter_context(
+        trace_writer(options.trace, lambda: recorder.tasks, simulated=True)
+    )
     if writer is not None:
         recorder.add_consumer(writer)
     vm.prepare(guest.needs, options.reinject is not False)

@@ -33,6 +33,7 @@ from kvmtick.trace.decoder import TaskNames
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ftrace import SIMULATED
+from kvmtick.trace.text_bodies import Fields
 from kvmtick.trace.text_clock import ClockOffset, first_offset_ns
 from kvmtick.trace.text_events import EventTexts, keep
 from kvmtick.trace.text_file import TextFile
@@ -195,7 +196,8 @@ class TextReader:
         Of the columns all but the fraction of a second is looked up, for it comes again; so is an
         event's text, where nothing is in it that is new each time.
         """
-        columns, known, read = self._columns, self._texts.known, self._texts.read
+        columns, texts = self._columns, self._texts
+        known, readers = texts.known, texts.readers
         expiring, gaps = self._expiring, self._gaps
         point, digits, unit_ns = self._fraction
         records: list[Record] = []
@@ -213,29 +215,34 @@ class TextReader:
                 point, digits, unit_ns = self._fraction
             found = known.get(text)
             if found is None:
-                found = read(text, line)
+                title, _, body = text.partition(": ")
+                try:
+                    found = readers[title](body, text, line)
+                except ValueError:
+                    texts.unknown += 1
+                    continue
                 if found is None:
                     continue
             event, fields = found
             if gaps:
                 records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in gaps]
                 gaps.clear()
-            if expiring and task in expiring:
-                task = self._after_expiry(task, event, fields[0])
-            elif event == _EXPIRE and not task & IRQ_CONTEXT:
-                expiring[task] = fields[0]
-                task |= IRQ_CONTEXT
+            if event == _EXPIRE:
+                if not task & IRQ_CONTEXT:
+                    expiring[task] = fields[0]
+                    task |= IRQ_CONTEXT
+            elif expiring and task in expiring:
+                task = self._in_callback(task, event, fields)
             append((ts_ns, event, task) + fields)  # noqa: RUF005 - twice as fast
         return records
 
-    def _after_expiry(self, task: int, event: int, subject: int) -> int:
-        """The task of its next record: still in the interrupt, or not."""
-        if event == _EXPIRE:
-            self._expiring[task] = subject
+    def _in_callback(self, task: int, event: int, fields: Fields) -> int:
+        """The task of a record after an expiry in it: still in the interrupt, or not."""
+        if event == _START and fields[0] == self._expiring[task]:
+            del self._expiring[task]
         elif event not in _BY_CALLBACK:
-            timer = self._expiring.pop(task)
-            if event != _START or subject != timer:
-                return task
+            del self._expiring[task]
+            return task
         return task | IRQ_CONTEXT
 
     def _other_line(self, line: str) -> tuple[int, int, str] | None:

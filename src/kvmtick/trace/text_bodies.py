@@ -43,9 +43,7 @@ _MMIO_TYPES = {name: number for number, name in enumerate(MMIO_TYPES)}
 _SHORTHANDS = {name: number << 18 for number, name in enumerate(SHORTHANDS)}
 _APIC_REGISTERS = {f"APIC_{name}": register for register, name in APIC_REGISTERS.items()}
 _EXIT_REASONS = {
-    name: number
-    for table in (VMX_EXIT_REASONS, SVM_EXIT_REASONS)
-    for number, name in table.items()
+    name: number for table in (VMX_EXIT_REASONS, SVM_EXIT_REASONS) for number, name in table.items()
 }
 _FAILED_VMENTRY = 1 << 31
 _TASK_STATES = {

@@ -9,7 +9,7 @@ from kvmtick.trace.events import Event
 from kvmtick.trace.text_bodies import EVENTS, OTHER_FUNCTION, Fields, parse_body, thread_names
 from kvmtick.trace.text_lines import line_cpu
 
-__all__ = ["EventText", "EventTexts", "keep"]
+__all__ = ["EventText", "EventTexts", "Reader", "keep"]
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -18,11 +18,32 @@ EventText = tuple[int, Fields]
 """An event and its fields."""
 
 _START, _EXPIRE = int(Event.HRTIMER_START), int(Event.HRTIMER_EXPIRE_ENTRY)
+_WAKEUP = int(Event.KVM_VCPU_WAKEUP)
 _MOST: Final = 1 << 16
 """So many texts are kept."""
-_HARDLY_AGAIN = frozenset({Event.KVM_VCPU_WAKEUP})
-"""Their text has a time."""
 _WAS_ARMED = "was_armed=1"
+
+
+Reader = Callable[[str, str, str], EventText | None]
+"""Of what follows the name, of all from the name on, of the line; None: of no interest."""
+
+
+class _Readers(dict[str, Reader]):
+    """By name, with what perf puts before it."""
+
+    def __init__(self, by_event: dict[Event, Reader]) -> None:
+        super().__init__()
+        self._by_event = by_event
+
+    def __missing__(self, title: str) -> Reader:
+        event = EVENTS.get(title.strip(": ").rpartition(":")[2])
+        reader = _nothing if event is None else self._by_event[event]
+        keep(self, title, reader)
+        return reader
+
+
+def _nothing(body: str, text: str, line: str) -> None:
+    del body, text, line
 
 
 class EventTexts:
@@ -37,33 +58,20 @@ class EventTexts:
         self.named: set[int] = set()
         """Threads that scheduler events named."""
         self._tasks = tasks
-        self._readers: dict[str, _Reader] = {}
         self._timers: dict[str, Fields] = {}
+        self._wakeups: dict[tuple[str, str], Fields] = {}
         self._switches: dict[tuple[int, str], EventText] = {}
-        self._special = {
+        special: dict[Event, Reader] = {
             Event.HRTIMER_START: self._hrtimer_start,
             Event.HRTIMER_EXPIRE_ENTRY: self._hrtimer_expire_entry,
+            Event.KVM_VCPU_WAKEUP: self._kvm_vcpu_wakeup,
             Event.SCHED_WAKING: self._sched_waking,
             Event.SCHED_SWITCH: self._sched_switch,
         }
-
-    def read(self, text: str, line: str) -> EventText | None:
-        """The event `NAME: ...` of a line; None for one of no interest, or not understood."""
-        title, _, body = text.partition(": ")
-        try:
-            return self._readers[title](body, text, line)
-        except KeyError:
-            self._readers[title] = self._reader(title)
-            return self.read(text, line)
-        except ValueError:
-            self.unknown += 1
-            return None
-
-    def _reader(self, title: str) -> "_Reader":
-        event = EVENTS.get(title.strip(": ").rpartition(":")[2])
-        if event is None:
-            return _nothing
-        return self._special.get(event) or partial(self._any, event)
+        self.readers = _Readers(
+            {event: special.get(event) or partial(self._any, event) for event in Event}
+        )
+        """What reads an event, by what stands before its `: `. They raise ValueError."""
 
     def _any(self, event: Event, body: str, text: str, line: str) -> EventText | None:
         del line
@@ -72,11 +80,10 @@ class EventTexts:
             return None
         self.seen.add(event)
         found = (int(event), fields)
-        if event not in _HARDLY_AGAIN:
-            keep(self.known, text, found)
+        keep(self.known, text, found)
         return found
 
-    # Timers: every text is new, but not what stands before its time.
+    # Every text of these is new, but not what stands around its time.
 
     def _hrtimer_start(self, body: str, text: str, line: str) -> EventText | None:
         timer, _, times = body.partition(" expires=")
@@ -87,7 +94,7 @@ class EventTexts:
         if not known:
             return None
         expires, _, more = times.partition(" ")
-        return _START, (*known, int(expires), int(more[-11:] == _WAS_ARMED))
+        return _START, known + (int(expires), +more.endswith(_WAS_ARMED))  # noqa: RUF005
 
     def _hrtimer_expire_entry(self, body: str, text: str, line: str) -> EventText | None:
         timer, _, tail = body.partition(" now=")
@@ -98,7 +105,7 @@ class EventTexts:
             known = self._timers[timer]
         except KeyError:
             known = self._timer(Event.HRTIMER_EXPIRE_ENTRY, timer, body)
-        return (_EXPIRE, (*known, int(now))) if known else None
+        return (_EXPIRE, known + (int(now),)) if known else None  # noqa: RUF005
 
     def _timer(self, event: Event, timer: str, body: str) -> Fields:
         known = parse_body(event, body)[:2]
@@ -106,6 +113,17 @@ class EventTexts:
             self.seen.add(event)
         keep(self._timers, timer, known)
         return known
+
+    def _kvm_vcpu_wakeup(self, body: str, text: str, line: str) -> EventText:
+        what, _, rest = body.strip().partition(" time ")
+        ns, _, polling = rest.partition(" ")
+        try:
+            known = self._wakeups[what, polling]
+        except KeyError:
+            known = parse_body(Event.KVM_VCPU_WAKEUP, body)[1:]
+            keep(self._wakeups, (what, polling), known)
+            self.seen.add(Event.KVM_VCPU_WAKEUP)
+        return _WAKEUP, (int(ns), *known)
 
     # Scheduler events.
 
@@ -128,14 +146,6 @@ class EventTexts:
             if pid:
                 self.named.add(pid)
                 self._tasks.name(pid, comm)
-
-
-_Reader = Callable[[str, str, str], EventText | None]
-"""Of what follows the name, of all from the name on, of the line."""
-
-
-def _nothing(body: str, text: str, line: str) -> None:
-    del body, text, line
 
 
 def keep(kept: dict[_Key, _Value], key: _Key, value: _Value) -> None:
