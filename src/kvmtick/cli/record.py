@@ -261,10 +261,10 @@ class _Command:
 
 
 HINTS = """\
-  is the guest running, and not halted for good?  top -H -p PID
+  is the guest running, or halted for good?  top -H -p PID
   what does it tick by?  in the guest: /sys/devices/system/clockevents/clockevent0/current_device
-  with its TSC deadline timer in hardware (kvm_intel preemption_timer=Y) no hrtimer of KVM expires
-  a PIT, RTC or HPET in user space (split irqchip, Firecracker's) is not KVM's\
+  a TSC deadline that the CPU itself keeps (kvm_intel preemption_timer=Y) has no hrtimer
+  a PIT, RTC or HPET that the VMM emulates (kernel-irqchip=split or off) is not KVM's\
 """
 
 

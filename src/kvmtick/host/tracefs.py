@@ -23,7 +23,7 @@ import select
 import signal
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,18 +272,24 @@ class Instance:
         """What was recorded, as ftrace text with its header; stays in the buffer."""
         return self.read("trace")
 
-    def pages(self) -> Iterator[tuple[int, bytes]]:
+    def pages(self, is_full: Callable[[bytes], bool] | None = None) -> Iterator[tuple[int, bytes]]:
         """What was recorded since the last time as `(cpu, page)`, each CPU's in order; never waits.
 
-        It leaves the buffer. Raises `HostError`.
+        It leaves the buffer. `is_full`: leave a CPU where a page is not (the first may be the rest
+        of one): where events come fast there are always some more, a few on each page. Raises
+        `HostError`.
         """
         if not self._pipes:
             self._open_pipes()
         size_bytes = self._page_bytes()
         for cpu, fd in self._pipes.items():
             with _told(self.path / "trace_pipe_raw"):
+                is_first = True
                 while page := _read_page(fd, size_bytes):
                     yield cpu, page
+                    if is_full is not None and not is_first and not is_full(page):
+                        break
+                    is_first = False
 
     def _open_pipes(self) -> None:
         for where in self.path.glob("per_cpu/cpu*"):
@@ -401,11 +407,20 @@ _FUNCTION_TERM = re.compile(r"(\w+)\.function == (\w+)")
 def _addresses(names: set[str], kallsyms: Path | None = None) -> dict[int, str]:
     """Addresses of kernel functions; empty where they are hidden."""
     try:
-        text = (kallsyms or KALLSYMS).read_text()
+        text = (kallsyms or KALLSYMS).read_bytes()
     except OSError:
         return {}
-    lines = re.findall(rf"^(\w+) \w ({'|'.join(names)})\s", text, re.MULTILINE) if names else []
-    return {int(address, 16): name for address, name in lines if int(address, 16)}
+    found = {_address(text, name.encode()): name for name in names}
+    found.pop(0, None)
+    return found
+
+
+def _address(kallsyms: bytes, name: bytes) -> int:
+    """The address in the line of a function, `ffffffff812eb600 t pit_timer_fn[\t[kvm]]`; 0 if there
+    is none. A search is several times as fast as a regular expression over 200,000 lines.
+    """
+    at = max(kallsyms.find(b" %s%s" % (name, end)) for end in (b"\n", b"\t"))
+    return int(kallsyms[kallsyms.rfind(b"\n", 0, at) + 1 : at].split(b" ")[0], 16) if at > 0 else 0
 
 
 def _function_filter(filter_: str, kallsyms: Path | None = None) -> str:

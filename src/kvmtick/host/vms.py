@@ -183,7 +183,7 @@ class HostVms:
         except (FileNotFoundError, ProcessLookupError):
             raise NoVmError(f"there is no process {pid}") from None
         except PermissionError:
-            raise HostError(f"process {pid} may not be looked at", "run as root") from None
+            raise HostError(f"process {pid} may not be looked at", "record as root") from None
         if _VM_FD not in links:
             raise NoVmError(f"process {pid} ({self._comm(pid)}) has no VM of KVM")
         return tgid

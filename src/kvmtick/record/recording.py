@@ -15,8 +15,8 @@ import os
 import select
 import struct
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -46,6 +46,10 @@ FIRST_SCAN_S: Final = 0.3
 SCAN_EVERY_S: Final = 1.0
 SHOW_EVERY_S: Final = 1.0
 NAMES_EVERY_S: Final = 5.0
+NICE: Final = -10
+
+ROOM_BYTES: Final = 256
+"""A page with less room than that is full: no event that we record is longer."""
 
 MOST_BUFFER_KIB: Final = 16 << 10
 LEAST_BUFFER_KIB: Final = 2 << 10
@@ -204,7 +208,8 @@ class Recording(Closing):
                 self._start(instance, file)
                 try:
                     ends = [self._stop_fd, *([started()] if started else [])]
-                    self._follow(ends, watcher)
+                    with _preferred():
+                        self._follow(ends, watcher)
                 finally:
                     self._finish()
 
@@ -287,19 +292,22 @@ class Recording(Closing):
             self._running().instance.wait(window_s, ends)
             watcher.sample(self, self._take())
 
-    def _take(self) -> list[tuple[int, bytes]]:
-        """Empty the buffers into the file."""
+    def _take(self, *, all_of_it: bool = False) -> list[tuple[int, bytes]]:
+        """Empty the buffers into the file; but for `all_of_it`, up to what comes meanwhile."""
         state = self._running()
         settled_ns = time.monotonic_ns() - SETTLED_NS
         write, count, end_of = state.writer.page, self.tally.page, self._end_of
         pages = []
-        for cpu, page in state.instance.pages():
+        for cpu, page in state.instance.pages(None if all_of_it else self._is_full):
             cut = page[: end_of(page)]
             write(cpu, cut)
             count(cut)
             pages.append((cpu, cut))
         state.writer.mark(settled_ns)
         return pages
+
+    def _is_full(self, page: bytes) -> bool:
+        return self._end_of(page) > len(page) - ROOM_BYTES
 
     def _look(self, now_s: float) -> None:
         """For new VMs and threads, if it is time."""
@@ -346,7 +354,7 @@ class Recording(Closing):
         state = self._running()
         try:
             state.instance.stop()
-            self._take()
+            self._take(all_of_it=True)
             self.vms.scan(time.monotonic())
             state.names_at_s = 0.0
             self._tell(time.monotonic())
@@ -399,6 +407,21 @@ class Recording(Closing):
         fd, self._stop_fd = self._stop_fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+@contextmanager
+def _preferred() -> Iterator[None]:
+    """A busy host shall not keep us from the buffers until they overflow."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, min(before, NICE))
+    except PermissionError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 def _info(vm: HostVm) -> VmInfo:
