@@ -1,6 +1,5 @@
 """The report of a trace, in one pass and bounded memory."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from kvmtick.report.causes import Causes
@@ -9,12 +8,14 @@ from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts
 from kvmtick.report.findings import findings_of
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
-from kvmtick.report.vcpus import Vcpus, pid_of
-from kvmtick.report.waits import CpuWaits
+from kvmtick.report.stream import Progress
+from kvmtick.report.vcpus import Vcpus
+from kvmtick.report.waits import CpuWaits, pid_of
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
+from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import ApicvInhibitReason, Event, Record
 from kvmtick.trace.ktrace import KtraceReader
 from kvmtick.trace.reading import Trace
@@ -26,17 +27,13 @@ WORST = 10
 RECENT_RECORDS = 400_000
 """Records of all VMs that stories can be told from."""
 
-_LOST = int(Event.LOST_EVENTS)
 _SWITCH = int(Event.SCHED_SWITCH)
 _SCHED = frozenset((int(Event.SCHED_WAKING), _SWITCH))
-_SCHED_OR_LOST = _SCHED | {_LOST}
 _APICV = int(Event.KVM_APICV_INHIBIT_CHANGED)
 _TELLS_REINJECT = int(ApicvInhibitReason.PIT_REINJ)
 
 
-def build(
-    trace: Trace, path: Path, progress: Callable[[], None] | None = None, worst: int = WORST
-) -> Report:
+def build(trace: Trace, path: Path, progress: Progress | None = None, worst: int = WORST) -> Report:
     """Read a trace to its end and report on it. `progress` is called after each batch; `worst`:
     how many of a source's worst ticks are told. Raises `FormatError` for a damaged file.
     """
@@ -47,23 +44,19 @@ class _Builder:
     def __init__(self, trace: Trace, worst: int) -> None:
         self._trace = trace
         self._worst = worst
-        self._waits = CpuWaits()
         self._vms: dict[int, _Vm] = {}
         self._host = HostTicks(trace, on_records=self._on_records, on_lives=self._on_lives)
         self._sched: list[Record] = []
         self._settling = False
 
-    def read(self, progress: Callable[[], None] | None) -> "_Builder":
+    def read(self, progress: Progress | None) -> "_Builder":
         for batch in self._trace.batches():
-            self._sched = [record for record in batch if record[1] in _SCHED_OR_LOST]
-            for info in self._trace.vms:
-                self._waits.follow(info.threads)
-            self._waits.take(self._sched)
+            self._sched = [record for record in batch if record[1] in _SCHED]
             self._host.take(batch)
             for vm in self._vms.values():
                 vm.look()
             if progress is not None:
-                progress()
+                progress(self._trace)
         self._settling = True
         self._host.settle()
         return self
@@ -71,7 +64,7 @@ class _Builder:
     def _vm(self, ticks: VmTicks) -> "_Vm":
         vm = self._vms.get(id(ticks))
         if vm is None:
-            vm = self._vms[id(ticks)] = _Vm(ticks, self._waits, self._worst)
+            vm = self._vms[id(ticks)] = _Vm(ticks, self._worst)
             most = RECENT_RECORDS // len(self._vms)
             for each in self._vms.values():
                 each.recent.most = most
@@ -122,12 +115,12 @@ class _Builder:
 class _Vm:
     """What is gathered of one VM."""
 
-    def __init__(self, ticks: VmTicks, waits: CpuWaits, worst: int) -> None:
+    def __init__(self, ticks: VmTicks, worst: int) -> None:
         self.ticks = ticks
         self.recent = RecentRecords()
-        self._waits = waits
+        self._waits = CpuWaits(ticks.tasks)
         self._vcpus = Vcpus(ticks.tasks)
-        self._causes = Causes(ticks, waits, self._vcpus)
+        self._causes = Causes(ticks, self._waits, self._vcpus)
         self._worst = worst
         self._reinject = ticks.info.reinject
         self._watches: dict[int, Watch] = {}
@@ -139,7 +132,9 @@ class _Vm:
         for record in records:
             if record[1] == _APICV and record[3] == _TELLS_REINJECT:
                 self._reinject = bool(record[4])
-        self.recent.add(self._with_threads(records, sched))
+        merged = self._with_threads(records, sched)
+        self._waits.take(merged)
+        self.recent.add(merged)
 
     def _with_threads(self, records: list[Record], sched: list[Record]) -> list[Record]:
         """The records, and in their order what happened to the VM's threads."""
@@ -147,8 +142,7 @@ class _Vm:
         own = [
             record
             for record in sched
-            if (record[3] in pids and record[1] != _LOST)
-            or (record[1] == _SWITCH and record[5] in pids)
+            if record[3] in pids or (record[1] == _SWITCH and record[5] in pids)
         ]
         if not own:
             return records
@@ -159,8 +153,9 @@ class _Vm:
 
     def _pids(self) -> set[int]:
         workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.one_vm.workers}
-        self._waits.follow(workers)
-        return workers | self.ticks.info.threads.keys()
+        pids = workers | self.ticks.info.threads.keys()
+        self._waits.follow(pids)
+        return pids
 
     def look(self) -> None:
         """After a batch."""
@@ -181,7 +176,9 @@ class _Vm:
             watch.finish()
         follower = self._lives.get(id(source))
         if follower is None:
-            follower = self._lives[id(source)] = SourceLives(self._causes, watch.tells)
+            follower = self._lives[id(source)] = SourceLives(
+                self._causes, watch.tells, lambda: self._vcpus.last_ns
+            )
         follower.take(lives)
 
     def facts(self, trace: TraceFacts, names: "_Names") -> VmFacts:
@@ -197,7 +194,7 @@ class _Vm:
 
     def _source(self, source: Source, names: "_Names") -> SourceFacts:
         lives = self._lives[id(source)]
-        lives.finish(self._vcpus.last_ns)
+        lives.finish()
         is_pit = source.name == "pit"
         drift_ppm = lives.drift_ppm(is_pit)
         period_ns, ran_ns = lives.period_ns, lives.ran_ns
@@ -218,7 +215,11 @@ class _Vm:
 
     def _told(self, source: Source, lives: SourceLives, names: "_Names") -> list[WorstTick]:
         told = []
-        for story in self._watch(source).stories[: self._worst]:
+        stories = self._watch(source).stories
+        there = [s for s in stories if s.tick.verdict is not Verdict.OUTSTANDING]
+        there += [s for s in stories if s not in there and s.tick.expiry_ns <= self._vcpus.last_ns]
+        there.sort(key=lambda story: -story.waited_ns)
+        for story in there[: self._worst]:
             cause = lives.causes.get(story.tick.index)
             if cause is None:
                 cause = self._causes.of(story.tick, None, None)

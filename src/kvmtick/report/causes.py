@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from kvmtick.report.vcpus import Vcpus, pid_of
-from kvmtick.report.waits import CpuWaits, Wait
+from kvmtick.report.vcpus import Vcpus
+from kvmtick.report.waits import CpuWaits, Wait, pid_of
 from kvmtick.ticks.host import VmTicks
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
@@ -174,11 +174,11 @@ class Causes:
         if off is not None:
             return off
         span_ns = end_ns - start_ns
-        if self._vcpus.knows_entries(vcpu, start_ns):
-            entry_ns = self._vcpus.first_entry_ns(vcpu, start_ns, end_ns)
-            if entry_ns is None or (end_ns - entry_ns) * _HALF < span_ns:
-                return Cause(CauseKind.VCPU_OUT, span_ns)
+        entry_ns = self._vcpus.first_entry_ns(vcpu, start_ns, end_ns)
+        if entry_ns is not None and (end_ns - entry_ns) * _HALF >= span_ns:
             return Cause(CauseKind.INTERRUPTS_OFF, end_ns - entry_ns)
+        if self._vcpus.knows_entries(vcpu, start_ns):
+            return Cause(CauseKind.VCPU_OUT, span_ns)
         pid = self._vcpus.pid(self._vm.info, vcpu)
         if pid is not None and self._waits.knows(pid, start_ns):
             return Cause(CauseKind.BUSY, span_ns, pid)

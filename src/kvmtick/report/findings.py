@@ -85,7 +85,7 @@ def _replayed(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
 
 def _lost(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
     """Ticks that merged with one before."""
-    total = source.report.ticks.count(Verdict.COALESCED)
+    total = source.lives.runs[Verdict.COALESCED].ticks
     if not total:
         return
     by_place: dict[str, int] = {}
@@ -132,7 +132,7 @@ def _lost_remedy(vm: VmFacts, source: SourceFacts) -> str:
 
 
 def _dropped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
-    total = source.report.ticks.count(Verdict.DROPPED)
+    total = source.lives.runs[Verdict.DROPPED].ticks
     if not total:
         return
     reasons = [
@@ -172,14 +172,10 @@ def _masked(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
 
 def _stopped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
     """What stood at the end: never acknowledged, or nobody there."""
-    run = source.lives.runs[Verdict.OUTSTANDING]
     last = source.lives.last_arrival
-    waiting = run.longest
+    gone = source.lives.gone
     behind = source.report.ticks.expired - (last.index if last is not None else 0)
-    if behind < NEVER or not waiting:
-        return
-    unacked = last is not None and last.eoi_ns is None and _sees_eoi(vm, source)
-    if last is not None and unacked:
+    if last is not None and behind >= NEVER and last.eoi_ns is None and _sees_eoi(vm, source):
         yield finding(
             vm,
             source,
@@ -191,29 +187,29 @@ def _stopped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
             " the local APIC",
             behind,
         )
-    elif vm.vcpus.last_ns < source.lives.last_ns - (source.report.period_ns or 0) * NEVER:
-        gone = "nothing was seen of its vCPUs"
-        if vm.vcpus.last_ns:
-            gone += f" after {format_ns(vm.vcpus.last_ns - vm.trace.start_ns)}"
+    elif gone >= NEVER:
+        at_ns = vm.vcpus.last_ns - vm.trace.start_ns
+        after = f" after {format_ns(at_ns)}" if vm.vcpus.last_ns else ""
         yield finding(
             vm,
             source,
             "stopped",
             Severity.NOTICE,
-            f"the last {count(behind, 'tick')} of {title(source)} reached nobody: {gone}; the guest"
-            " had ended, was paused, or hangs with its interrupts off",
+            f"the last {count(gone, 'tick')} of {title(source)} reached nobody: nothing was seen of"
+            f" the guest{after}; it had ended, was paused, or hangs with its interrupts off",
             "if it should run, look at its VMM: is it stopped (ps, virsh domstate)?",
-            behind,
+            gone,
         )
-    else:
+    elif source.lives.runs[Verdict.OUTSTANDING].longest >= NEVER:
+        waiting = source.lives.runs[Verdict.OUTSTANDING].longest
         yield finding(
             vm,
             source,
             "not-taken-at-the-end",
             Severity.PROBLEM,
-            f"the guest ran and took none of the last {count(behind, 'tick')} of {title(source)}",
+            f"the guest ran and took none of the last {count(waiting, 'tick')} of {title(source)}",
             "is it stuck with its interrupts off? Ask its VMM for the registers (info registers)",
-            behind,
+            waiting,
         )
 
 
@@ -309,7 +305,7 @@ def _healthy(vm: VmFacts) -> Iterator[Finding]:
         summary = source.report.histograms["expiry_to_eoi"].summary()
         if summary:
             text += f", expiry to EOI p99 {format_ns(summary['p99'])}"
-        if reached >= ticks.expired * (1 - 2 * FEW) - NEVER:
+        if reached >= (ticks.expired - source.lives.gone) * (1 - 2 * FEW) - NEVER:
             told.append(text)
     if len(told) == len(vm.sources):
         yield finding(

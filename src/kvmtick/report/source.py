@@ -3,7 +3,7 @@
 Everything is bounded: lives to draw are thinned out, causes are counted.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ BELIEVED_HZ = 1193182
 MIN_PERIOD_NS = 200_000
 """KVM's `min_timer_period_us`, unless the module was loaded with another."""
 
+MOST_UNSEEN = 50_000
+"""Ticks kept until the guest is seen again."""
 POINTS_OF_INTEREST = 8_000
 POINTS_DELIVERED = 4_000
 
@@ -69,8 +71,17 @@ class _Row:
 class SourceLives:
     """Takes the lives of one timer."""
 
-    def __init__(self, causes: Causes, is_told: Callable[[int], bool]) -> None:
-        """`is_told`: whether the cause of a tick will be asked for, by its index."""
+    def __init__(
+        self, causes: Causes, is_told: Callable[[int], bool], seen_ns: Callable[[], int]
+    ) -> None:
+        """`is_told`: whether the cause of a tick will be asked for, by its index; `seen_ns`: when
+        the guest was last seen to do something.
+        """
+        self._seen_ns = seen_ns
+        self._unseen: deque[Tick] = deque()
+        self.gone = 0
+        """Ticks after the last moment the guest was seen, which nobody took: they count neither for
+        its rate and its clock nor as held up."""
         self._causes = causes
         self._is_told = is_told
         self._before: Tick | None = None
@@ -85,8 +96,6 @@ class SourceLives:
         """Verdict, where, why: of ticks that did not come through."""
         self.periods: Counter[int] = Counter()
         self.reached_periods: Counter[int] = Counter()
-        self._tail: list[tuple[int, int]] = []
-        """Expiry and period of those after the last that reached a vCPU."""
         self.first_ns: int | None = None
         self.last_ns = 0
         self.last_arrival: Tick | None = None
@@ -95,28 +104,41 @@ class SourceLives:
 
     def take(self, lives: Iterable[Tick]) -> None:
         """The next lives, in order."""
+        seen_ns = self._seen_ns()
+        unseen = self._unseen
         for tick in lives:
-            if self.first_ns is None:
-                self.first_ns = tick.expiry_ns
-            self.last_ns = tick.expiry_ns
-            if tick.period_ns:
-                self.periods[tick.period_ns] += 1
-                self._tail.append((tick.expiry_ns, tick.period_ns))
-            if tick.inject_ns is not None:
-                self._tail.clear()
-                self.last_arrival = tick
-                if tick.period_ns:
-                    self.reached_periods[tick.period_ns] += 1
             if tick.verdict is _DELIVERED:
-                self._cause = None
                 self._delivered.add(tick)
             else:
-                self._disturbed(tick)
-            self._follow_row(tick)
-            self._before = tick
+                self._interesting.add(tick)
+            if tick.inject_ns is None and tick.expiry_ns > seen_ns:
+                unseen.append(tick)
+                if len(unseen) > MOST_UNSEEN:
+                    unseen.popleft()
+                    self.gone += 1
+                continue
+            while unseen:
+                self._take(unseen.popleft())
+            self._take(tick)
+
+    def _take(self, tick: Tick) -> None:
+        if self.first_ns is None:
+            self.first_ns = tick.expiry_ns
+        self.last_ns = tick.expiry_ns
+        if tick.period_ns:
+            self.periods[tick.period_ns] += 1
+        if tick.inject_ns is not None:
+            self.last_arrival = tick
+            if tick.period_ns:
+                self.reached_periods[tick.period_ns] += 1
+        if tick.verdict is _DELIVERED:
+            self._cause = None
+        else:
+            self._disturbed(tick)
+        self._follow_row(tick)
+        self._before = tick
 
     def _disturbed(self, tick: Tick) -> None:
-        self._interesting.add(tick)
         cause = self._cause = self._causes.of(tick, self._before, self._cause)
         if self._is_told(tick.index):
             self.causes[tick.index] = cause
@@ -149,15 +171,17 @@ class SourceLives:
             run.longest, run.longest_from_ns = row.ticks, row.from_ns
             run.longest_ns = row.to_ns - row.from_ns
 
-    def finish(self, guest_ns: int) -> None:
-        """There are no more. What expired after `guest_ns`, when the guest was last seen, does not
-        count for its rate and its clock.
-        """
+    def finish(self) -> None:
+        """There are no more."""
+        seen_ns = self._seen_ns()
+        for tick in self._unseen:
+            if tick.expiry_ns > seen_ns:
+                self.gone += 1
+            else:
+                self._take(tick)
+        self._unseen.clear()
         self._end_row()
         self._row = None
-        for expiry_ns, period_ns in self._tail:
-            if expiry_ns > guest_ns:
-                self.periods[period_ns] -= 1
 
     def points(self) -> list[Tick]:
         """Lives to draw, in order."""

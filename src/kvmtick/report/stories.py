@@ -231,6 +231,6 @@ def _line(record: Record, tasks: list[str]) -> StoryLine:
         ts_ns=record[0],
         thread=tasks[record[2] & ~IRQ_CONTEXT],
         event=event_name(record),
-        text=event_text(record),
+        text=event_text(record, tasks),
         what=words_of(record)[0],
     )

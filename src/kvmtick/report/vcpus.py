@@ -5,10 +5,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 
+from kvmtick.report.waits import pid_of
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 from kvmtick.trace.vms import VmInfo
 
-__all__ = ["Vcpus", "pid_of"]
+__all__ = ["Vcpus"]
 
 MOST_ENTRIES = 1 << 20
 """Guest entries kept of each vCPU: the last ones."""
@@ -24,11 +25,6 @@ _OF_VCPUS = frozenset(
 )
 
 
-def pid_of(task_name: str) -> int:
-    """The pid in `comm-pid`."""
-    return int(task_name.rpartition("-")[2])
-
-
 class Vcpus:
     """Follows one VM's records."""
 
@@ -39,6 +35,7 @@ class Vcpus:
         self._tasks_seen: set[int] = set()
         self._entries: dict[int, array[int]] = {}
         self._entries_since: dict[int, int] = {}
+        self._exits = False
         self.last_ns = 0
         """The last event in any of their threads."""
 
@@ -54,6 +51,8 @@ class Vcpus:
                 self._task_of[record[3]] = record[2]
                 if event == _ENTRY:
                     self._enter(record[3], record[0])
+                elif event == _EXIT:
+                    self._exits = True
 
     def _enter(self, vcpu: int, ts_ns: int) -> None:
         entries = self._entries.setdefault(vcpu, array("q"))
@@ -84,5 +83,5 @@ class Vcpus:
         return entries[at] if at < len(entries) and entries[at] < end_ns else None
 
     def knows_entries(self, vcpu: int, start_ns: int) -> bool:
-        """Whether its entries are known from `start_ns` on."""
-        return self._entries_since.get(vcpu, start_ns + 1) <= start_ns
+        """Whether all its entries are known from `start_ns` on: where exits are recorded too."""
+        return self._exits and self._entries_since.get(vcpu, start_ns + 1) <= start_ns
