@@ -12,11 +12,11 @@ Not told apart, for there is no record: a TSC deadline that had passed when it w
 expiry; its interrupt is no tick's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvmtick.ticks.apics import DM_FIXED, LocalApics
 from kvmtick.ticks.messages import Messages
-from kvmtick.ticks.source import HOPS, Source
+from kvmtick.ticks.source import HOPS, Keep, Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, Record
@@ -37,7 +37,7 @@ _MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
 class LapicTicks(Source):
     """One local APIC's timer."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: Keep) -> None:
         super().__init__("lapic", _LAPIC, keep, (HOPS[0], HOPS[2]))
         self.owner: int | None = None
         """Its vCPU, once that is known."""
@@ -150,14 +150,18 @@ class LapicTimers:
         messages: Messages,
         vcpu_of: Callable[[int], int | None],
         has_names: bool,
-        keep: int,
+        keep: Keep,
+        owners: Mapping[int, int],
     ) -> None:
-        """`has_names`: `vcpu_of` knows the threads; else any task may be the vCPU's own."""
+        """`has_names`: `vcpu_of` knows the threads; else any task may be the vCPU's own. `owners`:
+        whose timers these are that no vCPU was seen to arm, by hrtimer.
+        """
         self._apics = apics
         self._messages = messages
         self._vcpu_of = vcpu_of
         self._has_names = has_names
         self._keep = keep
+        self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
 
@@ -176,9 +180,7 @@ class LapicTimers:
         """A timer was armed; the guest arms its own vCPU's."""
         timer = self._timer(record[3])
         if timer.owner is None and not record[2] & IRQ_CONTEXT:
-            timer.owner = self._vcpu_of(record[2])
-            if timer.owner is not None:
-                timer.masked = self._masked.get(timer.owner)
+            self._own(timer, self._vcpu_of(record[2]))
         timer.start(record)
 
     def hrtimer_expire_entry(self, record: Record) -> None:
@@ -249,9 +251,17 @@ class LapicTimers:
                 timer.masked = masked
 
     def _timer(self, hrtimer: int) -> LapicTicks:
-        if hrtimer not in self._timers:
-            self._timers[hrtimer] = LapicTicks(self._keep)
-        return self._timers[hrtimer]
+        timer = self._timers.get(hrtimer)
+        if timer is None:
+            timer = self._timers[hrtimer] = LapicTicks(self._keep)
+        if timer.owner is None and hrtimer in self._owners:
+            self._own(timer, self._vcpu_of(self._owners[hrtimer]))
+        return timer
+
+    def _own(self, timer: LapicTicks, vcpu: int | None) -> None:
+        timer.owner = vcpu
+        if vcpu is not None:
+            timer.masked = self._masked.get(vcpu)
 
     def _waiting_of(self, vcpu: int) -> LapicTicks | None:
         """The timer of a vCPU whose expiry waits, or one whose vCPU is not known yet."""

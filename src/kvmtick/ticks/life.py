@@ -5,8 +5,7 @@ APICs' timers, the local APICs. They keep only what is open: expiries that wait 
 requests that wait for their injection, who is in service.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 
 from kvmtick.ticks.apics import DM_INIT, LocalApics
@@ -14,14 +13,14 @@ from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
+from kvmtick.trace.vms import vcpu_of_name
 
 KEEP = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
 
 _EVENT_OF = itemgetter(1)
-_VCPU_TASK = re.compile(r"CPU (\d+)/KVM-")
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK = int(Function.PIT_DO_WORK)
@@ -44,18 +43,24 @@ class TickAssembler:
         keep: int = KEEP,
         tasks: list[str] | None = None,
         sees_nmis: Callable[[], bool] = lambda: True,
+        vcpus: Mapping[int, int] | None = None,
+        owners: Mapping[int, int] | None = None,
+        keep_all: bool = False,
     ) -> None:
         """`keep`: how many lives of each source. `tasks`: the recorder's, which may still grow;
-        their names tell which thread is which vCPU's. `sees_nmis`: whether the records show when an
-        NMI is injected.
+        their names tell which thread is which vCPU's, unless `vcpus` does. `sees_nmis`: whether the
+        records show when an NMI is injected. `owners`: the task whose local APIC timer it is, by
+        hrtimer. `keep_all`: until they are taken (`Source.take_old`).
         """
         self._tasks = [] if tasks is None else tasks
-        self._vcpus: dict[int, int | None] = {}
+        self._vcpus = vcpus
+        self._named: dict[int, int | None] = {}
         self._apics = LocalApics(sees_nmis)
         self._messages = Messages(self._vcpu_of)
-        self._pit = PitTicks(self._apics, keep)
+        kept = Keep(keep, keep_all)
+        self._pit = PitTicks(self._apics, kept)
         self._timers = LapicTimers(
-            self._apics, self._messages, self._vcpu_of, tasks is not None, keep
+            self._apics, self._messages, self._vcpu_of, tasks is not None, kept, owners or {}
         )
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
@@ -159,14 +164,15 @@ class TickAssembler:
     # Who is concerned.
 
     def _vcpu_of(self, task: int) -> int | None:
-        """The vCPU whose thread a task is, by the name it has in QEMU and here."""
+        """The vCPU whose thread a task is."""
         task &= ~IRQ_CONTEXT
-        if task not in self._vcpus:
+        if self._vcpus is not None:
+            return self._vcpus.get(task)
+        if task not in self._named:
             if task >= len(self._tasks):
                 return None
-            match = _VCPU_TASK.match(self._tasks[task])
-            self._vcpus[task] = int(match[1]) if match else None
-        return self._vcpus[task]
+            self._named[task] = vcpu_of_name(self._tasks[task].rpartition("-")[0])
+        return self._named[task]
 
     def _hrtimer_start(self, record: Record) -> None:
         if record[4] == _PIT_TIMER_FN:

@@ -13,7 +13,7 @@ from collections import deque
 from kvmtick.ticks import pic
 from kvmtick.ticks.apics import DM_FIXED, DM_LOWEST, DM_NMI, LocalApics
 from kvmtick.ticks.pic import PicPin
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Irqchip, Record
@@ -67,7 +67,7 @@ _Loss = tuple[Where, str]
 class PitTicks(Source):
     """Follows the PIT's hrtimer, its worker and GSI 0."""
 
-    def __init__(self, apics: LocalApics, keep: int) -> None:
+    def __init__(self, apics: LocalApics, keep: Keep) -> None:
         super().__init__("pit", _PIC, keep)
         self.pic = PicPin()
         self.plain_task = NO_TASK
@@ -102,7 +102,7 @@ class PitTicks(Source):
         """Why the count of what is pending is not known: records are missing."""
         self._acknowledged_since = False
         self._nmi_unseen = False
-        self._unseen: deque[Tick] = deque(maxlen=keep)
+        self._unseen: deque[Tick] = deque(maxlen=keep.lives)
         """Open ticks that an NMI may have brought to the guest, which no record would tell."""
 
     # A whole life at once.

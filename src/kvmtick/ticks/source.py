@@ -6,11 +6,13 @@ the latencies cover all.
 
 from collections import Counter, deque
 
+from typing import NamedTuple
+
 from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.tick import Claim, PlainTick, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 
-__all__ = ["HOPS", "Source"]
+__all__ = ["HOPS", "Keep", "Source"]
 
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
 _END_HOPS = HOPS[3:]
@@ -23,21 +25,31 @@ _COALESCED = Verdict.COALESCED
 _UNKNOWN = Verdict.UNKNOWN
 
 
+class Keep(NamedTuple):
+    """Which lives a source keeps."""
+
+    lives: int
+    """So many."""
+    all: bool = False
+    """The older ones too, until `Source.take_old`."""
+
+
 class Source:
     """One timer's ticks so far."""
 
     def __init__(
-        self, name: str, path: Path, keep: int, reach_hops: tuple[str, ...] = HOPS[:3]
+        self, name: str, path: Path, keep: Keep, reach_hops: tuple[str, ...] = HOPS[:3]
     ) -> None:
         """`name`: `pit` or `lapic`; `path`: the one to name while no tick has reached a vCPU;
-        `keep`: how many lives; `reach_hops`: what `_reach_row` gives.
+        `reach_hops`: what `_reach_row` gives.
         """
         self.name = name
         self.expired = 0
         self.reached = 0
         self.extra = 0
         self._path = path
-        self._kept: deque[Tick | PlainTick] = deque(maxlen=keep)
+        self._keep = keep.lives
+        self._kept: deque[Tick | PlainTick] = deque(maxlen=None if keep.all else keep.lives)
         self._judged = dict.fromkeys(Verdict, 0)
         self._arrivals: Counter[tuple[Path, int]] = Counter()
         self._latency_ns = {hop: Histogram() for hop in HOPS}
@@ -90,6 +102,12 @@ class Source:
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of the ticks that reached a vCPU."""
         return self._latency_ns
+
+    def take_old(self, also_kept: bool = False) -> list[Tick]:
+        """The lives before the last `Keep.lives`, in order, each once; `also_kept`: all."""
+        kept = self._kept
+        count = len(kept) if also_kept else len(kept) - self._keep
+        return [_thaw(kept.popleft()) for _ in range(count)]
 
     # For those who follow the trace.
 
