@@ -123,7 +123,7 @@ def make_tick(source: Source, number: int, words: Words) -> None:
 
 
 def made_worst(tick: Tick, words: Words) -> WorstTick:
-    """With a story of two lines."""
+    """With a story of three lines, two of them at one time."""
     assert tick.work_ns is not None
     story = [
         StoryLine(
@@ -132,6 +132,13 @@ def made_worst(tick: Tick, words: Words) -> WorstTick:
             "hrtimer_expire_entry",
             words("hrtimer=0 function=pit_timer_fn"),
             words("the hrtimer expires"),
+        ),
+        StoryLine(
+            tick.work_ns,
+            words("make-77"),
+            "sched_switch",
+            words("prev_comm=make next_comm=kvm-pit/1000"),
+            words("a CPU goes to another thread"),
         ),
         StoryLine(
             tick.work_ns,

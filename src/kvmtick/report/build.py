@@ -27,8 +27,6 @@ WORST = 10
 RECENT_RECORDS = 400_000
 """Records of all VMs that stories can be told from."""
 
-_SWITCH = int(Event.SCHED_SWITCH)
-_SCHED = frozenset((int(Event.SCHED_WAKING), _SWITCH))
 _APICV = int(Event.KVM_APICV_INHIBIT_CHANGED)
 _TELLS_REINJECT = int(ApicvInhibitReason.PIT_REINJ)
 
@@ -46,12 +44,10 @@ class _Builder:
         self._worst = worst
         self._vms: dict[int, _Vm] = {}
         self._host = HostTicks(trace, on_records=self._on_records, on_lives=self._on_lives)
-        self._sched: list[Record] = []
         self._settling = False
 
     def read(self, progress: Progress | None) -> "_Builder":
         for batch in self._trace.batches():
-            self._sched = [record for record in batch if record[1] in _SCHED]
             self._host.take(batch)
             for vm in self._vms.values():
                 vm.look()
@@ -71,7 +67,7 @@ class _Builder:
         return vm
 
     def _on_records(self, ticks: VmTicks, records: list[Record]) -> None:
-        self._vm(ticks).take(records, self._sched)
+        self._vm(ticks).take(records)
 
     def _on_lives(self, ticks: VmTicks, source: Source, lives: list[Tick]) -> None:
         self._vm(ticks).take_lives(source, lives, last=self._settling)
@@ -119,43 +115,21 @@ class _Vm:
         self.ticks = ticks
         self.recent = RecentRecords()
         self._waits = CpuWaits(ticks.tasks)
-        self._vcpus = Vcpus(ticks.tasks)
+        self._vcpus = Vcpus(ticks)
         self._causes = Causes(ticks, self._waits, self._vcpus)
         self._worst = worst
         self._reinject = ticks.info.reinject
         self._watches: dict[int, Watch] = {}
         self._lives: dict[int, SourceLives] = {}
 
-    def take(self, records: list[Record], sched: list[Record]) -> None:
-        """The VM's next records, before they are judged, and those of the host's threads."""
+    def take(self, records: list[Record]) -> None:
+        """The VM's next records, before they are judged."""
         self._vcpus.take(records)
+        self._waits.take(records)
+        self.recent.add(records)
         for record in records:
             if record[1] == _APICV and record[3] == _TELLS_REINJECT:
                 self._reinject = bool(record[4])
-        merged = self._with_threads(records, sched)
-        self._waits.take(merged)
-        self.recent.add(merged)
-
-    def _with_threads(self, records: list[Record], sched: list[Record]) -> list[Record]:
-        """The records, and in their order what happened to the VM's threads."""
-        pids = self._pids()
-        own = [
-            record
-            for record in sched
-            if record[3] in pids or (record[1] == _SWITCH and record[5] in pids)
-        ]
-        if not own:
-            return records
-        merged = [record for record in records if record[1] not in _SCHED]
-        merged += own
-        merged.sort(key=lambda record: record[0])
-        return merged
-
-    def _pids(self) -> set[int]:
-        workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.one_vm.workers}
-        pids = workers | self.ticks.info.threads.keys()
-        self._waits.follow(pids)
-        return pids
 
     def look(self) -> None:
         """After a batch."""
@@ -171,8 +145,8 @@ class _Vm:
     def take_lives(self, source: Source, lives: list[Tick], last: bool) -> None:
         """Lives of which everything is known."""
         watch = self._watch(source)
+        watch.see(lives)
         if last:
-            watch.look()
             watch.finish()
         follower = self._lives.get(id(source))
         if follower is None:

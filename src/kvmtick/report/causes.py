@@ -160,7 +160,7 @@ class Causes:
 
     def _worker(self, start_ns: int, end_ns: int) -> Cause:
         """Why the worker did not run in a span."""
-        for task in self._vm.one_vm.workers:
+        for task in self._vm.workers:
             pid = pid_of(self._vm.tasks[task])
             waits = [w for w in self._waits.waits(pid, start_ns, end_ns) if not w.asleep]
             wait = max(waits, key=lambda wait: wait.ns, default=None)
@@ -179,14 +179,14 @@ class Causes:
             return Cause(CauseKind.INTERRUPTS_OFF, end_ns - entry_ns)
         if self._vcpus.knows_entries(vcpu, start_ns):
             return Cause(CauseKind.VCPU_OUT, span_ns)
-        pid = self._vcpus.pid(self._vm.info, vcpu)
+        pid = self._vcpus.pid(vcpu)
         if pid is not None and self._waits.knows(pid, start_ns):
             return Cause(CauseKind.BUSY, span_ns, pid)
         return Cause(CauseKind.NOT_TAKEN, span_ns)
 
     def _off_cpu(self, vcpu: int, start_ns: int, end_ns: int) -> Cause | None:
         """If its thread was off its CPU for most of a span, why."""
-        pid = self._vcpus.pid(self._vm.info, vcpu)
+        pid = self._vcpus.pid(vcpu)
         if pid is None:
             return None
         for asleep in (False, True):

@@ -1,4 +1,5 @@
-// The timelines of the page: what is drawn on the canvases, and the story of the tick that is chosen.
+// The timelines of the page: what is drawn on the canvases, and what can be done there. page_story.js
+// tells of the tick that is chosen; both are one script.
 // Text is only ever set as text, never as markup: names of VMs and threads come from the trace.
 "use strict";
 
@@ -20,19 +21,6 @@ function duration(ns) {
 }
 
 const seconds = (ns, digits = 9) => `${(ns / 1e9).toFixed(digits)} s`;
-
-function make(tag, text, className) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  if (className) element.className = className;
-  return element;
-}
-
-function row(...cells) {
-  const tr = make("tr");
-  for (const cell of cells) tr.append(cell instanceof Node ? cell : make("td", cell));
-  return tr;
-}
 
 /** The ticks of a source, a column each; times are offsets to the expiry, NaN where there is none. */
 function decode(told) {
@@ -405,7 +393,7 @@ class Timeline {
 
   choose(i) {
     this.selected = i;
-    this.tell(i);
+    tell(this, i);
     const at = this.ticks.expiry[i];
     if (at < this.from || at > this.to) {
       const half = (this.to - this.from) / 2;
@@ -557,98 +545,6 @@ class Timeline {
       this.tip.style.top = `${Math.max(0, this.y(i) - 30)}px`;
     }
     this.schedule();
-  }
-
-  // The story.
-
-  steps(i) {
-    const { ticks, told } = this;
-    const { path, vector } = ticks.kind[i];
-    const by = path === "pic" ? "the PIC has the request" : "a local APIC has accepted it";
-    const what = vector === null ? "" : ` with vector 0x${vector.toString(16)}`;
-    return [
-      ["the hrtimer is due", 0],
-      [`its callback runs (${told.source === "pit" ? "pit_timer_fn" : "apic_timer_fn"})`, ticks.fired[i]],
-      ["the kvm-pit worker takes it (pit_do_work)", ticks.work[i]],
-      [by, ticks.accept[i]],
-      [path === "nmi" ? "VM entry with an NMI" : `VM entry${what}`, ticks.inject[i]],
-      ["the guest's EOI", ticks.eoi[i]],
-    ].filter(([, at]) => !Number.isNaN(at));
-  }
-
-  tell(i) {
-    const { ticks } = this;
-    const { verdict, where, path, vcpu, period, detail } = ticks.kind[i];
-    const index = ticks.index[i];
-    const worst = this.told.worst[index];
-    const title = make("h4", `Tick ${count(index)} `);
-    const badge = make("span", undefined, "badge");
-    badge.style.color = colours[verdict];
-    badge.append(make("span", where ? `${verdict} at ${where}` : verdict));
-    title.append(badge);
-    const parts = [title];
-    if (detail) parts.push(make("p", detail));
-    if (worst && worst.held_up) parts.push(make("p", worst.held_up, "held"));
-    parts.push(this.hops(i, worst ? worst.story : []));
-    const facts = make("dl");
-    for (const [name, value] of [
-      ["due", `${seconds(ticks.expiry[i])} after the start`],
-      ["trace time", this.traceTime(ticks.expiry[i])],
-      ["period", period === null ? "one-shot" : duration(period)],
-      ["path", path],
-      ["vCPU", vcpu],
-    ]) if (value !== null) facts.append(make("dt", name), make("dd", value));
-    parts.push(facts);
-    if (worst && worst.story.length) parts.push(this.events(worst.story));
-    this.story.replaceChildren(...parts);
-  }
-
-  traceTime(ns) {
-    const at = BigInt(data.start_ns) + BigInt(ns);
-    return `${at / 1000000000n}.${String(at % 1000000000n).padStart(9, "0")} s`;
-  }
-
-  hops(i, story) {
-    const steps = this.steps(i);
-    const took = steps.map(([, at], n) => (n ? at - steps[n - 1][1] : 0));
-    const longest = Math.max(...took);
-    const table = make("table", undefined, "hops");
-    const head = make("thead");
-    head.append(row(...["since due", "took", "", "step"].map((name) => make("th", name))));
-    const body = make("tbody");
-    steps.forEach(([what, at], n) => {
-      const bar = make("td", undefined, "share");
-      const fill = make("i");
-      fill.style.width = `${longest ? (100 * Math.max(0, took[n])) / longest : 0}%`;
-      bar.append(fill);
-      const step = make("td", what);
-      const line = story.find((event) => event[0] === at);
-      if (line) step.append(make("small", ` ${line[1]}`));
-      const tr = row(duration(at), n ? duration(took[n]) : "", bar, step);
-      if (steps.length > 2 && longest > 0 && took[n] === longest) tr.className = "longest";
-      body.append(tr);
-    });
-    if (Number.isNaN(this.ticks.inject[i])) {
-      body.append(row("", "", "", `it never reached the guest: ${this.ticks.kind[i].verdict}`));
-    }
-    table.append(head, body);
-    return table;
-  }
-
-  events(story) {
-    const details = make("details");
-    details.open = true;
-    details.append(make("summary", `the ${count(story.length)} events of its life`));
-    const table = make("table", undefined, "events");
-    const body = make("tbody");
-    for (const [at, thread, event, text, what] of story) {
-      const cell = make("td");
-      cell.append(make("b", what), make("code", `${event}: ${text}`), make("small", thread));
-      body.append(row(duration(at), cell));
-    }
-    table.append(body);
-    details.append(table);
-    return details;
   }
 }
 

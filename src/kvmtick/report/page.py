@@ -30,7 +30,7 @@ def write_page(report: Report, path: Path) -> None:
 def page_text(report: Report) -> str:
     """The page."""
     style = _own("page.css")
-    script = _own("page.js")
+    script = _own("page.js") + _own("page_story.js")
     ids = [_id(v, s) for v, vm in enumerate(report.vms) for s in range(len(vm.sources))]
     data = script_json(page_data(report, ids))
     policy = (
@@ -134,20 +134,22 @@ def _finding(finding: Finding, report: Report) -> str:
         else ""
     )
     return (
-        f'<li class="{severity}"><span class="severity">{severity}</span>'
-        f"<div><p>{escape(finding.text)}{_whose(finding, report)}</p>{remedy}</div></li>"
+        f'<li class="{severity}"><span class="severity">{severity}</span><div>'
+        f"{_whose(finding, report)}<p>{escape(finding.text)}</p>{remedy}</div></li>"
     )
 
 
 def _whose(finding: Finding, report: Report) -> str:
-    """A link to the source that a finding is about, if there is one."""
+    """A link to the VM or the timer that a finding is about, if there is one."""
     for number, vm in enumerate(report.vms):
         if finding.pid is None or vm.pid != finding.pid:
             continue
+        name, text = f"vm{number}", _vm_title(vm)
         for place, source in enumerate(vm.sources):
             if source.source == finding.source and finding.vcpu in (None, source.vcpu):
-                return f' <a href="#{_id(number, place)}">show</a>'
-        return f' <a href="#vm{number}">show</a>'
+                name, text = _id(number, place), f"{text}, {_timer(source)}"
+                break
+        return f'<p class="whose"><a href="#{name}">{escape(text)}</a></p>'
     return ""
 
 
@@ -239,7 +241,7 @@ def _rates(source: SourceReport) -> str:
     if source.drift_ppm is not None:
         told = _ppm(source.drift_ppm)
         if source.drift_constant:
-            told += f", a tick counted as {source.drift_constant}"
+            told += f" ({source.drift_constant})"
         facts.append(("a clock of these ticks is off by", told, False))
     if source.ticks.extra:
         facts.append(("injections of no tick", f"{source.ticks.extra:,}", False))

@@ -17,6 +17,9 @@ __all__ = ["Scale", "axis", "histogram", "verdict_bar"]
 _LEAST_SHARE = 0.4
 """Per cent of the bar that a verdict with any ticks gets, so that it can be seen."""
 
+_MOST_NAMES = 6
+"""So many decades are named; more would not fit a narrow page."""
+
 
 class Scale:
     """The log axis that the histograms of a source share, in whole decades."""
@@ -73,13 +76,14 @@ def histogram(latency: Histogram, scale: Scale) -> str:
 
 def axis(scale: Scale) -> str:
     """The names of the decades, under the histograms."""
-    first, *between, last = scale.ends_ns
-    anchors = [(first, "start"), *((end_ns, "middle") for end_ns in between), (last, "end")]
-    texts = [
-        f'<text x="{scale.share(end_ns):.3f}%" y="12" text-anchor="{anchor}">'
-        f"{format_ns(end_ns)}</text>"
-        for end_ns, anchor in anchors
-    ]
+    step = math.ceil(len(scale.ends_ns) / _MOST_NAMES)
+    texts = []
+    for end_ns in scale.ends_ns[::step]:
+        at = scale.share(end_ns)
+        anchor = "start" if at < 5 else "end" if at > 95 else "middle"
+        texts.append(
+            f'<text x="{at:.3f}%" y="12" text-anchor="{anchor}">{format_ns(end_ns)}</text>'
+        )
     return f'<svg class="axis" aria-hidden="true">{"".join(texts)}</svg>'
 
 

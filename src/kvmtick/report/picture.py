@@ -17,6 +17,7 @@ from kvmtick.report.data import Finding, Report, Severity, SourceReport, VmRepor
 from kvmtick.report.extras import extra
 from kvmtick.report.log_bins import bins, decades
 from kvmtick.report.page_data import drawn
+from kvmtick.report.phrases import count
 from kvmtick.report.words import COLOURS, hop_names, timer_name
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
@@ -92,18 +93,19 @@ def _figure(report: Report) -> Figure:
 
 def _header(report: Report) -> list[tuple[str, str, str]]:
     """The lines on top: text, colour, weight."""
+    names = {vm.pid: f"{_vm_title(vm)}: " for vm in report.vms}
     lost = f"{report.lost_events:,} lost"
     lines = [
         (f"Ticks of {_plain(report.path.name)}", _INK, "bold"),
         (
             f"from {_plain(report.origin)}, {format_ns(report.end_ns - report.start_ns)},"
-            f" {len(report.vms):,} VMs, {report.records:,} events, {lost}",
+            f" {count(len(report.vms), 'VM')}, {count(report.records, 'event')}, {lost}",
             _MUTED,
             "normal",
         ),
     ]
     for finding in report.findings[:MOST_FINDINGS]:
-        lines += _finding_lines(finding)
+        lines += _finding_lines(finding, names.get(finding.pid or 0, ""))
     more = len(report.findings) - MOST_FINDINGS
     if more > 0:
         lines.append((f"and {more:,} more findings", _MUTED, "normal"))
@@ -113,12 +115,18 @@ def _header(report: Report) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _finding_lines(finding: Finding) -> list[tuple[str, str, str]]:
-    text = f"{finding.severity.value}: {_plain(finding.text)}"
-    if finding.remedy:
-        text += f" What to do: {_plain(finding.remedy)}"
-    wrapped = textwrap.wrap(text, _FINDING_CHARACTERS, subsequent_indent="    ")
-    return [(line, _SEVERITY_COLOURS[finding.severity], "normal") for line in wrapped]
+def _finding_lines(finding: Finding, whose: str) -> list[tuple[str, str, str]]:
+    text = f"{finding.severity.value}: {whose}{_plain(finding.text)}"
+    return [
+        (line, colour, "normal")
+        for part, colour in ((text, _SEVERITY_COLOURS[finding.severity]), (finding.remedy, _MUTED))
+        for line in textwrap.wrap(
+            _plain(part),
+            _FINDING_CHARACTERS,
+            initial_indent="" if part is text else "    \N{RIGHTWARDS ARROW} ",
+            subsequent_indent="        ",
+        )
+    ]
 
 
 def _plain(text: str) -> str:
@@ -144,9 +152,14 @@ def _draw_source(part: SubFigure, report: Report, vm: VmReport, source: SourceRe
     _draw_histograms(part.add_subplot(grid[1]), source)
 
 
+def _vm_title(vm: VmReport) -> str:
+    return f"{_plain(vm.name)} ({vm.pid})" if vm.pid else _plain(vm.name)
+
+
 def _title(vm: VmReport, source: SourceReport) -> str:
-    name = f"{_plain(vm.name)} ({vm.pid})" if vm.pid else _plain(vm.name)
-    return f"{name}: {timer_name(source.source, source.vcpu)} by way of {source.ticks.path}"
+    return (
+        f"{_vm_title(vm)}: {timer_name(source.source, source.vcpu)} by way of {source.ticks.path}"
+    )
 
 
 def _numbers(source: SourceReport) -> str:

@@ -46,7 +46,7 @@ class VmTicks:
         self.assembler = TickAssembler(
             keep,
             tasks=trace.tasks,
-            sees_nmis=lambda: self.inferred.sees_nmis,
+            sees_nmis=lambda: trace.is_complete or self.inferred.sees_nmis,
             vcpus=share.vcpus,
             owners=owners,
             keep_all=keep_all,
@@ -56,6 +56,16 @@ class VmTicks:
     def info(self) -> VmInfo:
         """What is known of it beside the records."""
         return self._share.info
+
+    @property
+    def workers(self) -> set[int]:
+        """Tasks that run its PIT's work."""
+        return self._share.workers
+
+    @property
+    def vcpus(self) -> dict[int, int]:
+        """Which task is which vCPU, as far as it is known."""
+        return self._share.vcpus
 
     @property
     def pid(self) -> int:

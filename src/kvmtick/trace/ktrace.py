@@ -34,9 +34,11 @@ from kvmtick.trace.formats import FormatError, parse_format
 from kvmtick.trace.pages import UNKNOWN_COUNT
 from kvmtick.trace.vms import VmInfo
 
-__all__ = ["MAGIC", "Header", "KtraceReader", "KtraceWriter"]
+__all__ = ["MAGIC", "SUFFIX", "Header", "KtraceReader", "KtraceWriter"]
 
 MAGIC = b"ktrace1\n"
+SUFFIX = ".ktrace"
+"""Of the names of recordings."""
 _GZIP = b"\x1f\x8b"
 _CHUNK = struct.Struct("<BxHI")
 _U64 = struct.Struct("<Q")
@@ -196,7 +198,9 @@ class KtraceReader:
             what = str(error) if isinstance(error, FormatError) else _what(error)
             what = f"{path}: its header cannot be read ({what}): record it anew"
             raise FormatError(what) from None
-        self.events = frozenset(_BY_NAME[name] for name in names if name in _BY_NAME)
+        self.events = frozenset(_BY_NAME[name] for name in names if name in _BY_NAME) - {
+            Event.LOST_EVENTS
+        }
         self.is_complete = header.kind == "model"
 
     @property
