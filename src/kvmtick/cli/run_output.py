@@ -63,6 +63,8 @@ def trace_writer(
                 writer.end()
     finally:
         with _is_trace_file(name):
+            if isinstance(writer, KtraceEncoder):
+                writer.flush()
             text.close()
 
 

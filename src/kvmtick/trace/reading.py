@@ -1,18 +1,26 @@
-"""Traces from files: what every reader gives, and which reader a file needs."""
+"""Traces from files: what every reader gives, and which reader a file needs.
+
+    with open_trace(Path("host.ktrace")) as trace:
+        for batch in trace.batches():
+            for ts_ns, event, task, *fields in batch:
+                ...
+
+`kvmtick.trace.events` says what the fields are, `kvmtick.ticks.host` makes ticks of them.
+"""
 
 import gzip
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from kvmtick.trace.events import Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ktrace import MAGIC, KtraceReader
 from kvmtick.trace.vms import VmInfo
 
-__all__ = ["Trace", "open_trace"]
+__all__ = ["Trace", "TraceFile", "open_trace"]
 
 _GZIP = b"\x1f\x8b"
 
@@ -63,7 +71,17 @@ class Trace(Protocol):
         """Close the file; harmless when repeated."""
 
 
-def open_trace(path: Path) -> Trace:
+class TraceFile(Trace, Protocol):
+    """A trace that closes itself at the end of a `with`."""
+
+    def __enter__(self) -> Self:
+        """The trace."""
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+
+
+def open_trace(path: Path) -> TraceFile:
     """Open a file by what it holds. Raises OSError, and `FormatError` where nobody can read it."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise FormatError(f"{path}: no regular file: save the trace into one and give that")
