@@ -8,6 +8,7 @@ CPU is named.
 """
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -107,23 +108,17 @@ class _Thread:
 
 
 class CpuWaits:
-    """Follows a VM's threads."""
+    """Follows a VM's threads, and what is seen of others."""
 
     def __init__(self, tasks: list[str]) -> None:
         """`tasks`: the trace's, which may still grow."""
         self._tasks = tasks
-        self._threads: dict[int, _Thread] = {}
+        self._threads: defaultdict[int, _Thread] = defaultdict(_Thread)
         self._by_task: dict[int, _Thread] = {}
 
-    def follow(self, pids: Iterable[int]) -> None:
-        """Threads to follow from now on."""
-        for pid in pids:
-            if pid not in self._threads:
-                self._threads[pid] = _Thread()
-
     def take(self, records: Iterable[Record]) -> None:
-        """The VM's next records, and those of the scheduler that concern its threads."""
-        threads, by_task = self._threads, self._by_task
+        """The VM's next records, with those of the scheduler that concern its threads."""
+        by_task = self._by_task
         for record in records:
             event, task = record[1], record[2]
             if event == _SWITCH:
@@ -135,24 +130,21 @@ class CpuWaits:
             elif not task & IRQ_CONTEXT:
                 thread = by_task.get(task)
                 if thread is None:
-                    pid = pid_of(self._tasks[task])
-                    thread = by_task[task] = threads.setdefault(pid, _Thread())
+                    thread = by_task[task] = self._threads[pid_of(self._tasks[task])]
                 if thread.off is not None:
                     thread.runs()
 
     def _switch(self, record: Record) -> None:
         ts_ns, _, _, before, state, after, cpu = record[:7]
-        thread = self._threads.get(before)
-        if thread is not None:
-            thread.leave(ts_ns, state not in _RUNNABLE, cpu, after)
-        thread = self._threads.get(after)
-        if thread is not None:
-            thread.over(ts_ns, cpu, before)
+        if before:
+            self._threads[before].leave(ts_ns, state not in _RUNNABLE, cpu, after)
+        if after:
+            self._threads[after].over(ts_ns, cpu, before)
 
     def _waking(self, record: Record) -> None:
         ts_ns, _, _, pid, cpu = record[:5]
-        thread = self._threads.get(pid)
-        if thread is not None and thread.off is not None and thread.off.asleep:
+        thread = self._threads[pid]
+        if thread.off is not None and thread.off.asleep:
             thread.over(ts_ns, thread.off.cpu, 0)
             thread.leave(ts_ns, False, cpu, 0)
 
