@@ -1,7 +1,8 @@
 """The text of a record is the kernel's: real lines of recorded traces, and the kernel's print fmt.
 
 The file named with a line is one of tests/golden/traces (Linux 6.18, x86-64). `(fmt)` marks a line
-made by hand from `events/*/*/format` of that kernel, where the recordings have no such event.
+made by hand from `events/*/*/format` of that kernel, where the recordings have no such event;
+`(6.18)` is of such a kernel's `trace`.
 """
 
 import io
@@ -253,7 +254,54 @@ LINES: list[tuple[str, Event, tuple[int, ...], str]] = [
         (0x1_0840,),
         "dst 0 vec 64 (Fixed|logical|edge|masked)",
     ),
+    (
+        "(fmt)",
+        Event.KVM_APICV_ACCEPT_IRQ,
+        (1, FIXED, 0, 236),
+        "apicid 1 vec 236 (Fixed|edge)",
+    ),
+    (
+        "(6.18)",
+        Event.SCHED_WAKING,
+        (18, 0, 0),
+        "comm=migration/0 pid=18 prio=0 target_cpu=000",
+    ),
+    (
+        "(fmt)",
+        Event.SCHED_WAKING,
+        (7, 12, 49),
+        "comm=<...> pid=7 prio=49 target_cpu=012",
+    ),
+    (
+        "(6.18)",
+        Event.SCHED_SWITCH,
+        (16372, 0x100, 18, 0, 120, 0),
+        "prev_comm=bash prev_pid=16372 prev_prio=120 prev_state=R+"
+        " ==> next_comm=migration/0 next_pid=18 next_prio=0",
+    ),
+    (
+        "(6.18)",
+        Event.SCHED_SWITCH,
+        (16372, 1, 0, 1, 120, 120),
+        "prev_comm=bash prev_pid=16372 prev_prio=120 prev_state=S"
+        " ==> next_comm=swapper/1 next_pid=0 next_prio=120",
+    ),
+    (
+        "(6.18)",
+        Event.SCHED_SWITCH,
+        (0, 0, 15, 1, 120, 120),
+        "prev_comm=swapper/1 prev_pid=0 prev_prio=120 prev_state=R"
+        " ==> next_comm=rcu_preempt next_pid=15 next_prio=120",
+    ),
+    (
+        "(fmt)",
+        Event.SCHED_SWITCH,
+        (15, 0x82, 0, 0, 120, 120),
+        "prev_comm=rcu_preempt prev_pid=15 prev_prio=120 prev_state=D|I"
+        " ==> next_comm=swapper/0 next_pid=0 next_prio=120",
+    ),
 ]
+TASKS = ["<idle>-0", "migration/0-18", "bash-16372", "rcu_preempt-15", "<idle>-0"]
 
 
 def record(event: Event, *fields: int) -> Record:
@@ -266,7 +314,7 @@ def record(event: Event, *fields: int) -> Record:
     ids=[f"{event.name.lower()}-{source}-{n}" for n, (source, event, *_) in enumerate(LINES)],
 )
 def test_the_text_is_the_kernels(event: Event, fields: tuple[int, ...], text: str) -> None:
-    assert event_text(record(event, *fields)) == text
+    assert event_text(record(event, *fields), TASKS) == text
 
 
 def test_every_event_of_the_kernel_has_a_line_above() -> None:

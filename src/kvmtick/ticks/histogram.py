@@ -31,12 +31,16 @@ class Histogram:
             bucket = ((value >> shift) + 1 << shift) - 1
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
 
+    def buckets(self) -> list[tuple[int, int]]:
+        """`(upper end, count)` of the buckets that hold something, ascending."""
+        return sorted(self._buckets.items())
+
     def quantile(self, share: float) -> int:
         """The smallest bucket's upper end that covers `share` (0-1) of the values; 0 if empty."""
         wanted = max(1, round(share * self._total))
         seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
+        for bucket, count in self.buckets():
+            seen += count
             if seen >= wanted:
                 return min(bucket, self.max)
         return 0

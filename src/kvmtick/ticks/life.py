@@ -5,8 +5,7 @@ APICs' timers, the local APICs. They keep only what is open: expiries that wait 
 requests that wait for their injection, who is in service.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 
 from kvmtick.ticks.apics import DM_INIT, LocalApics
@@ -14,14 +13,15 @@ from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
+from kvmtick.trace.inferred import is_creation
+from kvmtick.trace.vms import vcpu_of_name
 
 KEEP = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
 
 _EVENT_OF = itemgetter(1)
-_VCPU_TASK = re.compile(r"CPU (\d+)/KVM-")
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK = int(Function.PIT_DO_WORK)
@@ -44,18 +44,24 @@ class TickAssembler:
         keep: int = KEEP,
         tasks: list[str] | None = None,
         sees_nmis: Callable[[], bool] = lambda: True,
+        vcpus: Mapping[int, int] | None = None,
+        owners: Mapping[int, int] | None = None,
+        keep_all: bool = False,
     ) -> None:
         """`keep`: how many lives of each source. `tasks`: the recorder's, which may still grow;
-        their names tell which thread is which vCPU's. `sees_nmis`: whether the records show when an
-        NMI is injected.
+        their names tell which thread is which vCPU's, unless `vcpus` does. `sees_nmis`: whether the
+        records show when an NMI is injected. `owners`: the task whose local APIC timer it is, by
+        hrtimer. `keep_all`: until they are taken (`Source.take_old`).
         """
         self._tasks = [] if tasks is None else tasks
-        self._vcpus: dict[int, int | None] = {}
+        self._vcpus = vcpus
+        self._named: dict[int, int | None] = {}
         self._apics = LocalApics(sees_nmis)
         self._messages = Messages(self._vcpu_of)
-        self._pit = PitTicks(self._apics, keep)
+        kept = Keep(keep, keep_all)
+        self._pit = PitTicks(self._apics, kept)
         self._timers = LapicTimers(
-            self._apics, self._messages, self._vcpu_of, tasks is not None, keep
+            self._apics, self._messages, self._vcpu_of, tasks is not None, kept, owners or {}
         )
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
@@ -76,7 +82,7 @@ class TickAssembler:
             (Event.KVM_EOI, self._eoi),
             (Event.KVM_ACK_IRQ, self._ack_irq),
             (Event.KVM_PIO, self._pio),
-            (Event.KVM_APICV_INHIBIT_CHANGED, self._pit.apicv_inhibit_changed),
+            (Event.KVM_APICV_INHIBIT_CHANGED, self._apicv_inhibit_changed),
             (Event.PIT_RESET_REINJECT, self._pit_reset_reinject),
             (Event.LOST_EVENTS, self._lost_events),
         ):
@@ -118,6 +124,24 @@ class TickAssembler:
             pit.is_idle() and pit.plain_task not in self._messages and not self._timers.is_waiting
         )
 
+    def begin_in_the_middle(self, reinject: bool | None = None) -> None:
+        """The VM may have run before the first record; `reinject`: as its PIT was then, if known.
+
+        A record that comes with the VM's creation says that it had not.
+        """
+        why = "the trace begins here"
+        self._lose(why)
+        self._pit.begin_in_the_middle(why, reinject)
+
+    def judge_by(self, pit: str, lapic: str, sees_masks: bool) -> None:
+        """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
+        can; and whether the records show when a timer's LVT entry is masked.
+        """
+        if self._pit.blind and not pit:
+            self._pit.lost(self._pit.blind)
+        self._pit.blind = pit
+        self._timers.judge_by(lapic, sees_masks)
+
     # For readers.
 
     @property
@@ -145,6 +169,8 @@ class TickAssembler:
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self._pit.settle()
         self._timers.settle()
+        for source in self.sources():
+            source.judge_blind()
 
     @property
     def expired(self) -> int:
@@ -159,14 +185,15 @@ class TickAssembler:
     # Who is concerned.
 
     def _vcpu_of(self, task: int) -> int | None:
-        """The vCPU whose thread a task is, by the name it has in QEMU and here."""
+        """The vCPU whose thread a task is."""
         task &= ~IRQ_CONTEXT
-        if task not in self._vcpus:
+        if self._vcpus is not None:
+            return self._vcpus.get(task)
+        if task not in self._named:
             if task >= len(self._tasks):
                 return None
-            match = _VCPU_TASK.match(self._tasks[task])
-            self._vcpus[task] = int(match[1]) if match else None
-        return self._vcpus[task]
+            self._named[task] = vcpu_of_name(self._tasks[task].rpartition("-")[0])
+        return self._named[task]
 
     def _hrtimer_start(self, record: Record) -> None:
         if record[4] == _PIT_TIMER_FN:
@@ -182,7 +209,7 @@ class TickAssembler:
 
     def _work_queue(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
-            self._pit.work_queue()
+            self._pit.work_queue(record)
 
     def _work_start(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
@@ -193,14 +220,25 @@ class TickAssembler:
             self._pit.end_run()
 
     def _pit_reset_reinject(self, record: Record) -> None:
-        self._pit.reset_reinject()
+        self._pit.reset_reinject(record)
+
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if is_creation(record):
+            self._apics.created()
+            self._timers.created()
+            self._pit.created()
+        else:
+            self._pit.apicv_inhibit_changed(record)
 
     def _lost_events(self, record: Record) -> None:
         count = "some" if record[4] < 0 else str(record[4])
-        why = f"the kernel lost {count} of its records"
+        self._lose(f"the kernel lost {count} of its records")
+
+    def _lose(self, why: str) -> None:
         self._pit.lost(why)
         self._timers.lost(why)
-        self._apics.forget()
+        self._apics.forget(why)
+        self._messages.clear()
 
     def _set_irq(self, record: Record) -> None:
         self._pit.set_irq(record)
@@ -234,6 +272,7 @@ class TickAssembler:
         if not self._pit.pic.takes(vector) and self._apics.requested(vcpu, vector):
             self._apics.inject(vcpu, vector, ts_ns)
         else:
+            self._apics.injected(vcpu, vector)
             self._pit.inject(record, vcpu or 0)
 
     def _inj_nmi(self, record: Record) -> None:
