@@ -279,6 +279,7 @@ def _judge(path: Path, summary: Summary, pids: list[int]) -> int:
     if not summary.vms:
         why = "no VM of KVM was seen: start one, or record as root to see those of others"
     else:
-        why = f"no timer of KVM expired for {plural(len(summary.vms), 'VM')}; what to look at:\n{HINTS}"
+        vms = plural(len(summary.vms), "VM")
+        why = f"no timer of KVM expired for {vms}; what to look at:\n{HINTS}"
     print(f"kvmtick: no tick in {path}: {why}", file=sys.stderr)
     return EXIT_HOST
