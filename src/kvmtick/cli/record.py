@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     words, command = _split(argv)
     options = _parser().parse_command_line(words)
+    if options.words:
+        raise UsageError(f"{options.words[0]!r}: write -- before COMMAND; see kvmtick record --help")
     settings = _settings(options)
     child = _Command(command, to_stderr=options.json)
     if command is not None and settings.for_ns is not None:
@@ -126,6 +128,7 @@ def _parser() -> Parser:
         help="of the kernel's buffer for each CPU, such as 32M (16M; 512M for all of them)",
     )
     add("--json", action="store_true", help="one JSON object instead of the summary")
+    add("words", nargs="*", help=argparse.SUPPRESS)
     return p
 
 

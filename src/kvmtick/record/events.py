@@ -70,7 +70,7 @@ class Filters:
             texts[KVM_ENTRY] = own or EVERYTHING
         else:
             entries = " || ".join((TICK_EVENTS[KVM_ENTRY], *_in_ranges("common_pid", new)))
-            texts[KVM_ENTRY] = _both(own, entries)
+            texts[KVM_ENTRY] = _both(own, entries if len(entries) <= _MOST_BYTES else "")
         texts[CANCEL] = _fitting(timers, lambda some: (f"hrtimer == {at:#x}" for at in some))[0]
         followed = list(followed)
         texts[SWITCH], fit = _fitting(followed, _switches)

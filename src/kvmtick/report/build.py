@@ -4,8 +4,9 @@ from pathlib import Path
 
 from kvmtick.report.causes import Causes
 from kvmtick.report.data import Report, SourceReport, VmReport, WorstTick
-from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts
+from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts, sees_eoi
 from kvmtick.report.findings import findings_of
+from kvmtick.report.masks import PicMask
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
 from kvmtick.report.stream import Progress
@@ -116,9 +117,11 @@ class _Vm:
         self.recent = RecentRecords()
         self._waits = CpuWaits(ticks.tasks)
         self._vcpus = Vcpus(ticks)
-        self._causes = Causes(ticks, self._waits, self._vcpus)
+        self._mask = PicMask()
+        self._causes = Causes(ticks, self._waits, self._vcpus, self._mask)
         self._worst = worst
-        self._reinject = ticks.info.reinject
+        self._reinject: bool | None = None
+        self._inhibits: int | None = None
         self._watches: dict[int, Watch] = {}
         self._lives: dict[int, SourceLives] = {}
 
@@ -126,10 +129,12 @@ class _Vm:
         """The VM's next records, before they are judged."""
         self._vcpus.take(records)
         self._waits.take(records)
+        self._mask.take(records)
         self.recent.add(records)
         for record in records:
             if record[1] == _APICV and record[3] == _TELLS_REINJECT:
                 self._reinject = bool(record[4])
+                self._inhibits = record[5]
 
     def look(self) -> None:
         """After a batch."""
@@ -160,15 +165,16 @@ class _Vm:
         return VmFacts(
             ticks=self.ticks,
             vcpus=self._vcpus,
-            reinject=self._reinject,
-            sources=[self._source(source, names) for source in sources],
+            reinject=self.ticks.info.reinject if self._reinject is None else self._reinject,
+            inhibits=self._inhibits,
+            sources=[self._source(source, trace, names) for source in sources],
             trace=trace,
             name=names,
         )
 
-    def _source(self, source: Source, names: "_Names") -> SourceFacts:
+    def _source(self, source: Source, trace: TraceFacts, names: "_Names") -> SourceFacts:
         lives = self._lives[id(source)]
-        lives.finish()
+        lives.finish(sees_eoi(source.path, trace.events))
         is_pit = source.name == "pit"
         drift_ppm = lives.drift_ppm(is_pit)
         period_ns, ran_ns = lives.period_ns, lives.ran_ns
@@ -196,7 +202,7 @@ class _Vm:
         for story in there[: self._worst]:
             cause = lives.causes.get(story.tick.index)
             if cause is None:
-                cause = self._causes.of(story.tick, None, None)
+                cause = self._causes.of_told(story.tick)
             lines = story_lines(story.records, self.ticks.tasks)
             told.append(WorstTick(story.tick, cause.text(names), lines))
         return told

@@ -198,13 +198,13 @@ class Watch:
     def _take(self, tick: Tick) -> None:
         self._last_ns = tick.expiry_ns
         is_delivered = tick.verdict is Verdict.DELIVERED
-        if is_delivered and self._best is not None:
-            self._end_row()
         if tick.inject_ns is None:
             self._lose(tick)
         else:
             if self._lost is not None:
                 self._arrive(tick.inject_ns)
+            if is_delivered and self._best is not None:
+                self._end_row()
             waited_ns = tick.inject_ns - tick.expiry_ns
             if self._is_among_the_worst(waited_ns):
                 self._candidate(waited_ns, tick, None)

@@ -266,10 +266,12 @@ class Decoder:
                 event, task, size, unpack, finish = entry
                 if next_at - at < size:
                     raise FormatError(f"an event of {next_at - at} bytes is too short for {size}")
-                values = unpack(data, at)
-                fields = values if finish is None else finish(values)
-                if fields is not None:
-                    append((ts_ns, event, task) + fields)  # noqa: RUF005 - faster
+                if finish is None:
+                    append((ts_ns, event, task) + unpack(data, at))  # noqa: RUF005 - faster
+                else:
+                    fields = finish(unpack(data, at))
+                    if fields is not None:
+                        append((ts_ns, event, task) + fields)  # noqa: RUF005 - faster
             at = next_at
         if at > end:
             raise FormatError(f"what is at the end of a page passes the page's end {end}")
