@@ -112,7 +112,7 @@ def _build(
     stack: contextlib.ExitStack,
     traced: contextlib.ExitStack,
 ) -> tuple[ModelVm, StoryTeller | None]:
-    """The VM, its guest loaded. When the run is over, `traced` is closed: the trace file is whole."""
+    """The VM, its guest loaded. The caller closes `traced` when the run is over."""
     host = None
     if where.cpu == "kvm":
         from kvmtick.cpu.hostkvm import HostKvm

@@ -70,7 +70,8 @@ def _observer(
         print(f"kvmtick: nobody sees the ticks: {error}", file=sys.stderr)
         yield None
         return
-    about = VmInfo(os.getpid(), guest.name, reinject=reinject_of(options, guest))
+    reinject = reinject_of(options, guest)
+    about = VmInfo(os.getpid(), guest.name, reinject=reinject, from_start=True)
     with trace_writer(
         options.trace,
         lambda: trace.tasks,

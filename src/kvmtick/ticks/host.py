@@ -60,6 +60,8 @@ class VmTicks:
         )
         if not trace.is_complete:
             self.assembler.begin_in_the_middle(share.info.reinject)
+            if share.info.from_start:
+                self.assembler.created()
 
     @property
     def info(self) -> VmInfo:

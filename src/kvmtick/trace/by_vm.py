@@ -51,9 +51,7 @@ _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 
 _OF_TIMERS = (_START, int(Event.HRTIMER_CANCEL), _EXPIRE, _QUEUE)
 """What these are about says whose they are; of all others the thread does."""
-_SENDS = frozenset(
-    map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ))
-)
+_SENDS = frozenset(map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ)))
 """What a local APIC may accept right after them is not its timer's."""
 _TELLING = frozenset((_START, _EXPIRE, _QUEUE, _WORK_START, _ACCEPT, _WAKING, *_SENDS))
 _OF_VCPUS = frozenset((_EOI, _ENTRY, _EXIT))
