@@ -89,8 +89,8 @@ def made(folder: Path, *arguments: str) -> MadeTrace:
 
 
 def with_switches(trace: MadeTrace, comm: str, leaves: Callable[[Record], bool]) -> None:
-    """A thread sleeps after each record that `leaves`, and gets a CPU where it goes on; `burner` ran
-    there. It is woken when work is queued (the worker) or the PIC has a request (a vCPU).
+    """A thread sleeps after each record that `leaves`, and gets a CPU where it goes on, on which
+    `burner` ran. It is woken when work is queued (the worker) or the PIC has a request (a vCPU).
     """
     tid = trace.tid(comm)
     burner = 77
