@@ -226,6 +226,7 @@ def test_name(argv: str, name: str) -> None:
         ("qemu -global driver=kvm-pit,property=lost_tick_policy,value=discard", False),
         ("qemu -global kvm-pit.lost_tick_policy=slew", None),
         ("qemu -global mc146818rtc.lost_tick_policy=discard", None),
+        ("kvmtick run tick-if0 --no-reinject", False),
         ("qemu", None),
     ],
 )

@@ -269,16 +269,15 @@ _LOST_TICK_POLICY = re.compile(
     r"kvm-pit\.lost_tick_policy=(\w+)"
     r"|driver=kvm-pit,property=lost_tick_policy,value=(\w+)"
 )
-_REINJECTS = {"delay": True, "discard": False}
+_REINJECTS = {"delay": True, "--reinject": True, "discard": False, "--no-reinject": False}
 
 
 def vm_reinject(argv: Sequence[str]) -> bool | None:
-    """Whether the command line asks for lost ticks to be replayed (QEMU: delay) or not (discard);
-    None where it says nothing.
+    """Whether the command line asks for lost ticks to be replayed (QEMU: delay; kvmtick:
+    --reinject) or not (discard; --no-reinject); None where it says nothing.
     """
     found = None
     for word in argv:
         policy = _LOST_TICK_POLICY.fullmatch(word)
-        if policy is not None:
-            found = _REINJECTS.get(policy[1] or policy[2], found)
+        found = _REINJECTS.get((policy[1] or policy[2]) if policy else word, found)
     return found

@@ -18,11 +18,17 @@ from typing import Protocol, Self
 from kvmtick.trace.events import Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ktrace import MAGIC, KtraceReader
+from kvmtick.trace.text import TextReader, is_text
 from kvmtick.trace.vms import VmInfo
 
 __all__ = ["Trace", "TraceFile", "open_trace"]
 
 _GZIP = b"\x1f\x8b"
+_START_BYTES = 1 << 16
+_BINARY = {
+    b"\x17\x08\x44tracing": "a file of trace-cmd: run trace-cmd report -t -i",
+    b"PERFILE2": "a file of perf: run perf script --ns -F comm,pid,tid,cpu,time,event,trace -i",
+}
 
 
 class Trace(Protocol):
@@ -86,13 +92,21 @@ def open_trace(path: Path) -> TraceFile:
     if not stat.S_ISREG(path.stat().st_mode):
         raise FormatError(f"{path}: no regular file: save the trace into one and give that")
     with path.open("rb") as file:
-        start = file.read(len(MAGIC))
+        start = file.read(_START_BYTES)
     if start[:2] == _GZIP:
         with gzip.open(path) as packed:
             try:
-                start = packed.read(len(MAGIC))
+                start = packed.read1(_START_BYTES)  # all there is of a file that was cut
             except (OSError, EOFError, zlib.error):
                 raise FormatError(f"{path}: damaged gzip file: record it anew") from None
-    if start == MAGIC:
+    if start.startswith(MAGIC):
         return KtraceReader(path)
-    raise FormatError(f"{path}: neither a recording of kvmtick nor ftrace text: {start!r}")
+    for magic, what in _BINARY.items():
+        if start.startswith(magic):
+            raise FormatError(f"{path}: {what} {path} > {path}.txt and give that")
+    if is_text(start):
+        return TextReader(path)
+    raise FormatError(
+        f"{path}: neither a recording of kvmtick nor ftrace text (cat trace, trace-cmd report,"
+        f" perf script): it begins {start[:16]!r}"
+    )
