@@ -252,8 +252,8 @@ class _Names:
 
 def _constant(is_pit: bool) -> str:
     if not is_pit:
-        return "the period its timer was set to"
-    return f"the guest takes the PIT for {BELIEVED_HZ} Hz; KVM's runs at {PIT_HZ} Hz"
+        return "by the period its timer was set to"
+    return f"taken for {BELIEVED_HZ} Hz; KVM's PIT runs at {PIT_HZ} Hz"
 
 
 def _origin(trace: Trace) -> str:
