@@ -81,6 +81,16 @@ class LocalApics:
         key = vcpu * STRIDE + vector
         return "" if key in self._sure or key in self._irr else self._begun
 
+    def is_free(self, vcpu: int, vector: int) -> bool:
+        """The vector is neither requested nor in service, for sure."""
+        key = vcpu * STRIDE + vector
+        return (
+            key not in self._irr
+            and key not in self._isr
+            and (not self._begun or key in self._sure)
+            and key in self._known
+        )
+
     def accept_doubtful(self, vcpu: int, mode: int, vector: int, source: Source) -> None:
         """A tick's message that may be merged with one before it: the injection is nobody's."""
         key = vcpu * STRIDE + (NMI if mode == DM_NMI else vector)

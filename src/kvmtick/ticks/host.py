@@ -8,6 +8,7 @@ with open_trace(path) as trace:
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 
 from kvmtick.ticks.life import KEEP, TickAssembler
 from kvmtick.ticks.missing import missing_of_lapic, missing_of_pit, sees_masks, sees_nmis
@@ -29,7 +30,9 @@ FIRST_RECORDS, FIRST_NS = 30_000, 1_000_000_000
 learnt from it.
 """
 
-_NOBODYS = (Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP)
+_EVENT_OF = itemgetter(1)
+_LOST_EVENTS = int(Event.LOST_EVENTS)
+_NOBODYS = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP))
 """What no verdict needs."""
 
 
@@ -125,7 +128,8 @@ class HostTicks:
             self.start_ns = batch[0][0]
         self.end_ns = batch[-1][0]
         self.records += len(batch)
-        self.lost += sum(max(1, r[4]) for r in batch if r[1] == Event.LOST_EVENTS)
+        if _LOST_EVENTS in map(_EVENT_OF, batch):
+            self.lost += sum(max(1, r[4]) for r in batch if r[1] == _LOST_EVENTS)
         if self._first is not None:
             self._first += batch
             if len(self._first) < FIRST_RECORDS and self.end_ns - self.start_ns < FIRST_NS:
@@ -162,6 +166,7 @@ class HostTicks:
             self._look_for_missing(vm)
         if self._on_records is not None:
             self._on_records(vm, records)
+            records = [record for record in records if record[1] not in _NOBODYS]
         vm.assembler(records)
         if self._on_lives is not None:
             for source in vm.assembler.sources():
