@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from operator import or_, rshift
+from operator import add, rshift
 
 __all__ = ["Histogram"]
 
@@ -30,12 +30,14 @@ class Histogram:
         return self._total
 
     def add(self, values: Sequence[int]) -> None:
-        """Count some values."""
+        """Count some values; what is below 0 counts as 0."""
+        if min(values) < 0:
+            values = [max(0, value) for value in values]
         self.max = max(self.max, *values)
         self._total += len(values)
         bits = [*map(int.bit_length, values)]
         first = map(rshift, values, map(_SHIFTS.__getitem__, bits))
-        self._counts.update(map(or_, first, map(_TAGS.__getitem__, bits)))
+        self._counts.update(map(add, first, map(_TAGS.__getitem__, bits)))
 
     def buckets(self) -> list[tuple[int, int]]:
         """`(upper end, count)` of the buckets that hold something, ascending."""

@@ -36,6 +36,9 @@ _NOBODYS = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAK
 """What no verdict needs."""
 
 
+_PART = "no record tells which thread runs its vCPU"
+
+
 class VmTicks:
     """One VM of a trace and its ticks."""
 
@@ -48,7 +51,7 @@ class VmTicks:
         keep: int,
         keep_all: bool,
     ) -> None:
-        self._share = share
+        self.share = share
         self.tasks = trace.tasks
         self.notes: list[str] = []
         """What cannot be told of this VM, and why; a sentence each."""
@@ -67,7 +70,7 @@ class VmTicks:
     @property
     def info(self) -> VmInfo:
         """What is known of it beside the records."""
-        return self._share.info
+        return self.share.info
 
     @property
     def pid(self) -> int:
@@ -78,6 +81,23 @@ class VmTicks:
     def name(self) -> str:
         """Its name, for people."""
         return self.info.name
+
+    def note(self) -> None:
+        """Everything was read: say what cannot be told."""
+        share, came = self.share, self.assembler.without_expiry
+        if share.is_guessed:
+            self.notes.append("nothing tells its threads from those of another VM: taken for one")
+        if share.is_part:
+            self.notes.append(_PART)
+        if share.missed:
+            self.notes.append(
+                f"{share.missed} records are left out: it was known too late whose they are"
+            )
+        if came:
+            self.notes.append(
+                f"{came} timer interrupts came without an expiry (a VMX preemption timer, or a "
+                "deadline in the past): they are no ticks here"
+            )
 
 
 class HostTicks:
@@ -174,8 +194,9 @@ class HostTicks:
 
     def _look_for_missing(self, vm: VmTicks) -> None:
         events, back_end = self.trace.events, self._back_end
+        part = _PART if vm.share.is_part else ""
         vm.assembler.judge_by(
-            missing_of_pit(events, self._events_told, back_end),
+            part or missing_of_pit(events, self._events_told, back_end),
             missing_of_lapic(events, self._events_told, back_end),
             sees_masks(events) or not self._events_told,
         )
@@ -195,4 +216,5 @@ class HostTicks:
             if self._on_lives is not None:
                 for source in vm.assembler.sources():
                     self._hand_out(vm, source, also_kept=True)
+            vm.note()
         self.lost = max(self.lost, self.trace.lost)

@@ -11,8 +11,8 @@ note still there, and by a timer that never gave an interrupt.
 Where the records begin in the middle, a note may be there already, and whose timer it is may not be
 known: its ticks are `unknown` until its vCPU delivered one, or programmed the timer.
 
-Not told apart, for there is no record: a TSC deadline that had passed when it was written has no
-expiry; its interrupt is no tick's.
+Not told apart, for there is no record: a TSC deadline that had passed when it was written, and a
+timer that runs as the VMX preemption timer, have no expiry; their interrupts are no tick's.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ HOST_TICK = b"%c%c%c%c%c?%c" % (
     *(Event.HRTIMER_EXPIRE_ENTRY, Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ),
     *(Event.KVM_INJ_VIRQ, Event.KVM_MMIO, Event.KVM_EOI),
 )
-"""The events of a periodic timer's tick that nothing disturbs, as a kernel writes them: a pattern."""
+"""The events of a periodic timer's tick that nothing disturbs, as a kernel has them: a pattern."""
 
 NO_TASK = -1
 APIC_SPIV = 0xF0
@@ -263,6 +263,8 @@ class LapicTimers:
         self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
+        self.without_expiry = 0
+        """Messages that only a timer explains, and that no expiry came before."""
         self._begun = ""
         self._blind = ""
         self._sees_masks = True
@@ -325,7 +327,10 @@ class LapicTimers:
         timer = self._waiting_of(vcpu)
         if self._messages.explains(record, timer.vector if timer is not None else None):
             return False
-        if timer is None or mode != DM_FIXED or level:
+        if mode != DM_FIXED or level:
+            return False
+        if timer is None:
+            self.without_expiry += 1
             return False
         timer.accept(record, self._apics)
         if self._sees_masks:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 
-from kvmtick.ticks.apics import DM_INIT, LocalApics
+from kvmtick.ticks.apics import DM_FIXED, DM_INIT, DM_LOWEST, LocalApics
 from kvmtick.ticks.lapic import HOST_TICK as HOST_LAPIC_TICK
 from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
@@ -80,6 +80,7 @@ class TickAssembler:
             (Event.KVM_MSI_SET_IRQ, self._msi_set_irq),
             (Event.KVM_APIC_IPI, self._messages.ipi),
             (Event.KVM_APIC_ACCEPT_IRQ, self._apic_accept_irq),
+            (Event.KVM_APICV_ACCEPT_IRQ, self._apicv_accept_irq),
             (Event.KVM_APIC, self._timers.apic),
             (Event.KVM_INJ_VIRQ, self._inj_virq),
             (Event.KVM_INJ_NMI, self._inj_nmi),
@@ -204,10 +205,16 @@ class TickAssembler:
         """The ticks of every source so far; the PIT's first, if it expired or nothing did."""
         return [TickReport(source) for source in self.sources()]
 
+    @property
+    def without_expiry(self) -> int:
+        """Interrupts that look like a local APIC timer's, and that no hrtimer gave."""
+        return self._timers.without_expiry
+
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self._pit.settle()
         self._timers.settle()
+        self._apics.settle()
         for source in self.sources():
             source.judge_blind()
 
@@ -301,6 +308,10 @@ class TickAssembler:
             self._apics.accept_foreign(record[3], mode, record[6])
         if mode == DM_INIT:
             self._timers.reset(record[3])
+
+    def _apicv_accept_irq(self, record: Record) -> None:
+        if record[4] in (DM_FIXED, DM_LOWEST):
+            self._apics.post(record[3], record[6])
 
     def _inj_virq(self, record: Record) -> None:
         ts_ns, _, task, vector, _, reinjected = record
