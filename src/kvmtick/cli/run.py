@@ -22,13 +22,16 @@ from kvmtick.cli.run_options import (
     port,
     ticks_of,
 )
-from kvmtick.cli.run_output import live_text, report, trace_writer
+from kvmtick.cli.run_output import live_text, reinject_of, report, trace_writer
 from kvmtick.cli.run_where import Where, where_of
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
+from kvmtick.machine.board import VMM_PID
 from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
+from kvmtick.trace.encode import KtraceEncoder
+from kvmtick.trace.vms import VmInfo
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
@@ -133,7 +136,15 @@ def _build(
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
     recorder = vm.machine.recorder
-    writer = stack.enter_context(trace_writer(options.trace, lambda: recorder.tasks))
+    about = VmInfo(VMM_PID, guest.name, reinject=reinject_of(options, guest))
+    writer = stack.enter_context(
+        trace_writer(
+            options.trace,
+            lambda: recorder.tasks,
+            lambda file: KtraceEncoder(file, recorder.tasks, about),
+            simulated=True,
+        )
+    )
     if writer is not None:
         recorder.add_consumer(writer)
     vm.prepare(guest.needs, options.reinject is not False)

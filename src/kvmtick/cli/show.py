@@ -9,9 +9,9 @@ from kvmtick.report.words import hop_names
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.host import format_ns
 
-__all__ = ["ReportConsole", "show_run"]
+__all__ = ["STYLES", "ReportConsole", "show_run", "verdict_table"]
 
-_STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
+STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
 
 
 class ReportConsole(Console):
@@ -40,7 +40,7 @@ def show_run(run: Run, console: Console | None = None, *, with_text: bool = True
         show()
         if len(reports) > 1 or (report.source, report.path) != ("pit", "pic"):
             show(f"ticks of {report.title()}:")
-        show(_verdicts(report))
+        show(verdict_table(report))
         _show_latency(report, console)
     show()
     show(_speed(run))
@@ -50,12 +50,13 @@ def show_run(run: Run, console: Console | None = None, *, with_text: bool = True
             console.out(text.rstrip("\n"), highlight=False)
 
 
-def _verdicts(report: TickReport) -> Table:
+def verdict_table(report: TickReport) -> Table:
+    """Counts by verdict, and what each means."""
     verdicts = Table("verdict", "ticks", "meaning", box=None, pad_edge=False)
     verdicts.columns[1].justify = "right"
     for name, count, meaning in report.rows():
         if count:
-            verdicts.add_row(f"[{_STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
+            verdicts.add_row(f"[{STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
     verdicts.add_row("[bold]expired[/]", f"[bold]{report.expired:,}[/]", "")
     return verdicts
 

@@ -1,4 +1,5 @@
-// The timelines of the page: what is drawn on the canvases, and the story of the tick that is chosen.
+// The timelines of the page: what is drawn on the canvases, and what can be done there. page_story.js
+// tells of the tick that is chosen; both are one script.
 // Text is only ever set as text, never as markup: names of VMs and threads come from the trace.
 "use strict";
 
@@ -6,8 +7,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const colours = data.colours;
 const verdicts = Object.keys(colours);
 const ARRIVING = ["delivered", "late", "reinjected"];
-const LEFT = 84, RIGHT = 14, TOP = 12, PLOT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
-const DENSE = 4000;
+const LEFT = 84, RIGHT = 14, TOP = 12, PLOT_HEIGHT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
+const DENSE = 4000, SPARSE = 400;
 const SHORTEST_NS = 1000;
 
 const count = (n) => n.toLocaleString("en-US");
@@ -20,19 +21,6 @@ function duration(ns) {
 }
 
 const seconds = (ns, digits = 9) => `${(ns / 1e9).toFixed(digits)} s`;
-
-function make(tag, text, className) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  if (className) element.className = className;
-  return element;
-}
-
-function row(...cells) {
-  const tr = make("tr");
-  for (const cell of cells) tr.append(cell instanceof Node ? cell : make("td", cell));
-  return tr;
-}
 
 /** The ticks of a source, a column each; times are offsets to the expiry, NaN where there is none. */
 function decode(told) {
@@ -62,7 +50,7 @@ function mark(pen, verdict, x, y, r) {
     pen.lineTo(x, y + r + 1);
     pen.lineTo(x - r - 1, y);
     pen.fill();
-  } else if (verdict === "delivered" && r > 2) {
+  } else if (verdict === "delivered" && r >= 2) {
     pen.beginPath();
     pen.arc(x, y, r, 0, 7);
     pen.fill();
@@ -112,9 +100,10 @@ class Timeline {
       }
     }
     this.lanes = verdicts.filter((verdict) => lanes.has(verdict));
+    this.plot = low === Infinity ? 0 : PLOT_HEIGHT;
     this.low = Math.max(1, low === Infinity ? high / 1000 : low) / 1.4;
     this.high = Math.max(high * 1.6, this.low * 100);
-    this.lanesTop = TOP + PLOT + 8;
+    this.lanesTop = TOP + this.plot + 8;
     this.axisTop = this.lanesTop + this.lanes.length * LANE;
     this.stripTop = this.axisTop + AXIS;
     this.height = this.stripTop + STRIP + 2;
@@ -144,7 +133,7 @@ class Timeline {
 
   yOf(latency) {
     const share = Math.log(Math.max(latency, this.low) / this.low) / Math.log(this.high / this.low);
-    return TOP + PLOT * (1 - share);
+    return TOP + this.plot * (1 - share);
   }
 
   y(i) {
@@ -188,6 +177,7 @@ class Timeline {
     const { pen, width } = this;
     const style = getComputedStyle(this.root);
     this.ink = style.getPropertyValue("--ink");
+    this.card = style.getPropertyValue("--card");
     this.muted = style.getPropertyValue("--muted");
     this.grid = style.getPropertyValue("--grid");
     pen.clearRect(0, 0, width, this.height);
@@ -197,6 +187,7 @@ class Timeline {
     this.drawLanes();
     this.drawTimeAxis();
     this.drawMarks();
+    this.drawPeriod();
     this.drawStrip();
     this.drawChosen();
     const shown = [...this.drawn.values()].reduce((a, b) => a + b, 0);
@@ -216,6 +207,7 @@ class Timeline {
 
   drawLatencyAxis() {
     const { pen, width } = this;
+    if (!this.plot) return;
     pen.lineWidth = 1;
     pen.textAlign = "right";
     for (let at = 10 ** Math.ceil(Math.log10(this.low)); at < this.high; at *= 10) {
@@ -224,15 +216,23 @@ class Timeline {
       pen.fillStyle = this.muted;
       pen.fillText(duration(at), LEFT - 8, y);
     }
+  }
+
+  /** Where a tick is late, written over the marks. */
+  drawPeriod() {
+    const { pen } = this;
     const period = this.told.period;
-    if (period) {
-      const y = Math.round(this.yOf(period)) + 0.5;
-      this.line(LEFT, y, width - RIGHT, y, this.muted, [5, 4]);
-      pen.fillStyle = this.muted;
-      pen.textAlign = "left";
-      const late = this.until === "inject" ? ": late from here on" : "";
-      pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
-    }
+    if (!period || !this.plot) return;
+    const y = Math.round(this.yOf(period)) + 0.5;
+    const late = this.until === "inject" ? ": late from here on" : "";
+    this.line(LEFT, y, this.width - RIGHT, y, this.muted, [5, 4]);
+    pen.textAlign = "left";
+    pen.strokeStyle = this.card;
+    pen.lineWidth = 4;
+    pen.strokeText(`one period, ${duration(period)}${late}`, LEFT + 6, y + 10);
+    pen.lineWidth = 1;
+    pen.fillStyle = this.muted;
+    pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y + 10);
   }
 
   drawLanes() {
@@ -285,6 +285,7 @@ class Timeline {
       this.drawn.set(verdict, end - first);
       const taken = new Uint8Array(columns * (Math.ceil(this.height) + 1));
       const common = verdict === "delivered" && total > DENSE;
+      const radius = total < SPARSE ? 3.5 : verdict === "delivered" ? (common ? 1 : 2) : 3;
       pen.fillStyle = colours[verdict];
       pen.globalAlpha = common ? 0.75 : 1;
       for (let at = first; at < end; at++) {
@@ -293,7 +294,7 @@ class Timeline {
         const pixel = Math.round(y) * columns + Math.round(x);
         if (taken[pixel]) continue;
         taken[pixel] = 1;
-        mark(pen, verdict, x, y, common ? 1 : total > DENSE ? 2.5 : 3.5);
+        mark(pen, verdict, x, y, radius);
       }
     }
     pen.restore();
@@ -394,7 +395,7 @@ class Timeline {
 
   choose(i) {
     this.selected = i;
-    this.tell(i);
+    tell(this, i);
     const at = this.ticks.expiry[i];
     if (at < this.from || at > this.to) {
       const half = (this.to - this.from) / 2;
@@ -546,98 +547,6 @@ class Timeline {
       this.tip.style.top = `${Math.max(0, this.y(i) - 30)}px`;
     }
     this.schedule();
-  }
-
-  // The story.
-
-  steps(i) {
-    const { ticks, told } = this;
-    const { path, vector } = ticks.kind[i];
-    const by = path === "pic" ? "the PIC has the request" : "a local APIC has accepted it";
-    const what = vector === null ? "" : ` with vector 0x${vector.toString(16)}`;
-    return [
-      ["the hrtimer is due", 0],
-      [`its callback runs (${told.source === "pit" ? "pit_timer_fn" : "apic_timer_fn"})`, ticks.fired[i]],
-      ["the kvm-pit worker takes it (pit_do_work)", ticks.work[i]],
-      [by, ticks.accept[i]],
-      [path === "nmi" ? "VM entry with an NMI" : `VM entry${what}`, ticks.inject[i]],
-      ["the guest's EOI", ticks.eoi[i]],
-    ].filter(([, at]) => !Number.isNaN(at));
-  }
-
-  tell(i) {
-    const { ticks } = this;
-    const { verdict, where, path, vcpu, period, detail } = ticks.kind[i];
-    const index = ticks.index[i];
-    const worst = this.told.worst[index];
-    const title = make("h4", `Tick ${count(index)} `);
-    const badge = make("span", undefined, "badge");
-    badge.style.color = colours[verdict];
-    badge.append(make("span", where ? `${verdict} at ${where}` : verdict));
-    title.append(badge);
-    const parts = [title];
-    if (detail) parts.push(make("p", detail));
-    if (worst && worst.held_up) parts.push(make("p", worst.held_up, "held"));
-    parts.push(this.hops(i, worst ? worst.story : []));
-    const facts = make("dl");
-    for (const [name, value] of [
-      ["due", `${seconds(ticks.expiry[i])} after the start`],
-      ["trace time", this.traceTime(ticks.expiry[i])],
-      ["period", period === null ? "one-shot" : duration(period)],
-      ["path", path],
-      ["vCPU", vcpu],
-    ]) if (value !== null) facts.append(make("dt", name), make("dd", value));
-    parts.push(facts);
-    if (worst && worst.story.length) parts.push(this.events(worst.story));
-    this.story.replaceChildren(...parts);
-  }
-
-  traceTime(ns) {
-    const at = BigInt(data.start_ns) + BigInt(ns);
-    return `${at / 1000000000n}.${String(at % 1000000000n).padStart(9, "0")} s`;
-  }
-
-  hops(i, story) {
-    const steps = this.steps(i);
-    const took = steps.map(([, at], n) => (n ? at - steps[n - 1][1] : 0));
-    const longest = Math.max(...took);
-    const table = make("table", undefined, "hops");
-    const head = make("thead");
-    head.append(row(...["since due", "took", "", "step"].map((name) => make("th", name))));
-    const body = make("tbody");
-    steps.forEach(([what, at], n) => {
-      const bar = make("td", undefined, "share");
-      const fill = make("i");
-      fill.style.width = `${longest ? (100 * Math.max(0, took[n])) / longest : 0}%`;
-      bar.append(fill);
-      const step = make("td", what);
-      const line = story.find((event) => event[0] === at);
-      if (line) step.append(make("small", ` ${line[1]}`));
-      const tr = row(duration(at), n ? duration(took[n]) : "", bar, step);
-      if (n && longest > 0 && took[n] === longest) tr.className = "longest";
-      body.append(tr);
-    });
-    if (Number.isNaN(this.ticks.inject[i])) {
-      body.append(row("", "", "", `it never reached the guest: ${this.ticks.kind[i].verdict}`));
-    }
-    table.append(head, body);
-    return table;
-  }
-
-  events(story) {
-    const details = make("details");
-    details.open = true;
-    details.append(make("summary", `the ${count(story.length)} events of its life`));
-    const table = make("table", undefined, "events");
-    const body = make("tbody");
-    for (const [at, thread, event, text, what] of story) {
-      const cell = make("td");
-      cell.append(make("b", what), make("code", `${event}: ${text}`), make("small", thread));
-      body.append(row(duration(at), cell));
-    }
-    table.append(body);
-    details.append(table);
-    return details;
   }
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmtick.report.data import Finding, Report, SourceReport, VmReport, WorstTick
 from kvmtick.report.page_data import drawn, page_data, script_json
 from kvmtick.report.page_svg import Scale, axis, histogram, verdict_bar
-from kvmtick.report.words import COLOURS, hop_names
+from kvmtick.report.words import COLOURS, hop_names, timer_name
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
@@ -24,13 +24,13 @@ __all__ = ["page_text", "write_page"]
 
 def write_page(report: Report, path: Path) -> None:
     """Write the page to `path`. Raises OSError."""
-    path.write_text(page_text(report), encoding="utf-8")
+    path.write_bytes(page_text(report).encode(errors="replace"))
 
 
 def page_text(report: Report) -> str:
     """The page."""
     style = _own("page.css")
-    script = _own("page.js")
+    script = _own("page.js") + _own("page_story.js")
     ids = [_id(v, s) for v, vm in enumerate(report.vms) for s in range(len(vm.sources))]
     data = script_json(page_data(report, ids))
     policy = (
@@ -134,20 +134,22 @@ def _finding(finding: Finding, report: Report) -> str:
         else ""
     )
     return (
-        f'<li class="{severity}"><span class="severity">{severity}</span>'
-        f"<div><p>{escape(finding.text)}{_whose(finding, report)}</p>{remedy}</div></li>"
+        f'<li class="{severity}"><span class="severity">{severity}</span><div>'
+        f"{_whose(finding, report)}<p>{escape(finding.text)}</p>{remedy}</div></li>"
     )
 
 
 def _whose(finding: Finding, report: Report) -> str:
-    """A link to the source that a finding is about, if there is one."""
+    """A link to the VM or the timer that a finding is about, if there is one."""
     for number, vm in enumerate(report.vms):
         if finding.pid is None or vm.pid != finding.pid:
             continue
+        name, text = f"vm{number}", _vm_title(vm)
         for place, source in enumerate(vm.sources):
             if source.source == finding.source and finding.vcpu in (None, source.vcpu):
-                return f' <a href="#{_id(number, place)}">show</a>'
-        return f' <a href="#vm{number}">show</a>'
+                name, text = _id(number, place), f"{text}, {_timer(source)}"
+                break
+        return f'<p class="whose"><a href="#{name}">{escape(text)}</a></p>'
     return ""
 
 
@@ -209,7 +211,7 @@ def _vm_title(vm: VmReport) -> str:
 
 
 def _timer(source: SourceReport) -> str:
-    return "PIT" if source.source == "pit" else f"LAPIC timer of vCPU {source.vcpu}"
+    return timer_name(source.source, source.vcpu)
 
 
 def _source(source: SourceReport, name: str) -> str:
@@ -239,7 +241,7 @@ def _rates(source: SourceReport) -> str:
     if source.drift_ppm is not None:
         told = _ppm(source.drift_ppm)
         if source.drift_constant:
-            told += f", a tick counted as {source.drift_constant}"
+            told += f" ({source.drift_constant})"
         facts.append(("a clock of these ticks is off by", told, False))
     if source.ticks.extra:
         facts.append(("injections of no tick", f"{source.ticks.extra:,}", False))
@@ -281,7 +283,7 @@ def _latency(source: SourceReport) -> str:
     filled = {hop: h for hop, h in source.histograms.items() if len(h)}
     if not filled:
         return "<h4>Latency</h4><p>No tick reached the guest.</p>"
-    scale = Scale(filled)
+    scale = Scale(filled.values())
     rows = [
         f"<tr><td>{escape(_arrow(names[hop]))}</td><td>{histogram(latency, scale)}</td>"
         + "".join(f'<td class="n">{format_ns(v)}</td>' for v in latency.summary().values())
@@ -319,7 +321,8 @@ def _timeline(source: SourceReport) -> str:
         '<option value="inject">VM entry</option><option value="eoi">the guest\'s EOI</option>'
         f'</select></label>{_BUTTONS}<span class="range"></span></div>'
         '<div class="plot"><canvas tabindex="0" role="img"'
-        f' aria-label="timeline of {len(ticks):,} ticks"></canvas><div class="tip" hidden></div></div>'
+        f' aria-label="timeline of {len(ticks):,} ticks"></canvas>'
+        '<div class="tip" hidden></div></div>'
         f'<p class="keys">{_KEYS}</p>'
     )
 
@@ -335,8 +338,8 @@ _BUTTONS = "".join(
     )
 )
 _KEYS = (
-    "Drag: zoom in. Double-click: all. Shift and drag, or the strip below: move. Ctrl and wheel: zoom."
-    " Keys: arrows for the next tick, with Shift to move; + and \N{MINUS SIGN}; 0."
+    "Drag: zoom in. Double-click: all. Shift and drag, or the strip below: move. Ctrl and wheel:"
+    " zoom. Keys: arrows for the next tick, with Shift to move; + and \N{MINUS SIGN}; 0."
 )
 
 

@@ -52,6 +52,7 @@ def _source(source: SourceReport, start_ns: int) -> dict[str, Any]:
     kind_of = [kinds.setdefault(json.dumps(_kind(tick)), len(kinds)) for tick in ticks]
     return {
         "source": source.source,
+        "path": source.ticks.path,
         "period": source.period_ns,
         "kinds": [json.loads(kind) for kind in kinds],
         "kind": kind_of,

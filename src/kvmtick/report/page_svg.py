@@ -4,8 +4,9 @@ Everything is placed in per cent, so that it fits any width and its text keeps i
 """
 
 import math
-from collections import Counter
+from collections.abc import Iterable
 
+from kvmtick.report.log_bins import bins, decades
 from kvmtick.report.words import COLOURS
 from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.report import TickReport
@@ -13,28 +14,28 @@ from kvmtick.timing.host import format_ns
 
 __all__ = ["Scale", "axis", "histogram", "verdict_bar"]
 
-BINS_PER_DECADE = 10
 _LEAST_SHARE = 0.4
 """Per cent of the bar that a verdict with any ticks gets, so that it can be seen."""
+
+_MOST_NAMES = 6
+"""So many decades are named; more would not fit a narrow page."""
 
 
 class Scale:
     """The log axis that the histograms of a source share, in whole decades."""
 
-    def __init__(self, histograms: dict[str, Histogram]) -> None:
-        ends = [end for h in histograms.values() for end, _ in h.buckets()]
-        highest = max((h.max for h in histograms.values()), default=1)
-        self.first = math.floor(_log(min(ends, default=1)))
-        self.last = max(self.first + 1, math.floor(_log(highest)) + 1)
+    def __init__(self, latencies: Iterable[Histogram]) -> None:
+        self._powers = decades(latencies)
 
     def share(self, value_ns: float) -> float:
         """Where a latency is, in per cent."""
-        return 100 * (_log(value_ns) - self.first) / (self.last - self.first)
+        first, last = self._powers[0], self._powers[-1]
+        return 100 * (math.log10(max(1, value_ns)) - first) / (last - first)
 
     @property
-    def decades(self) -> list[int]:
-        """The powers of ten that it shows, in ns."""
-        return [10**power for power in range(self.first, self.last + 1)]
+    def ends_ns(self) -> list[int]:
+        """The powers of ten that it shows."""
+        return [10**power for power in self._powers]
 
 
 def verdict_bar(ticks: TickReport) -> str:
@@ -54,51 +55,37 @@ def verdict_bar(ticks: TickReport) -> str:
 
 def histogram(latency: Histogram, scale: Scale) -> str:
     """One hop's latencies; how high a bar is tells the logarithm of its count."""
-    bins: Counter[int] = Counter()
-    for end, count in latency.buckets():
-        bins[math.floor(_log(min(end, latency.max)) * BINS_PER_DECADE)] += count
-    most = math.log1p(max(bins.values(), default=1))
-    width = 100 / (scale.last - scale.first) / BINS_PER_DECADE
+    held = bins(latency)
+    most = math.log1p(max(each.count for each in held))
     bars = []
-    for place, count in sorted(bins.items()):
-        left = 100 * (place / BINS_PER_DECADE - scale.first) / (scale.last - scale.first)
-        height = 100 * math.log1p(count) / most
-        low, high = (format_ns(round(10 ** (n / BINS_PER_DECADE))) for n in (place, place + 1))
+    for each in held:
+        left, right = scale.share(each.low_ns), scale.share(each.high_ns)
+        height = 100 * math.log1p(each.count) / most
+        span = f"{format_ns(round(each.low_ns))} to {format_ns(round(each.high_ns))}"
         bars.append(
-            f'<rect x="{left:.3f}%" y="{100 - height:.2f}%" width="{width * 0.92:.3f}%"'
-            f' height="{height:.2f}%"><title>{low} to {high}: {count:,}</title></rect>'
+            f'<rect x="{left:.3f}%" y="{100 - height:.2f}%" width="{(right - left) * 0.92:.3f}%"'
+            f' height="{height:.2f}%"><title>{span}: {each.count:,}</title></rect>'
         )
-    marks = [
-        f'<line class="{name}" x1="{at:.3f}%" x2="{at:.3f}%" y2="100%"/>'
-        for name, value_ns in latency.summary().items()
-        for at in [scale.share(value_ns)]
-    ]
+    grid = [_line("grid", scale.share(end_ns)) for end_ns in scale.ends_ns]
+    marks = [_line(name, scale.share(value_ns)) for name, value_ns in latency.summary().items()]
     return (
-        f'<svg class="histogram" role="img" aria-label="histogram">'
-        f"{_grid(scale)}{''.join(bars)}{''.join(marks)}</svg>"
+        '<svg class="histogram" role="img" aria-label="histogram">'
+        f"{''.join(grid)}{''.join(bars)}{''.join(marks)}</svg>"
     )
 
 
 def axis(scale: Scale) -> str:
     """The names of the decades, under the histograms."""
-    last = scale.decades[-1]
-    texts = [
-        f'<text x="{scale.share(value_ns):.3f}%" y="12" text-anchor="{anchor}">'
-        f"{format_ns(value_ns)}</text>"
-        for value_ns in scale.decades
-        for anchor in ["start" if value_ns == scale.decades[0] else "middle"]
-        if value_ns != last
-    ]
-    texts.append(f'<text x="100%" y="12" text-anchor="end">{format_ns(last)}</text>')
+    step = math.ceil(len(scale.ends_ns) / _MOST_NAMES)
+    texts = []
+    for end_ns in scale.ends_ns[::step]:
+        at = scale.share(end_ns)
+        anchor = "start" if at < 5 else "end" if at > 95 else "middle"
+        texts.append(
+            f'<text x="{at:.3f}%" y="12" text-anchor="{anchor}">{format_ns(end_ns)}</text>'
+        )
     return f'<svg class="axis" aria-hidden="true">{"".join(texts)}</svg>'
 
 
-def _grid(scale: Scale) -> str:
-    return "".join(
-        f'<line class="grid" x1="{at:.3f}%" x2="{at:.3f}%" y2="100%"/>'
-        for at in map(scale.share, scale.decades)
-    )
-
-
-def _log(value_ns: float) -> float:
-    return math.log10(max(1, value_ns))
+def _line(name: str, at: float) -> str:
+    return f'<line class="{name}" x1="{at:.3f}%" x2="{at:.3f}%" y2="100%"/>'

@@ -7,6 +7,7 @@ A question can read these and nothing else: one SELECT, no file, no network, no 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,37 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtick.report.extras import extra
 from kvmtick.report.stream import Progress
-from kvmtick.report.tables import EVENTS, METADATA, TICKS, write_tables
+from kvmtick.report.tables import EVENTS, METADATA, TABLES, TICKS, write_tables
 from kvmtick.trace.formats import FormatError
+from kvmtick.trace.reading import open_trace
 
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["Answer", "QueryError", "Tables", "open_tables"]
+__all__ = ["COLUMNS", "Answer", "QueryError", "Tables", "check_source", "open_tables"]
 
 _CHUNK_ROWS = 10_000
+
+
+COLUMNS: dict[str, dict[str, str]] = {
+    **{
+        Path(name).stem: {column: sql for column, sql, _ in columns}
+        for name, columns in TABLES.items()
+    },
+    "vms": {"vm": "BIGINT", "name": "VARCHAR", "notes": "VARCHAR[]"},
+    "trace": {
+        "file": "VARCHAR",
+        "origin": "VARCHAR",
+        "simulated": "BOOLEAN",
+        "start_ns": "BIGINT",
+        "end_ns": "BIGINT",
+        "events": "BIGINT",
+        "lost_events": "BIGINT",
+        "unknown_lines": "BIGINT",
+        "cut": "VARCHAR",
+    },
+}
+"""The columns of every table, and their types in SQL."""
 
 
 class QueryError(ValueError):
@@ -74,21 +97,20 @@ class Tables:
 
     def _tell(self, told: dict[str, Any]) -> None:
         """The small tables `vms` and `trace`."""
-        run = self._connection.execute
-        run("CREATE TABLE vms (vm BIGINT, name VARCHAR, notes VARCHAR[])")
-        for vm in told.pop("vms"):
-            run("INSERT INTO vms VALUES (?, ?, ?)", [vm["pid"], vm["name"], vm["notes"]])
-        run(
-            "CREATE TABLE trace (file VARCHAR, origin VARCHAR, simulated BOOLEAN, start_ns BIGINT,"
-            " end_ns BIGINT, events BIGINT, lost_events BIGINT, unknown_lines BIGINT, cut VARCHAR)"
-        )
-        run("INSERT INTO trace VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", list(told.values()))
+        vms = [(vm["pid"], vm["name"], vm["notes"]) for vm in told.pop("vms")]
+        for table, rows in (("vms", vms), ("trace", [tuple(told.values())])):
+            columns = COLUMNS[table]
+            what = ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+            self._connection.execute(f"CREATE TABLE {table} ({what})")
+            for row in rows:
+                marks = ", ".join("?" * len(columns))
+                self._connection.execute(f"INSERT INTO {table} VALUES ({marks})", row)
 
     def ask(self, sql: str) -> Answer:
         """Answer one SELECT. Raises `QueryError`."""
         import duckdb
 
-        with _errors(self.columns):
+        with _errors(sql):
             statements = self._connection.extract_statements(sql)
             if len(statements) != 1:
                 raise QueryError(f"{len(statements)} statements: give one SELECT")
@@ -99,17 +121,6 @@ class Tables:
             description = answer.description
             assert description is not None
             return Answer([column[0] for column in description], answer)
-
-    def columns(self) -> dict[str, list[tuple[str, str]]]:
-        """Name and type of every column, by table."""
-        rows = self._connection.execute(
-            "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal"
-            " ORDER BY table_name NOT IN ('ticks', 'events'), table_name DESC, column_index"
-        ).fetchall()
-        tables: dict[str, list[tuple[str, str]]] = {}
-        for table, column, type_ in rows:
-            tables.setdefault(table, []).append((column, type_))
-        return tables
 
     def close(self) -> None:
         """Let go of the files."""
@@ -135,24 +146,35 @@ def open_tables(source: Path, progress: Progress | None = None) -> Iterator[Tabl
             tables.close()
 
 
+def check_source(source: Path) -> None:
+    """Whether there is something to ask. Raises OSError and `FormatError` as `open_tables` does."""
+    if source.is_dir():
+        _about(source)
+    else:
+        open_trace(source).close()
+
+
 @contextmanager
-def _errors(columns: Any = None) -> Iterator[None]:
-    """DuckDB's complaint in one line; where a column is not known, with those there are."""
+def _errors(sql: str = "") -> Iterator[None]:
+    """DuckDB's complaint in one line, with the columns there are of the tables that `sql` names."""
     import duckdb
 
     try:
         yield
     except duckdb.Error as error:
-        said = [line.strip() for line in str(error).split("\n") if line.strip()]
-        text = said[0]
-        if columns is not None and isinstance(error, duckdb.BinderException):
-            text += "; " + "; ".join(
-                f"{table} has {', '.join(name for name, _ in each)}"
-                for table, each in columns().items()
-            )
-        elif columns is not None and isinstance(error, duckdb.CatalogException):
-            text += "; tables: " + ", ".join(columns())
+        text = next(filter(None, map(str.strip, str(error).split("\n"))))
+        if isinstance(error, duckdb.BinderException):
+            words = set(re.findall(r"\w+", sql.lower()))
+            for table in sorted(words & COLUMNS.keys()) or COLUMNS:
+                text += f"; {table} has {', '.join(COLUMNS[table])}"
+        elif isinstance(error, duckdb.CatalogException | duckdb.PermissionException):
+            text += f"; there are the tables {', '.join(COLUMNS)}"
         raise QueryError(text) from None
+    except RuntimeError as error:
+        # What the module makes of Ctrl-C.
+        if "interrupted" in str(error):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _about(directory: Path) -> dict[str, Any]:

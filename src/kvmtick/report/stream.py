@@ -5,7 +5,7 @@ is counted to the VM of the thread it happened in.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,7 @@ _BY_ITS_VCPU = frozenset(
     map(int, (Event.KVM_ENTRY, Event.KVM_EXIT, Event.KVM_INJ_NMI, Event.KVM_EOI))
 )
 """Events that happen in the thread of the vCPU they name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thread:
@@ -91,8 +92,15 @@ class Threads:
 class Consumer(Protocol):
     """Who takes what a trace holds."""
 
-    def events(self, records: Sequence[Record], owners: Sequence[VmTicks | None]) -> None:
-        """The next events as they were recorded, in order, with the VM each belongs to."""
+    def events(
+        self,
+        records: Sequence[Record],
+        owners: Sequence[VmTicks | None],
+        by_tid: Mapping[int, VmTicks],
+    ) -> None:
+        """The next events as they were recorded, in order, with the VM each belongs to, and the VMs
+        by their threads.
+        """
 
     def lives(self, vm: VmTicks, source: Source, ticks: list[Tick]) -> None:
         """The next lives of a source, in order; every life comes once."""
@@ -104,7 +112,7 @@ def stream(trace: Trace, consumer: Consumer, progress: Progress | None = None) -
     host = HostTicks(trace, on_records=owners.note, on_lives=consumer.lives)
     for batch in trace.batches():
         host.take(batch)
-        consumer.events(batch, owners.of(batch, host))
+        consumer.events(batch, owners.of(batch, host), owners.by_tid)
         if progress is not None:
             progress(trace)
     host.settle()
@@ -116,7 +124,7 @@ class _Owners:
 
     def __init__(self) -> None:
         self._noted: dict[int, VmTicks] = {}
-        self._by_tid: dict[int, VmTicks] = {}
+        self.by_tid: dict[int, VmTicks] = {}
 
     def note(self, vm: VmTicks, records: list[Record]) -> None:
         """These are the VM's. They are known by identity, as long as their batch lives."""
@@ -126,7 +134,7 @@ class _Owners:
         """The owner of each event; None: no VM's, as the gaps are."""
         for vm in host.vms:
             for tid in vm.info.threads:
-                self._by_tid.setdefault(tid, vm)
+                self.by_tid.setdefault(tid, vm)
         noted, rest = self._noted, self._rest
         tasks = host.trace.tasks
         owners = [
@@ -140,11 +148,10 @@ class _Owners:
         """Whose an event is that tells nothing of ticks, or that was replaced by what it means."""
         event, task = record[1], record[2]
         other = _OTHER_THREAD.get(event)
-        if task & IRQ_CONTEXT:
-            vm = None
-        else:
-            vm = self._by_tid.get(int(tasks[task].rpartition("-")[2]))
-        return self._by_tid.get(record[other]) if vm is None and other is not None else vm
+        # In an interrupt the thread says nothing; no thread has this number.
+        tid = -1 if task & IRQ_CONTEXT else int(tasks[task].rpartition("-")[2])
+        vm = self.by_tid.get(tid)
+        return self.by_tid.get(record[other]) if vm is None and other is not None else vm
 
 
 def hops(source: Source, tick: Tick) -> tuple[int | None, ...]:

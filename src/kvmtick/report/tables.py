@@ -7,7 +7,8 @@ docs/tables.md tells what every column means. The file's metadata has one JSON o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -19,19 +20,56 @@ from kvmtick.report.stream import Progress, Threads, hops, stream
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
-from kvmtick.trace.events import HEADER_FIELDS, IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.events import HEADER_FIELDS, IRQ_CONTEXT, TRACEPOINTS, Function, Record
 from kvmtick.trace.ftrace import event_text
 from kvmtick.trace.reading import Trace, open_trace
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["EVENTS", "METADATA", "TICKS", "about", "schemas", "write_tables"]
+__all__ = ["EVENTS", "METADATA", "TABLES", "TICKS", "about", "schemas", "write_tables"]
 
 TICKS, EVENTS = "ticks.parquet", "events.parquet"
 """The files' names in their directory."""
 METADATA = b"kvmtick"
 """The key of what the files say of their trace."""
+
+TABLES: dict[str, list[tuple[str, str, bool]]] = {
+    TICKS: [
+        ("vm", "BIGINT", False),
+        ("name", "VARCHAR", False),
+        ("source", "VARCHAR", False),
+        ("vcpu", "INTEGER", True),
+        ("tick", "BIGINT", False),
+        ("expiry_ns", "BIGINT", False),
+        ("fired_ns", "BIGINT", False),
+        ("period_ns", "BIGINT", True),
+        ("work_ns", "BIGINT", True),
+        ("accept_ns", "BIGINT", True),
+        ("inject_ns", "BIGINT", True),
+        ("eoi_ns", "BIGINT", True),
+        ("path", "VARCHAR", True),
+        ("vector", "INTEGER", True),
+        ("arrival_vcpu", "INTEGER", True),
+        ("verdict", "VARCHAR", False),
+        ("place", "VARCHAR", True),
+        ("detail", "VARCHAR", False),
+        *((f"{hop}_ns", "BIGINT", True) for hop in HOPS),
+    ],
+    EVENTS: [
+        ("ts_ns", "BIGINT", False),
+        ("vm", "BIGINT", True),
+        ("event", "VARCHAR", False),
+        ("thread", "VARCHAR", False),
+        ("tid", "INTEGER", False),
+        ("in_irq", "BOOLEAN", False),
+        ("vcpu", "INTEGER", True),
+        ("function", "VARCHAR", True),
+        ("fields", "MAP(VARCHAR, UBIGINT)", False),
+        ("text", "VARCHAR", False),
+    ],
+}
+"""Column, type in SQL, may it be null; by the files' names. docs/tables.md tells what they mean."""
 
 _ROWS = 100_000
 """Rows of a row group: what is held in memory of each table."""
@@ -60,8 +98,9 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
             try:
                 host = stream(trace, writer, progress)
                 writer.finish(about(source, host))
-            finally:
-                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
     finally:
         trace.close()
 
@@ -88,49 +127,28 @@ def schemas() -> dict[str, pa.Schema]:
     """The schemas of both tables, by the files' names."""
     import pyarrow as pa
 
-    word = pa.dictionary(pa.int32(), pa.string())
-    small, large = pa.int32(), pa.int64()
-    must = {"nullable": False}
-    ticks = [
-        pa.field("vm", large, **must),
-        pa.field("name", word, **must),
-        pa.field("source", word, **must),
-        pa.field("vcpu", small),
-        pa.field("tick", large, **must),
-        pa.field("expiry_ns", large, **must),
-        pa.field("fired_ns", large, **must),
-        pa.field("period_ns", large),
-        pa.field("work_ns", large),
-        pa.field("accept_ns", large),
-        pa.field("inject_ns", large),
-        pa.field("eoi_ns", large),
-        pa.field("path", word),
-        pa.field("vector", small),
-        pa.field("arrival_vcpu", small),
-        pa.field("verdict", word, **must),
-        pa.field("place", word),
-        pa.field("detail", word, **must),
-        *(pa.field(f"{hop}_ns", large) for hop in HOPS),
-    ]
-    events = [
-        pa.field("ts_ns", large, **must),
-        pa.field("vm", large),
-        pa.field("event", word, **must),
-        pa.field("thread", word, **must),
-        pa.field("tid", small, **must),
-        pa.field("in_irq", pa.bool_(), **must),
-        pa.field("vcpu", small),
-        pa.field("function", word),
-        pa.field("fields", pa.map_(pa.string(), pa.uint64()), **must),
-        pa.field("text", pa.string(), **must),
-    ]
-    return {TICKS: pa.schema(ticks), EVENTS: pa.schema(events)}
+    types = {
+        "BIGINT": pa.int64(),
+        "INTEGER": pa.int32(),
+        "BOOLEAN": pa.bool_(),
+        "VARCHAR": pa.dictionary(pa.int32(), pa.string()),
+        "MAP(VARCHAR, UBIGINT)": pa.map_(pa.string(), pa.uint64()),
+    }
+    return {
+        name: pa.schema(
+            [
+                pa.field(column, pa.string() if column == "text" else types[sql], may_be_null)
+                for column, sql, may_be_null in columns
+            ]
+        )
+        for name, columns in TABLES.items()
+    }
 
 
 class _Tables:
     """Takes events and lives, writes a row group when there are enough."""
 
-    def __init__(self, trace: Trace, ticks: Path, events: Path) -> None:
+    def __init__(self, trace: Trace, ticks: FileIO, events: FileIO) -> None:
         self._trace = trace
         self._ticks = _TickRows()
         self._events = _EventRows(trace)
@@ -138,7 +156,12 @@ class _Tables:
         self._tick_file = _TableFile(ticks, by_name[TICKS])
         self._event_file = _TableFile(events, by_name[EVENTS])
 
-    def events(self, records: Sequence[Record], owners: Sequence[VmTicks | None]) -> None:
+    def events(
+        self,
+        records: Sequence[Record],
+        owners: Sequence[VmTicks | None],
+        by_tid: Mapping[int, VmTicks],
+    ) -> None:
         """A batch of events."""
         self._events.add(records, owners)
         if len(self._events) >= _ROWS:
@@ -158,23 +181,20 @@ class _Tables:
                 file.write(rows.take())
             file.finish(told)
 
-    def close(self) -> None:
-        """Close the files, finished or not."""
-        self._tick_file.close()
-        self._event_file.close()
+    def abandon(self) -> None:
+        """The files will not be kept."""
+        self._tick_file.abandon()
+        self._event_file.abandon()
 
 
 class _TableFile:
     """A Parquet file that grows by row groups."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, file: FileIO, schema: pa.Schema) -> None:
         from pyarrow import parquet
 
-        self._path = path
         self._schema = schema
-        with output_errors(path):
-            self._file = path.open("wb")
-        self._writer = parquet.ParquetWriter(self._file, schema, compression="zstd")
+        self._writer = parquet.ParquetWriter(file, schema, compression="zstd")
 
     def write(self, columns: list[Any]) -> None:
         """A row group; the columns in the schema's order."""
@@ -185,21 +205,16 @@ class _TableFile:
             for column, field in zip(columns, self._schema, strict=True)
         ]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
-        with output_errors(self._path):
-            self._writer.write_table(table, row_group_size=len(table))
+        self._writer.write_table(table, row_group_size=len(table))
 
     def finish(self, told: dict[str, Any]) -> None:
         """The last words of the file."""
         self._writer.add_key_value_metadata({METADATA: json.dumps(told)})
-        with output_errors(self._path):
-            self._writer.close()
-            self._file.close()
+        self._writer.close()
 
-    def close(self) -> None:
-        """Leave the file as it is."""
-        with output_errors(self._path):
-            self._writer.close()
-            self._file.close()
+    def abandon(self) -> None:
+        """Write no more, not even when Python throws the writer away."""
+        self._writer.is_open = False
 
 
 class _TickRows:
@@ -315,9 +330,7 @@ def _field_maps(records: Sequence[Record]) -> pa.Array:
     keys = pa.DictionaryArray.from_arrays(
         pa.array(list(chain.from_iterable(numbers)), pa.int32()), pa.array(_ALL_FIELDS)
     ).cast(pa.string())
-    values = [
-        None if value < 0 else value for value in chain.from_iterable(map(_values, records))
-    ]
+    values = [None if value < 0 else value for value in chain.from_iterable(map(_values, records))]
     return pa.MapArray.from_arrays(offsets, keys, pa.array(values, pa.uint64()))
 
 

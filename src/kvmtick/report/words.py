@@ -2,7 +2,7 @@
 
 from kvmtick.ticks.verdict import Verdict
 
-__all__ = ["COLOURS", "hop_names"]
+__all__ = ["COLOURS", "hop_names", "timer_name"]
 
 COLOURS = {
     Verdict.DELIVERED: "#2a9d6f",
@@ -38,3 +38,8 @@ def hop_names(source: str, path: str) -> dict[str, str]:
     if source == "lapic":
         return _LAPIC_TIMER
     return _PIC if path == "pic" else _APIC
+
+
+def timer_name(source: str, vcpu: int) -> str:
+    """Which timer of a VM it is: `source` is `pit` or `lapic`."""
+    return "PIT" if source == "pit" else f"LAPIC timer of vCPU {vcpu}"

@@ -59,7 +59,7 @@ class VmTicks:
         self.assembler = TickAssembler(
             keep,
             tasks=trace.tasks,
-            sees_nmis=lambda: sees_nmis(trace.events, back_end),
+            sees_nmis=lambda: trace.is_complete or sees_nmis(trace.events, back_end),
             vcpus=share.vcpus,
             owners=owners,
             keep_all=keep_all,
@@ -71,6 +71,16 @@ class VmTicks:
     def info(self) -> VmInfo:
         """What is known of it beside the records."""
         return self.share.info
+
+    @property
+    def workers(self) -> set[int]:
+        """Tasks that run its PIT's work."""
+        return self._share.workers
+
+    @property
+    def vcpus(self) -> dict[int, int]:
+        """Which task is which vCPU, as far as it is known."""
+        return self._share.vcpus
 
     @property
     def pid(self) -> int:

@@ -13,10 +13,11 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
+from typing import Any
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.formats import EventFormat, Field, FormatError, parse_format
-from kvmtick.trace.pages import PageLayout
+from kvmtick.trace.pages import UNKNOWN_COUNT, PageLayout
 
 __all__ = ["Decoder", "Merge", "TaskNames"]
 
@@ -79,7 +80,8 @@ class TaskNames:
         self._index: dict[int, int] = {}
         self._idle = {0: 0}
         self._told: set[int] = set()
-        self._seen: dict[int, bytes] = {}
+        self.seen: dict[int, bytes] = {}
+        """By pid: the name that an event had last, as it stood there."""
 
     def index(self, pid: int) -> int:
         """A thread's index. A simulated run's idle thread of CPU n, n > 0, is -n."""
@@ -110,8 +112,8 @@ class TaskNames:
         """An event has a thread's name, padded with zeros: the thread is so called if nobody
         names it otherwise.
         """
-        if pid > 0 and self._seen.get(pid) != comm and pid not in self._told:
-            self._seen[pid] = comm
+        self.seen[pid] = comm
+        if pid > 0 and pid not in self._told:
             text = comm.partition(b"\0")[0].decode(errors="replace")
             self.names[self.index(pid)] = f"{text}-{pid}"
 
@@ -168,10 +170,12 @@ class _EventReader:
 
     def _finish_comms(self, cpu: int, tasks: TaskNames) -> _Finish:
         reorder = self._finish_order(cpu, self._order or [])
+        comms, seen, saw = self._comms, tasks.seen, tasks.saw
 
-        def finish(values: tuple[int, ...]) -> _Values:
-            for pid, comm in self._comms:
-                tasks.saw(values[pid], values[comm])  # type: ignore[arg-type]
+        def finish(values: tuple[Any, ...]) -> _Values:
+            for pid, comm in comms:
+                if seen.get(values[pid]) != values[comm]:
+                    saw(values[pid], values[comm])
             return reorder(values)
 
         return finish
@@ -266,10 +270,12 @@ class Decoder:
                 event, task, size, unpack, finish = entry
                 if next_at - at < size:
                     raise FormatError(f"an event of {next_at - at} bytes is too short for {size}")
-                values = unpack(data, at)
-                fields = values if finish is None else finish(values)
-                if fields is not None:
-                    append((ts_ns, event, task) + fields)  # noqa: RUF005 - faster
+                if finish is None:
+                    append((ts_ns, event, task) + unpack(data, at))  # noqa: RUF005 - faster
+                else:
+                    fields = finish(unpack(data, at))
+                    if fields is not None:
+                        append((ts_ns, event, task) + fields)  # noqa: RUF005 - faster
             at = next_at
         if at > end:
             raise FormatError(f"what is at the end of a page passes the page's end {end}")
@@ -331,6 +337,7 @@ class Merge:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Record]] = {}
+        self._added: set[int] = set()
         self._handed_ns = 0
         self.waiting = 0
         """So many records wait."""
@@ -338,25 +345,38 @@ class Merge:
     def add(self, cpu: int, records: list[Record]) -> None:
         """The next records of a CPU, in order."""
         self._waiting.setdefault(cpu, []).extend(records)
+        self._added.add(cpu)
         self.waiting += len(records)
+
+    def lose(self, cpu: int) -> None:
+        """A CPU's next records are lost, nobody knows how many."""
+        last_ns = max((run[-1][0] for run in self._waiting.values() if run), default=0)
+        ts_ns = max(last_ns, self._handed_ns)
+        self.add(cpu, [(ts_ns, _LOST_EVENTS, 0, cpu, UNKNOWN_COUNT)])
 
     def until(self, end_ns: int | None) -> list[Record]:
         """All before `end_ns`, in order; the others wait. None: all."""
+        for cpu in self._added:
+            self._order(cpu, self._waiting[cpu])
+        self._added.clear()
         ready: list[Record] = []
-        for cpu, records in self._waiting.items():
-            # A run in order costs next to nothing.
-            records.sort(key=_BY_TIME)
-            late = bisect_left(records, self._handed_ns, key=_BY_TIME)
-            if late:
-                records[:late] = [(self._handed_ns, _LOST_EVENTS, 0, cpu, late)]
+        for records in self._waiting.values():
             cut = len(records) if end_ns is None else bisect_left(records, end_ns, key=_BY_TIME)
-            ready += records[:cut]
-            del records[:cut]
+            if cut:
+                ready += records[:cut]
+                del records[:cut]
         ready.sort(key=_BY_TIME)
         if ready:
             self._handed_ns = ready[-1][0]
-        self.waiting = sum(map(len, self._waiting.values()))
+            self.waiting = sum(map(len, self._waiting.values()))
         return ready
+
+    def _order(self, cpu: int, records: list[Record]) -> None:
+        """Only damage makes a CPU's records come in another order than that of their time."""
+        records.sort(key=_BY_TIME)
+        late = bisect_left(records, self._handed_ns, key=_BY_TIME)
+        if late:
+            records[:late] = [(self._handed_ns, _LOST_EVENTS, 0, cpu, late)]
 
     def known_ns(self) -> int:
         """Up to here every CPU of which records wait has some; 0 if none wait."""
