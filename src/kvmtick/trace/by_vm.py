@@ -76,8 +76,10 @@ class Share:
         """Tasks that run its work items."""
         self.missed = 0
         """Records that came before it was known whose they are, too early to be handed on."""
-        self.guessed = False
+        self.is_guessed = False
         """Nothing tells its threads from another VM's."""
+        self.is_part = False
+        """Its PIT's worker is known, and no thread that runs a vCPU."""
         self.records: list[Record] = []
         self.handed_ns = -1
 
@@ -179,11 +181,7 @@ class ByVm:
         del self._held[:-HELD]
         if self._nameless:
             self._learn_vcpus(batch)
-        handed = []
-        for share in self.shares:
-            if share.records:
-                handed.append((share, self._hand_on(share)))
-        return handed
+        return [(share, self._hand_on(share)) for share in self.shares if share.records]
 
     def _start_over(self, records: list[Record]) -> None:
         """More is known now of whose they are."""
@@ -438,12 +436,14 @@ class ByVm:
         pits = sum(part.has_pit for part in parts) + sum(bool(s.workers) for s in self.shares)
         if len(ids) == len(set(ids)) and pits <= 1 and len(self.shares) <= 1:
             share = self.shares[0] if self.shares else self.add_vm(VmInfo(0, ""))
-            share.guessed |= len(parts) + bool(share.vcpus) > 1
+            share.is_guessed |= len(parts) + bool(share.vcpus) > 1
             for part in parts:
                 self._found(part, share)
         else:
             for part in parts:
-                self._found(part, self.add_vm(VmInfo(0, "")))
+                share = self.add_vm(VmInfo(0, ""))
+                share.is_part = not part.vcpus
+                self._found(part, share)
         self._adopt(free)
 
     def _join_processes(self) -> None:
