@@ -84,6 +84,7 @@ def test_the_instance_is_set_up_before_it_starts(tmp_path: Path, proc: FakeProc)
     assert made.calls == [
         ("buffer", "128"),
         ("buffer_percent", "25"),
+        ("buffer_subbuf_size_kb", "8"),
         ("start",),
         ("stop",),
         ("close",),
