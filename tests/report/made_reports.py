@@ -14,7 +14,7 @@ from kvmtick.report.data import (
 )
 from kvmtick.ticks import verdict
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict, Where
 
@@ -81,7 +81,7 @@ def made_report(ticks: int = 200, vms: int = 1, words: Words = str) -> Report:
 
 def made_source(ticks: int = 200, words: Words = str) -> SourceReport:
     """A PIT at 1 kHz; tick 8, of those that came late, is the worst, tick 14 was merged."""
-    source = MadeSource("pit", verdict.Path.PIC, ticks)
+    source = MadeSource("pit", verdict.Path.PIC, Keep(ticks))
     for number in range(ticks):
         make_tick(source, number, words)
     source.fold()

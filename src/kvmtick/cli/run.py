@@ -142,6 +142,7 @@ def _build(
             options.trace,
             lambda: recorder.tasks,
             lambda file: KtraceEncoder(file, recorder.tasks, about),
+            simulated=True,
         )
     )
     if writer is not None:

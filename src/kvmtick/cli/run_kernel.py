@@ -74,6 +74,7 @@ def _observer(
         options.trace,
         lambda: trace.tasks,
         lambda file: KtraceEncoder(file, trace.tasks, about, "host", _events(trace), _origin()),
+        simulated=False,
     ) as writer:
         trace = TickTrace(vm, as_written=[] if writer is None else [writer])
         yield trace

@@ -34,7 +34,11 @@ def reinject_of(options: argparse.Namespace, guest: Guest) -> bool:
 
 @contextlib.contextmanager
 def trace_writer(
-    name: str | None, tasks: Callable[[], list[str]], encoder: Callable[[BinaryIO], KtraceEncoder]
+    name: str | None,
+    tasks: Callable[[], list[str]],
+    encoder: Callable[[BinaryIO], KtraceEncoder],
+    *,
+    simulated: bool,
 ) -> Iterator[Callable[[list[Record]], None] | None]:
     """A consumer that writes records to the trace file `name`: a recording (`encoder` makes it) if
     it ends in .ktrace, else ftrace text. `tasks` and `encoder` are asked at the first batch.
@@ -53,7 +57,9 @@ def trace_writer(
     def write(batch: list[Record]) -> None:
         nonlocal writer
         with _is_trace_file(name):
-            writer = writer or (FtraceWriter(text, tasks()) if as_text else encoder(file))
+            writer = writer or (
+                FtraceWriter(text, tasks(), simulated) if as_text else encoder(file)
+            )
             writer(batch)
 
     try:
@@ -63,6 +69,8 @@ def trace_writer(
                 writer.end()
     finally:
         with _is_trace_file(name):
+            if isinstance(writer, KtraceEncoder):
+                writer.flush()
             text.close()
 
 

@@ -1,11 +1,15 @@
 """The report of a trace, in one pass and bounded memory."""
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvmtick.report.causes import Causes
 from kvmtick.report.data import Report, SourceReport, VmReport, WorstTick
-from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts
+from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts, sees_eoi
 from kvmtick.report.findings import findings_of
+from kvmtick.report.masks import PicMask
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
 from kvmtick.report.stream import Progress
@@ -27,17 +31,25 @@ WORST = 10
 RECENT_RECORDS = 400_000
 """Records of all VMs that stories can be told from."""
 
-_SWITCH = int(Event.SCHED_SWITCH)
-_SCHED = frozenset((int(Event.SCHED_WAKING), _SWITCH))
-_APICV = int(Event.KVM_APICV_INHIBIT_CHANGED)
-_TELLS_REINJECT = int(ApicvInhibitReason.PIT_REINJ)
-
 
 def build(trace: Trace, path: Path, progress: Progress | None = None, worst: int = WORST) -> Report:
     """Read a trace to its end and report on it. `progress` is called after each batch; `worst`:
     how many of a source's worst ticks are told. Raises `FormatError` for a damaged file.
     """
-    return _Builder(trace, worst).read(progress).report(path)
+    with _no_garbage():
+        return _Builder(trace, worst).read(progress).report(path)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Records are tuples of numbers, millions of them: Python need not search them for cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Builder:
@@ -46,12 +58,10 @@ class _Builder:
         self._worst = worst
         self._vms: dict[int, _Vm] = {}
         self._host = HostTicks(trace, on_records=self._on_records, on_lives=self._on_lives)
-        self._sched: list[Record] = []
         self._settling = False
 
     def read(self, progress: Progress | None) -> "_Builder":
         for batch in self._trace.batches():
-            self._sched = [record for record in batch if record[1] in _SCHED]
             self._host.take(batch)
             for vm in self._vms.values():
                 vm.look()
@@ -71,7 +81,7 @@ class _Builder:
         return vm
 
     def _on_records(self, ticks: VmTicks, records: list[Record]) -> None:
-        self._vm(ticks).take(records, self._sched)
+        self._vm(ticks).take(records)
 
     def _on_lives(self, ticks: VmTicks, source: Source, lives: list[Tick]) -> None:
         self._vm(ticks).take_lives(source, lives, last=self._settling)
@@ -119,43 +129,43 @@ class _Vm:
         self.ticks = ticks
         self.recent = RecentRecords()
         self._waits = CpuWaits(ticks.tasks)
-        self._vcpus = Vcpus(ticks.tasks)
-        self._causes = Causes(ticks, self._waits, self._vcpus)
+        self._vcpus = Vcpus(ticks)
+        self._mask = PicMask()
+        self._causes = Causes(ticks, self._waits, self._vcpus, self._mask)
         self._worst = worst
-        self._reinject = ticks.info.reinject
+        self._reinject: bool | None = None
+        self._inhibits: int | None = None
+        waits, mask, vcpus = self._waits, self._mask, self._vcpus
+        of: dict[Event, tuple[Callable[[Record], None], ...]] = {
+            Event.SCHED_SWITCH: (waits.switch,),
+            Event.SCHED_WAKING: (waits.waking,),
+            Event.LOST_EVENTS: (waits.lost,),
+            Event.WORK_START: (waits.runs,),
+            Event.KVM_INJ_VIRQ: (waits.runs,),
+            Event.KVM_EOI: (waits.runs,),
+            Event.KVM_PIO: (waits.runs, mask.pio),
+            Event.KVM_PIC_SET_IRQ: (mask.pulse,),
+            Event.KVM_ENTRY: (waits.runs, vcpus.enter),
+            Event.KVM_EXIT: (vcpus.exit,),
+            Event.KVM_APICV_INHIBIT_CHANGED: (self._apicv_inhibit_changed,),
+        }
+        self._handlers = [of.get(event, ()) for event in sorted(Event)]
         self._watches: dict[int, Watch] = {}
         self._lives: dict[int, SourceLives] = {}
 
-    def take(self, records: list[Record], sched: list[Record]) -> None:
-        """The VM's next records, before they are judged, and those of the host's threads."""
-        self._vcpus.take(records)
+    def take(self, records: list[Record]) -> None:
+        """The VM's next records, before they are judged."""
+        handlers = self._handlers
         for record in records:
-            if record[1] == _APICV and record[3] == _TELLS_REINJECT:
-                self._reinject = bool(record[4])
-        merged = self._with_threads(records, sched)
-        self._waits.take(merged)
-        self.recent.add(merged)
+            for handler in handlers[record[1]]:
+                handler(record)
+        self._vcpus.take(records)
+        self.recent.add(records)
 
-    def _with_threads(self, records: list[Record], sched: list[Record]) -> list[Record]:
-        """The records, and in their order what happened to the VM's threads."""
-        pids = self._pids()
-        own = [
-            record
-            for record in sched
-            if record[3] in pids or (record[1] == _SWITCH and record[5] in pids)
-        ]
-        if not own:
-            return records
-        merged = [record for record in records if record[1] not in _SCHED]
-        merged += own
-        merged.sort(key=lambda record: record[0])
-        return merged
-
-    def _pids(self) -> set[int]:
-        workers = {pid_of(self.ticks.tasks[task]) for task in self.ticks.workers}
-        pids = workers | self.ticks.info.threads.keys()
-        self._waits.follow(pids)
-        return pids
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if record[3] == ApicvInhibitReason.PIT_REINJ:
+            self._reinject = bool(record[4])
+            self._inhibits = record[5]
 
     def look(self) -> None:
         """After a batch."""
@@ -171,8 +181,8 @@ class _Vm:
     def take_lives(self, source: Source, lives: list[Tick], last: bool) -> None:
         """Lives of which everything is known."""
         watch = self._watch(source)
+        watch.see(lives)
         if last:
-            watch.look()
             watch.finish()
         follower = self._lives.get(id(source))
         if follower is None:
@@ -186,15 +196,16 @@ class _Vm:
         return VmFacts(
             ticks=self.ticks,
             vcpus=self._vcpus,
-            reinject=self._reinject,
-            sources=[self._source(source, names) for source in sources],
+            reinject=self.ticks.info.reinject if self._reinject is None else self._reinject,
+            inhibits=self._inhibits,
+            sources=[self._source(source, trace, names) for source in sources],
             trace=trace,
             name=names,
         )
 
-    def _source(self, source: Source, names: "_Names") -> SourceFacts:
+    def _source(self, source: Source, trace: TraceFacts, names: "_Names") -> SourceFacts:
         lives = self._lives[id(source)]
-        lives.finish()
+        lives.finish(sees_eoi(source.path, trace.events))
         is_pit = source.name == "pit"
         drift_ppm = lives.drift_ppm(is_pit)
         period_ns, ran_ns = lives.period_ns, lives.ran_ns
@@ -222,7 +233,7 @@ class _Vm:
         for story in there[: self._worst]:
             cause = lives.causes.get(story.tick.index)
             if cause is None:
-                cause = self._causes.of(story.tick, None, None)
+                cause = self._causes.of_told(story.tick)
             lines = story_lines(story.records, self.ticks.tasks)
             told.append(WorstTick(story.tick, cause.text(names), lines))
         return told

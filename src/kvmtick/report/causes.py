@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from kvmtick.report.masks import PicMask
 from kvmtick.report.vcpus import Vcpus
 from kvmtick.report.waits import CpuWaits, Wait, pid_of
 from kvmtick.ticks.host import VmTicks
@@ -21,6 +22,8 @@ __all__ = ["Cause", "CauseKind", "Causes", "Namer"]
 Namer = Callable[[int], str]
 """`comm-pid` of a pid."""
 
+SHORT_NS = 100_000
+"""What took less held nothing up."""
 _HALF = 2
 """Who held a hop up for 1/2 of its time is its cause."""
 
@@ -42,6 +45,10 @@ class CauseKind(StrEnum):
     """The vCPU did not enter the guest, though nothing shows that its thread had no CPU."""
     INTERRUPTS_OFF = "interrupts-off"
     """The guest was entered with the request pending and did not take it."""
+    NO_WINDOW = "not-taken-in-guest"
+    """The same by way of a local APIC, which may serve what has a higher priority."""
+    PIC_MASKED = "masked-in-pic"
+    """The guest kept it waiting in the PIC: IRQ 0 was masked."""
     BUSY = "not-taken-on-cpu"
     """The vCPU's thread had a CPU and the guest did not take the request: its interrupts were off,
     or user space kept it out of the guest."""
@@ -95,6 +102,9 @@ _SAID = {
     CauseKind.VCPU_OUT: "the vCPU did not enter the guest for {ns}",
     CauseKind.INTERRUPTS_OFF: "the guest was running and did not take it for {ns}: its interrupts"
     " were off",
+    CauseKind.NO_WINDOW: "the guest was running and did not take it for {ns}: its interrupts were"
+    " off, or it served others of a higher priority",
+    CauseKind.PIC_MASKED: "the guest had masked IRQ 0 in the PIC for {ns}",
     CauseKind.BUSY: "the guest did not take it for {ns}, though its thread {thread} had a CPU: its"
     " interrupts were off, or its VMM kept it out of the guest",
     CauseKind.NOT_TAKEN: "the guest did not take it for {ns}; why, the trace cannot tell",
@@ -113,10 +123,11 @@ def _held_by(holder: int | None, name: Namer) -> str:
 class Causes:
     """Finds the cause of one VM's ticks."""
 
-    def __init__(self, vm: VmTicks, waits: CpuWaits, vcpus: Vcpus) -> None:
+    def __init__(self, vm: VmTicks, waits: CpuWaits, vcpus: Vcpus, mask: PicMask) -> None:
         self._vm = vm
         self._waits = waits
         self._vcpus = vcpus
+        self._mask = mask
 
     def of(self, tick: Tick, before: Tick | None, cause_before: Cause | None) -> Cause:
         """Why a tick was not simply delivered. `before`: the tick before it, and its cause."""
@@ -126,13 +137,24 @@ class Causes:
         if verdict in (Verdict.LATE, Verdict.DELIVERED):
             return self.of_arrival(tick)
         if verdict is Verdict.COALESCED and tick.where is Where.WORKER:
-            return self._worker(tick.fired_ns, tick.fired_ns + 1)
+            since_ns = tick.fired_ns - 1 if before is None else before.fired_ns
+            cause = self._worker(tick.fired_ns - 1, tick.fired_ns)
+            if cause.kind is CauseKind.WORKER_LATE:
+                return replace(cause, ns=tick.fired_ns - since_ns)
+            return cause
         if verdict in (Verdict.REINJECTED, Verdict.COALESCED):
             if cause_before is not None:
                 return replace(cause_before, previous=True)
             if before is not None and before.inject_ns is not None:
                 return replace(self.of_arrival(before, to_eoi=True), previous=True)
         return Cause(CauseKind.OTHER, detail=tick.detail or _standing(tick, before))
+
+    def of_told(self, tick: Tick) -> Cause:
+        """Of a tick that is told of but was delivered."""
+        cause = self.of_arrival(tick) if tick.inject_ns is not None else self.of(tick, None, None)
+        if tick.verdict is Verdict.DELIVERED and cause.ns < SHORT_NS:
+            return Cause(CauseKind.OTHER, detail="nothing: it came in time")
+        return cause
 
     def of_arrival(self, tick: Tick, to_eoi: bool = False) -> Cause:
         """Of a tick that reached a vCPU the hop that took longest; `to_eoi`: or until its EOI."""
@@ -156,7 +178,7 @@ class Causes:
             return Cause(CauseKind.TIMER_LATE, fire_ns)
         if who is not None:
             return who(start_ns, end_ns)
-        return self._vcpu(tick.vcpu or 0, start_ns, end_ns)
+        return self._vcpu(tick, start_ns, end_ns)
 
     def _worker(self, start_ns: int, end_ns: int) -> Cause:
         """Why the worker did not run in a span."""
@@ -168,25 +190,28 @@ class Causes:
                 return _waited(CauseKind.WORKER_WAITED, pid, wait)
         return Cause(CauseKind.WORKER_LATE, end_ns - start_ns)
 
-    def _vcpu(self, vcpu: int, start_ns: int, end_ns: int) -> Cause:
+    def _vcpu(self, tick: Tick, start_ns: int, end_ns: int) -> Cause:
         """Why a vCPU took nothing in a span."""
+        vcpu, span_ns = tick.vcpu or 0, end_ns - start_ns
+        is_pic = tick.path is Path.PIC
+        if is_pic and self._mask.masked_ns(start_ns, end_ns) * _HALF >= span_ns > 0:
+            return Cause(CauseKind.PIC_MASKED, span_ns)
         off = self._off_cpu(vcpu, start_ns, end_ns)
         if off is not None:
             return off
-        span_ns = end_ns - start_ns
         entry_ns = self._vcpus.first_entry_ns(vcpu, start_ns, end_ns)
         if entry_ns is not None and (end_ns - entry_ns) * _HALF >= span_ns:
-            return Cause(CauseKind.INTERRUPTS_OFF, end_ns - entry_ns)
+            return Cause(CauseKind.INTERRUPTS_OFF if is_pic else CauseKind.NO_WINDOW, span_ns)
         if self._vcpus.knows_entries(vcpu, start_ns):
             return Cause(CauseKind.VCPU_OUT, span_ns)
-        pid = self._vcpus.pid(self._vm.info, vcpu)
+        pid = self._vcpus.pid(vcpu)
         if pid is not None and self._waits.knows(pid, start_ns):
             return Cause(CauseKind.BUSY, span_ns, pid)
         return Cause(CauseKind.NOT_TAKEN, span_ns)
 
     def _off_cpu(self, vcpu: int, start_ns: int, end_ns: int) -> Cause | None:
         """If its thread was off its CPU for most of a span, why."""
-        pid = self._vcpus.pid(self._vm.info, vcpu)
+        pid = self._vcpus.pid(vcpu)
         if pid is None:
             return None
         for asleep in (False, True):

@@ -38,7 +38,9 @@ def held_findings(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
                 thread=_threads(vm, who),
                 cpus=_cpus(vm, who),
             ),
-            remedy.format(pids=_pids(who), missing=_missing(vm)),
+            _SIMULATED
+            if vm.trace.is_complete and kind in _BY_FAULTS
+            else remedy.format(pids=_pids(who), missing=_missing(vm)),
             ticks,
         )
 
@@ -80,9 +82,18 @@ _TOLD = {
         " kvm_exit to tell which",
     ),
     CauseKind.INTERRUPTS_OFF: (
-        "the guest kept its interrupts off for up to {worst}: its vCPU was running and did not"
-        " take them",
+        "the guest kept its interrupts off: its vCPU was running and did not take them for up to"
+        " {worst}",
         "shorten what the guest does with interrupts off (cli, a handler that does not return)",
+    ),
+    CauseKind.NO_WINDOW: (
+        "the guest was running and did not take them for up to {worst}: its interrupts were off, or"
+        " it served others of a higher priority",
+        "shorten what the guest does with interrupts off, and its other handlers",
+    ),
+    CauseKind.PIC_MASKED: (
+        "the guest had masked IRQ 0 in the PIC for up to {worst}",
+        "the guest should unmask sooner",
     ),
     CauseKind.BUSY: (
         "the guest did not take them for up to {worst}, though its vCPU's thread {thread} had a"
@@ -101,6 +112,9 @@ _TOLD = {
     ),
 }
 """What, and what to do. Masked ticks and those of no known cause have findings of their own."""
+
+_BY_FAULTS = (CauseKind.TIMER_LATE, CauseKind.WORKER_LATE, CauseKind.VCPU_OUT)
+_SIMULATED = "the simulated host was told to be late (--fault)"
 
 
 def _threads(vm: VmFacts, who: Who) -> str:

@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from kvmtick.abi.errors import HostError
 
@@ -12,10 +14,11 @@ __all__ = ["output_errors", "replaced"]
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it takes the place of `path` when all went well.
+def replaced(path: Path) -> Iterator[FileIO]:
+    """A file, without a buffer, that takes the place of `path` when all went well.
 
-    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`.
+    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`, also from
+    the file's `write`.
     """
     with output_errors(path):
         if path.is_dir():
@@ -24,15 +27,31 @@ def replaced(path: Path) -> Iterator[Path]:
         beside = final.with_name(f".{final.name}.{os.getpid()}")
         if final.exists() and not final.is_file():
             beside = final
-        elif not os.access(final.parent, os.W_OK | os.X_OK):
-            raise OSError(0, "its directory is not there or cannot be written to")
+        file = _Output(beside, path)
     try:
-        yield beside
+        with file:
+            yield file
         with output_errors(path):
             os.replace(beside, final)
     finally:
         if beside != final:
             beside.unlink(missing_ok=True)
+
+
+class _Output(FileIO):
+    """Writes all of what it is given; what goes wrong is told by the name of the output."""
+
+    def __init__(self, path: Path, output: Path) -> None:
+        super().__init__(path, "w")
+        self._output = output
+
+    def write(self, data: Any) -> int:
+        """All of it. Raises `HostError`."""
+        rest = memoryview(data).cast("B")
+        with output_errors(self._output):
+            while rest:
+                rest = rest[super().write(rest) or 0 :]
+        return len(data)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const colours = data.colours;
 const verdicts = Object.keys(colours);
 const ARRIVING = ["delivered", "late", "reinjected"];
-const LEFT = 84, RIGHT = 14, TOP = 12, PLOT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
+const LEFT = 84, RIGHT = 14, TOP = 12, PLOT_HEIGHT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
 const DENSE = 4000, SPARSE = 400;
 const SHORTEST_NS = 1000;
 
@@ -100,9 +100,10 @@ class Timeline {
       }
     }
     this.lanes = verdicts.filter((verdict) => lanes.has(verdict));
+    this.plot = low === Infinity ? 0 : PLOT_HEIGHT;
     this.low = Math.max(1, low === Infinity ? high / 1000 : low) / 1.4;
     this.high = Math.max(high * 1.6, this.low * 100);
-    this.lanesTop = TOP + PLOT + 8;
+    this.lanesTop = TOP + this.plot + 8;
     this.axisTop = this.lanesTop + this.lanes.length * LANE;
     this.stripTop = this.axisTop + AXIS;
     this.height = this.stripTop + STRIP + 2;
@@ -132,7 +133,7 @@ class Timeline {
 
   yOf(latency) {
     const share = Math.log(Math.max(latency, this.low) / this.low) / Math.log(this.high / this.low);
-    return TOP + PLOT * (1 - share);
+    return TOP + this.plot * (1 - share);
   }
 
   y(i) {
@@ -206,6 +207,7 @@ class Timeline {
 
   drawLatencyAxis() {
     const { pen, width } = this;
+    if (!this.plot) return;
     pen.lineWidth = 1;
     pen.textAlign = "right";
     for (let at = 10 ** Math.ceil(Math.log10(this.low)); at < this.high; at *= 10) {
@@ -220,17 +222,17 @@ class Timeline {
   drawPeriod() {
     const { pen } = this;
     const period = this.told.period;
-    if (!period) return;
+    if (!period || !this.plot) return;
     const y = Math.round(this.yOf(period)) + 0.5;
     const late = this.until === "inject" ? ": late from here on" : "";
     this.line(LEFT, y, this.width - RIGHT, y, this.muted, [5, 4]);
     pen.textAlign = "left";
     pen.strokeStyle = this.card;
     pen.lineWidth = 4;
-    pen.strokeText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
+    pen.strokeText(`one period, ${duration(period)}${late}`, LEFT + 6, y + 10);
     pen.lineWidth = 1;
     pen.fillStyle = this.muted;
-    pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y - 9);
+    pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y + 10);
   }
 
   drawLanes() {

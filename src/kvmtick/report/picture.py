@@ -1,7 +1,7 @@
 """The report as a picture (PNG), for an issue or a mail: a timeline and histograms per source.
 
-The same report gives the same bytes with the same matplotlib and fonts. Not here: more than
-`MOST_SOURCES` sources and `MOST_FINDINGS` findings; the picture says how many it leaves out.
+The same report gives the same bytes with the same matplotlib and fonts. At most `MOST_SOURCES`
+sources and `MOST_FINDINGS` findings are in it; the picture says how many it leaves out.
 """
 
 from __future__ import annotations

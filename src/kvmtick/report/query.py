@@ -170,6 +170,11 @@ def _errors(sql: str = "") -> Iterator[None]:
         elif isinstance(error, duckdb.CatalogException | duckdb.PermissionException):
             text += f"; there are the tables {', '.join(COLUMNS)}"
         raise QueryError(text) from None
+    except RuntimeError as error:
+        # What the module makes of Ctrl-C.
+        if "interrupted" in str(error):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _about(directory: Path) -> dict[str, Any]:

@@ -89,6 +89,9 @@ class SourceLives:
         self._row: _Row | None = None
         self.held: dict[CauseKind, dict[Cause, Held]] = {}
         """By kind, then by who it was (a `Cause` of 0 ns)."""
+        self._gone_periods: Counter[int] = Counter()
+        self.never_acknowledged = False
+        """The last tick that reached a vCPU was not acknowledged by the end."""
         self.causes: dict[int, Cause] = {}
         """By index, of those that are told."""
         self.runs = {verdict: Run() for verdict in Verdict}
@@ -114,8 +117,7 @@ class SourceLives:
             if tick.inject_ns is None and tick.expiry_ns > seen_ns:
                 unseen.append(tick)
                 if len(unseen) > MOST_UNSEEN:
-                    unseen.popleft()
-                    self.gone += 1
+                    self._forget(unseen.popleft())
                 continue
             while unseen:
                 self._take(unseen.popleft())
@@ -171,15 +173,25 @@ class SourceLives:
             run.longest, run.longest_from_ns = row.ticks, row.from_ns
             run.longest_ns = row.to_ns - row.from_ns
 
-    def finish(self) -> None:
-        """There are no more."""
-        seen_ns = self._seen_ns()
+    def _forget(self, tick: Tick) -> None:
+        self.gone += 1
+        if tick.period_ns:
+            self._gone_periods[tick.period_ns] += 1
+
+    def finish(self, sees_eoi: bool) -> None:
+        """There are no more. Those behind a tick that the guest never acknowledged count, though
+        nothing was seen of it since; `sees_eoi`: whether the trace shows when it does.
+        """
+        last, seen_ns = self.last_arrival, self._seen_ns()
+        self.never_acknowledged = sees_eoi and last is not None and last.eoi_ns is None
         for tick in self._unseen:
-            if tick.expiry_ns > seen_ns:
-                self.gone += 1
-            else:
+            if tick.expiry_ns <= seen_ns or self.never_acknowledged:
                 self._take(tick)
+            else:
+                self._forget(tick)
         self._unseen.clear()
+        if self.never_acknowledged:
+            self.periods += self._gone_periods
         self._end_row()
         self._row = None
 

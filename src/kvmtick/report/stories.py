@@ -8,7 +8,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 
 from kvmtick.report.data import StoryLine
@@ -23,8 +23,13 @@ __all__ = ["RecentRecords", "Story", "Watch", "story_lines"]
 
 MOST_LINES = 240
 """Of a longer story the middle is left out."""
+WORSE = 1.25
+"""A tick that is so much worse than the one before it in a row has its story kept at once: at the
+row's end its records may be gone."""
 SPARE = 2
 """Stories kept for each that is wanted: what is said of a tick may change until the end."""
+MOST_BEFORE = 20_000
+"""So many records before an expiry are looked at for what armed the timer."""
 MOST_OPEN = 20_000
 """Ticks of a source that are watched at once."""
 PATIENCE = 64
@@ -70,7 +75,7 @@ class RecentRecords:
             found = self._expiry(batch, tick, function)
             if found is not None:
                 armed, at = found
-                return [*armed, *_life(batch[at:], reversed(later), tick)]
+                return [*armed, *_life(islice(batch, at, None), reversed(later), tick)]
             later.append(batch)
         return []
 
@@ -98,21 +103,23 @@ class RecentRecords:
             if other is batch:
                 break
             before = other
-        for records in (batch[:at], before):
-            for record in reversed(records):
-                if record[1] == _START and record[3] == timer:
-                    return record if record[5] == tick.expiry_ns else None
+        earlier = chain((batch[i] for i in range(at - 1, -1, -1)), reversed(before))
+        for record in islice(earlier, MOST_BEFORE):
+            if record[1] == _START and record[3] == timer:
+                return record if record[5] == tick.expiry_ns else None
         return None
 
 
-def _life(first: list[Record], later: Iterable[list[Record]], tick: Tick) -> list[Record]:
+def _life(first: Iterable[Record], later: Iterable[list[Record]], tick: Tick) -> list[Record]:
     """From its expiry to its end: its timer's events, the host's threads, and those of the threads
     that have a part in it.
     """
-    timer = first[0][3]
     end_ns = tick.eoi_ns or tick.inject_ns
     found: list[Record] = []
+    timer = None
     for record in chain(first, *later):
+        if timer is None:
+            timer = record[3]
         if record[0] > end_ns if end_ns is not None else len(found) >= MOST_LINES // 4:
             break
         if record[1] in _TIMERS and record[3] != timer:
@@ -128,8 +135,6 @@ class Story:
     waited_ns: int
     tick: Tick
     records: list[Record]
-    row: int
-    """Ticks that were disturbed in a row have the same."""
 
 
 class Watch:
@@ -142,9 +147,14 @@ class Watch:
         self._seen = 0
         self._open: deque[Tick] = deque()
         self._most = wanted * SPARE
-        self._lost: Story | None = None
+        self._lost: Tick | None = None
         """The first tick of those that nothing has come for yet."""
-        self._row = 0
+        self._lost_ticks = 0
+        self._lost_records: list[Record] | None = None
+        self._best: tuple[int, Tick] | None = None
+        """The worst of the present row, and how long it waited."""
+        self._story: Story | None = None
+        """The worst of the present row whose records were taken."""
         self._last_ns = 0
         self.stories: list[Story] = []
         """The worst first."""
@@ -153,21 +163,30 @@ class Watch:
         """After a batch: which ticks are over now?"""
         source = self._source
         fresh = min(source.expired - self._seen, source.kept)
-        self._seen = source.expired
-        for back in range(fresh, 0, -1):
-            self._open.append(source.life(source.kept - back))
+        self.see([source.life(source.kept - back) for back in range(fresh, 0, -1)])
+
+    def see(self, lives: Iterable[Tick]) -> None:
+        """The next lives; those that were seen before are left out."""
+        seen = self._seen
+        for tick in lives:
+            if tick.index > seen:
+                self._open.append(tick)
+                self._seen = tick.index
         while self._open and self._is_over(self._open[0]):
             self._take(self._open.popleft())
 
     def tells(self, index: int) -> bool:
         """Whether a tick is one of the worst so far."""
+        if self._best is not None and self._best[1].index == index:
+            return True
         return any(story.tick.index == index for story in self.stories)
 
     def finish(self) -> None:
         """There is no more: what is open stays so."""
         while self._open:
             self._take(self._open.popleft())
-        self._give_lost(self._last_ns)
+        self._arrive(self._last_ns)
+        self._end_row()
 
     def _is_over(self, tick: Tick) -> bool:
         if len(self._open) > MOST_OPEN or tick.eoi_ns is not None:
@@ -178,41 +197,57 @@ class Watch:
 
     def _take(self, tick: Tick) -> None:
         self._last_ns = tick.expiry_ns
-        if tick.verdict is Verdict.DELIVERED:
-            self._row += 1
+        is_delivered = tick.verdict is Verdict.DELIVERED
         if tick.inject_ns is None:
-            if self._lost is None:
-                self._lost = self._story(tick, 0)
-            return
-        self._give_lost(tick.inject_ns)
-        waited_ns = tick.inject_ns - tick.expiry_ns
-        if self._is_among_the_worst(waited_ns):
-            self._give(self._story(tick, waited_ns))
-        if tick.verdict is Verdict.DELIVERED:
-            self._row += 1
+            self._lose(tick)
+        else:
+            if self._lost is not None:
+                self._arrive(tick.inject_ns)
+            if is_delivered and self._best is not None:
+                self._end_row()
+            waited_ns = tick.inject_ns - tick.expiry_ns
+            if self._is_among_the_worst(waited_ns):
+                self._candidate(waited_ns, tick, None)
+        if is_delivered and self._best is not None:
+            self._end_row()
 
-    def _story(self, tick: Tick, waited_ns: int) -> Story:
-        return Story(waited_ns, tick, self._recent.of(tick, self._function), self._row)
+    def _lose(self, tick: Tick) -> None:
+        """Nothing has come for it; long rows of such have the story of the first kept at once."""
+        if self._lost is None:
+            self._lost, self._lost_ticks, self._lost_records = tick, 0, None
+        self._lost_ticks += 1
+        if self._lost_ticks == PATIENCE:
+            self._lost_records = self._recent.of(self._lost, self._function)
 
-    def _give_lost(self, until_ns: int) -> None:
+    def _arrive(self, ts_ns: int) -> None:
+        """Now an interrupt came, too late for the ticks that are lost."""
         lost, self._lost = self._lost, None
-        if lost is not None:
-            lost.waited_ns = until_ns - lost.tick.expiry_ns
-            if self._is_among_the_worst(lost.waited_ns):
-                self._give(lost)
+        if lost is not None and self._is_among_the_worst(ts_ns - lost.expiry_ns):
+            self._candidate(ts_ns - lost.expiry_ns, lost, self._lost_records)
+
+    def _candidate(self, waited_ns: int, tick: Tick, records: list[Record] | None) -> None:
+        if self._best is not None and waited_ns <= self._best[0]:
+            return
+        self._best = (waited_ns, tick)
+        story = self._story
+        if story is None or waited_ns > story.waited_ns * WORSE:
+            self._keep(waited_ns, tick, records)
+
+    def _keep(self, waited_ns: int, tick: Tick, records: list[Record] | None) -> None:
+        records = records or self._recent.of(tick, self._function)
+        if records or self._story is None:
+            self._story = Story(waited_ns, tick, records)
 
     def _is_among_the_worst(self, waited_ns: int) -> bool:
         return len(self.stories) < self._most or waited_ns > self.stories[-1].waited_ns
 
-    def _give(self, story: Story) -> None:
-        for at, other in enumerate(self.stories):
-            if other.row == story.row:
-                if other.waited_ns >= story.waited_ns:
-                    return
-                del self.stories[at]
-                break
-        insort(self.stories, story, key=lambda s: -s.waited_ns)
-        del self.stories[self._most :]
+    def _end_row(self) -> None:
+        if self._best is not None and self._story is not None:
+            if self._best[1] is not self._story.tick:
+                self._keep(*self._best, None)
+            insort(self.stories, self._story, key=lambda s: -s.waited_ns)
+            del self.stories[self._most :]
+        self._best = self._story = None
 
 
 def story_lines(records: list[Record], tasks: list[str]) -> list[StoryLine]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -97,8 +98,9 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
             try:
                 host = stream(trace, writer, progress)
                 writer.finish(about(source, host))
-            finally:
-                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
     finally:
         trace.close()
 
@@ -146,7 +148,7 @@ def schemas() -> dict[str, pa.Schema]:
 class _Tables:
     """Takes events and lives, writes a row group when there are enough."""
 
-    def __init__(self, trace: Trace, ticks: Path, events: Path) -> None:
+    def __init__(self, trace: Trace, ticks: FileIO, events: FileIO) -> None:
         self._trace = trace
         self._ticks = _TickRows()
         self._events = _EventRows(trace)
@@ -179,23 +181,20 @@ class _Tables:
                 file.write(rows.take())
             file.finish(told)
 
-    def close(self) -> None:
-        """Close the files, finished or not."""
-        self._tick_file.close()
-        self._event_file.close()
+    def abandon(self) -> None:
+        """The files will not be kept."""
+        self._tick_file.abandon()
+        self._event_file.abandon()
 
 
 class _TableFile:
     """A Parquet file that grows by row groups."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, file: FileIO, schema: pa.Schema) -> None:
         from pyarrow import parquet
 
-        self._path = path
         self._schema = schema
-        with output_errors(path):
-            self._file = path.open("wb")
-        self._writer = parquet.ParquetWriter(self._file, schema, compression="zstd")
+        self._writer = parquet.ParquetWriter(file, schema, compression="zstd")
 
     def write(self, columns: list[Any]) -> None:
         """A row group; the columns in the schema's order."""
@@ -206,21 +205,16 @@ class _TableFile:
             for column, field in zip(columns, self._schema, strict=True)
         ]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
-        with output_errors(self._path):
-            self._writer.write_table(table, row_group_size=len(table))
+        self._writer.write_table(table, row_group_size=len(table))
 
     def finish(self, told: dict[str, Any]) -> None:
         """The last words of the file."""
         self._writer.add_key_value_metadata({METADATA: json.dumps(told)})
-        with output_errors(self._path):
-            self._writer.close()
-            self._file.close()
+        self._writer.close()
 
-    def close(self) -> None:
-        """Leave the file as it is."""
-        with output_errors(self._path):
-            self._writer.close()
-            self._file.close()
+    def abandon(self) -> None:
+        """Write no more, not even when Python throws the writer away."""
+        self._writer.is_open = False
 
 
 class _TickRows:

@@ -22,6 +22,7 @@ _EXPLICIT = 3
 _U64 = (1 << 64) - 1
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
 """Types on the wire (protobuf's encoding, "Message Structure")."""
+_BUFFER_BYTES = 1 << 16
 _MOST_NOTES = 50_000
 """Annotations kept as they are in the file: most come again."""
 _POINTERS = frozenset(
@@ -38,7 +39,8 @@ class TrackEvents:
         from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
 
         self._file = file
-        self._builder = StreamingTraceProtoBuilder(file)
+        self._buffer = bytearray()
+        self._builder = StreamingTraceProtoBuilder(self)
         self._wire = _Wire(perfetto_trace_pb2)
         self._tracks = 0
         self._names: dict[str, dict[str, int]] = {}
@@ -56,7 +58,7 @@ class TrackEvents:
         track.process.pid = pid
         track.process.process_name = name
         track.child_ordering = _EXPLICIT
-        self._write(packet)
+        self._builder.write_packet(packet)
         return self._tracks
 
     def thread(self, pid: int, tid: int, name: str, parent: int) -> int:
@@ -68,7 +70,7 @@ class TrackEvents:
         track.thread.pid = pid
         track.thread.tid = tid
         track.thread.thread_name = name
-        self._write(packet)
+        self._builder.write_packet(packet)
         return self._tracks
 
     def track(self, name: str, parent: int = 0, rank: int = 0, description: str = "") -> int:
@@ -83,7 +85,7 @@ class TrackEvents:
             track.description = description
         track.sibling_order_rank = rank
         track.child_ordering = _EXPLICIT
-        self._write(packet)
+        self._builder.write_packet(packet)
         return self._tracks
 
     def begin(self, track: int, ts_ns: int, name: str, told: Arguments = (), flow: int = 0) -> None:
@@ -127,9 +129,19 @@ class TrackEvents:
         return track in self._open
 
     def finish(self, ts_ns: int) -> None:
-        """End what is open."""
+        """End what is open: this was all."""
         for track in list(self._open):
             self.end(track, ts_ns, [("cut", "the trace ends here")])
+        self._file.write(self._buffer)
+        self._buffer.clear()
+
+    def write(self, packet: bytes) -> None:
+        """A packet as it is in the file."""
+        self.packets += 1
+        self._buffer += packet
+        if len(self._buffer) > _BUFFER_BYTES:
+            self._file.write(self._buffer)
+            self._buffer.clear()
 
     def _event(
         self,
@@ -160,8 +172,7 @@ class TrackEvents:
                     notes.clear()
                 note = notes[said] = self._note(key, value)
             parts.append(note)
-        self.packets += 1
-        self._file.write(self._wire.packet(ts_ns, b"".join(parts)))
+        self.write(self._wire.packet(ts_ns, b"".join(parts)))
 
     def _note(self, key: str, value: int | str) -> bytes:
         """What a debug annotation is in the file."""
@@ -186,7 +197,7 @@ class TrackEvents:
                 entry.str = text.encode()
             else:
                 entry.name = text
-            self._write(packet)
+            self._builder.write_packet(packet)
         return number
 
     def _next(self) -> int:
@@ -201,10 +212,6 @@ class TrackEvents:
             packet.sequence_flags = _NEEDS_STATE | _STATE_CLEARED
             packet.first_packet_on_sequence = True
         return packet
-
-    def _write(self, packet: Any) -> None:
-        self.packets += 1
-        self._builder.write_packet(packet)
 
 
 class _Wire:

@@ -1,17 +1,18 @@
 """When a VM's threads had no CPU, from sched_waking and sched_switch.
 
 A recording may hold some of a thread's switches only, and kernels leave one out now and then. What
-a missing one makes unsure is not told, and nothing at all of a thread that many of are missing.
+a missing one makes unsure is not told, and nothing at all of a thread if many are missing, or if
+it was seen to switch with kvm-pit workers only: then those may be all that were followed.
 
 Not modelled: who ran in between where several did; the one that ran last before the thread got its
 CPU is named.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import dataclass, field
 
-from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
+from kvmtick.trace.events import IRQ_CONTEXT, Record
 
 __all__ = ["CpuWaits", "Wait", "pid_of"]
 
@@ -25,9 +26,6 @@ _MOST_OF_A_SPAN = 1000
 _MANY = 20
 """One of so many switches is missing: not all are recorded."""
 
-_LOST = int(Event.LOST_EVENTS)
-_WAKING = int(Event.SCHED_WAKING)
-_SWITCH = int(Event.SCHED_SWITCH)
 _RUNNABLE = (0, 0x100)
 """`prev_state` of a thread that still wants to run; with 0x100 (R+) it was preempted."""
 
@@ -69,6 +67,8 @@ class _Thread:
     switches: int = 0
     missed: int = 0
     """It ran without having got a CPU, or got one that it had."""
+    alone: bool = False
+    """It is followed for itself, not as the one before or after a worker."""
     waits: list[Wait] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
@@ -103,60 +103,60 @@ class _Thread:
     @property
     def is_known(self) -> bool:
         """Hardly any of its switches are missing."""
-        return self.missed * _MANY <= self.switches
+        return self.alone and self.missed * _MANY <= self.switches
 
 
 class CpuWaits:
-    """Follows a VM's threads."""
+    """Follows a VM's threads, and what is seen of others."""
 
     def __init__(self, tasks: list[str]) -> None:
         """`tasks`: the trace's, which may still grow."""
         self._tasks = tasks
-        self._threads: dict[int, _Thread] = {}
+        self._threads: defaultdict[int, _Thread] = defaultdict(_Thread)
         self._by_task: dict[int, _Thread] = {}
+        self._workers: list[int] = []
+        """pids of kvm-pit workers among the tasks, by index; -1: it is none."""
 
-    def follow(self, pids: Iterable[int]) -> None:
-        """Threads to follow from now on."""
-        for pid in pids:
-            if pid not in self._threads:
-                self._threads[pid] = _Thread()
+    def runs(self, record: Record) -> None:
+        """A thread did something."""
+        task = record[2]
+        if task & IRQ_CONTEXT:
+            return
+        thread = self._by_task.get(task)
+        if thread is None:
+            thread = self._by_task[task] = self._threads[pid_of(self._tasks[task])]
+        if thread.off is not None:
+            thread.runs()
 
-    def take(self, records: Iterable[Record]) -> None:
-        """The VM's next records, and those of the scheduler that concern its threads."""
-        threads, by_task = self._threads, self._by_task
-        for record in records:
-            event, task = record[1], record[2]
-            if event == _SWITCH:
-                self._switch(record)
-            elif event == _WAKING:
-                self._waking(record)
-            elif event == _LOST:
-                self._forget()
-            elif not task & IRQ_CONTEXT:
-                thread = by_task.get(task)
-                if thread is None:
-                    pid = pid_of(self._tasks[task])
-                    thread = by_task[task] = threads.setdefault(pid, _Thread())
-                if thread.off is not None:
-                    thread.runs()
-
-    def _switch(self, record: Record) -> None:
+    def switch(self, record: Record) -> None:
+        """sched_switch of one of them."""
         ts_ns, _, _, before, state, after, cpu = record[:7]
-        thread = self._threads.get(before)
-        if thread is not None:
+        if before:
+            thread = self._threads[before]
+            thread.alone = thread.alone or self._is_alone(before, after)
             thread.leave(ts_ns, state not in _RUNNABLE, cpu, after)
-        thread = self._threads.get(after)
-        if thread is not None:
+        if after:
+            thread = self._threads[after]
+            thread.alone = thread.alone or self._is_alone(after, before)
             thread.over(ts_ns, cpu, before)
 
-    def _waking(self, record: Record) -> None:
+    def _is_alone(self, pid: int, other: int) -> bool:
+        """Its switch with another thread was not recorded because of that."""
+        if not other:
+            return True
+        if len(self._workers) != len(self._tasks):
+            self._workers = [pid_of(t) if t.startswith("kvm-pit/") else -1 for t in self._tasks]
+        return other not in self._workers or pid in self._workers
+
+    def waking(self, record: Record) -> None:
+        """sched_waking of one of them."""
         ts_ns, _, _, pid, cpu = record[:5]
-        thread = self._threads.get(pid)
-        if thread is not None and thread.off is not None and thread.off.asleep:
+        thread = self._threads[pid]
+        if thread.off is not None and thread.off.asleep:
             thread.over(ts_ns, thread.off.cpu, 0)
             thread.leave(ts_ns, False, cpu, 0)
 
-    def _forget(self) -> None:
+    def lost(self, record: Record) -> None:
         """Records are missing: who has a CPU is not known."""
         for thread in self._threads.values():
             thread.off = thread.since_ns = None

@@ -42,6 +42,10 @@ class LocalApics:
         self._isr: dict[int, Claim] = {}
         self._nmis: dict[int, deque[Claim | None]] = {}
         self._known: dict[int, Source] = {}
+        self._begun = ""
+        self._sure: set[int] = set()
+        self._doubted: set[int] = set()
+        self._maybe_nmis: dict[int, int] = {}
 
     def accept(
         self, vcpu: int, mode: int, vector: int, source: Source, tick: Tick, path: Path, ts_ns: int
@@ -64,22 +68,52 @@ class LocalApics:
         claim = self._irr[key] = source.claim(tick, path, ts_ns)
         return claim
 
+    def doubt(self, vcpu: int, mode: int, vector: int) -> str:
+        """Why it cannot be told whether a message of a tick's was merged with one that waited since
+        before the records begin; empty if it can.
+        """
+        if not self._begun:
+            return ""
+        if mode == DM_NMI:
+            return self._begun if self._maybe_nmis.get(vcpu, NMI_LIMIT) else ""
+        if mode not in (DM_FIXED, DM_LOWEST):
+            return ""
+        key = vcpu * STRIDE + vector
+        return "" if key in self._sure or key in self._irr else self._begun
+
+    def accept_doubtful(self, vcpu: int, mode: int, vector: int, source: Source) -> None:
+        """A tick's message that may be merged with one before it: the injection is nobody's."""
+        key = vcpu * STRIDE + (NMI if mode == DM_NMI else vector)
+        self._known.setdefault(key, source)
+        self._doubted.add(key)
+        self.accept_foreign(vcpu, mode, vector)
+
     def accept_foreign(self, vcpu: int, mode: int, vector: int) -> None:
         """A message that is no tick's."""
         if mode == DM_NMI:
             waiting = self._nmis.setdefault(vcpu, deque())
             if len(waiting) < NMI_LIMIT:
                 waiting.append(None)
+            maybe = self._maybe_nmis.get(vcpu, NMI_LIMIT if self._begun else 0)
+            self._maybe_nmis[vcpu] = min(NMI_LIMIT, maybe + 1) if maybe else 0
         elif mode in (DM_FIXED, DM_LOWEST):
             self._irr.setdefault(vcpu * STRIDE + vector)
         elif mode == DM_INIT:
             self._reset(vcpu)
 
-    def forget(self) -> None:
+    def forget(self, why: str) -> None:
         """Records are missing: who is requested or in service is not known any more."""
+        self._begun = why
+        self._sure.clear()
+        self._doubted.clear()
+        self._maybe_nmis.clear()
         self._irr.clear()
         self._isr.clear()
         self._nmis.clear()
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._begun = ""
 
     def revoke(self, claim: Claim) -> None:
         """It turned out that the local APIC had not taken the message."""
@@ -93,28 +127,39 @@ class LocalApics:
         """The vector is in IRR; `vcpu` None: of any vCPU."""
         return self._key(vcpu, vector) is not None
 
+    def injected(self, vcpu: int | None, vector: int) -> None:
+        """The vector waits no more, if it did."""
+        if self._begun and vcpu is not None:
+            self._sure.add(vcpu * STRIDE + vector)
+
     def inject(self, vcpu: int | None, vector: int, ts_ns: int) -> None:
         """A requested vector was written into the VMCS."""
         key = self._key(vcpu, vector)
         if key is None:
             return
+        self.injected(vcpu, vector)
         claim = self._irr.pop(key)
         if claim is not None:
             self._isr[key] = claim
             claim.source.arrive(claim, ts_ns, key // STRIDE, vector)
             return
         self._isr.pop(key, None)
-        if key in self._known:
+        if key in self._doubted:
+            self._doubted.discard(key)
+        elif key in self._known:
             self._known[key].extra += 1
 
     def inject_nmi(self, vcpu: int, pending: int, ts_ns: int) -> None:
         """An NMI was written into the VMCS; `pending`: how many still wait."""
         waiting = self._nmis.get(vcpu)
+        maybe = self._maybe_nmis.get(vcpu, NMI_LIMIT if self._begun else 0)
+        if maybe:
+            self._maybe_nmis[vcpu] = min(maybe - 1, pending)
         source = self._known.get(vcpu * STRIDE + NMI)
         claim = waiting.popleft() if waiting else None
         if claim is not None:
             claim.source.arrive(claim, ts_ns, vcpu, NMI_VECTOR)
-        elif source is not None:
+        elif source is not None and not maybe:
             source.extra += 1
         while waiting and len(waiting) > pending:
             merged = waiting.pop()

@@ -10,11 +10,12 @@ with open_trace(path) as trace:
 from collections.abc import Callable
 
 from kvmtick.ticks.life import KEEP, TickAssembler
+from kvmtick.ticks.missing import missing_of_lapic, missing_of_pit, sees_masks, sees_nmis
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.trace.by_vm import ByVm, Share
 from kvmtick.trace.events import Event, Record
-from kvmtick.trace.inferred import Inferred
+from kvmtick.trace.inferred import BackEnd, Inferred
 from kvmtick.trace.reading import Trace
 from kvmtick.trace.vms import VmInfo
 
@@ -36,21 +37,29 @@ class VmTicks:
     """One VM of a trace and its ticks."""
 
     def __init__(
-        self, share: Share, owners: dict[int, int], trace: Trace, keep: int, keep_all: bool
+        self,
+        share: Share,
+        owners: dict[int, int],
+        back_end: BackEnd,
+        trace: Trace,
+        keep: int,
+        keep_all: bool,
     ) -> None:
         self._share = share
         self.tasks = trace.tasks
         self.notes: list[str] = []
         """What cannot be told of this VM, and why; a sentence each."""
-        self.inferred = Inferred()
+        self.inferred = Inferred(back_end)
         self.assembler = TickAssembler(
             keep,
             tasks=trace.tasks,
-            sees_nmis=lambda: trace.is_complete or self.inferred.sees_nmis,
+            sees_nmis=lambda: trace.is_complete or sees_nmis(trace.events, back_end),
             vcpus=share.vcpus,
             owners=owners,
             keep_all=keep_all,
         )
+        if not trace.is_complete:
+            self.assembler.begin_in_the_middle(share.info.reinject)
 
     @property
     def info(self) -> VmInfo:
@@ -59,8 +68,13 @@ class VmTicks:
 
     @property
     def workers(self) -> set[int]:
-        """Tasks that run its work items: its kvm-pit worker."""
+        """Tasks that run its PIT's work."""
         return self._share.workers
+
+    @property
+    def vcpus(self) -> dict[int, int]:
+        """Which task is which vCPU, as far as it is known."""
+        return self._share.vcpus
 
     @property
     def pid(self) -> int:
@@ -101,6 +115,8 @@ class HostTicks:
         self._on_lives = on_lives
         self._first: list[Record] | None = []
         self._by_vm: ByVm | None = None
+        self._back_end = BackEnd()
+        self._events_told = bool(trace.events)
         self._of_share: dict[Share, VmTicks] = {}
 
     def read(self, progress: Callable[[], None] | None = None) -> None:
@@ -133,6 +149,7 @@ class HostTicks:
             unwanted = _NOBODYS if self._on_records is None else ()
             by_vm = self._by_vm = ByVm(self.trace.tasks, not self.trace.vms, unwanted)
         by_vm.know(self.trace.vms)
+        self._back_end.learn(batch)
         for share, records in by_vm(batch):
             self._judge(self._vm(share), records)
         for share in by_vm.shares:
@@ -143,7 +160,8 @@ class HostTicks:
         if vm is None:
             assert self._by_vm is not None
             streams = self._on_lives is not None
-            vm = VmTicks(share, self._by_vm.owners, self.trace, self.keep, streams)
+            owners = self._by_vm.owners
+            vm = VmTicks(share, owners, self._back_end, self.trace, self.keep, streams)
             self._of_share[share] = vm
             self.vms.append(vm)
         return vm
@@ -151,12 +169,21 @@ class HostTicks:
     def _judge(self, vm: VmTicks, records: list[Record]) -> None:
         if not self.trace.is_complete:
             records = vm.inferred(records)
+            self._look_for_missing(vm)
         if self._on_records is not None:
             self._on_records(vm, records)
         vm.assembler(records)
         if self._on_lives is not None:
             for source in vm.assembler.sources():
                 self._hand_out(vm, source)
+
+    def _look_for_missing(self, vm: VmTicks) -> None:
+        events, back_end = self.trace.events, self._back_end
+        vm.assembler.judge_by(
+            missing_of_pit(events, self._events_told, back_end),
+            missing_of_lapic(events, self._events_told, back_end),
+            sees_masks(events) or not self._events_told,
+        )
 
     def _hand_out(self, vm: VmTicks, source: Source, also_kept: bool = False) -> None:
         lives = source.take_old(also_kept)

@@ -8,6 +8,9 @@ Whether the entry is masked is known from kvm_apic (writes of LVTT and SVR) wher
 Else it is told by a guest that ran on (it wrote a port or an EOI, or got an interrupt) with the
 note still there, and by a timer that never gave an interrupt.
 
+Where the records begin in the middle, a note may be there already, and whose timer it is may not be
+known: its ticks are `unknown` until its vCPU delivered one, or programmed the timer.
+
 Not told apart, for there is no record: a TSC deadline that had passed when it was written has no
 expiry; its interrupt is no tick's.
 """
@@ -31,6 +34,7 @@ APIC_LVT_MASKED = 1 << 16
 _OPEN = Verdict.OUTSTANDING
 _LAPIC = Path.LAPIC
 _MASKED_DETAIL = "the timer's LVT entry was masked"
+_MASK_UNKNOWN = "no record tells whether the timer's LVT entry was masked"
 _MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
 
 
@@ -45,6 +49,10 @@ class LapicTicks(Source):
         self.waiting: Tick | None = None
         """The expiry that its vCPU has not delivered yet."""
         self.masked: bool | None = None
+        self.sees_masks = True
+        """Whether the records show the writes that mask it."""
+        self.begun = ""
+        """Why it is not known whether a note was there before the first expiry."""
         self.ran = False
         """The guest ran on while an expiry waited."""
         self._served = False
@@ -61,22 +69,41 @@ class LapicTicks(Source):
         expires_ns = record[5]
         if record[2] & IRQ_CONTEXT:
             if self._expiring is not None:
-                self._expiring.period_ns = expires_ns - self._expiring.expiry_ns
-        elif self.waiting is not None and expires_ns != self._expires_ns:
-            self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
+                self.rearmed(self._expiring, expires_ns)
+        else:
+            self._no_expiry = None
+            if expires_ns != self._expires_ns:
+                self._programmed()
         self._expiring = None
         self._expires_ns = expires_ns
 
+    def _programmed(self) -> None:
+        """The guest set another time (start_apic_timer): the note is gone."""
+        if self.waiting is not None:
+            self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
+        if self._expires_ns or self.masked is False:
+            self.begun = ""
+
     def expire(self, record: Record) -> None:
         """A tick begins."""
-        tick = self._expiring = self.begin(self._expires_ns or record[5], record[5])
+        tick = self._expiring = self.begin(self._expires_ns, record[5])
         if self.waiting is None:
             self.waiting = tick
             self.ran = False
-        elif self._seems_masked():
-            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
         else:
-            self.judge(tick, Verdict.COALESCED, Where.LAPIC, _MERGED_DETAIL)
+            self._judge_unserved(tick, Verdict.COALESCED, _MERGED_DETAIL)
+
+    def _judge_unserved(self, tick: Tick, verdict: Verdict, detail: str) -> None:
+        """It gets no interrupt: `verdict` says why, unless the entry is masked."""
+        masked = self._seems_masked()
+        if masked:
+            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        elif masked is None:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun or _MASK_UNKNOWN)
+        elif self.begun and verdict is not Verdict.COALESCED:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun)
+        else:
+            self.judge(tick, verdict, Where.LAPIC, detail)
 
     def accept(self, record: Record, apics: LocalApics) -> None:
         """The vCPU delivers the expiry that waits."""
@@ -88,11 +115,17 @@ class LapicTicks(Source):
         self.vector = vector
         if self.masked is None and not self.ran:
             self._were_merged(tick.index)
-        self.masked = False
+        self.masked = False if self.sees_masks else None
         self._served = True
         if tick.verdict is not _OPEN:
             self.reopen(tick)
         tick.work_ns = ts_ns
+        doubt = apics.doubt(vcpu, mode, vector) or self.begun
+        self.begun = ""
+        if doubt:
+            apics.accept_doubtful(vcpu, mode, vector, self)
+            self.judge(tick, Verdict.UNKNOWN, detail=doubt)
+            return
         if apics.accept(vcpu, mode, vector, self, tick, _LAPIC, ts_ns) is None:
             detail = "its vector was accepted and not injected since"
             self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
@@ -100,7 +133,7 @@ class LapicTicks(Source):
     def _were_merged(self, index: int) -> None:
         """That the ticks after `index` seemed masked was a guess, and wrong."""
         count = self.expired - index
-        if self._served or not count:
+        if self._served or not count or self.begun or self.blind or not self.sees_masks:
             return
         self._judged[Verdict.MASKED] -= count
         self._judged[Verdict.COALESCED] += count
@@ -112,30 +145,36 @@ class LapicTicks(Source):
     def lost(self, why: str) -> None:
         """Records are missing."""
         self.lose_sight(why)
-        self.waiting = self._expiring = None
+        self.waiting = self._expiring = self._no_expiry = None
         self._expires_ns = 0
+        self.masked = None
+        self.begun = why
 
     def lose_waiting(self, why: str) -> None:
         """The note that an expiry waits is gone."""
         tick, self.waiting = self.waiting, None
         if tick is None or tick.verdict is not _OPEN:
             return
-        if self._seems_masked():
-            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
-        else:
-            self.judge(tick, Verdict.DROPPED, Where.LAPIC, why)
+        self._judge_unserved(tick, Verdict.DROPPED, why)
 
     def settle(self) -> None:
         """An expiry that waits because the entry is masked is not just outstanding."""
         tick = self.waiting
-        if tick is not None and tick.verdict is _OPEN and self._seems_masked():
+        if tick is None or tick.verdict is not _OPEN:
+            return
+        masked = self._seems_masked()
+        if masked:
             self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        elif self.begun or masked is None:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun or _MASK_UNKNOWN)
 
-    def _seems_masked(self) -> bool:
-        """Why an expiry waits: it is masked, or the vCPU has not run."""
-        if self.masked is None:
-            return self.ran or not self._served
-        return self.masked or self.ran
+    def _seems_masked(self) -> bool | None:
+        """Why an expiry waits: it is masked, or the vCPU has not run; None: one of them."""
+        if self.masked or self.ran:
+            return True
+        if self.masked is None and (self.begun or not self.sees_masks):
+            return None
+        return self.masked is None and not self._served
 
     def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
         return accept_ns - tick.expiry_ns, inject_ns - accept_ns
@@ -164,6 +203,9 @@ class LapicTimers:
         self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
+        self._begun = ""
+        self._blind = ""
+        self._sees_masks = True
 
     def sources(self) -> list[LapicTicks]:
         """Those that expired, by vCPU."""
@@ -202,7 +244,8 @@ class LapicTimers:
         if timer is None or mode != DM_FIXED or level:
             return False
         timer.accept(record, self._apics)
-        self._masked[vcpu] = False
+        if self._sees_masks:
+            self._masked[vcpu] = False
         return True
 
     def apic(self, record: Record) -> None:
@@ -218,6 +261,8 @@ class LapicTimers:
 
     def guest_ran(self, vcpu: int | None) -> None:
         """The guest on a vCPU did something."""
+        if vcpu is None:
+            return
         for timer in self._timers.values():
             if timer.waiting is not None and timer.owner == vcpu:
                 timer.ran = True
@@ -231,8 +276,22 @@ class LapicTimers:
 
     def lost(self, why: str) -> None:
         """Records are missing."""
+        self._begun = why
+        self._masked.clear()
         for timer in self._timers.values():
             timer.lost(why)
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._begun = ""
+
+    def judge_by(self, blind: str, sees_masks: bool) -> None:
+        """Why their ticks cannot be judged, and whether writes that mask them are recorded."""
+        if self._blind and not blind:
+            self.lost(self._blind)
+        self._blind, self._sees_masks = blind, sees_masks
+        for timer in self._timers.values():
+            timer.blind, timer.sees_masks = blind, sees_masks
 
     def settle(self) -> None:
         """Judge what can be judged now."""
@@ -254,6 +313,7 @@ class LapicTimers:
         timer = self._timers.get(hrtimer)
         if timer is None:
             timer = self._timers[hrtimer] = LapicTicks(self._keep)
+            timer.begun, timer.blind, timer.sees_masks = self._begun, self._blind, self._sees_masks
         if timer.owner is None and hrtimer in self._owners:
             self._own(timer, self._vcpu_of(self._owners[hrtimer]))
         return timer
@@ -270,6 +330,6 @@ class LapicTimers:
             if timer.waiting is not None:
                 if timer.owner == vcpu:
                     return timer
-                if timer.owner is None:
+                if timer.owner is None and not self._begun:
                     found = timer
         return found

@@ -15,6 +15,7 @@ from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Keep, Source
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
+from kvmtick.trace.inferred import is_creation
 from kvmtick.trace.vms import vcpu_of_name
 
 KEEP = 16_384
@@ -81,7 +82,7 @@ class TickAssembler:
             (Event.KVM_EOI, self._eoi),
             (Event.KVM_ACK_IRQ, self._ack_irq),
             (Event.KVM_PIO, self._pio),
-            (Event.KVM_APICV_INHIBIT_CHANGED, self._pit.apicv_inhibit_changed),
+            (Event.KVM_APICV_INHIBIT_CHANGED, self._apicv_inhibit_changed),
             (Event.PIT_RESET_REINJECT, self._pit_reset_reinject),
             (Event.LOST_EVENTS, self._lost_events),
         ):
@@ -123,6 +124,24 @@ class TickAssembler:
             pit.is_idle() and pit.plain_task not in self._messages and not self._timers.is_waiting
         )
 
+    def begin_in_the_middle(self, reinject: bool | None = None) -> None:
+        """The VM may have run before the first record; `reinject`: as its PIT was then, if known.
+
+        A record that comes with the VM's creation says that it had not.
+        """
+        why = "the trace begins here"
+        self._lose(why)
+        self._pit.begin_in_the_middle(why, reinject)
+
+    def judge_by(self, pit: str, lapic: str, sees_masks: bool) -> None:
+        """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
+        can; and whether the records show when a timer's LVT entry is masked.
+        """
+        if self._pit.blind and not pit:
+            self._pit.lost(self._pit.blind)
+        self._pit.blind = pit
+        self._timers.judge_by(lapic, sees_masks)
+
     # For readers.
 
     @property
@@ -150,6 +169,8 @@ class TickAssembler:
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self._pit.settle()
         self._timers.settle()
+        for source in self.sources():
+            source.judge_blind()
 
     @property
     def expired(self) -> int:
@@ -188,7 +209,7 @@ class TickAssembler:
 
     def _work_queue(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
-            self._pit.work_queue()
+            self._pit.work_queue(record)
 
     def _work_start(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
@@ -199,14 +220,25 @@ class TickAssembler:
             self._pit.end_run()
 
     def _pit_reset_reinject(self, record: Record) -> None:
-        self._pit.reset_reinject()
+        self._pit.reset_reinject(record)
+
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if is_creation(record):
+            self._apics.created()
+            self._timers.created()
+            self._pit.created()
+        else:
+            self._pit.apicv_inhibit_changed(record)
 
     def _lost_events(self, record: Record) -> None:
         count = "some" if record[4] < 0 else str(record[4])
-        why = f"the kernel lost {count} of its records"
+        self._lose(f"the kernel lost {count} of its records")
+
+    def _lose(self, why: str) -> None:
         self._pit.lost(why)
         self._timers.lost(why)
-        self._apics.forget()
+        self._apics.forget(why)
+        self._messages.clear()
 
     def _set_irq(self, record: Record) -> None:
         self._pit.set_irq(record)
@@ -240,6 +272,7 @@ class TickAssembler:
         if not self._pit.pic.takes(vector) and self._apics.requested(vcpu, vector):
             self._apics.inject(vcpu, vector, ts_ns)
         else:
+            self._apics.injected(vcpu, vector)
             self._pit.inject(record, vcpu or 0)
 
     def _inj_nmi(self, record: Record) -> None:

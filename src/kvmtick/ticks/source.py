@@ -54,6 +54,10 @@ class Source:
         self._arrivals: Counter[tuple[Path, int]] = Counter()
         self._latency_ns = {hop: Histogram() for hop in HOPS}
         self._reach_hops = reach_hops
+        self.blind = ""
+        """Why none of its ticks can be judged: records that it takes were never made."""
+        self._no_expiry: Tick | None = None
+        """The tick of a timer that was armed before the records begin: `expiry_ns` is a guess."""
         self._reach_rows: list[tuple[int, ...]] = []
         self._end_rows: list[tuple[int, int]] = []
 
@@ -109,19 +113,37 @@ class Source:
         count = len(kept) if also_kept else len(kept) - self._keep
         return [_thaw(kept.popleft()) for _ in range(count)]
 
+    def judge_blind(self) -> None:
+        """Everything was read: of those still open nobody can tell."""
+        if self.blind:
+            self.lose_sight(self.blind)
+
     # For those who follow the trace.
 
     def begin(self, expiry_ns: int, fired_ns: int) -> Tick:
-        """The timer expired."""
+        """The timer expired; `expiry_ns` is 0 if it is not known for when it was armed."""
         self.expired += 1
-        tick = Tick(self.expired, expiry_ns, fired_ns)
+        tick = Tick(self.expired, expiry_ns or fired_ns, fired_ns)
+        if not expiry_ns:
+            self._no_expiry = tick
         self._kept.append(tick)
         return tick
+
+    def rearmed(self, tick: Tick, expires_ns: int) -> None:
+        """Its callback armed the timer for the next tick; that tells the expiry before it."""
+        tick.period_ns = expires_ns - tick.expiry_ns
+        first = self._no_expiry
+        if first is not None and first is not tick:
+            first.period_ns = tick.period_ns
+            first.expiry_ns = tick.expiry_ns - tick.period_ns
+            self._no_expiry = None
 
     def judge(
         self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""
     ) -> None:
         """The one word about it."""
+        if self.blind:
+            verdict, where, detail = _UNKNOWN, None, self.blind
         tick.verdict = verdict
         tick.where = where
         tick.detail = detail
@@ -179,7 +201,7 @@ class Source:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
             self.judge(tick, _DELIVERED if on_time else _LATE)
         row = self._reach_row(tick, claim.accept_ns, ts_ns)
-        if row is not None:
+        if row is not None and tick is not self._no_expiry:
             self._reach_rows.append(row)
 
     def finish(self, claim: Claim, ts_ns: int) -> None:
@@ -188,7 +210,8 @@ class Source:
             tick = claim.tick
             assert tick.inject_ns is not None
             tick.eoi_ns = ts_ns
-            self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+            if tick is not self._no_expiry:
+                self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
 
     def rename(self, claim: Claim, path: Path) -> None:
         """A later record tells which way it came."""

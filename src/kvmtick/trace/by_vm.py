@@ -52,7 +52,7 @@ _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _OF_TIMERS = (_START, int(Event.HRTIMER_CANCEL), _EXPIRE, _QUEUE)
 """What these are about says whose they are; of all others the thread does."""
 _SENDS = frozenset(
-    map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ, Event.KVM_EOI))
+    map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ))
 )
 """What a local APIC may accept right after them is not its timer's."""
 _TELLING = frozenset((_START, _EXPIRE, _QUEUE, _WORK_START, _ACCEPT, _WAKING, *_SENDS))
@@ -386,7 +386,10 @@ class ByVm:
         """
         task = accept[2]
         before = self._last.get(task)
-        if (before is not None and before[1] in _SENDS) or task in self.owners.values():
+        _, _, _, _, mode, level, _ = accept
+        if mode or level or (before is not None and before[1] in _SENDS):
+            return
+        if task in self.owners.values():
             return
         expiries, seen = self._expiries, self._seen_at.get(task)
         self._seen_at[task] = expiries.copy()

@@ -131,7 +131,7 @@ class KtraceEncoder:
             delta_ns = ts_ns - self._last_ns
             full = len(data) + (length + 1) * _WORD > _DATA_BYTES
             if full or not 0 <= delta_ns <= _MOST_DELTA_NS or not data:
-                self._page()
+                self.flush()
                 self._first_ns = ts_ns
                 delta_ns = 0
             self._last_ns = ts_ns
@@ -142,12 +142,7 @@ class KtraceEncoder:
             word = length | delta_ns << _LENGTH_BITS
             data += pack(word, number, flags, pids[task & ~IRQ_CONTEXT], *fields)
 
-    def end(self) -> None:
-        """The run is over: the recording is whole."""
-        self._page()
-        self._writer.end(self._last_ns, self._lost)
-
-    def _page(self) -> None:
+    def flush(self) -> None:
         """Write what there is."""
         if self._data:
             head = _PAGE_HEAD.pack(self._first_ns, len(self._data))
@@ -155,6 +150,11 @@ class KtraceEncoder:
             self._data.clear()
             if not self._writer.pages % _PAGES_A_MARK:
                 self._writer.mark(self._last_ns)
+
+    def end(self) -> None:
+        """The run is over: the recording is whole."""
+        self.flush()
+        self._writer.end(self._last_ns, self._lost)
 
     def _know_tasks(self) -> bool:
         """Give new tasks their pids and names; whether there are any."""

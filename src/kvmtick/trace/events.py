@@ -46,8 +46,12 @@ class Irqchip(IntEnum):
 
 
 class ApicvInhibitReason(IntEnum):
-    """`reason` of kvm_apicv_inhibit_changed (enum kvm_apicv_inhibit), the one this model sets."""
+    """`reason` of kvm_apicv_inhibit_changed (enum kvm_apicv_inhibit): that of the PIT, and those
+    that come with a VM.
+    """
 
+    DISABLED = 0
+    ABSENT = 2
     PIT_REINJ = 9
 
 

@@ -8,11 +8,27 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.exit_reasons import VMX_EXIT_REASONS
 
-__all__ = ["FtraceWriter", "event_name", "event_text", "format_line"]
+__all__ = [
+    "APIC_REGISTERS",
+    "DELIVERY_MODES",
+    "IRQCHIPS",
+    "MMIO_TYPES",
+    "SHORTHANDS",
+    "SIMULATED",
+    "FtraceWriter",
+    "event_name",
+    "event_text",
+    "format_line",
+]
 
-_DELIVERY_MODES = ("Fixed", "LowPrio", "SMI", "Res3", "NMI", "INIT", "SIPI", "ExtINT")
-_IRQCHIPS = ("PIC master", "PIC slave", "IOAPIC")
+SIMULATED = "# kvmtick: a simulated run"
+"""Second line of a simulated run's text."""
+
+
+DELIVERY_MODES = ("Fixed", "LowPrio", "SMI", "Res3", "NMI", "INIT", "SIPI", "ExtINT")
+IRQCHIPS = ("PIC master", "PIC slave", "IOAPIC")
 _APICV_INHIBITS = (
     "DISABLED",
     "HYPERV",
@@ -25,23 +41,10 @@ _APICV_INHIBITS = (
     "IRQWIN",
     "PIT_REINJ",
 )
-_EXIT_REASONS = {
-    1: "EXTERNAL_INTERRUPT",
-    2: "TRIPLE_FAULT",
-    7: "INTERRUPT_WINDOW",
-    8: "NMI_WINDOW",
-    12: "HLT",
-    30: "IO_INSTRUCTION",
-    31: "MSR_READ",
-    32: "MSR_WRITE",
-    49: "EPT_MISCONFIG",
-    52: "PREEMPTION_TIMER",
-}
-
-
-_MMIO = ("unsatisfied-read", "read", "write")
-_SHORTHANDS = ("dst", "self", "all", "all-but-self")
-_APIC_REGISTERS = {
+MMIO_TYPES = ("unsatisfied-read", "read", "write")
+_U64 = (1 << 64) - 1
+SHORTHANDS = ("dst", "self", "all", "all-but-self")
+APIC_REGISTERS = {
     0x20: "ID",
     0x30: "LVR",
     0x80: "TASKPRI",
@@ -77,6 +80,11 @@ def _function(value: int) -> str:
     return Function(value).name.lower()
 
 
+def _symbol(value: int, names: Sequence[str]) -> str:
+    """`__print_symbolic`: what has no name is a number."""
+    return names[value] if 0 <= value < len(names) else f"0x{value & _U64:x}"
+
+
 def _hrtimer_start(r: Record) -> str:
     return (
         f"hrtimer={r[3]:016x} function={_function(r[4])} expires={r[5]} softexpires={r[5]}"
@@ -97,15 +105,16 @@ def _work_execute(r: Record) -> str:
 
 
 def _pic_set_irq(r: Record) -> str:
-    trigger = "level" if r[5] >> r[4] & 1 else "edge"
-    masked = "|masked" if r[6] >> r[4] & 1 else ""
+    pin = r[4] & 31
+    trigger = "level" if r[5] >> pin & 1 else "edge"
+    masked = "|masked" if r[6] >> pin & 1 else ""
     return f"chip {r[3]} pin {r[4]} ({trigger}{masked}){' (coalesced)' if r[7] else ''}"
 
 
 def _ioapic_set_irq(r: Record) -> str:
     e = r[3]
     return (
-        f"pin {r[4]} dst {e >> 56:x} vec {e & 0xFF} ({_DELIVERY_MODES[e >> 8 & 7]}"
+        f"pin {r[4]} dst {e >> 56:x} vec {e & 0xFF} ({DELIVERY_MODES[e >> 8 & 7]}"
         f"|{'logical' if e >> 11 & 1 else 'physical'}|{'level' if e >> 15 & 1 else 'edge'}"
         f"{'|masked' if e >> 16 & 1 else ''}){' (coalesced)' if r[5] else ''}"
     )
@@ -132,7 +141,7 @@ def _entry(r: Record) -> str:
 
 def _exit(r: Record) -> str:
     return (
-        f"vcpu {r[3]} reason {_EXIT_REASONS.get(r[4], f'0x{r[4]:x}')} rip 0x{r[5]:x}"
+        f"vcpu {r[3]} reason {VMX_EXIT_REASONS.get(r[4], f'0x{r[4]:x}')} rip 0x{r[5]:x}"
         f" info1 0x{r[6]:016x} info2 0x{0:016x} intr_info 0x{r[7]:08x} error_code 0x00000000"
         f" requests 0x{0:016x}"
     )
@@ -145,7 +154,7 @@ def _apicv_inhibit_changed(r: Record) -> str:
 
 def _apic_accept_irq(r: Record) -> str:
     return (
-        f"apicid {r[3]:x} vec {r[6]} ({_DELIVERY_MODES[r[4] >> 8 & 7]}"
+        f"apicid {r[3]:x} vec {r[6]} ({DELIVERY_MODES[r[4] >> 8 & 7]}"
         f"|{'level' if r[5] else 'edge'})"
     )
 
@@ -154,7 +163,7 @@ def _msi_set_irq(r: Record) -> str:
     address, data = r[3], r[4]
     return (
         f"dst {address >> 12 & 0xFF | address >> 32 & 0xFFFFFF00:x} vec {data & 0xFF}"
-        f" ({_DELIVERY_MODES[data >> 8 & 7]}|{'logical' if address >> 2 & 1 else 'physical'}"
+        f" ({DELIVERY_MODES[data >> 8 & 7]}|{'logical' if address >> 2 & 1 else 'physical'}"
         f"|{'level' if data >> 15 & 1 else 'edge'}{'|rh' if address >> 3 & 1 else ''})"
     )
 
@@ -162,22 +171,26 @@ def _msi_set_irq(r: Record) -> str:
 def _apic_ipi(r: Record) -> str:
     icr = r[3]
     return (
-        f"dst {r[4]:x} vec {icr & 0xFF} ({_DELIVERY_MODES[icr >> 8 & 7]}"
+        f"dst {r[4]:x} vec {icr & 0xFF} ({DELIVERY_MODES[icr >> 8 & 7]}"
         f"|{'logical' if icr >> 11 & 1 else 'physical'}"
         f"|{'assert' if icr >> 14 & 1 else 'de-assert'}|{'level' if icr >> 15 & 1 else 'edge'}"
-        f"|{_SHORTHANDS[icr >> 18 & 3]})"
+        f"|{SHORTHANDS[icr >> 18 & 3]})"
     )
 
 
+def _mmio(r: Record) -> str:
+    return f"mmio {_symbol(r[3], MMIO_TYPES)} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}"
+
+
 def _apic(r: Record) -> str:
-    register = f"APIC_{_APIC_REGISTERS[r[4]]}" if r[4] in _APIC_REGISTERS else f"0x{r[4]:x}"
+    register = f"APIC_{APIC_REGISTERS[r[4]]}" if r[4] in APIC_REGISTERS else f"0x{r[4]:x}"
     return f"apic_{'write' if r[3] else 'read'} {register} = 0x{r[5]:x}"
 
 
 def _delayed_eoi_inj(r: Record) -> str:
     e = r[3]
     return (
-        f"dst {e >> 56:x} vec {e & 0xFF} ({_DELIVERY_MODES[e >> 8 & 7]}"
+        f"dst {e >> 56:x} vec {e & 0xFF} ({DELIVERY_MODES[e >> 8 & 7]}"
         f"|{'logical' if e >> 11 & 1 else 'physical'}|{'level' if e >> 15 & 1 else 'edge'}"
         f"{'|masked' if e >> 16 & 1 else ''})"
     )
@@ -219,7 +232,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_SET_IRQ: lambda r: f"gsi {r[3]} level {r[4]} source {r[5]}",
     Event.KVM_PIC_SET_IRQ: _pic_set_irq,
     Event.KVM_IOAPIC_SET_IRQ: _ioapic_set_irq,
-    Event.KVM_ACK_IRQ: lambda r: f"irqchip {_IRQCHIPS[r[3]]} pin {r[4]}",
+    Event.KVM_ACK_IRQ: lambda r: f"irqchip {_symbol(r[3], IRQCHIPS)} pin {r[4]}",
     Event.KVM_INJ_VIRQ: _inj_virq,
     Event.KVM_VCPU_WAKEUP: _vcpu_wakeup,
     Event.KVM_PIO: _pio,
@@ -232,7 +245,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_MSI_SET_IRQ: _msi_set_irq,
     Event.KVM_APIC_IPI: _apic_ipi,
     Event.KVM_APIC: _apic,
-    Event.KVM_MMIO: lambda r: f"mmio {_MMIO[r[3]]} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}",
+    Event.KVM_MMIO: _mmio,
     Event.KVM_MSR: lambda r: (
         f"msr_{'write' if r[3] else 'read'} {r[4]:x} = 0x{r[5]:x}{' (#GP)' if r[6] else ''}"
     ),
@@ -260,12 +273,15 @@ def event_text(record: Record, tasks: Sequence[str] = ()) -> str:
 
 
 def format_line(record: Record, tasks: list[str]) -> str:
-    """One line of ftrace text. The machine's host has one CPU, number 0."""
+    """One line of ftrace text. The machine's host has one CPU, number 0; a record knows no other,
+    but that of sched_switch.
+    """
     comm, _, pid = tasks[record[2] & ~IRQ_CONTEXT].rpartition("-")
     flags = "d.h1." if record[2] & IRQ_CONTEXT else "....."
+    cpu = record[6] if record[1] == Event.SCHED_SWITCH else 0
     seconds, ns = divmod(record[0], 1_000_000_000)
     return (
-        f"{comm:>16}-{pid:<7} [000] {flags} {seconds:5d}.{ns // 1000:06d}:"
+        f"{comm:>16}-{pid:<7} [{cpu:03d}] {flags} {seconds:5d}.{ns // 1000:06d}:"
         f" {event_name(record)}: {event_text(record, tasks)}"
     )
 
@@ -273,12 +289,12 @@ def format_line(record: Record, tasks: list[str]) -> str:
 class FtraceWriter:
     """A recorder's consumer that writes ftrace text to a file."""
 
-    def __init__(self, file: TextIO, tasks: list[str]) -> None:
+    def __init__(self, file: TextIO, tasks: list[str], simulated: bool = True) -> None:
         """`tasks` is the recorder's, which may still grow."""
         self._file = file
         self._tasks = tasks
         self.lines = 0
-        file.write("# tracer: nop\n#\n")
+        file.write(f"# tracer: nop\n{SIMULATED if simulated else '#'}\n")
         file.write("#           TASK-PID     CPU#  |||||  TIMESTAMP  FUNCTION\n")
         file.write("#              | |         |   |||||     |         |\n")
 

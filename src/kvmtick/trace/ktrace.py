@@ -25,9 +25,9 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
+from kvmtick.abi.closing import Closing
 from kvmtick.trace.decoder import Decoder, Merge, TaskNames
 from kvmtick.trace.events import TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.formats import FormatError, parse_format
@@ -156,7 +156,7 @@ class KtraceWriter:
         self._file.write(_CHUNK.pack(kind, 0, len(payload)) + payload)
 
 
-class KtraceReader:
+class KtraceReader(Closing):
     """Reads a recording: a `Trace` (see `kvmtick.trace.reading`)."""
 
     def __init__(self, path: Path) -> None:
@@ -245,6 +245,12 @@ class KtraceReader:
             merge.lose(cpu)
         yield merge.until(None)
 
+    def pages(self) -> Iterator[tuple[int, bytes]]:
+        """The raw pages instead, each with its CPU, as they stand in the file."""
+        while (chunk := self._chunk()) is not None:
+            if chunk[0] == _PAGE:
+                yield chunk[1], chunk[2]
+
     def _records(self, cpu: int, page: bytes, gaps: set[int]) -> list[Record]:
         """Those of a page. `gaps`: CPUs of which the page before was damaged."""
         try:
@@ -301,14 +307,3 @@ class KtraceReader:
     def close(self) -> None:
         """Close the file; harmless when repeated."""
         self._raw.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

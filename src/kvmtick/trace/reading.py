@@ -1,20 +1,34 @@
-"""Traces from files: what every reader gives, and which reader a file needs."""
+"""Traces from files: what every reader gives, and which reader a file needs.
+
+    with open_trace(Path("host.ktrace")) as trace:
+        for batch in trace.batches():
+            for ts_ns, event, task, *fields in batch:
+                ...
+
+`kvmtick.trace.events` says what the fields are, `kvmtick.ticks.host` makes ticks of them.
+"""
 
 import gzip
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from kvmtick.trace.events import Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ktrace import MAGIC, KtraceReader
+from kvmtick.trace.text import TextReader, is_text
 from kvmtick.trace.vms import VmInfo
 
-__all__ = ["Trace", "open_trace"]
+__all__ = ["Trace", "TraceFile", "open_trace"]
 
 _GZIP = b"\x1f\x8b"
+_START_BYTES = 1 << 16
+_BINARY = {
+    b"\x17\x08\x44tracing": "a file of trace-cmd: run trace-cmd report -t -i",
+    b"PERFILE2": "a file of perf: run perf script --ns -F comm,pid,tid,cpu,time,event,trace -i",
+}
 
 
 class Trace(Protocol):
@@ -63,18 +77,36 @@ class Trace(Protocol):
         """Close the file; harmless when repeated."""
 
 
-def open_trace(path: Path) -> Trace:
+class TraceFile(Trace, Protocol):
+    """A trace that closes itself at the end of a `with`."""
+
+    def __enter__(self) -> Self:
+        """The trace."""
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+
+
+def open_trace(path: Path) -> TraceFile:
     """Open a file by what it holds. Raises OSError, and `FormatError` where nobody can read it."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise FormatError(f"{path}: no regular file: save the trace into one and give that")
     with path.open("rb") as file:
-        start = file.read(len(MAGIC))
+        start = file.read(_START_BYTES)
     if start[:2] == _GZIP:
         with gzip.open(path) as packed:
             try:
-                start = packed.read(len(MAGIC))
+                start = packed.read1(_START_BYTES)  # all there is of a file that was cut
             except (OSError, EOFError, zlib.error):
                 raise FormatError(f"{path}: damaged gzip file: record it anew") from None
-    if start == MAGIC:
+    if start.startswith(MAGIC):
         return KtraceReader(path)
-    raise FormatError(f"{path}: neither a recording of kvmtick nor ftrace text: {start!r}")
+    for magic, what in _BINARY.items():
+        if start.startswith(magic):
+            raise FormatError(f"{path}: {what} {path} > {path}.txt and give that")
+    if is_text(start):
+        return TextReader(path)
+    raise FormatError(
+        f"{path}: neither a recording of kvmtick nor ftrace text (cat trace, trace-cmd report,"
+        f" perf script): it begins {start[:16]!r}"
+    )
