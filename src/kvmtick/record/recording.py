@@ -155,6 +155,8 @@ class _State:
     scan_at_s: float
     names_at_s: float
     filters: dict[str, str]
+    end_ns: int = 0
+    """When it was stopped; 0: it runs."""
     named: set[int] = field(default_factory=set)
     told_changes: int = -1
 
@@ -365,11 +367,12 @@ class Recording(Closing):
         state = self._running()
         try:
             state.instance.stop()
+            state.end_ns = time.monotonic_ns()
             self._take(all_of_it=True)
             self.vms.scan(time.monotonic())
             state.names_at_s = 0.0
             self._tell(time.monotonic())
-            state.writer.end(time.monotonic_ns(), state.instance.lost().total)
+            state.writer.end(state.end_ns, state.instance.lost().total)
             state.file.flush()
         finally:
             self._last = self._count()
@@ -387,7 +390,7 @@ class Recording(Closing):
 
     def _count(self) -> Summary:
         state = self._running()
-        elapsed_ns = time.monotonic_ns() - state.start_ns
+        elapsed_ns = (state.end_ns or time.monotonic_ns()) - state.start_ns
         owners = {tid: vm.pid for vm in self.vms.vms.values() for tid in vm.threads}
         ticks: dict[int, dict[str, int]] = {pid: {} for pid in self.vms.vms}
         unowned = 0
