@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -13,6 +14,7 @@ from kvmtick.kvm.kernel_trace import TickTrace
 from kvmtick.ticks.verdict import Verdict, Where
 
 LIMIT_S = 30.0
+SOME_TICKS = 5
 
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["kvmtick.guests", "kvmtick.kvm.kernel_trace"])
@@ -76,8 +78,10 @@ class KernelGuest:
         self._ours.close()
 
     def begin(self) -> None:
-        """Let the guest run."""
+        """Let the guest run; one that runs for ever ticks when this returns."""
         self._ours.send("begin")
+        if not self.guest.ticks:
+            assert self._ours.recv() == "ticks"
 
     def end(self) -> None:
         """Let one that runs for ever end."""
@@ -111,5 +115,8 @@ def _run(guest: Guest, test: Connection) -> None:
 
 
 def _end(vm: KernelVm, test: Connection) -> None:
+    while (block := vm.parameters()) is None or block.counter < SOME_TICKS:
+        time.sleep(0.001)
+    test.send("ticks")
     test.recv()
     vm.vcpus[0].kick()

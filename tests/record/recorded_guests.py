@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import os
+import struct
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -19,8 +21,13 @@ from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import Record
+from kvmtick.trace.formats import parse_format
 from kvmtick.trace.ftrace import FtraceWriter
+from kvmtick.trace.ktrace import MAGIC
 from kvmtick.trace.reading import open_trace
+
+_CHUNK = struct.Struct("<BxHI")
+"""Before each part of a recording: kind, CPU, length (see `kvmtick.trace.ktrace`)."""
 
 _WAIT_FOR_GUESTS = 'echo go > "$0/go"; cat "$0/over"'
 
@@ -147,6 +154,18 @@ def _conduct(
         for each in endless:
             each.end()
         said |= {each.guest.name: each.said() for each in endless}
+
+
+def without_events(path: Path, to: Path, *names: str) -> Path:
+    """The recording as it were if the kernel had no such events."""
+    data = path.read_bytes()
+    kind, cpu, length = _CHUNK.unpack_from(data, len(MAGIC))
+    start = len(MAGIC) + _CHUNK.size
+    header = json.loads(data[start : start + length])
+    header["formats"] = [t for t in header["formats"] if parse_format(t).name not in names]
+    text = json.dumps(header).encode()
+    to.write_bytes(MAGIC + _CHUNK.pack(kind, cpu, len(text)) + text + data[start + length :])
+    return to
 
 
 def is_first_seen(life: Tick) -> bool:
