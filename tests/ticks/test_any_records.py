@@ -288,3 +288,19 @@ def test_plain_ticks_between_everything_else(before: str, rows: int, after: str)
     assert all_facts(at_once) == all_facts(singly)
     arrivals = [dict(source.arrivals()) for source in at_once.sources()]
     assert arrivals == [dict(source.arrivals()) for source in singly.sources()]
+
+
+@pytest.mark.parametrize("row", [OF_KERNEL, OF_TIMER], ids=["pit", "timer"])
+def test_a_kernel_s_tick_that_differs_in_any_field_of_any_record(row: list[Record]) -> None:
+    ends = [*OF_TIMER, *OF_KERNEL, *OF_TIMER, *OF_KERNEL]
+    for at, record in enumerate(row):
+        for place in range(2, len(record)):
+            for bit in (1, 2, 0x10, 0x10000, IRQ_CONTEXT):
+                other = (*record[:place], record[place] ^ bit, *record[place + 1 :])
+                odd = [*row[:at], other, *row[at + 1 :]]
+                records = timed([*START, *ends, *odd, *ends], [1])
+                at_once, singly = (TickAssembler(tasks=TASKS, vcpus={3: 0, 4: 1}) for _ in range(2))
+                at_once(records)
+                for each in records:
+                    singly([each])
+                assert all_facts(at_once) == all_facts(singly), (at, place, bit)
