@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     words, command = _split(argv)
     options = _parser().parse_command_line(words)
     if options.words:
-        raise UsageError(f"{options.words[0]!r}: write -- before COMMAND; see kvmtick record --help")
+        raise UsageError(
+            f"{options.words[0]!r}: write -- before COMMAND; see kvmtick record --help"
+        )
     settings = _settings(options)
     child = _Command(command, to_stderr=options.json)
     if command is not None and settings.for_ns is not None:

@@ -10,15 +10,14 @@ from typing import Any
 
 from kvmtick.abi.errors import HostError
 
-__all__ = ["output_errors", "replaced"]
+__all__ = ["OutputFile", "output_errors", "replaced", "replaced_file"]
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[FileIO]:
-    """A file, without a buffer, that takes the place of `path` when all went well.
+def replaced(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; it takes the place of `path` when all went well.
 
-    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`, also from
-    the file's `write`.
+    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`.
     """
     with output_errors(path):
         if path.is_dir():
@@ -27,26 +26,37 @@ def replaced(path: Path) -> Iterator[FileIO]:
         beside = final.with_name(f".{final.name}.{os.getpid()}")
         if final.exists() and not final.is_file():
             beside = final
-        file = _Output(beside, path)
+        elif not os.access(final.parent, os.W_OK | os.X_OK):
+            why = "is not writable" if final.parent.is_dir() else "is no directory"
+            raise OSError(0, f"{final.parent} {why}")
     try:
-        with file:
-            yield file
-        with output_errors(path):
-            os.replace(beside, final)
+        yield beside
+        if beside != final:
+            with output_errors(path):
+                os.replace(beside, final)
     finally:
         if beside != final:
             beside.unlink(missing_ok=True)
 
 
-class _Output(FileIO):
-    """Writes all of what it is given; what goes wrong is told by the name of the output."""
+@contextmanager
+def replaced_file(path: Path) -> Iterator[FileIO]:
+    """The same, as a file that is open. What goes wrong in writing raises `HostError`, too."""
+    with replaced(path) as beside, OutputFile(beside, path) as file:
+        yield file
+
+
+class OutputFile(FileIO):
+    """A file without a buffer that writes all it is given, and whose faults are `HostError`s."""
 
     def __init__(self, path: Path, output: Path) -> None:
-        super().__init__(path, "w")
+        """Raises `HostError` by the name of `output`, which is what the user asked for."""
         self._output = output
+        with output_errors(output):
+            super().__init__(path, "w")
 
     def write(self, data: Any) -> int:
-        """All of it. Raises `HostError`."""
+        """Write all of it."""
         rest = memoryview(data).cast("B")
         with output_errors(self._output):
             while rest:

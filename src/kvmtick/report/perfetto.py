@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvmtick.report.extras import extra
-from kvmtick.report.output import replaced
-from kvmtick.report.stream import Progress, Threads, hops, stream
+from kvmtick.report.output import replaced_file
+from kvmtick.report.stream import Progress, Threads, hops, stream, vcpu_of
 from kvmtick.report.track_events import Arguments, Lanes, TrackEvents
 from kvmtick.ticks.host import VmTicks
 from kvmtick.ticks.source import HOPS, Source
@@ -101,7 +101,7 @@ def write_perfetto(source: Path, out: Path, progress: Progress | None = None) ->
         import perfetto.trace_builder.proto_builder  # noqa: F401
     trace = open_trace(source)
     try:
-        with replaced(out) as file:
+        with replaced_file(out) as file:
             host = stream(trace, writer := _Writer(trace, file), progress)
             writer.file.finish(host.end_ns)
     finally:
@@ -166,7 +166,7 @@ class _Writer:
 
     def _switch(self, record: Record, by_tid: Mapping[int, VmTicks]) -> None:
         """A thread leaves a CPU, another comes."""
-        ts_ns, _, _, prev, state, following, cpu = record
+        ts_ns, _, _, prev, state, following, cpu, *_ = record
         if prev in by_tid:
             self._vm(by_tid[prev]).stops(prev, ts_ns, state)
         if following in by_tid:
@@ -190,8 +190,6 @@ class _Vm:
         self._thread_tracks: dict[int, int] = {}
         self._timers: dict[int, str] = {}
         self._followers: dict[int, _Follower] = {}
-        self.worker = self.process
-        """The track of the thread that runs the PIT's work."""
 
     # Tracks.
 
@@ -227,6 +225,13 @@ class _Vm:
             self._thread_tracks[tid] = track
         return track
 
+    def worker(self) -> int:
+        """The track of the thread that runs the PIT's work."""
+        if not self._vm.workers:
+            return self.track("kvm-pit", _RANK_REST)
+        thread = self._writer.threads[min(self._vm.workers)]
+        return self.thread(thread.tid, thread.comm)
+
     def follower(self, source: Source) -> _Follower:
         """Who draws the ticks of a source."""
         follower = self._followers.get(id(source))
@@ -244,7 +249,6 @@ class _Vm:
         track = self._place(record)
         told = self._writer.told(record)
         if event == _WORK_START:
-            self.worker = track
             self._begin(track, ts_ns, "pit_do_work", told)
         elif event == _ENTRY:
             self._begin(track, ts_ns, "guest", told)
@@ -287,9 +291,9 @@ class _Vm:
         if event == Event.KVM_ACK_IRQ:
             return self.chip(_IOAPIC if record[3] == Irqchip.IOAPIC else _PIC)
         if event in _LAPIC_EVENTS:
-            return self.lapic(self._writer.threads.vcpu(record, self._vm))
+            return self.lapic(vcpu_of(record, self._vm))
         if event in _VCPU_EVENTS:
-            vcpu = self._writer.threads.vcpu(record, self._vm)
+            vcpu = vcpu_of(record, self._vm)
             if vcpu is not None:
                 return self.vcpu(vcpu)
         if event == _WAKING:
@@ -309,7 +313,7 @@ class _Vm:
             if record[4] == _PIT_TIMER:
                 self._timers[timer] = _PIT
             elif record[1] == _HRTIMER_START:
-                vcpu = self._writer.threads.vcpu(record, self._vm)
+                vcpu = vcpu_of(record, self._vm)
                 if vcpu is not None:
                     self._timers[timer] = str(vcpu)
         known = self._timers.get(timer)
@@ -348,7 +352,7 @@ class _Follower:
         """Where it stayed, from when to when."""
         vm, accept_ns, inject_ns = self._vm, tick.accept_ns, tick.inject_ns
         if self._is_pit and tick.work_ns is not None:
-            yield vm.worker, tick.work_ns, accept_ns, "pulse"
+            yield vm.worker(), tick.work_ns, accept_ns, "pulse"
         if accept_ns is None:
             return
         if tick.path is Way.IOAPIC:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmtick.report.extras import extra
-from kvmtick.report.output import output_errors, replaced
-from kvmtick.report.stream import Progress, Threads, hops, stream
+from kvmtick.report.output import output_errors, replaced_file
+from kvmtick.report.stream import Progress, Threads, hops, origin, stream, vcpu_of
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
@@ -93,7 +93,10 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
     try:
         with output_errors(directory, "give a directory that can be written to"):
             directory.mkdir(parents=True, exist_ok=True)
-        with replaced(directory / TICKS) as ticks, replaced(directory / EVENTS) as events:
+        with (
+            replaced_file(directory / TICKS) as ticks,
+            replaced_file(directory / EVENTS) as events,
+        ):
             writer = _Tables(trace, ticks, events)
             try:
                 host = stream(trace, writer, progress)
@@ -108,10 +111,9 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
 def about(source: Path, host: HostTicks) -> dict[str, Any]:
     """What is known of a trace that was read, and of its VMs; for JSON."""
     trace = host.trace
-    header = getattr(trace, "header", None)
     return {
         "file": source.name,
-        "origin": "" if header is None else header.origin,
+        "origin": origin(trace),
         "simulated": trace.is_complete,
         "start_ns": host.start_ns,
         "end_ns": host.end_ns,
@@ -288,7 +290,7 @@ class _EventRows:
             [thread.comm for thread in tasks],
             [thread.tid for thread in tasks],
             [record[2] & IRQ_CONTEXT != 0 for record in records],
-            list(map(threads.vcpu, records, owners)),
+            list(map(vcpu_of, records, owners)),
             [
                 _FUNCTIONS[record[_FUNCTION_AT]] if record[1] in _HAS_FUNCTION else None
                 for record in records

@@ -5,7 +5,6 @@ the latencies cover all.
 """
 
 from collections import Counter, deque
-
 from typing import NamedTuple
 
 from kvmtick.ticks.histogram import Histogram
