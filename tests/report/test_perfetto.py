@@ -281,7 +281,7 @@ def test_what_overlaps_gets_lanes_and_the_crowd_instants(tmp_path: Path) -> None
         out = TrackEvents(file)
         lanes = Lanes(out, "ticks", 0, most=2)
         for start_ns, end_ns in ((1, 9), (2, 3), (3, 8), (4, 5), (5, None), (8, 10)):
-            lanes.put(start_ns, end_ns, "tick", [("tick", start_ns)])
+            lanes.put(start_ns, end_ns, "tick", out.notes([("tick", start_ns)]))
         out.finish(10)
     picture = look(path)
     kinds = {(e.told["tick"], e.track): e.kind for e in picture.events if e.kind != END}
@@ -299,7 +299,7 @@ def test_many_words_and_values_are_told_as_they_are(
         out = TrackEvents(file)
         track = out.track("numbers")
         for at, value in enumerate(values):
-            out.instant(track, at << 20, f"e{at}", [("value", value), ("nothing", None)])
+            out.instant(track, at << 20, f"e{at}", out.notes([("value", value), ("nothing", None)]))
         out.finish(0)
     picture = look(path)
     assert [event.told for event in picture.events] == [{"value": value} for value in values]
