@@ -283,9 +283,10 @@ class _EventRows:
         threads = self._threads
         of_task = {task: threads[task] for task in {record[2] for record in records}}
         tasks = [of_task[record[2]] for record in records]
+        pids = {vm: None if vm is None else vm.pid for vm in set(owners)}
         return [
             list(map(itemgetter(0), records)),
-            [None if vm is None else vm.pid for vm in owners],
+            [pids[vm] for vm in owners],
             _words(list(map(itemgetter(1), records)), _NAMES),
             [thread.comm for thread in tasks],
             [thread.tid for thread in tasks],
@@ -332,12 +333,11 @@ def _field_maps(records: Sequence[Record]) -> pa.Array:
     keys = pa.DictionaryArray.from_arrays(
         pa.array(list(chain.from_iterable(numbers)), pa.int32()), pa.array(_ALL_FIELDS)
     ).cast(pa.string())
-    values = [None if value < 0 else value for value in chain.from_iterable(map(_values, records))]
+    fields = chain.from_iterable(
+        record[HEADER_FIELDS:]
+        if record[1] not in _HAS_FUNCTION
+        else (record[HEADER_FIELDS], *record[_FUNCTION_AT + 1 :])
+        for record in records
+    )
+    values = [None if value < 0 else value for value in fields]
     return pa.MapArray.from_arrays(offsets, keys, pa.array(values, pa.uint64()))
-
-
-def _values(record: Record) -> Record:
-    """The fields but the function."""
-    if record[1] in _HAS_FUNCTION:
-        return (record[HEADER_FIELDS], *record[_FUNCTION_AT + 1 :])
-    return record[HEADER_FIELDS:]
