@@ -185,11 +185,11 @@ def test_an_arrow_leads_through_every_tick(recording: Path) -> None:
         assert len({step.told["tick"] for step in steps}) == 1
         reached += steps[-1].name == "EOI"
     (vm,) = ticks_of(recording).vms
-    sources = vm.assembler.sources()
-    lives = [tick for source in sources for tick in source.lives]
-    assert reached == sum(tick.eoi_ns is not None for tick in lives)
-    pulses = [t for source in sources for t in source.lives if source.name == "pit" and t.work_ns]
-    assert len(flows) == len({*pulses, *(tick for tick in lives if tick.accept_ns)}) > 0
+    lives = [(s.name, tick) for s in vm.assembler.sources() for tick in s.lives]
+    assert reached == sum(tick.eoi_ns is not None for _, tick in lives)
+    # A tick that came nowhere has no arrow; of a LAPIC timer there is no pulse.
+    somewhere = [t for name, t in lives if t.accept_ns or (name == "pit" and t.work_ns)]
+    assert len(flows) == len(somewhere) > 0
 
 
 def test_the_way_of_a_tick(tmp_path: Path) -> None:

@@ -331,6 +331,17 @@ def test_the_models_own_events() -> None:
     assert event_text(record(Event.LOST_EVENTS, 1, -1)) == "cpu 1 count -1"
 
 
+@pytest.mark.parametrize("event", list(Event))
+def test_numbers_that_no_kernel_writes_have_a_text(event: Event) -> None:
+    """A damaged recording may hold any."""
+    for value in (-1, 3, 1 << 63):
+        fields = [value] * len(TRACEPOINTS[event].fields)
+        if "function" in TRACEPOINTS[event].fields:
+            fields[1] = PIT_FN
+        assert "\n" not in event_text(record(event, *fields))
+    assert event_text(record(Event.KVM_ACK_IRQ, 3, 0)) == "irqchip 0x3 pin 0"
+
+
 APIC_REGISTERS = """
 020 ID   030 LVR  080 TASKPRI 090 ARBPRI  0a0 PROCPRI 0b0 EOI  0c0 RRR  0d0 LDR    0e0 DFR
 0f0 SPIV 100 ISR  180 TMR     200 IRR     280 ESR     300 ICR  310 ICR2 320 LVTT   330 LVTTHMR

@@ -16,7 +16,7 @@ from pathlib import Path
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import EXIT_HOST, EXIT_INTERRUPTED, EXIT_OK, UsageError
 from kvmtick.cli.options import Parser
-from kvmtick.cli.show_record import as_dict, live, show_summary
+from kvmtick.cli.show_record import as_dict, live, plural, show_summary
 from kvmtick.host.tracefs import open_tracefs
 from kvmtick.host.vms import HostVms, NoVmError, is_initial_pid_namespace
 from kvmtick.record.out_file import UnwritableError
@@ -52,9 +52,8 @@ def main(argv: list[str]) -> int:
     words, command = _split(argv)
     options = _parser().parse_command_line(words)
     if options.words:
-        raise UsageError(
-            f"{options.words[0]!r}: write -- before COMMAND; see kvmtick record --help"
-        )
+        what = f"{options.words[0]!r}: write -- before COMMAND"
+        raise UsageError(f"{what}; see kvmtick record --help")
     settings = _settings(options)
     child = _Command(command, to_stderr=options.json)
     if command is not None and settings.for_ns is not None:
@@ -246,7 +245,7 @@ class _Command:
         return self._pidfd
 
     def told(self) -> dict[str, object] | None:
-        """The command and its exit code; negative: the signal that ended it, null: it still runs."""
+        """The command and its exit code: negative for a signal, null if it still runs."""
         if self._process is None:
             return None
         return {"argv": self._argv, "exit_code": self._process.returncode}
@@ -280,6 +279,7 @@ def _judge(path: Path, summary: Summary, pids: list[int]) -> int:
     if not summary.vms:
         why = "no VM of KVM was seen: start one, or record as root to see those of others"
     else:
-        why = f"no timer of KVM expired for {len(summary.vms)} VMs; what to look at:\n{HINTS}"
+        vms = plural(len(summary.vms), "VM")
+        why = f"no timer of KVM expired for {vms}; what to look at:\n{HINTS}"
     print(f"kvmtick: no tick in {path}: {why}", file=sys.stderr)
     return EXIT_HOST

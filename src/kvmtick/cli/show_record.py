@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kvmtick.record.live import Sampled
 
-__all__ = ["as_dict", "live", "show_summary"]
+__all__ = ["as_dict", "live", "live_table", "plural", "show_summary"]
 
 
 def as_dict(
@@ -60,8 +60,8 @@ def show_summary(path: Path, summary: Summary, command: dict[str, object] | None
 
     show = ReportConsole().print
     size_mb, seconds = summary.size_bytes / 1e6, summary.elapsed_ns / 1e9
-    vms = _plural(len(summary.vms), "VM")
-    ticks = _plural(summary.ticks + summary.unowned_ticks, "tick")
+    vms = plural(len(summary.vms), "VM")
+    ticks = plural(summary.ticks + summary.unowned_ticks, "tick")
     show(f"{seconds:.1f} s of {vms} in {escape(str(path))}: {ticks}, {size_mb:,.1f} MB")
     table = Table("VM", "pid", "vCPUs", "PIT", "LAPIC timers", box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -73,10 +73,10 @@ def show_summary(path: Path, summary: Summary, command: dict[str, object] | None
     if summary.vms:
         show(table)
     if summary.unowned_ticks:
-        show(f"{_plural(summary.unowned_ticks, 'tick')} of timers whose VM nobody can tell")
+        show(f"{plural(summary.unowned_ticks, 'tick')} of timers whose VM nobody can tell")
     show(_losses(summary))
     if summary.unfollowed:
-        show(f"{_plural(summary.unfollowed, 'thread')} too many to say when they waited for a CPU")
+        show(f"{plural(summary.unfollowed, 'thread')} too many to say when they waited for a CPU")
     if summary.missing:
         show(f"this kernel has no {', '.join(summary.missing)}")
     show(f"recording took {summary.cpu_share:.1%} of one CPU")
@@ -86,7 +86,8 @@ def show_summary(path: Path, summary: Summary, command: dict[str, object] | None
         show(f"next: [bold]kvmtick report {escape(str(path))}[/]")
 
 
-def _plural(count: int, what: str) -> str:
+def plural(count: int, what: str) -> str:
+    """`1 tick`, `2 ticks`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
@@ -97,9 +98,9 @@ def _rate(vm: VmSummary, source: str, seconds: float) -> str:
 
 def _losses(summary: Summary) -> str:
     if not summary.lost.total:
-        return f"{_plural(summary.events, 'event')}, none lost"
+        return f"{plural(summary.events, 'event')}, none lost"
     return (
-        f"{_plural(summary.events, 'event')}, [red]{summary.lost.total:,} more were lost[/]:"
+        f"{plural(summary.events, 'event')}, [red]{summary.lost.total:,} more were lost[/]:"
         " record fewer VMs (--pid), or give a bigger --buffer"
     )
 
@@ -131,17 +132,32 @@ def live(recording: Recording, *, shown: bool) -> Iterator[Watcher | None]:
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as area:
 
         class Lines(LiveSamples):
-            """What is sampled, on the terminal."""
+            """What is counted and sampled, on the terminal."""
+
+            before: Summary | None = None
 
             def show(self, recording: Recording) -> None:
                 """A second is over."""
-                area.update(live_table(recording.summary(), self.vms), refresh=True)
+                summary, before = recording.summary(), self.before
+                rates = {} if before is None else _rates(before, summary)
+                area.update(live_table(summary, self.vms, rates), refresh=True)
+                self.before = summary
 
         yield Lines()
 
 
-def live_table(summary: Summary, sampled: dict[int, Sampled]) -> Table:
-    """Rates are counted; what was lost and the latency are of samples."""
+def _rates(before: Summary, now: Summary) -> dict[int, float]:
+    """Ticks a second since then, by pid."""
+    seconds = (now.elapsed_ns - before.elapsed_ns) / 1e9
+    counted = {vm.info.pid: sum(vm.ticks.values()) for vm in before.vms}
+    return {
+        vm.info.pid: (sum(vm.ticks.values()) - counted.get(vm.info.pid, 0)) / seconds
+        for vm in now.vms
+    }
+
+
+def live_table(summary: Summary, sampled: dict[int, Sampled], rates: dict[int, float]) -> Table:
+    """Ticks and rates are counted; what was not delivered and the latency are of samples."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -161,7 +177,7 @@ def live_table(summary: Summary, sampled: dict[int, Sampled]) -> Table:
         column.justify = "right"
     for vm in summary.vms:
         ticks = sum(vm.ticks.values())
-        rate = f"{ticks * 1e9 / summary.elapsed_ns:,.0f}/s" if summary.elapsed_ns else ""
+        rate = f"{rates[vm.info.pid]:,.0f}/s" if vm.info.pid in rates else "-"
         known = sampled.get(vm.info.pid)
         told = ("-", "-")
         if known is not None and known.ticks:

@@ -1,5 +1,8 @@
 """The report of a trace, in one pass and bounded memory."""
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvmtick.report.causes import Causes
@@ -27,15 +30,25 @@ WORST = 10
 RECENT_RECORDS = 400_000
 """Records of all VMs that stories can be told from."""
 
-_APICV = int(Event.KVM_APICV_INHIBIT_CHANGED)
-_TELLS_REINJECT = int(ApicvInhibitReason.PIT_REINJ)
-
 
 def build(trace: Trace, path: Path, progress: Progress | None = None, worst: int = WORST) -> Report:
     """Read a trace to its end and report on it. `progress` is called after each batch; `worst`:
     how many of a source's worst ticks are told. Raises `FormatError` for a damaged file.
     """
-    return _Builder(trace, worst).read(progress).report(path)
+    with _no_garbage():
+        return _Builder(trace, worst).read(progress).report(path)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Records are tuples of numbers, millions of them: Python need not search them for cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Builder:
@@ -121,19 +134,37 @@ class _Vm:
         self._worst = worst
         self._reinject: bool | None = None
         self._inhibits: int | None = None
+        waits, mask, vcpus = self._waits, self._mask, self._vcpus
+        of: dict[Event, tuple[Callable[[Record], None], ...]] = {
+            Event.SCHED_SWITCH: (waits.switch,),
+            Event.SCHED_WAKING: (waits.waking,),
+            Event.LOST_EVENTS: (waits.lost,),
+            Event.WORK_START: (waits.runs,),
+            Event.KVM_INJ_VIRQ: (waits.runs,),
+            Event.KVM_EOI: (waits.runs,),
+            Event.KVM_PIO: (waits.runs, mask.pio),
+            Event.KVM_PIC_SET_IRQ: (mask.pulse,),
+            Event.KVM_ENTRY: (waits.runs, vcpus.enter),
+            Event.KVM_EXIT: (vcpus.exit,),
+            Event.KVM_APICV_INHIBIT_CHANGED: (self._apicv_inhibit_changed,),
+        }
+        self._handlers = [of.get(event, ()) for event in sorted(Event)]
         self._watches: dict[int, Watch] = {}
         self._lives: dict[int, SourceLives] = {}
 
     def take(self, records: list[Record]) -> None:
         """The VM's next records, before they are judged."""
-        self._vcpus.take(records)
-        self._waits.take(records)
-        self._mask.take(records)
-        self.recent.add(records)
+        handlers = self._handlers
         for record in records:
-            if record[1] == _APICV and record[3] == _TELLS_REINJECT:
-                self._reinject = bool(record[4])
-                self._inhibits = record[5]
+            for handler in handlers[record[1]]:
+                handler(record)
+        self._vcpus.take(records)
+        self.recent.add(records)
+
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if record[3] == ApicvInhibitReason.PIT_REINJ:
+            self._reinject = bool(record[4])
+            self._inhibits = record[5]
 
     def look(self) -> None:
         """After a batch."""
@@ -220,5 +251,5 @@ class _Names:
 
 def _constant(is_pit: bool) -> str:
     if not is_pit:
-        return "the period its timer was set to"
-    return f"the guest takes the PIT for {BELIEVED_HZ} Hz; KVM's runs at {PIT_HZ} Hz"
+        return "by the period its timer was set to"
+    return f"taken for {BELIEVED_HZ} Hz; KVM's PIT runs at {PIT_HZ} Hz"

@@ -4,17 +4,14 @@ Source: the i8259 datasheet (ICW1 to ICW4, OCW1); in KVM ICW3 is expected also o
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
 
-from kvmtick.trace.events import Event, Record
+from kvmtick.trace.events import Record
 
 __all__ = ["PicMask"]
 
 MOST_CHANGES = 100_000
 """Changes kept: the last ones."""
 
-_PIO = int(Event.KVM_PIO)
-_PIC_SET_IRQ = int(Event.KVM_PIC_SET_IRQ)
 _COMMAND, _DATA = 0x20, 0x21
 _ICW1, _ICW4_NEEDED = 0x10, 0x01
 _IRQ0 = 1
@@ -28,24 +25,25 @@ class PicMask:
         self._masked: list[bool] = []
         self._init_words = 0
 
-    def take(self, records: Iterable[Record]) -> None:
-        """The next records of the VM."""
-        for record in records:
-            if record[1] == _PIC_SET_IRQ:
-                if not record[3]:
-                    self._is(record[0], bool(record[6] & _IRQ0))
-            elif record[1] == _PIO and record[3] and record[4] in (_COMMAND, _DATA):
-                self._write(record[0], record[4], record[7])
+    def pulse(self, record: Record) -> None:
+        """kvm_pic_set_irq, which has the IMR."""
+        if not record[3]:
+            self._is(record[0], bool(record[6] & _IRQ0))
 
-    def _write(self, ts_ns: int, port: int, value: int) -> None:
+    def pio(self, record: Record) -> None:
+        """kvm_pio: the guest may write OCW1."""
+        ts_ns, _, _, is_write, port, _, _, value = record
+        if not is_write:
+            return
         if port == _COMMAND:
             if value & _ICW1:
                 self._init_words = 2 + (value & _ICW4_NEEDED)
                 self._is(ts_ns, False)
-        elif self._init_words:
-            self._init_words -= 1
-        else:
-            self._is(ts_ns, bool(value & _IRQ0))
+        elif port == _DATA:
+            if self._init_words:
+                self._init_words -= 1
+            else:
+                self._is(ts_ns, bool(value & _IRQ0))
 
     def _is(self, ts_ns: int, masked: bool) -> None:
         if self._masked and self._masked[-1] == masked:

@@ -10,27 +10,29 @@ from typing import Any
 
 from kvmtick.abi.errors import HostError
 
-__all__ = ["OutputFile", "output_errors", "replaced", "replaced_file"]
+__all__ = ["output_errors", "replaced"]
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it takes the place of `path` when all went well.
+def replaced(path: Path) -> Iterator[FileIO]:
+    """A file, without a buffer, that takes the place of `path` when all went well.
 
-    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`.
+    What is no regular file (a pipe, a device) is written to directly. Raises `HostError`, also from
+    the file's `write`.
     """
     with output_errors(path):
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
         final = path.resolve()
-        beside = final.with_name(f".{final.name}.{os.getpid()}")
-        if final.exists() and not final.is_file():
-            beside = final
-        elif not os.access(final.parent, os.W_OK | os.X_OK):
-            why = "is not writable" if final.parent.is_dir() else "is no directory"
-            raise OSError(0, f"{final.parent} {why}")
+        if not final.parent.is_dir():
+            raise NotADirectoryError(0, f"{final.parent} is no directory")
+    beside = final.with_name(f".{final.name}.{os.getpid()}")
+    if final.exists() and not final.is_file():
+        beside = final
+    file = _Output(beside, path)
     try:
-        yield beside
+        with file:
+            yield file
         if beside != final:
             with output_errors(path):
                 os.replace(beside, final)
@@ -39,18 +41,10 @@ def replaced(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-@contextmanager
-def replaced_file(path: Path) -> Iterator[FileIO]:
-    """The same, as a file that is open. What goes wrong in writing raises `HostError`, too."""
-    with replaced(path) as beside, OutputFile(beside, path) as file:
-        yield file
-
-
-class OutputFile(FileIO):
-    """A file without a buffer that writes all it is given, and whose faults are `HostError`s."""
+class _Output(FileIO):
+    """Writes all it is given; what goes wrong is told by the name of the output."""
 
     def __init__(self, path: Path, output: Path) -> None:
-        """Raises `HostError` by the name of `output`, which is what the user asked for."""
         self._output = output
         with output_errors(output):
             super().__init__(path, "w")

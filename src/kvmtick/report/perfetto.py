@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvmtick.report.extras import extra
-from kvmtick.report.output import replaced_file
+from kvmtick.report.output import replaced
 from kvmtick.report.stream import Progress, Threads, hops, stream, vcpu_of
 from kvmtick.report.track_events import Arguments, Lanes, TrackEvents
 from kvmtick.ticks.host import VmTicks
@@ -101,7 +101,7 @@ def write_perfetto(source: Path, out: Path, progress: Progress | None = None) ->
         import perfetto.trace_builder.proto_builder  # noqa: F401
     trace = open_trace(source)
     try:
-        with replaced_file(out) as file:
+        with replaced(out) as file:
             host = stream(trace, writer := _Writer(trace, file), progress)
             writer.file.finish(host.end_ns)
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmtick.report.extras import extra
-from kvmtick.report.output import output_errors, replaced_file
+from kvmtick.report.output import output_errors, replaced
 from kvmtick.report.stream import Progress, Threads, hops, origin, stream, vcpu_of
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
@@ -94,8 +94,8 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
         with output_errors(directory, "give a directory that can be written to"):
             directory.mkdir(parents=True, exist_ok=True)
         with (
-            replaced_file(directory / TICKS) as ticks,
-            replaced_file(directory / EVENTS) as events,
+            replaced(directory / TICKS) as ticks,
+            replaced(directory / EVENTS) as events,
         ):
             writer = _Tables(trace, ticks, events)
             try:

@@ -2,7 +2,6 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
 
 from kvmtick.report.waits import pid_of
 from kvmtick.ticks.host import VmTicks
@@ -13,8 +12,6 @@ __all__ = ["Vcpus"]
 MOST_ENTRIES = 1 << 20
 """Guest entries kept of each vCPU: the last ones."""
 
-_ENTRY = int(Event.KVM_ENTRY)
-_EXIT = int(Event.KVM_EXIT)
 _OF_VCPUS = frozenset(
     map(int, (Event.KVM_EOI, Event.KVM_ENTRY, Event.KVM_EXIT, Event.KVM_INJ_VIRQ, Event.KVM_PIO))
 )
@@ -31,21 +28,24 @@ class Vcpus:
         self.last_ns = 0
         """The last event in any of their threads."""
 
-    def take(self, records: Iterable[Record]) -> None:
-        """The next records of the VM."""
-        for record in records:
-            event = record[1]
-            if event not in _OF_VCPUS or record[2] & IRQ_CONTEXT:
-                continue
-            self.last_ns = record[0]
-            if event == _ENTRY:
-                self._enter(record[3], record[0])
-            elif event == _EXIT:
-                self._exits = True
+    def take(self, records: list[Record]) -> None:
+        """The next records of the VM: when did one of its vCPUs last do something?"""
+        for record in reversed(records):
+            if record[1] in _OF_VCPUS and not record[2] & IRQ_CONTEXT:
+                self.last_ns = record[0]
+                break
 
-    def _enter(self, vcpu: int, ts_ns: int) -> None:
-        entries = self._entries.setdefault(vcpu, array("q"))
-        self._entries_since.setdefault(vcpu, ts_ns)
+    def exit(self, record: Record) -> None:
+        """kvm_exit: where these are recorded, all entries are."""
+        self._exits = True
+
+    def enter(self, record: Record) -> None:
+        """kvm_entry."""
+        ts_ns, vcpu = record[0], record[3]
+        entries = self._entries.get(vcpu)
+        if entries is None:
+            entries = self._entries[vcpu] = array("q")
+            self._entries_since[vcpu] = ts_ns
         if len(entries) >= MOST_ENTRIES:
             del entries[: MOST_ENTRIES // 2]
             self._entries_since[vcpu] = entries[0]

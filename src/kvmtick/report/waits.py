@@ -1,7 +1,8 @@
 """When a VM's threads had no CPU, from sched_waking and sched_switch.
 
 A recording may hold some of a thread's switches only, and kernels leave one out now and then. What
-a missing one makes unsure is not told, and nothing at all of a thread that many of are missing.
+a missing one makes unsure is not told, and nothing at all of a thread if many are missing, or if
+it was seen to switch with kvm-pit workers only: then those may be all that were followed.
 
 Not modelled: who ran in between where several did; the one that ran last before the thread got its
 CPU is named.
@@ -9,10 +10,9 @@ CPU is named.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
+from kvmtick.trace.events import IRQ_CONTEXT, Record
 
 __all__ = ["CpuWaits", "Wait", "pid_of"]
 
@@ -26,9 +26,6 @@ _MOST_OF_A_SPAN = 1000
 _MANY = 20
 """One of so many switches is missing: not all are recorded."""
 
-_LOST = int(Event.LOST_EVENTS)
-_WAKING = int(Event.SCHED_WAKING)
-_SWITCH = int(Event.SCHED_SWITCH)
 _RUNNABLE = (0, 0x100)
 """`prev_state` of a thread that still wants to run; with 0x100 (R+) it was preempted."""
 
@@ -70,6 +67,8 @@ class _Thread:
     switches: int = 0
     missed: int = 0
     """It ran without having got a CPU, or got one that it had."""
+    alone: bool = False
+    """It is followed for itself, not as the one before or after a worker."""
     waits: list[Wait] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
@@ -104,7 +103,7 @@ class _Thread:
     @property
     def is_known(self) -> bool:
         """Hardly any of its switches are missing."""
-        return self.missed * _MANY <= self.switches
+        return self.alone and self.missed * _MANY <= self.switches
 
 
 class CpuWaits:
@@ -115,40 +114,49 @@ class CpuWaits:
         self._tasks = tasks
         self._threads: defaultdict[int, _Thread] = defaultdict(_Thread)
         self._by_task: dict[int, _Thread] = {}
+        self._workers: list[int] = []
+        """pids of kvm-pit workers among the tasks, by index; -1: it is none."""
 
-    def take(self, records: Iterable[Record]) -> None:
-        """The VM's next records, with those of the scheduler that concern its threads."""
-        by_task = self._by_task
-        for record in records:
-            event, task = record[1], record[2]
-            if event == _SWITCH:
-                self._switch(record)
-            elif event == _WAKING:
-                self._waking(record)
-            elif event == _LOST:
-                self._forget()
-            elif not task & IRQ_CONTEXT:
-                thread = by_task.get(task)
-                if thread is None:
-                    thread = by_task[task] = self._threads[pid_of(self._tasks[task])]
-                if thread.off is not None:
-                    thread.runs()
+    def runs(self, record: Record) -> None:
+        """A thread did something."""
+        task = record[2]
+        if task & IRQ_CONTEXT:
+            return
+        thread = self._by_task.get(task)
+        if thread is None:
+            thread = self._by_task[task] = self._threads[pid_of(self._tasks[task])]
+        if thread.off is not None:
+            thread.runs()
 
-    def _switch(self, record: Record) -> None:
+    def switch(self, record: Record) -> None:
+        """sched_switch of one of them."""
         ts_ns, _, _, before, state, after, cpu = record[:7]
         if before:
-            self._threads[before].leave(ts_ns, state not in _RUNNABLE, cpu, after)
+            thread = self._threads[before]
+            thread.alone = thread.alone or self._is_alone(before, after)
+            thread.leave(ts_ns, state not in _RUNNABLE, cpu, after)
         if after:
-            self._threads[after].over(ts_ns, cpu, before)
+            thread = self._threads[after]
+            thread.alone = thread.alone or self._is_alone(after, before)
+            thread.over(ts_ns, cpu, before)
 
-    def _waking(self, record: Record) -> None:
+    def _is_alone(self, pid: int, other: int) -> bool:
+        """Its switch with another thread was not recorded because of that."""
+        if not other:
+            return True
+        if len(self._workers) != len(self._tasks):
+            self._workers = [pid_of(t) if t.startswith("kvm-pit/") else -1 for t in self._tasks]
+        return other not in self._workers or pid in self._workers
+
+    def waking(self, record: Record) -> None:
+        """sched_waking of one of them."""
         ts_ns, _, _, pid, cpu = record[:5]
         thread = self._threads[pid]
         if thread.off is not None and thread.off.asleep:
             thread.over(ts_ns, thread.off.cpu, 0)
             thread.leave(ts_ns, False, cpu, 0)
 
-    def _forget(self) -> None:
+    def lost(self, record: Record) -> None:
         """Records are missing: who has a CPU is not known."""
         for thread in self._threads.values():
             thread.off = thread.since_ns = None

@@ -13,6 +13,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
+from typing import Any
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.formats import EventFormat, Field, FormatError, parse_format
@@ -79,7 +80,8 @@ class TaskNames:
         self._index: dict[int, int] = {}
         self._idle = {0: 0}
         self._told: set[int] = set()
-        self._seen: dict[int, bytes] = {}
+        self.seen: dict[int, bytes] = {}
+        """By pid: the name that an event had last, as it stood there."""
 
     def index(self, pid: int) -> int:
         """A thread's index. A simulated run's idle thread of CPU n, n > 0, is -n."""
@@ -110,8 +112,8 @@ class TaskNames:
         """An event has a thread's name, padded with zeros: the thread is so called if nobody
         names it otherwise.
         """
-        if pid > 0 and self._seen.get(pid) != comm and pid not in self._told:
-            self._seen[pid] = comm
+        self.seen[pid] = comm
+        if pid > 0 and pid not in self._told:
             text = comm.partition(b"\0")[0].decode(errors="replace")
             self.names[self.index(pid)] = f"{text}-{pid}"
 
@@ -168,10 +170,12 @@ class _EventReader:
 
     def _finish_comms(self, cpu: int, tasks: TaskNames) -> _Finish:
         reorder = self._finish_order(cpu, self._order or [])
+        comms, seen, saw = self._comms, tasks.seen, tasks.saw
 
-        def finish(values: tuple[int, ...]) -> _Values:
-            for pid, comm in self._comms:
-                tasks.saw(values[pid], values[comm])  # type: ignore[arg-type]
+        def finish(values: tuple[Any, ...]) -> _Values:
+            for pid, comm in comms:
+                if seen.get(values[pid]) != values[comm]:
+                    saw(values[pid], values[comm])
             return reorder(values)
 
         return finish

@@ -42,6 +42,7 @@ _APICV_INHIBITS = (
     "PIT_REINJ",
 )
 MMIO_TYPES = ("unsatisfied-read", "read", "write")
+_U64 = (1 << 64) - 1
 SHORTHANDS = ("dst", "self", "all", "all-but-self")
 APIC_REGISTERS = {
     0x20: "ID",
@@ -79,6 +80,11 @@ def _function(value: int) -> str:
     return Function(value).name.lower()
 
 
+def _symbol(value: int, names: Sequence[str]) -> str:
+    """`__print_symbolic`: what has no name is a number."""
+    return names[value] if 0 <= value < len(names) else f"0x{value & _U64:x}"
+
+
 def _hrtimer_start(r: Record) -> str:
     return (
         f"hrtimer={r[3]:016x} function={_function(r[4])} expires={r[5]} softexpires={r[5]}"
@@ -99,8 +105,9 @@ def _work_execute(r: Record) -> str:
 
 
 def _pic_set_irq(r: Record) -> str:
-    trigger = "level" if r[5] >> r[4] & 1 else "edge"
-    masked = "|masked" if r[6] >> r[4] & 1 else ""
+    pin = r[4] & 31
+    trigger = "level" if r[5] >> pin & 1 else "edge"
+    masked = "|masked" if r[6] >> pin & 1 else ""
     return f"chip {r[3]} pin {r[4]} ({trigger}{masked}){' (coalesced)' if r[7] else ''}"
 
 
@@ -171,6 +178,10 @@ def _apic_ipi(r: Record) -> str:
     )
 
 
+def _mmio(r: Record) -> str:
+    return f"mmio {_symbol(r[3], MMIO_TYPES)} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}"
+
+
 def _apic(r: Record) -> str:
     register = f"APIC_{APIC_REGISTERS[r[4]]}" if r[4] in APIC_REGISTERS else f"0x{r[4]:x}"
     return f"apic_{'write' if r[3] else 'read'} {register} = 0x{r[5]:x}"
@@ -221,7 +232,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_SET_IRQ: lambda r: f"gsi {r[3]} level {r[4]} source {r[5]}",
     Event.KVM_PIC_SET_IRQ: _pic_set_irq,
     Event.KVM_IOAPIC_SET_IRQ: _ioapic_set_irq,
-    Event.KVM_ACK_IRQ: lambda r: f"irqchip {IRQCHIPS[r[3]]} pin {r[4]}",
+    Event.KVM_ACK_IRQ: lambda r: f"irqchip {_symbol(r[3], IRQCHIPS)} pin {r[4]}",
     Event.KVM_INJ_VIRQ: _inj_virq,
     Event.KVM_VCPU_WAKEUP: _vcpu_wakeup,
     Event.KVM_PIO: _pio,
@@ -234,7 +245,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_MSI_SET_IRQ: _msi_set_irq,
     Event.KVM_APIC_IPI: _apic_ipi,
     Event.KVM_APIC: _apic,
-    Event.KVM_MMIO: lambda r: f"mmio {MMIO_TYPES[r[3]]} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}",
+    Event.KVM_MMIO: _mmio,
     Event.KVM_MSR: lambda r: (
         f"msr_{'write' if r[3] else 'read'} {r[4]:x} = 0x{r[5]:x}{' (#GP)' if r[6] else ''}"
     ),

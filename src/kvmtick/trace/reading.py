@@ -96,7 +96,7 @@ def open_trace(path: Path) -> TraceFile:
     if start[:2] == _GZIP:
         with gzip.open(path) as packed:
             try:
-                start = packed.read(_START_BYTES)
+                start = packed.read1(_START_BYTES)  # all there is of a file that was cut
             except (OSError, EOFError, zlib.error):
                 raise FormatError(f"{path}: damaged gzip file: record it anew") from None
     if start.startswith(MAGIC):
