@@ -9,7 +9,8 @@ from typing import BinaryIO, cast
 __all__ = ["TextFile"]
 
 _GZIP = b"\x1f\x8b"
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 17
+"""As much as stays in a CPU's cache while it is read."""
 
 
 class TextFile:
