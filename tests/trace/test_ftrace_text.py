@@ -19,7 +19,7 @@ from kvmtick.trace.events import (
     Record,
     field,
 )
-from kvmtick.trace.ftrace import FtraceWriter, event_name, event_text, format_line
+from kvmtick.trace.ftrace import SIMULATED, FtraceWriter, event_name, event_text, format_line
 
 PIT_FN = int(Function.PIT_TIMER_FN)
 WORK_FN = int(Function.PIT_DO_WORK)
@@ -178,6 +178,12 @@ LINES: list[tuple[str, Event, tuple[int, ...], str]] = [
         (0x1F, 0x100, 1, 255),
         "apicid 1f vec 255 (LowPrio|level)",
     ),
+    (
+        "(fmt)",
+        Event.KVM_APICV_ACCEPT_IRQ,
+        (0x1F, 0x100, 1, 255),
+        "apicid 1f vec 255 (LowPrio|level)",
+    ),
     ("ioapic_if0_0.txt", Event.KVM_EOI, (0, 32), "apicid 0 vector 32"),
     ("ioapic_if0_0.txt", Event.KVM_EOI, (0, -1), "apicid 0 vector -1"),
     ("(fmt)", Event.KVM_EOI, (0x10, 64), "apicid 10 vector 64"),
@@ -271,10 +277,20 @@ def test_the_text_is_the_kernels(event: Event, fields: tuple[int, ...], text: st
 
 def test_every_event_of_the_kernel_has_a_line_above() -> None:
     ours = {Event.PIT_RESET_REINJECT, Event.KVM_INJ_NMI, Event.LOST_EVENTS}
-    assert {event for _, event, *_ in LINES} == set(Event) - ours
+    assert {event for _, event, *_ in LINES} == set(Event) - ours - SCHEDULER
     assert {tracepoint.system for event, tracepoint in TRACEPOINTS.items() if event in ours} == {
         "kvmtick"
     }, "an event the kernel does not have must not claim to be of one of its subsystems"
+
+
+SCHEDULER = {Event.SCHED_WAKING, Event.SCHED_SWITCH}
+
+
+def test_of_the_schedulers_events_a_record_has_no_names() -> None:
+    assert event_text(record(Event.SCHED_WAKING, 7, 1)) == "pid=7 target_cpu=001"
+    switch = record(Event.SCHED_SWITCH, 7, 256, 8, 3)
+    assert event_text(switch) == "prev_pid=7 prev_state=256 ==> next_pid=8"
+    assert " [003] " in format_line(switch, ["<idle>-0"])
 
 
 def test_the_models_own_events() -> None:
@@ -380,7 +396,7 @@ def test_the_file_opens_as_tracefs_does_and_holds_every_record() -> None:
     writer([(3, int(Event.KVM_ACK_IRQ), 0, 0, 0)])
     header = [line for line in file.getvalue().splitlines() if line.startswith("#")]
     lines = file.getvalue().splitlines()[len(header) :]
-    assert header[0] == "# tracer: nop"
+    assert header[:2] == ["# tracer: nop", SIMULATED]
     assert writer.lines == len(lines) == 3
     assert [re.split(r": ", line, maxsplit=2)[1] for line in lines] == [
         "kvm_set_irq",

@@ -62,7 +62,7 @@ _WORKER = "kvm-pit/"
 _START = int(Event.HRTIMER_START)
 _EXPIRE = int(Event.HRTIMER_EXPIRE_ENTRY)
 _LOST = int(Event.LOST_EVENTS)
-_BY_CALLBACK = frozenset({int(Event.WORK_QUEUE), int(Event.SCHED_WAKING)})
+_IN_EXPIRY = frozenset({_EXPIRE, int(Event.WORK_QUEUE), int(Event.SCHED_WAKING)})
 _OF_VCPUS = frozenset(
     int(event)
     for event, tracepoint in TRACEPOINTS.items()
@@ -238,13 +238,12 @@ class TextReader:
             if gaps:
                 records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in gaps]
                 gaps.clear()
-            if expiring and task in expiring:
-                if (
-                    event in _BY_CALLBACK
-                    or event == _EXPIRE
-                    or (expiring.pop(task) == fields[0] and event == _START)
-                ):
-                    task |= IRQ_CONTEXT
+            if (
+                expiring
+                and task in expiring
+                and (event in _IN_EXPIRY or (expiring.pop(task) == fields[0] and event == _START))
+            ):
+                task |= IRQ_CONTEXT
             append((ts_ns, event, task) + fields)  # noqa: RUF005 - twice as fast
         return records
 
