@@ -1,13 +1,22 @@
 """`kvmtick run`: what it prints, in words and as JSON, and how it ends."""
 
 import json
+import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import elf_images
 import pytest
-from terminal import Terminal
+from terminal import Terminal, process
+
+from kvmtick.cli.run_output import trace_writer
+from kvmtick.ticks.host import HostTicks
+from kvmtick.trace.encode import KtraceEncoder
+from kvmtick.trace.events import Event
+from kvmtick.trace.reading import open_trace
+from kvmtick.trace.vms import VmInfo
 
 PERIOD_NS = 999_848
 VERDICTS = ("delivered", "late", "reinjected", "coalesced", "masked", "dropped", "outstanding")
@@ -399,6 +408,58 @@ def test_the_trace_is_ftrace_text_in_order(kvmtick: Terminal, tmp_path: Path) ->
         *(("<idle>", "0"), ("kvmtick", "1000"), ("kvm-pit/1000", "1001"), ("CPU 0/KVM", "1002"))
     }, "fixed numbers: nothing of the host enters a trace"
     assert any("pio_write at 0xf4 size 1 count 1 val 0x0" in line for line in lines[-4:])
+
+
+def test_a_trace_may_be_a_recording(kvmtick: Terminal, tmp_path: Path) -> None:
+    path = tmp_path / "run.ktrace"
+    plain = run_json(kvmtick, "tick-if0", "--ticks", "9", "--hold", "4ms")
+    told = run_json(kvmtick, "tick-if0", "--ticks", "9", "--hold", "4ms", "--trace", str(path))
+    for result in (told, plain):
+        result.pop("wall_s")
+    assert told == plain, "writing a recording changes nothing"
+    with open_trace(path) as trace:
+        host = HostTicks(trace)
+        host.read()
+        assert (trace.cut, trace.unknown, trace.lost, trace.is_complete) == ("", 0, 0, True)
+    (vm,) = host.vms
+    assert (vm.pid, vm.name, vm.info.reinject) == (1000, "tick-if0", True)
+    (report,) = vm.assembler.reports()
+    assert report.as_dict() == told["ticks"]
+    assert report.latency_ns == told["latency_ns"]
+
+
+def test_a_recording_is_whole_although_nobody_reads_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "run.ktrace"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        with process("run", "--ticks", "2", "--trace", str(path), stdout=writer) as child:
+            child.communicate(timeout=60)
+    finally:
+        os.close(writer)
+    with open_trace(path) as trace:
+        assert sum(map(len, trace.batches())) > 20
+        assert trace.cut == ""
+
+
+def test_a_run_that_dies_leaves_a_recording_without_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.ktrace"
+    record = (5, int(Event.KVM_SET_IRQ), 0, 0, 1, 2)
+    tasks = ["<idle>-0"]
+
+    def run() -> None:
+        about = VmInfo(1, "")
+        encoder = partial(KtraceEncoder, tasks=tasks, vm=about)
+        with trace_writer(str(path), lambda: tasks, encoder, simulated=True) as write:
+            assert write is not None
+            write([record])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with open_trace(path) as trace:
+        assert [each for batch in trace.batches() for each in batch] == [record]
+        assert trace.cut == "the recording was not ended: its last moments may be missing"
 
 
 def test_a_missing_engine_is_the_hosts_fault_and_names_the_remedy(

@@ -1,6 +1,7 @@
 """`kvmtick run --cpu kvm` and `--chips kernel`: the guest on /dev/kvm."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from terminal import Terminal, process
 from kvmtick.abi import HostError
 from kvmtick.host.kvmdev import open_kvm
 from kvmtick.host.tracefs import open_tracefs
+from kvmtick.ticks.host import HostTicks
+from kvmtick.trace.events import Event
+from kvmtick.trace.reading import open_trace
 
 VERDICTS = (
     *("delivered", "late", "reinjected", "coalesced", "masked", "dropped", "outstanding"),
@@ -84,6 +88,26 @@ def test_the_kernels_chips_have_ticks_where_tracefs_tells_them(
     assert told["guest_ticks"] == 20
     assert told["ticks"]["expired"] > 0
     check_sums(told)
+
+
+@pytest.mark.usefixtures("kvm", "tracefs")
+@pytest.mark.parametrize("guest", ["tick-if0", "tick-lapic"])
+def test_the_kernels_ticks_can_be_kept_as_a_recording(
+    kvmtick: Terminal, tmp_path: Path, guest: str
+) -> None:
+    path = tmp_path / "run.ktrace"
+    told = run_json(kvmtick, guest, "--chips", "kernel", "--ticks", "20", "--trace", str(path))
+    with open_trace(path) as trace:
+        host = HostTicks(trace)
+        host.read()
+        assert (trace.cut, trace.unknown, trace.is_complete) == ("", 0, False)
+        assert Event.KVM_SET_IRQ in trace.events
+        assert Event.SCHED_SWITCH not in trace.events
+    (vm,) = host.vms
+    assert (vm.pid, vm.name) == (os.getpid(), guest)
+    report = next(each for each in vm.assembler.reports() if each.expired)
+    assert report.as_dict() == told["ticks"]
+    assert report.latency_ns == told["latency_ns"]
 
 
 @pytest.mark.usefixtures("kvm")

@@ -10,6 +10,7 @@ What follows the three backticks says what a block is:
 * `text trace`: lines of a trace that a command of the same page wrote;
 * `text kernel`: lines of a trace of a real kernel, kept in this repository;
 * `json COMMAND`: the object COMMAND prints;
+* `sql`: a question that tests/report/test_query.py asks;
 * `text`, `sh`, `asm`: only shown.
 
 A line `...` in a shown output stands for any number of lines.
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-SHOWN_ONLY = frozenset({"text", "sh", "asm"})
+SHOWN_ONLY = frozenset({"text", "sh", "asm", "sql"})
 ELISION = "..."
 FENCE = "```"
 WALL_CLOCK = re.compile(r"[\d.]+ s of wall time|[\d,]+ ticks/s")

@@ -1,5 +1,6 @@
 """An instance of our own: what it records, and that it goes away whatever happens."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -137,6 +138,81 @@ def test_function_filter_by_address(tmp_path: Path) -> None:
     assert ask("function.function == unknown", symbols) == ""
     assert ask("common_pid == 1", symbols) == ""
     assert ask("function.function == x", tmp_path / "absent") == ""
+
+
+def test_function_addresses(tmp_path: Path) -> None:
+    symbols = tmp_path / "kallsyms"
+    symbols.write_text(
+        "ffffffff812eb600 t pit_timer_fn\n0000000000000000 t hidden\n"
+        "ffffffff8100 t pit_do_work.cold\n"
+        "ffffffffc0001230 t pit_do_work\t[kvm]\nffffffff8200 t xapic_timer_fn\n"
+    )
+    names = {"pit_timer_fn", "pit_do_work", "apic_timer_fn", "hidden"}
+    assert module._addresses(names, symbols) == {
+        0xFFFFFFFF812EB600: "pit_timer_fn",
+        0xFFFFFFFFC0001230: "pit_do_work",
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "lockdown", "remedy"),
+    [
+        (errno.EPERM, "none integrity [confidentiality]", "locked down; boot with lockdown="),
+        (errno.EPERM, "none [integrity] confidentiality", "Operation not permitted; run as root"),
+        (errno.EBUSY, "", "tracing is busy: close the programs"),
+        (errno.ENOMEM, "", "ask for smaller buffers"),
+        (errno.ENODEV, "", "it needs a reboot"),
+    ],
+)
+def test_what_is_refused_has_a_remedy(
+    number: int, lockdown: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCKDOWN", tmp_path / "lockdown")
+    if lockdown:
+        (tmp_path / "lockdown").write_text(lockdown + "\n")
+    with pytest.raises(HostError, match=remedy), module._told(tmp_path / "tracing_on"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_waiting_ends_with_another_descriptor(tracefs: Tracefs) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    with tracefs.instance() as trace:
+        trace.wait(LIMIT_S, [reader])
+        trace.wait(0.001)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_waiting_ends_with_a_full_buffer(tracefs: Tracefs, make_vm: MakeVm) -> None:
+    # mov dx, 0x510; mov cx, 3000; again: out dx, al; loop again; then the exit port
+    vm = make_vm(b"\xba\x10\x05\xb9\xb8\x0b\xee\xe2\xfd\xe6\xf4")
+    with tracefs.instance() as trace:
+        trace.set_buffer_size(64)
+        trace.write("buffer_percent", "25")
+        trace.enable("kvm:kvm_pio")
+        trace.start()
+        assert vm.run(limit_s=LIMIT_S).exit.reason == "done"
+        trace.wait(LIMIT_S)
+        trace.stop()
+        recorded, lost = trace.recorded(), trace.lost().total
+        assert recorded + lost >= 3001
+        assert sum(1 for _ in trace.pages()) >= 4
+        assert trace.recorded() == recorded
+
+
+def test_names_of_traced_threads(tracefs: Tracefs) -> None:
+    comms = tracefs.comms()
+    assert all(comm for pid, comm in comms.items() if pid)
+
+
+def test_a_filter_can_be_changed(tracefs: Tracefs) -> None:
+    with tracefs.instance() as trace:
+        trace.enable("kvm:kvm_pio", "port == 0x40")
+        trace.set_filter("kvm:kvm_pio", "port == 0x41")
+        assert trace.read("events/kvm/kvm_pio/filter").strip() == "port == 0x41"
+        trace.set_filter("kvm:kvm_pio", "0")
+        assert trace.read("events/kvm/kvm_pio/filter").strip() == "none"
 
 
 def test_format_text(tracefs: Tracefs) -> None:

@@ -2,11 +2,7 @@
 
 from apic_board import ApicBoard
 
-from kvmtick.abi.structs import (
-    KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI,
-    kvm_irq_routing_entry,
-)
+from kvmtick.abi.structs import to_chip
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.ioapic import MASK, REMOTE_IRR, TRIG_MODE_LEVEL, Ioapic
 from kvmtick.irqchip.lapic import Lapic
@@ -14,26 +10,11 @@ from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting
 from kvmtick.trace.events import TRACEPOINTS, Event, Record
 
-__all__ = ["LEVEL", "MASK", "REMOTE_IRR", "Apics", "msi", "pin"]
+__all__ = ["LEVEL", "MASK", "REMOTE_IRR", "Apics"]
 
 LEVEL = TRIG_MODE_LEVEL
 SVR, SVR_ENABLED = 0xF0, 0x1FF
 IOREGSEL, IOWIN = 0xFEC0_0000, 0xFEC0_0010
-
-
-def pin(gsi: int, irqchip: int, number: int, flags: int = 0) -> kvm_irq_routing_entry:
-    """A routing entry to a pin."""
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP, flags=flags)
-    entry.u.irqchip.irqchip, entry.u.irqchip.pin = irqchip, number
-    return entry
-
-
-def msi(gsi: int, address: int, data: int, flags: int = 0) -> kvm_irq_routing_entry:
-    """A routing entry to a message."""
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
-    entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFF_FFFF, address >> 32
-    entry.u.msi.data = data
-    return entry
 
 
 class Apics(ApicBoard):
@@ -121,7 +102,7 @@ class Apics(ApicBoard):
 
     def alone(self, number: int) -> None:
         """GSI n leads to IOAPIC pin n and nothing else anywhere."""
-        self.routing.set_table([pin(number, 2, number)])
+        self.routing.set_table([to_chip(number, 2, number)])
 
     def irrs(self, vcpu: int = 0) -> list[int]:
         """The vectors in the local APIC's IRR."""

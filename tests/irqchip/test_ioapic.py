@@ -1,9 +1,9 @@
 """The IOAPIC's lines and registers: what the kernel gives for them."""
 
 import pytest
-from apics import LEVEL, MASK, REMOTE_IRR, Apics, msi, pin
+from apics import LEVEL, MASK, REMOTE_IRR, Apics
 
-from kvmtick.abi.structs import kvm_ioapic_state
+from kvmtick.abi.structs import kvm_ioapic_state, to_chip, to_msi
 from kvmtick.irqchip.delivery import LapicIrq
 from kvmtick.irqchip.ioapic import (
     DELIVERY_STATUS,
@@ -359,7 +359,7 @@ def test_a_sent_edge_hides_the_level_request_that_follows() -> None:
 
 def test_restored_requests_are_raised_pin_by_pin() -> None:
     apics = Apics()
-    apics.routing.set_table([pin(number, 2, number) for number in (5, 6, 7)])
+    apics.routing.set_table([to_chip(number, 2, number) for number in (5, 6, 7)])
     state = kvm_ioapic_state(base_address=0xFEC0_0000, irr=0xFF00_00E0, pad=0x1234, id=0xFFFF_FFFF)
     entries = {5: LEVEL | REMOTE_IRR | 0x45, 6: 0x46, 7: LEVEL | MASK | 0x47, 9: REMOTE_IRR | 0x49}
     for number, bits in entries.items():
@@ -405,7 +405,7 @@ def test_only_a_masked_pin_is_left_out_and_only_without_details() -> None:
 
 def test_the_local_apic_comes_before_the_ioapic_in_the_trace() -> None:
     apics = Apics()
-    apics.routing.set_table([pin(PIN, 2, PIN)])
+    apics.routing.set_table([to_chip(PIN, 2, PIN)])
     apics.program(PIN, VECTOR | LEVEL)
     apics.records()
     apics.line(PIN, 1)
@@ -435,7 +435,7 @@ def test_a_fixed_entry_makes_its_old_and_new_destinations_scan() -> None:
 def test_a_change_of_the_table_makes_nobody_scan() -> None:
     apics = Apics()
     apics.enter()
-    apics.routing.set_table([pin(0, 2, 2), msi(24, 0xFEE0_0000, 0x51)])
+    apics.routing.set_table([to_chip(0, 2, 2), to_msi(24, 0xFEE0_0000, 0x51)])
     assert not apics.stubs[0].scan_wanted
 
 

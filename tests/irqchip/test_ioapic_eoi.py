@@ -1,10 +1,11 @@
 """The IOAPIC when interrupts end: remote IRR, notifiers, storms, the RTC."""
 
 import pytest
-from apics import LEVEL, MASK, REMOTE_IRR, Apics, pin
+from apics import LEVEL, MASK, REMOTE_IRR, Apics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmtick.abi.structs import to_chip
 from kvmtick.irqchip.delivery import SuppressEoiBroadcast
 from kvmtick.irqchip.ioapic import EOI_INJECT_DELAY_NS, IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT, RTC_GSI
 from kvmtick.trace.events import Event
@@ -105,7 +106,7 @@ def test_directed_eoi_leaves_remote_irr_alone(mode: SuppressEoiBroadcast, stays:
 
 def test_two_pins_of_one_vector_end_together() -> None:
     apics = Apics()
-    apics.routing.set_table([pin(4, 2, 4), pin(5, 2, 5)])
+    apics.routing.set_table([to_chip(4, 2, 4), to_chip(5, 2, 5)])
     for number in (4, 5):
         apics.program(number, VECTOR | LEVEL)
         apics.lines(number, 1, 0)
@@ -194,7 +195,7 @@ def test_an_edge_is_acknowledged_only_where_somebody_waits() -> None:
     def ack() -> None:
         told.append("ack")
 
-    apics.routing.set_table([pin(0, 2, PIN)])
+    apics.routing.set_table([to_chip(0, 2, PIN)])
     apics.program(PIN, VECTOR)
     for registered in (False, True):
         if registered:
@@ -213,7 +214,7 @@ def test_a_route_that_comes_after_the_scan_is_not_acknowledged_before_the_next_o
     apics.notifiers.register_ack(30, lambda: told.append("ack"))
     apics.program(10, 0x4A)
     apics.enter()
-    apics.routing.set_table([pin(30, 2, 10)])
+    apics.routing.set_table([to_chip(30, 2, 10)])
     for _ in range(2):
         apics.lines(30, 1, 0)
         assert apics.take() == 0x4A

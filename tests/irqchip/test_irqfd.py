@@ -6,9 +6,10 @@ import select
 from collections.abc import Callable, Iterator
 
 import pytest
-from apics import LEVEL, MASK, REMOTE_IRR, Apics, msi, pin
+from apics import LEVEL, MASK, REMOTE_IRR, Apics
 
 from kvmtick.abi.errors import KvmError
+from kvmtick.abi.structs import to_chip, to_msi
 from kvmtick.irqchip.irqfd import IoEventFds, IrqFds
 from kvmtick.irqchip.routing import IrqRouting
 from kvmtick.trace.events import Event
@@ -48,7 +49,7 @@ class Wired(Apics):
         super().__init__(split=split)
         self.irqfds = IrqFds(self.routing, self.notifiers)
         if split is None:
-            self.routing.set_table([pin(PIN, 2, PIN)])
+            self.routing.set_table([to_chip(PIN, 2, PIN)])
             self.program(PIN, VECTOR | LEVEL)
             self.records()
 
@@ -110,7 +111,7 @@ def test_what_was_signalled_before_is_raised_at_once(apics: Wired, fds: NewFd) -
 def test_a_message_is_sent_without_a_line(apics: Wired, fds: NewFd) -> None:
     fd = fds()
     apics.irqfds.set(fd, 40)
-    apics.routing.set_table([msi(40, 0xFEE0_0000, 0x51)])
+    apics.routing.set_table([to_msi(40, 0xFEE0_0000, 0x51)])
     os.eventfd_write(fd, 1)
     assert apics.irqfds.poll()
     assert apics.names() == ["kvm_msi_set_irq", "kvm_apic_accept_irq"]
@@ -124,7 +125,7 @@ def test_the_table_counts_as_it_is_at_the_signal(apics: Wired, fds: NewFd) -> No
     os.eventfd_write(fd, 1)
     apics.irqfds.poll()
     assert apics.irrs() == []
-    apics.routing.set_table([pin(PIN, 2, PIN)])
+    apics.routing.set_table([to_chip(PIN, 2, PIN)])
     os.eventfd_write(fd, 1)
     apics.irqfds.poll()
     assert apics.irrs() == [VECTOR]
@@ -286,7 +287,7 @@ def test_a_resampled_line_stays_up_until_it_is_ended(apics: Wired, fds: NewFd) -
 
 def test_a_resampled_pic_line_falls_at_ocw2(apics: Wired, fds: NewFd) -> None:
     fd, resamplefd = fds(), fds()
-    apics.routing.set_table([pin(3, 0, 3)])
+    apics.routing.set_table([to_chip(3, 0, 3)])
     apics.irqfds.set(fd, 3, RESAMPLE, resamplefd)
     os.eventfd_write(fd, 1)
     apics.irqfds.poll()

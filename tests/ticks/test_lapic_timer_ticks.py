@@ -346,7 +346,7 @@ def test_what_a_vcpus_exit_makes_devices_send_is_not_the_timers(by: str) -> None
         s.msi(0, vector=VECTOR)
     else:
         recorder.kvm_eoi(0, VECTOR)
-        s.accept(0, VECTOR)
+        recorder.kvm_apic_accept_irq(0, 0, 1, VECTOR)
     recorder.flush()
     timer = s.assembler._timers._timers[APIC_TIMER]
     assert timer.waiting is not None

@@ -7,10 +7,11 @@ from typing import Any
 
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
+from kvmtick.trace.by_vm import ByVm
 from kvmtick.trace.decoder import Decoder, Merge
 from kvmtick.trace.events import ApicvInhibitReason, Event, Function, Record
 from kvmtick.trace.inferred import Inferred
-from kvmtick.trace.one_vm import OneVm
+from kvmtick.trace.vms import VmInfo
 
 RECORDED = Path(__file__).with_name("recorded.json")
 REINJECT = (0, int(Event.KVM_APICV_INHIBIT_CHANGED), 0, int(ApicvInhibitReason.PIT_REINJ), 1, 0)
@@ -60,11 +61,13 @@ def decode(run: dict[str, Any], by: Decoder) -> list[Record]:
 
 def reports(run: dict[str, Any], records: list[Record], by: Decoder) -> list[TickReport]:
     """What became of its ticks."""
-    vm, inferred = OneVm(), Inferred()
+    by_vm, inferred = ByVm(by.tasks.names), Inferred()
+    vm = by_vm.add_vm(VmInfo(0, ""))
     for tid, vcpu in run["vcpus"].items():
-        vm.add_task(by.tasks.name(int(tid), f"CPU {vcpu}/KVM"))
+        by_vm.add_task(vm, by.tasks.name(int(tid), f"CPU {vcpu}/KVM"))
     assembler = TickAssembler(tasks=by.tasks.names, sees_nmis=lambda: inferred.sees_nmis)
-    assembler(inferred([REINJECT, *vm.keep(records)]))
+    ((_, own),) = by_vm(records)
+    assembler(inferred([REINJECT, *own]))
     assembler.settle()
     return assembler.reports()
 

@@ -1,6 +1,7 @@
 """Pages of a real kernel's ring buffer (record.py) as records, and what they say of ticks."""
 
 import re
+import struct
 
 import pytest
 from recorded import COUNTS, RUNS, decode, functions, kernel, reports, verdicts
@@ -162,6 +163,47 @@ def test_every_cpu_has_an_idle_thread_of_its_own() -> None:
     assert tasks.names == ["<idle>-0", "<idle>-0", "<...>-7"]
 
 
+SCHED_SWITCH = """\
+name: sched_switch
+ID: 372
+format:
+\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
+\tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
+\tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
+\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
+
+\tfield:char prev_comm[16];\toffset:8;\tsize:16;\tsigned:0;
+\tfield:pid_t prev_pid;\toffset:24;\tsize:4;\tsigned:1;
+\tfield:int prev_prio;\toffset:28;\tsize:4;\tsigned:1;
+\tfield:long prev_state;\toffset:32;\tsize:8;\tsigned:1;
+\tfield:char next_comm[16];\toffset:40;\tsize:16;\tsigned:0;
+\tfield:pid_t next_pid;\toffset:56;\tsize:4;\tsigned:1;
+\tfield:int next_prio;\toffset:60;\tsize:4;\tsigned:1;
+"""
+"""Of Linux 6.18."""
+
+
+def switch(prev: tuple[bytes, int, int, int], following: tuple[bytes, int, int]) -> bytes:
+    """A page with one sched_switch: name, pid, priority, and how the thread leaves."""
+    event = struct.pack("<HBBi16siiq16sii", 372, 1, 2, prev[1], *prev, *following)
+    body = struct.pack("<I", len(event) // 4) + event
+    return struct.pack("<QQ", 5_000, len(body)) + body
+
+
+def test_threads_are_named_by_the_events_that_tell_their_names() -> None:
+    by = Decoder(KERNEL["header_page"], [SCHED_SWITCH], {})
+    by.tasks.name(20, "CPU 0/KVM")
+    (record,) = by.decode(switch((b"rcu_preempt", 15, 98, 1), (b"swapper/3", 0, 120)), 3)
+    assert record == (5_000, int(Event.SCHED_SWITCH), 2, 15, 1, 0, 3, 98, 120)
+    assert by.tasks.names == ["<idle>-0", "CPU 0/KVM-20", "rcu_preempt-15"]
+    by.decode(switch((b"qemu", 20, 120, 0), (b"sh", 15, 120)), 3)
+    assert by.tasks.names == ["<idle>-0", "CPU 0/KVM-20", "sh-15"], "what was told stays"
+    assert event_text(record, by.tasks.names) == (
+        "prev_comm=sh prev_pid=15 prev_prio=98 prev_state=S"
+        " ==> next_comm=swapper/3 next_pid=0 next_prio=120"
+    )
+
+
 def test_records_wait_for_those_of_other_cpus() -> None:
     merge = Merge()
     merge.add(1, [(5, 0, 0), (9, 1, 0)])
@@ -170,6 +212,24 @@ def test_records_wait_for_those_of_other_cpus() -> None:
     assert merge.until(9) == [(7, 2, 0)]
     assert merge.until(None) == [(9, 1, 0), (9, 3, 0)]
     assert merge.until(None) == []
+    assert merge.waiting == 0
+
+
+def test_what_comes_too_late_is_lost() -> None:
+    merge = Merge()
+    merge.add(0, [(5, 0, 0), (9, 1, 0)])
+    assert merge.until(None) == [(5, 0, 0), (9, 1, 0)]
+    merge.add(2, [(7, 2, 0), (8, 3, 0), (9, 4, 0)])
+    assert merge.until(None) == [(9, int(Event.LOST_EVENTS), 0, 2, 2), (9, 4, 0)]
+
+
+def test_a_run_that_is_out_of_order_is_put_in_order() -> None:
+    merge = Merge()
+    merge.add(0, [(9, 1, 0)])
+    merge.add(0, [(5, 0, 0), (12, 0, 0)])
+    assert merge.known_ns() == 12
+    assert merge.until(10) == [(5, 0, 0), (9, 1, 0)]
+    assert merge.waiting == 1
 
 
 @pytest.mark.parametrize("text", ["", "name: x\nformat:\n", "rubbish"])

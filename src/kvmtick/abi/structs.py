@@ -157,6 +157,8 @@ __all__ = [
     "offset_of",
     "struct_diff",
     "struct_fields",
+    "to_chip",
+    "to_msi",
 ]
 
 KVM_API_VERSION = 12
@@ -501,6 +503,21 @@ class kvm_irq_routing(KvmStruct):
 
     nr: U32
     flags: U32
+
+
+def to_chip(gsi: int, irqchip: int, pin: int, flags: int = 0) -> kvm_irq_routing_entry:
+    """A routing entry to a chip's pin."""
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP, flags=flags)
+    entry.u.irqchip.irqchip, entry.u.irqchip.pin = irqchip, pin
+    return entry
+
+
+def to_msi(gsi: int, address: int, data: int, flags: int = 0) -> kvm_irq_routing_entry:
+    """A routing entry to a message."""
+    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
+    entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFF_FFFF, address >> 32
+    entry.u.msi.data = data
+    return entry
 
 
 def make_irq_routing(entries: Iterable[kvm_irq_routing_entry], flags: int = 0) -> bytearray:

@@ -22,13 +22,16 @@ from kvmtick.cli.run_options import (
     port,
     ticks_of,
 )
-from kvmtick.cli.run_output import live_text, report, trace_writer
+from kvmtick.cli.run_output import live_text, reinject_of, report, trace_writer
 from kvmtick.cli.run_where import Where, where_of
 from kvmtick.guests import Guest
 from kvmtick.kvm.model import ModelVm
+from kvmtick.machine.board import VMM_PID
 from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
+from kvmtick.trace.encode import KtraceEncoder
+from kvmtick.trace.vms import VmInfo
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
@@ -58,9 +61,11 @@ def main(argv: list[str]) -> int:
         run = run_on_kernel(options, guest, ticks=ticks, for_ns=for_ns, limit_s=wall_limit_s)
         return _exit_code(run)
     with contextlib.ExitStack() as stack:
-        vm, teller = _build(options, where, guest, stack)
+        traced = stack.enter_context(contextlib.ExitStack())
+        vm, teller = _build(options, where, guest, stack, traced)
         gdb = None if gdb_port is None else _gdb(gdb_port, vm, stack)
         with (
+            traced,
             _progress(options, vm, guest, for_ns, ticks),
             live_text(options, vm.machine.ports, guest),
         ):
@@ -101,8 +106,13 @@ def _check_counter(options: argparse.Namespace, guest: Guest) -> None:
 
 
 def _build(
-    options: argparse.Namespace, where: Where, guest: Guest, stack: contextlib.ExitStack
+    options: argparse.Namespace,
+    where: Where,
+    guest: Guest,
+    stack: contextlib.ExitStack,
+    traced: contextlib.ExitStack,
 ) -> tuple[ModelVm, StoryTeller | None]:
+    """The VM, its guest loaded. The caller closes `traced` when the run is over."""
     host = None
     if where.cpu == "kvm":
         from kvmtick.cpu.hostkvm import HostKvm
@@ -133,11 +143,18 @@ def _build(
     # Whoever follows the events needs those of the chips' creation too.
     teller = _tell(options, vm)
     recorder = vm.machine.recorder
-    writer = stack.enter_context(
-        trace_writer(options.trace, lambda: recorder.tasks, simulated=True)
+    about = VmInfo(VMM_PID, guest.name, reinject=reinject_of(options, guest))
+    writer = traced.enter_context(
+        trace_writer(
+            options.trace,
+            lambda: recorder.tasks,
+            lambda file: KtraceEncoder(file, recorder.tasks, about),
+            simulated=True,
+        )
     )
     if writer is not None:
         recorder.add_consumer(writer)
+        traced.callback(recorder.remove_consumer, writer)
     vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
     if host is not None and guest.parameters is not None:

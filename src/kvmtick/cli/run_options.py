@@ -84,7 +84,11 @@ def parser() -> Parser:
     _add_how(p)
     add = p.add_argument_group("what to show").add_argument
     add("--story", metavar="N", help="tell the life of tick N, step by step")
-    add("--trace", metavar="FILE", help="write the events as ftrace text")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write the events: a recording if FILE ends in .ktrace, else ftrace text",
+    )
     add("--json", action="store_true", help="one JSON object instead of the report")
     return p
 

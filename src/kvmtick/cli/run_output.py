@@ -4,52 +4,74 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from kvmtick.cli import UsageError
 from kvmtick.guests import Guest
 from kvmtick.machine.ports import PortMap
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
+from kvmtick.trace.encode import KtraceEncoder
 from kvmtick.trace.events import Record
 from kvmtick.trace.ftrace import FtraceWriter
+from kvmtick.trace.ktrace import SUFFIX
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
 
-__all__ = ["live_text", "report", "trace_writer"]
+__all__ = ["live_text", "reinject_of", "report", "trace_writer"]
+
+
+def reinject_of(options: argparse.Namespace, guest: Guest) -> bool:
+    """What the PIT's reinjection is set to when the guest starts."""
+    return options.reinject is not False if guest.needs.reinject is None else guest.needs.reinject
 
 
 @contextlib.contextmanager
 def trace_writer(
-    name: str | None, tasks: Callable[[], list[str]], simulated: bool
+    name: str | None,
+    tasks: Callable[[], list[str]],
+    encoder: Callable[[BinaryIO], KtraceEncoder],
+    *,
+    simulated: bool,
 ) -> Iterator[Callable[[list[Record]], None] | None]:
-    """A consumer that writes records to the trace file `name`; `tasks` is asked at the first batch.
+    """A consumer that writes records to the trace file `name`: a recording (`encoder` makes it) if
+    it ends in .ktrace, else ftrace text. `tasks` and `encoder` are asked at the first batch.
 
     None if there is no file to write.
     """
     if name is None:
         yield None
         return
+    as_text = not name.endswith(SUFFIX)
     with _is_trace_file(name):
-        file = Path(name).open("w", encoding="utf-8")  # noqa: SIM115 - closed below
-    writer: FtraceWriter | None = None
+        file = Path(name).open("wb")  # noqa: SIM115 - closed below
+        text = io.TextIOWrapper(file, encoding="utf-8")
+    writer: KtraceEncoder | FtraceWriter | None = None
 
     def write(batch: list[Record]) -> None:
         nonlocal writer
         with _is_trace_file(name):
-            writer = writer or FtraceWriter(file, tasks(), simulated)
+            writer = writer or (
+                FtraceWriter(text, tasks(), simulated) if as_text else encoder(file)
+            )
             writer(batch)
 
     try:
         yield write
+        if isinstance(writer, KtraceEncoder):
+            with _is_trace_file(name):
+                writer.end()
     finally:
         with _is_trace_file(name):
-            file.close()
+            if isinstance(writer, KtraceEncoder):
+                writer.flush()
+            text.close()
 
 
 @contextlib.contextmanager

@@ -5,25 +5,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmtick.machine.run import BELIEVED_HZ, Run
+from kvmtick.report.words import hop_names
 from kvmtick.ticks.report import TickReport
 from kvmtick.timing.host import format_ns
 
-__all__ = ["ReportConsole", "show_run"]
+__all__ = ["STYLES", "ReportConsole", "show_run", "verdict_table"]
 
-_HOPS = {
-    "expiry_to_work": "hrtimer expiry -> kvm-pit worker",
-    "work_to_accept": "worker -> PIC request",
-    "accept_to_inject": "PIC request -> VM entry",
-    "inject_to_eoi": "VM entry -> guest's EOI",
-    "expiry_to_eoi": "expiry -> EOI",
-}
-_APIC_HOPS = {
-    **_HOPS,
-    "work_to_accept": "worker -> local APIC",
-    "accept_to_inject": "local APIC -> VM entry",
-}
-_LAPIC_TIMER_HOPS = {**_APIC_HOPS, "expiry_to_work": "hrtimer expiry -> local APIC"}
-_STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
+STYLES = {"delivered": "green", "late": "yellow", "reinjected": "cyan", "outstanding": "dim"}
 
 
 class ReportConsole(Console):
@@ -52,7 +40,7 @@ def show_run(run: Run, console: Console | None = None, *, with_text: bool = True
         show()
         if len(reports) > 1 or (report.source, report.path) != ("pit", "pic"):
             show(f"ticks of {report.title()}:")
-        show(_verdicts(report))
+        show(verdict_table(report))
         _show_latency(report, console)
     show()
     show(_speed(run))
@@ -62,12 +50,13 @@ def show_run(run: Run, console: Console | None = None, *, with_text: bool = True
             console.out(text.rstrip("\n"), highlight=False)
 
 
-def _verdicts(report: TickReport) -> Table:
+def verdict_table(report: TickReport) -> Table:
+    """Counts by verdict, and what each means."""
     verdicts = Table("verdict", "ticks", "meaning", box=None, pad_edge=False)
     verdicts.columns[1].justify = "right"
     for name, count, meaning in report.rows():
         if count:
-            verdicts.add_row(f"[{_STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
+            verdicts.add_row(f"[{STYLES.get(name, 'red')}]{name}[/]", f"{count:,}", meaning)
     verdicts.add_row("[bold]expired[/]", f"[bold]{report.expired:,}[/]", "")
     return verdicts
 
@@ -113,9 +102,7 @@ def _outcome(run: Run) -> str:
 
 
 def _show_latency(report: TickReport, console: Console) -> None:
-    names = _HOPS if report.path == "pic" else _APIC_HOPS
-    if report.source == "lapic":
-        names = _LAPIC_TIMER_HOPS
+    names = hop_names(report.source, report.path)
     table = Table("hop", "p50", "p99", "max", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

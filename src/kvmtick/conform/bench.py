@@ -12,16 +12,15 @@ from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 from kvmtick import guests
-from kvmtick.abi import HostError
+from kvmtick.abi import HostError, structs
 from kvmtick.abi.caps import CAPS
 from kvmtick.abi.structs import (
-    KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI,
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     kvm_irq_routing_entry,
     kvm_pit_channel_state,
+    to_chip,
 )
 from kvmtick.conform.case import Failed, Skipped, equal
 from kvmtick.guests.script import EXIT_CODE, Code, Op, Results, Scenario, out8, tsc_read
@@ -114,11 +113,6 @@ class Bench:
             self._probed[name] = probe.holds(self)
         if not self._probed[name]:
             raise Skipped(probe.reason)
-
-    def needs_model(self, why: str) -> None:
-        """Skip on the kernel."""
-        if not self.exact:
-            raise Skipped(why)
 
     def quiet(self, attempt: Callable[[], T | None]) -> T:
         """What an attempt gives that the host did not disturb (it gave None where it did).
@@ -362,31 +356,20 @@ def _handler(act: Callable[[], object]) -> Handler:
 
 def to_ioapic(gsi: int, pin: int) -> kvm_irq_routing_entry:
     """A routing entry."""
-    return _to_chip(gsi, KVM_IRQCHIP_IOAPIC, pin)
+    return to_chip(gsi, KVM_IRQCHIP_IOAPIC, pin)
 
 
 def to_pic(gsi: int, irq: int) -> kvm_irq_routing_entry:
     """A routing entry to one of the 16 pins of the two PICs."""
     chip_id = KVM_IRQCHIP_PIC_SLAVE if irq >= 8 else KVM_IRQCHIP_PIC_MASTER
-    return _to_chip(gsi, chip_id, irq % 8)
-
-
-def _to_chip(gsi: int, chip_id: int, pin: int) -> kvm_irq_routing_entry:
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
-    entry.u.irqchip.irqchip = chip_id
-    entry.u.irqchip.pin = pin
-    return entry
+    return to_chip(gsi, chip_id, irq % 8)
 
 
 def to_msi(
     gsi: int, data: int, address: int = MSI_ADDRESS, flags: int = 0
 ) -> kvm_irq_routing_entry:
     """A routing entry to a message."""
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
-    entry.u.msi.address_lo = address & 0xFFFF_FFFF
-    entry.u.msi.address_hi = address >> 32
-    entry.u.msi.data = data
-    return entry
+    return structs.to_msi(gsi, address, data, flags)
 
 
 def nominal_ns(script: Script) -> int:

@@ -9,7 +9,7 @@ A case is a function of a `Bench` under `case`, in a module of `kvmtick.conform.
 
 Its name is `MODULE.FUNCTION` with dashes, `pit.mode2-reloads`. `variants` makes one case of each
 set of arguments. A body that returns has passed; it fails by `equal`, `check` or any other
-exception, and is skipped by `Bench.needs_model` and the like, always with a reason.
+exception, and is skipped by `Bench.needs` and the like, always with a reason.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from kvmtick.abi.structs import (
-    KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI,
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     kvm_irq_routing_entry,
+    to_chip,
+    to_msi,
 )
 
 __all__ = ["DEFAULT_NEEDS", "MSI_ADDRESS", "Needs", "gsi_routing"]
@@ -68,7 +68,7 @@ def gsi_routing(needs: Needs) -> list[kvm_irq_routing_entry] | None:
         case "ioapic-pin-2":
             gsi0 = [_pic(0), _ioapic(0, _TIMER_PIN)]
         case "msi":
-            gsi0 = [_msi(0, needs.msi_vector)]
+            gsi0 = [to_msi(0, MSI_ADDRESS, needs.msi_vector)]
     table = gsi0
     for gsi in range(1, _IOAPIC_PINS):
         if gsi < _PIC_PINS:
@@ -80,22 +80,8 @@ def gsi_routing(needs: Needs) -> list[kvm_irq_routing_entry] | None:
 
 def _pic(gsi: int) -> kvm_irq_routing_entry:
     slave, pin = divmod(gsi, 8)
-    return _to_chip(gsi, KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER, pin)
+    return to_chip(gsi, KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER, pin)
 
 
 def _ioapic(gsi: int, pin: int) -> kvm_irq_routing_entry:
-    return _to_chip(gsi, KVM_IRQCHIP_IOAPIC, pin)
-
-
-def _to_chip(gsi: int, irqchip: int, pin: int) -> kvm_irq_routing_entry:
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
-    entry.u.irqchip.irqchip = irqchip
-    entry.u.irqchip.pin = pin
-    return entry
-
-
-def _msi(gsi: int, vector: int) -> kvm_irq_routing_entry:
-    entry = kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI)
-    entry.u.msi.address_lo = MSI_ADDRESS
-    entry.u.msi.data = vector
-    return entry
+    return to_chip(gsi, KVM_IRQCHIP_IOAPIC, pin)

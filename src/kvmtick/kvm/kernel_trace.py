@@ -24,12 +24,13 @@ from kvmtick.abi.errors import HostError
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.host.tracefs import TICK_EVENTS, Instance, Tracefs, open_tracefs
 from kvmtick.ticks.life import TickAssembler
+from kvmtick.trace.by_vm import ByVm, Share
 from kvmtick.trace.decoder import Decoder, Merge
 from kvmtick.trace.events import ApicvInhibitReason, Event, Function, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.inferred import Inferred
-from kvmtick.trace.one_vm import OneVm
 from kvmtick.trace.recorder import Consumer
+from kvmtick.trace.vms import VmInfo
 
 if TYPE_CHECKING:
     from kvmtick.kvm.kernel import KernelVm
@@ -77,7 +78,8 @@ class TickTrace:
         self._vm = vm
         self._stack = ExitStack()
         self._live = False
-        self._one_vm = OneVm()
+        self._by_vm: ByVm
+        self._own: Share
         self._inferred = Inferred()
         self._merge = Merge()
         self._pages: list[tuple[int, bytes]] = []
@@ -114,6 +116,8 @@ class TickTrace:
             known = [event for event in TICK_EVENTS if tracefs.has_event(event)]
             self.missing = [event for event in TICK_EVENTS if event not in known]
             self._decoder = decoder_of(tracefs, known)
+            self._by_vm = ByVm(self.tasks)
+            self._own = self._by_vm.add_vm(VmInfo(os.getpid(), ""))
             self.assembler = TickAssembler(
                 tasks=self.tasks, sees_nmis=lambda: self._inferred.sees_nmis
             )
@@ -147,7 +151,8 @@ class TickTrace:
         workers = pit_worker_tids(os.getpid())
         if self._vm.told.pit_flags is not None and len(workers) == 1:
             tid = workers.pop()
-            self._one_vm.add_task(self._decoder.tasks.name(tid, f"kvm-pit/{os.getpid()}"))
+            worker = self._decoder.tasks.name(tid, f"kvm-pit/{os.getpid()}")
+            self._by_vm.add_task(self._own, worker)
 
     def _reinject_record(self) -> Record:
         """How the PIT was set up before the trace began."""
@@ -175,7 +180,8 @@ class TickTrace:
             self._merge.add(cpu, self._decoder.decode(page, cpu))
         self._pages.clear()
         self._name_vcpus()
-        own = self._one_vm.keep(self._merge.until(end_ns))
+        shares = self._by_vm(self._merge.until(end_ns))
+        own = shares[0][1] if shares else []
         self._name_workers()
         for consumer in self._as_written:
             consumer(own)
@@ -187,10 +193,11 @@ class TickTrace:
             tid = vcpu.file.tid
             if tid and tid not in self._named:
                 self._named.add(tid)
-                self._one_vm.add_task(self._decoder.tasks.name(tid, f"CPU {vcpu.vcpu_id}/KVM"))
+                task = self._decoder.tasks.name(tid, f"CPU {vcpu.vcpu_id}/KVM")
+                self._by_vm.add_task(self._own, task)
 
     def _name_workers(self) -> None:
-        for task in self._one_vm.workers:
+        for task in self._own.workers:
             pid = int(self.tasks[task].rpartition("-")[2])
             self._decoder.tasks.name(pid, f"kvm-pit/{os.getpid()}")
 

@@ -22,6 +22,7 @@ from kvmtick.abi.errors import KvmError
 from kvmtick.abi.exits import Exit, ExitIntr, answer_place, decode
 from kvmtick.abi.structs import kvm_run, offset_of
 from kvmtick.cpu.engine import ExitReason
+from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.irqchip.apicdef import MSR_IA32_APICBASE
 from kvmtick.kvm.dev_ioctl import VCPU_MMAP_BYTES
 from kvmtick.machine.machine import Machine
@@ -38,7 +39,6 @@ PIO_DATA_OFFSET = 4096
 READ_AHEAD_BYTES = 1024
 """What REP INS asks for at once, at most (struct read_cache)."""
 RFLAGS_DF = 1 << 10
-PAGE_BYTES = 4096
 
 _REASON = Struct("<I")
 _REASON_AT = offset_of(kvm_run, "exit_reason")

@@ -28,6 +28,7 @@ from kvmtick.abi.structs import (
     kvm_irqchip,
     kvm_vcpu_events,
 )
+from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.irqchip.apicdef import MSR_IA32_TSC_DEADLINE
 from kvmtick.kvm.state import (
     RUN_BYTES,
@@ -63,7 +64,6 @@ MSRS: Final = (
 )
 """The MSRs that are moved; those of the special registers and the local APIC are there."""
 
-PAGE_BYTES: Final = 4096
 _ZEROS: Final = bytes(PAGE_BYTES)
 
 

@@ -25,6 +25,7 @@ from kvmtick.abi.structs import (
     kvm_sregs,
     kvm_vcpu_events,
 )
+from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.guests import ParameterOffsets
 from kvmtick.kvm.state import (
     RUN_BYTES,
@@ -43,7 +44,6 @@ __all__ = ["FORMAT", "VERSION", "from_json", "read", "to_json", "write"]
 FORMAT: Final = "kvmtick-vm-state"
 VERSION: Final = 1
 
-PAGE_BYTES: Final = 4096
 U32: Final = (1 << 32) - 1
 U64: Final = (1 << 64) - 1
 

@@ -73,6 +73,16 @@ class StoryLine:
     what: str
     """The step, in words."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ts_ns": self.ts_ns,
+            "thread": self.thread,
+            "event": self.event,
+            "text": self.text,
+            "what": self.what,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class WorstTick:
@@ -83,6 +93,24 @@ class WorstTick:
     """Which hop took longest and who caused that, as far as the trace shows; a sentence."""
     story: list[StoryLine]
     """From the expiry (or what armed it) to the EOI; empty if it was not kept."""
+
+    @property
+    def waited_ns(self) -> int | None:
+        """From its expiry to its interrupt; None if it never came."""
+        return None if self.tick.inject_ns is None else self.tick.inject_ns - self.tick.expiry_ns
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without the story."""
+        tick = self.tick
+        return {
+            "tick": tick.index,
+            "verdict": tick.verdict.value,
+            "where": tick.where.value if tick.where else None,
+            "detail": tick.detail,
+            "expiry_ns": tick.expiry_ns,
+            "waited_ns": self.waited_ns,
+            "held_up": self.held_up,
+        }
 
 
 @dataclass(slots=True)
@@ -111,7 +139,23 @@ class SourceReport:
     as many as there is room for, evenly: `expired` of `ticks` tells whether some are left out.
     """
     worst: list[WorstTick] = field(default_factory=list)
-    """The worst first."""
+    """The worst first: how long after its expiry an interrupt of the timer's came. Of those that
+    were disturbed in a row only the worst."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `ticks` and `latency_ns` are those of `kvmtick run --json`."""
+        return {
+            "source": self.source,
+            "vcpu": self.vcpu,
+            "path": self.ticks.path,
+            "period_ns": self.period_ns,
+            "asked_hz": self.asked_hz,
+            "got_hz": self.got_hz,
+            "ticks": self.ticks.as_dict(),
+            "latency_ns": self.ticks.latency_ns,
+            "drift_ppm": self.drift_ppm,
+            "worst": [tick.as_dict() for tick in self.worst],
+        }
 
 
 @dataclass(slots=True)
@@ -123,6 +167,15 @@ class VmReport:
     sources: list[SourceReport]
     notes: list[str] = field(default_factory=list)
     """What cannot be told of it, and why."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "pid": self.pid,
+            "name": self.name,
+            "notes": self.notes,
+            "sources": [source.as_dict() for source in self.sources],
+        }
 
 
 @dataclass(slots=True)
@@ -142,3 +195,18 @@ class Report:
     """The most important first."""
     notes: list[str] = field(default_factory=list)
     """What is missing of the trace, and why."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object of `kvmtick report --json` (docs/json.md)."""
+        return {
+            "file": str(self.path),
+            "origin": self.origin,
+            "start_ns": self.start_ns,
+            "end_ns": self.end_ns,
+            "events": self.records,
+            "lost_events": self.lost_events,
+            "unknown_lines": self.unknown_lines,
+            "notes": self.notes,
+            "vms": [vm.as_dict() for vm in self.vms],
+            "findings": [finding.as_dict() for finding in self.findings],
+        }

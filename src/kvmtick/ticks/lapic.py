@@ -8,21 +8,31 @@ Whether the entry is masked is known from kvm_apic (writes of LVTT and SVR) wher
 Else it is told by a guest that ran on (it wrote a port or an EOI, or got an interrupt) with the
 note still there, and by a timer that never gave an interrupt.
 
-Not told apart, for there is no record: a TSC deadline that had passed when it was written has no
-expiry; its interrupt is no tick's.
+Where the records begin in the middle, a note may be there already, and whose timer it is may not be
+known: its ticks are `unknown` until its vCPU delivered one, or programmed the timer.
+
+Not told apart, for there is no record: a TSC deadline that had passed when it was written, and a
+timer that runs as the VMX preemption timer, have no expiry; their interrupts are no tick's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvmtick.ticks.apics import DM_FIXED, LocalApics
 from kvmtick.ticks.messages import Messages
-from kvmtick.ticks.source import HOPS, Source
+from kvmtick.ticks.source import HOPS, Keep, Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
-from kvmtick.trace.events import IRQ_CONTEXT, Record
+from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 
-__all__ = ["LapicTicks", "LapicTimers"]
+__all__ = ["HOST_TICK", "LapicTicks", "LapicTimers"]
 
+HOST_TICK = b"%c%c%c%c%c?%c" % (
+    *(Event.HRTIMER_EXPIRE_ENTRY, Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ),
+    *(Event.KVM_INJ_VIRQ, Event.KVM_MMIO, Event.KVM_EOI),
+)
+"""The events of a periodic timer's tick that nothing disturbs, as a kernel has them: a pattern."""
+
+NO_TASK = -1
 APIC_SPIV = 0xF0
 APIC_LVTT = 0x320
 APIC_SPIV_APIC_ENABLED = 1 << 8
@@ -31,20 +41,27 @@ APIC_LVT_MASKED = 1 << 16
 _OPEN = Verdict.OUTSTANDING
 _LAPIC = Path.LAPIC
 _MASKED_DETAIL = "the timer's LVT entry was masked"
+_MASK_UNKNOWN = "no record tells whether the timer's LVT entry was masked"
 _MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
 
 
 class LapicTicks(Source):
     """One local APIC's timer."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: Keep) -> None:
         super().__init__("lapic", _LAPIC, keep, (HOPS[0], HOPS[2]))
         self.owner: int | None = None
         """Its vCPU, once that is known."""
         self.vector: int | None = None
         self.waiting: Tick | None = None
         """The expiry that its vCPU has not delivered yet."""
+        self.task = NO_TASK
+        """The thread that delivered the last one."""
         self.masked: bool | None = None
+        self.sees_masks = True
+        """Whether the records show the writes that mask it."""
+        self.begun = ""
+        """Why it is not known whether a note was there before the first expiry."""
         self.ran = False
         """The guest ran on while an expiry waited."""
         self._served = False
@@ -61,46 +78,122 @@ class LapicTicks(Source):
         expires_ns = record[5]
         if record[2] & IRQ_CONTEXT:
             if self._expiring is not None:
-                self._expiring.period_ns = expires_ns - self._expiring.expiry_ns
-        elif self.waiting is not None and expires_ns != self._expires_ns:
-            self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
+                self.rearmed(self._expiring, expires_ns)
+        else:
+            self._no_expiry = None
+            if expires_ns != self._expires_ns:
+                self._programmed()
         self._expiring = None
         self._expires_ns = expires_ns
 
+    def _programmed(self) -> None:
+        """The guest set another time (start_apic_timer): the note is gone."""
+        if self.waiting is not None:
+            self.lose_waiting("its timer was programmed anew before the vCPU delivered it")
+        if self._expires_ns or self.masked is False:
+            self.begun = ""
+
     def expire(self, record: Record) -> None:
         """A tick begins."""
-        tick = self._expiring = self.begin(self._expires_ns or record[5], record[5])
+        tick = self._expiring = self.begin(self._expires_ns, record[5])
         if self.waiting is None:
             self.waiting = tick
             self.ran = False
-        elif self._seems_masked():
-            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
         else:
-            self.judge(tick, Verdict.COALESCED, Where.LAPIC, _MERGED_DETAIL)
+            self._judge_unserved(tick, Verdict.COALESCED, _MERGED_DETAIL)
+
+    def _judge_unserved(self, tick: Tick, verdict: Verdict, detail: str) -> None:
+        """It gets no interrupt: `verdict` says why, unless the entry is masked."""
+        masked = self._seems_masked()
+        if masked:
+            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        elif masked is None:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun or _MASK_UNKNOWN)
+        elif self.begun and verdict is not Verdict.COALESCED:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun)
+        else:
+            self.judge(tick, verdict, Where.LAPIC, detail)
 
     def accept(self, record: Record, apics: LocalApics) -> None:
         """The vCPU delivers the expiry that waits."""
-        ts_ns, _, _, vcpu, mode, _, vector = record
+        ts_ns, _, task, vcpu, mode, _, vector = record
         tick = self.waiting
         assert tick is not None
         self.waiting = None
         self.owner = vcpu
+        self.task = task
         self.vector = vector
         if self.masked is None and not self.ran:
             self._were_merged(tick.index)
-        self.masked = False
+        self.masked = False if self.sees_masks else None
         self._served = True
         if tick.verdict is not _OPEN:
             self.reopen(tick)
         tick.work_ns = ts_ns
+        doubt = apics.doubt(vcpu, mode, vector) or self.begun
+        self.begun = ""
+        if doubt:
+            apics.accept_doubtful(vcpu, mode, vector, self)
+            self.judge(tick, Verdict.UNKNOWN, detail=doubt)
+            return
         if apics.accept(vcpu, mode, vector, self, tick, _LAPIC, ts_ns) is None:
             detail = "its vector was accepted and not injected since"
             self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
 
+    def is_plain(self, accept: Record) -> bool:
+        """The next expiry is delivered by this record, if the vCPU has nothing else to do."""
+        _, _, task, vcpu, mode, level, vector = accept
+        return (
+            task == self.task
+            and vcpu == self.owner
+            and vector == self.vector
+            and not mode
+            and not level
+            and self.masked is False
+            and self.waiting is None
+            and self._expires_ns > 0
+            and self._no_expiry is None
+            and not self.begun
+            and not self.blind
+        )
+
+    def plain_tick(
+        self, expire: Record, start: Record, accept: Record, inject: Record, eoi: Record
+    ) -> None:
+        """The same as record by record."""
+        self.expired += 1
+        self.reached += 1
+        expiry_ns, next_ns = self._expires_ns, start[5]
+        accept_ns, inject_ns, eoi_ns, vcpu = accept[0], inject[0], eoi[0], accept[3]
+        self._expires_ns = next_ns
+        self._expiring = None
+        self.ran = False
+        verdict = Verdict.DELIVERED if inject_ns < next_ns else Verdict.LATE
+        self._judged[verdict] += 1
+        self._arrivals[_LAPIC, vcpu] += 1
+        self._kept.append(
+            (
+                self.expired,
+                expiry_ns,
+                expire[5],
+                next_ns - expiry_ns,
+                accept_ns,
+                accept_ns,
+                inject_ns,
+                eoi_ns,
+                accept[6],
+                verdict,
+                _LAPIC,
+                vcpu,
+            )
+        )
+        self._reach_rows.append((accept_ns - expiry_ns, inject_ns - accept_ns))
+        self._end_rows.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
+
     def _were_merged(self, index: int) -> None:
         """That the ticks after `index` seemed masked was a guess, and wrong."""
         count = self.expired - index
-        if self._served or not count:
+        if self._served or not count or self.begun or self.blind or not self.sees_masks:
             return
         self._judged[Verdict.MASKED] -= count
         self._judged[Verdict.COALESCED] += count
@@ -112,30 +205,36 @@ class LapicTicks(Source):
     def lost(self, why: str) -> None:
         """Records are missing."""
         self.lose_sight(why)
-        self.waiting = self._expiring = None
+        self.waiting = self._expiring = self._no_expiry = None
         self._expires_ns = 0
+        self.masked = None
+        self.begun = why
 
     def lose_waiting(self, why: str) -> None:
         """The note that an expiry waits is gone."""
         tick, self.waiting = self.waiting, None
         if tick is None or tick.verdict is not _OPEN:
             return
-        if self._seems_masked():
-            self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
-        else:
-            self.judge(tick, Verdict.DROPPED, Where.LAPIC, why)
+        self._judge_unserved(tick, Verdict.DROPPED, why)
 
     def settle(self) -> None:
         """An expiry that waits because the entry is masked is not just outstanding."""
         tick = self.waiting
-        if tick is not None and tick.verdict is _OPEN and self._seems_masked():
+        if tick is None or tick.verdict is not _OPEN:
+            return
+        masked = self._seems_masked()
+        if masked:
             self.judge(tick, Verdict.MASKED, Where.LAPIC, _MASKED_DETAIL)
+        elif self.begun or masked is None:
+            self.judge(tick, Verdict.UNKNOWN, detail=self.begun or _MASK_UNKNOWN)
 
-    def _seems_masked(self) -> bool:
-        """Why an expiry waits: it is masked, or the vCPU has not run."""
-        if self.masked is None:
-            return self.ran or not self._served
-        return self.masked or self.ran
+    def _seems_masked(self) -> bool | None:
+        """Why an expiry waits: it is masked, or the vCPU has not run; None: one of them."""
+        if self.masked or self.ran:
+            return True
+        if self.masked is None and (self.begun or not self.sees_masks):
+            return None
+        return self.masked is None and not self._served
 
     def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
         return accept_ns - tick.expiry_ns, inject_ns - accept_ns
@@ -150,16 +249,25 @@ class LapicTimers:
         messages: Messages,
         vcpu_of: Callable[[int], int | None],
         has_names: bool,
-        keep: int,
+        keep: Keep,
+        owners: Mapping[int, int],
     ) -> None:
-        """`has_names`: `vcpu_of` knows the threads; else any task may be the vCPU's own."""
+        """`has_names`: `vcpu_of` knows the threads; else any task may be the vCPU's own. `owners`:
+        whose timers these are that no vCPU was seen to arm, by hrtimer.
+        """
         self._apics = apics
         self._messages = messages
         self._vcpu_of = vcpu_of
         self._has_names = has_names
         self._keep = keep
+        self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
+        self.without_expiry = 0
+        """Messages that only a timer explains, and that no expiry came before."""
+        self._begun = ""
+        self._blind = ""
+        self._sees_masks = True
 
     def sources(self) -> list[LapicTicks]:
         """Those that expired, by vCPU."""
@@ -176,9 +284,7 @@ class LapicTimers:
         """A timer was armed; the guest arms its own vCPU's."""
         timer = self._timer(record[3])
         if timer.owner is None and not record[2] & IRQ_CONTEXT:
-            timer.owner = self._vcpu_of(record[2])
-            if timer.owner is not None:
-                timer.masked = self._masked.get(timer.owner)
+            self._own(timer, self._vcpu_of(record[2]))
         timer.start(record)
 
     def hrtimer_expire_entry(self, record: Record) -> None:
@@ -189,6 +295,30 @@ class LapicTimers:
             self._messages.forget_eois()
         timer.expire(record)
 
+    def host_tick(self, batch: list[Record], at: int, end: int) -> bool:
+        """The same as record by record: expiry, acceptance, injection and EOI in a row. False, and
+        nothing done, if it is not that.
+        """
+        expire, start, accept, inject, eoi = *batch[at : at + 4], batch[end - 1]
+        timer = self._timers.get(expire[3])
+        _, _, task, vcpu, _, _, vector = accept
+        if (
+            timer is None
+            or not timer.is_plain(accept)
+            or start[2:5] != expire[2:5]
+            or not start[2] & IRQ_CONTEXT
+            or inject[2] != task
+            or inject[3] != vector
+            or inject[5]
+            or eoi[2:] != (task, vcpu, vector)
+            or self._messages.may_explain(task)
+            or not self._apics.is_free(vcpu, vector)
+        ):
+            return False
+        timer.plain_tick(expire, start, accept, inject, eoi)
+        self._messages.eoi(eoi)
+        return True
+
     def accept(self, record: Record) -> bool:
         """A local APIC accepts a message; False if it is not its timer's."""
         _, _, task, vcpu, mode, level, _ = record
@@ -197,10 +327,14 @@ class LapicTimers:
         timer = self._waiting_of(vcpu)
         if self._messages.explains(record, timer.vector if timer is not None else None):
             return False
-        if timer is None or mode != DM_FIXED or level:
+        if mode != DM_FIXED or level:
+            return False
+        if timer is None:
+            self.without_expiry += 1
             return False
         timer.accept(record, self._apics)
-        self._masked[vcpu] = False
+        if self._sees_masks:
+            self._masked[vcpu] = False
         return True
 
     def apic(self, record: Record) -> None:
@@ -216,6 +350,8 @@ class LapicTimers:
 
     def guest_ran(self, vcpu: int | None) -> None:
         """The guest on a vCPU did something."""
+        if vcpu is None:
+            return
         for timer in self._timers.values():
             if timer.waiting is not None and timer.owner == vcpu:
                 timer.ran = True
@@ -229,8 +365,22 @@ class LapicTimers:
 
     def lost(self, why: str) -> None:
         """Records are missing."""
+        self._begun = why
+        self._masked.clear()
         for timer in self._timers.values():
             timer.lost(why)
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._begun = ""
+
+    def judge_by(self, blind: str, sees_masks: bool) -> None:
+        """Why their ticks cannot be judged, and whether writes that mask them are recorded."""
+        if self._blind and not blind:
+            self.lost(self._blind)
+        self._blind, self._sees_masks = blind, sees_masks
+        for timer in self._timers.values():
+            timer.blind, timer.sees_masks = blind, sees_masks
 
     def settle(self) -> None:
         """Judge what can be judged now."""
@@ -249,9 +399,18 @@ class LapicTimers:
                 timer.masked = masked
 
     def _timer(self, hrtimer: int) -> LapicTicks:
-        if hrtimer not in self._timers:
-            self._timers[hrtimer] = LapicTicks(self._keep)
-        return self._timers[hrtimer]
+        timer = self._timers.get(hrtimer)
+        if timer is None:
+            timer = self._timers[hrtimer] = LapicTicks(self._keep)
+            timer.begun, timer.blind, timer.sees_masks = self._begun, self._blind, self._sees_masks
+        if timer.owner is None and hrtimer in self._owners:
+            self._own(timer, self._vcpu_of(self._owners[hrtimer]))
+        return timer
+
+    def _own(self, timer: LapicTicks, vcpu: int | None) -> None:
+        timer.owner = vcpu
+        if vcpu is not None:
+            timer.masked = self._masked.get(vcpu)
 
     def _waiting_of(self, vcpu: int) -> LapicTicks | None:
         """The timer of a vCPU whose expiry waits, or one whose vCPU is not known yet."""
@@ -260,6 +419,6 @@ class LapicTimers:
             if timer.waiting is not None:
                 if timer.owner == vcpu:
                     return timer
-                if timer.owner is None:
+                if timer.owner is None and not self._begun:
                     found = timer
         return found

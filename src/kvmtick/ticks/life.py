@@ -6,22 +6,26 @@ requests that wait for their injection, who is in service.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 
-from kvmtick.ticks.apics import DM_INIT, LocalApics
+from kvmtick.ticks.apics import DM_FIXED, DM_INIT, DM_LOWEST, LocalApics
+from kvmtick.ticks.lapic import HOST_TICK as HOST_LAPIC_TICK
 from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
+from kvmtick.ticks.pit import HOST_TICK as HOST_PIT_TICK
 from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
+from kvmtick.trace.inferred import is_creation
+from kvmtick.trace.vms import vcpu_of_name
 
 KEEP = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
 
 _EVENT_OF = itemgetter(1)
-_VCPU_TASK = re.compile(r"CPU (\d+)/KVM-")
+_HOST_TICK = re.compile(HOST_PIT_TICK + b"|" + HOST_LAPIC_TICK, re.DOTALL)
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK = int(Function.PIT_DO_WORK)
@@ -44,18 +48,24 @@ class TickAssembler:
         keep: int = KEEP,
         tasks: list[str] | None = None,
         sees_nmis: Callable[[], bool] = lambda: True,
+        vcpus: Mapping[int, int] | None = None,
+        owners: Mapping[int, int] | None = None,
+        keep_all: bool = False,
     ) -> None:
         """`keep`: how many lives of each source. `tasks`: the recorder's, which may still grow;
-        their names tell which thread is which vCPU's. `sees_nmis`: whether the records show when an
-        NMI is injected.
+        their names tell which thread is which vCPU's, unless `vcpus` does. `sees_nmis`: whether the
+        records show when an NMI is injected. `owners`: the task whose local APIC timer it is, by
+        hrtimer. `keep_all`: until they are taken (`Source.take_old`).
         """
         self._tasks = [] if tasks is None else tasks
-        self._vcpus: dict[int, int | None] = {}
+        self._vcpus = vcpus
+        self._named: dict[int, int | None] = {}
         self._apics = LocalApics(sees_nmis)
         self._messages = Messages(self._vcpu_of)
-        self._pit = PitTicks(self._apics, keep)
+        kept = Keep(keep, keep_all)
+        self._pit = PitTicks(self._apics, kept)
         self._timers = LapicTimers(
-            self._apics, self._messages, self._vcpu_of, tasks is not None, keep
+            self._apics, self._messages, self._vcpu_of, tasks is not None, kept, owners or {}
         )
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
@@ -70,13 +80,14 @@ class TickAssembler:
             (Event.KVM_MSI_SET_IRQ, self._msi_set_irq),
             (Event.KVM_APIC_IPI, self._messages.ipi),
             (Event.KVM_APIC_ACCEPT_IRQ, self._apic_accept_irq),
+            (Event.KVM_APICV_ACCEPT_IRQ, self._apicv_accept_irq),
             (Event.KVM_APIC, self._timers.apic),
             (Event.KVM_INJ_VIRQ, self._inj_virq),
             (Event.KVM_INJ_NMI, self._inj_nmi),
             (Event.KVM_EOI, self._eoi),
             (Event.KVM_ACK_IRQ, self._ack_irq),
             (Event.KVM_PIO, self._pio),
-            (Event.KVM_APICV_INHIBIT_CHANGED, self._pit.apicv_inhibit_changed),
+            (Event.KVM_APICV_INHIBIT_CHANGED, self._apicv_inhibit_changed),
             (Event.PIT_RESET_REINJECT, self._pit_reset_reinject),
             (Event.LOST_EVENTS, self._lost_events),
         ):
@@ -84,6 +95,9 @@ class TickAssembler:
 
     def __call__(self, batch: list[Record]) -> None:
         """Take in a batch of records."""
+        if self._vcpus is not None:
+            self._take_hosts(batch)
+            return
         handlers, pit = self._handlers, self._pit
         events = bytes(map(_EVENT_OF, batch))
         idle = self._is_idle()
@@ -91,7 +105,7 @@ class TickAssembler:
         at = 0
         while at < len(batch):
             plain = events.find(PLAIN_TICK, at)
-            if plain == at and idle and pit.plain_tick(batch, at):
+            if plain == at and idle and pit.plain_tick(batch, at, at + 4, at + 5, at + 6):
                 at += len(PLAIN_TICK)
                 plain_ticks += 1
                 continue
@@ -111,12 +125,68 @@ class TickAssembler:
         pit.fold()
         self._timers.fold()
 
+    def _take_hosts(self, batch: list[Record]) -> None:
+        """A batch of a kernel's records."""
+        pit, timers = self._pit, self._timers
+        events = bytes(map(_EVENT_OF, batch))
+        idle = self._is_idle()
+        plain_ticks = at = 0
+        for match in _HOST_TICK.finditer(events):
+            start, end = match.span()
+            if start > at:
+                if plain_ticks:
+                    pit.count_plain(plain_ticks)
+                    plain_ticks = 0
+                self._one_by_one(batch[at:start])
+                idle = self._is_idle()
+                at = start
+            if match.start(1) >= 0:
+                if idle and pit.host_tick(batch, match):
+                    at = end
+                    plain_ticks += 1
+            elif not pit.pic.asks and timers.host_tick(batch, start, end):
+                at = end
+        if plain_ticks:
+            pit.count_plain(plain_ticks)
+        self._one_by_one(batch[at:])
+        pit.fold()
+        timers.fold()
+
+    def _one_by_one(self, records: list[Record]) -> None:
+        handlers = self._handlers
+        for record in records:
+            handlers[record[1]](record)
+
     def _is_idle(self) -> bool:
         """Nothing is under way: a tick of the PIT's may be plain."""
         pit = self._pit
         return (
             pit.is_idle() and pit.plain_task not in self._messages and not self._timers.is_waiting
         )
+
+    def begin_in_the_middle(self, reinject: bool | None = None) -> None:
+        """The VM may have run before the first record; `reinject`: as its PIT was then, if known.
+
+        A record that comes with the VM's creation says that it had not.
+        """
+        why = "the trace begins here"
+        self._lose(why)
+        self._pit.begin_in_the_middle(why, reinject)
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._apics.created()
+        self._timers.created()
+        self._pit.created()
+
+    def judge_by(self, pit: str, lapic: str, sees_masks: bool) -> None:
+        """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
+        can; and whether the records show when a timer's LVT entry is masked.
+        """
+        if self._pit.blind and not pit:
+            self._pit.lost(self._pit.blind)
+        self._pit.blind = pit
+        self._timers.judge_by(lapic, sees_masks)
 
     # For readers.
 
@@ -141,10 +211,18 @@ class TickAssembler:
         """The ticks of every source so far; the PIT's first, if it expired or nothing did."""
         return [TickReport(source) for source in self.sources()]
 
+    @property
+    def without_expiry(self) -> int:
+        """Interrupts that look like a local APIC timer's, and that no hrtimer gave."""
+        return self._timers.without_expiry
+
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self._pit.settle()
         self._timers.settle()
+        self._apics.settle()
+        for source in self.sources():
+            source.judge_blind()
 
     @property
     def expired(self) -> int:
@@ -159,14 +237,15 @@ class TickAssembler:
     # Who is concerned.
 
     def _vcpu_of(self, task: int) -> int | None:
-        """The vCPU whose thread a task is, by the name it has in QEMU and here."""
+        """The vCPU whose thread a task is."""
         task &= ~IRQ_CONTEXT
-        if task not in self._vcpus:
+        if self._vcpus is not None:
+            return self._vcpus.get(task)
+        if task not in self._named:
             if task >= len(self._tasks):
                 return None
-            match = _VCPU_TASK.match(self._tasks[task])
-            self._vcpus[task] = int(match[1]) if match else None
-        return self._vcpus[task]
+            self._named[task] = vcpu_of_name(self._tasks[task].rpartition("-")[0])
+        return self._named[task]
 
     def _hrtimer_start(self, record: Record) -> None:
         if record[4] == _PIT_TIMER_FN:
@@ -182,7 +261,7 @@ class TickAssembler:
 
     def _work_queue(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
-            self._pit.work_queue()
+            self._pit.work_queue(record)
 
     def _work_start(self, record: Record) -> None:
         if record[4] == _PIT_DO_WORK:
@@ -193,14 +272,23 @@ class TickAssembler:
             self._pit.end_run()
 
     def _pit_reset_reinject(self, record: Record) -> None:
-        self._pit.reset_reinject()
+        self._pit.reset_reinject(record)
+
+    def _apicv_inhibit_changed(self, record: Record) -> None:
+        if is_creation(record):
+            self.created()
+        else:
+            self._pit.apicv_inhibit_changed(record)
 
     def _lost_events(self, record: Record) -> None:
         count = "some" if record[4] < 0 else str(record[4])
-        why = f"the kernel lost {count} of its records"
+        self._lose(f"the kernel lost {count} of its records")
+
+    def _lose(self, why: str) -> None:
         self._pit.lost(why)
         self._timers.lost(why)
-        self._apics.forget()
+        self._apics.forget(why)
+        self._messages.clear()
 
     def _set_irq(self, record: Record) -> None:
         self._pit.set_irq(record)
@@ -225,6 +313,10 @@ class TickAssembler:
         if mode == DM_INIT:
             self._timers.reset(record[3])
 
+    def _apicv_accept_irq(self, record: Record) -> None:
+        if record[4] in (DM_FIXED, DM_LOWEST):
+            self._apics.post(record[3], record[6])
+
     def _inj_virq(self, record: Record) -> None:
         ts_ns, _, task, vector, _, reinjected = record
         if reinjected:
@@ -234,6 +326,7 @@ class TickAssembler:
         if not self._pit.pic.takes(vector) and self._apics.requested(vcpu, vector):
             self._apics.inject(vcpu, vector, ts_ns)
         else:
+            self._apics.injected(vcpu, vector)
             self._pit.inject(record, vcpu or 0)
 
     def _inj_nmi(self, record: Record) -> None:

@@ -59,6 +59,15 @@ class Messages:
         """Time has passed: what an EOI delivers again is accepted at once."""
         self._sent = {task: sent for task, sent in self._sent.items() if sent[1] != ANY}
 
+    def clear(self) -> None:
+        """Records are missing."""
+        self._sent.clear()
+
+    def may_explain(self, task: int) -> bool:
+        """The task sent something that its own local APIC may accept."""
+        sent = self._sent.get(task)
+        return sent is not None and (sent[1] != ANY or sent[0] == ANY)
+
     def explains(self, record: Record, timer_vector: int | None) -> bool:
         """What was sent accounts for this kvm_apic_accept_irq on the sender's own local APIC.
 
@@ -70,6 +79,8 @@ class Messages:
             return False
         vector, mode = sent
         if mode == ANY:
+            if vector != ANY and not record[5]:
+                return False
             return record[6] != timer_vector and vector in (ANY, record[6])
         if sent != (record[6], record[4]):
             return False

@@ -1,20 +1,27 @@
 """What a trace shows of the PICs: the request of the pin that GSI 0 leads to, and its service.
 
 The masks and the vectors come from the guest's port writes (i8259 datasheet: ICW1-4, OCW1-3) and
-from the `imr` that kvm_pic_set_irq carries.
+from the `imr` that kvm_pic_set_irq carries. Where the records begin in the middle, a request may be
+set already, and the vector is that of the injection that an acknowledgement of the pin follows.
 
-Not told apart, for no record tells: what user space sets with KVM_SET_IRQCHIP.
+Not told apart, for no record tells: what user space sets with KVM_SET_IRQCHIP, and a line that
+another source held high before the records began.
 """
 
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Claim, Tick
-from kvmtick.ticks.verdict import Path, Where
+from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import Record
 
-__all__ = ["COALESCED", "HELD", "LATCHED", "MASKED", "PicPin"]
+__all__ = ["COALESCED", "DOUBTFUL", "HELD", "LATCHED", "MASKED", "PicPin"]
 
-LATCHED, MASKED, COALESCED, HELD = range(4)
-"""What became of a pulse; HELD: another source holds the line high, so there was no edge."""
+LATCHED, MASKED, COALESCED, HELD, DOUBTFUL = range(5)
+"""What became of a pulse; HELD: another source holds the line high, so there was no edge; DOUBTFUL:
+it was masked, and latched already or not.
+"""
+
+NO_VECTOR = -1
+"""Of an injection of the PIC whose base is not known."""
 
 PORT_COMMAND = 0x20
 PORT_DATA = 0x21
@@ -34,10 +41,14 @@ class PicPin:
     __slots__ = (
         "_auto_eoi_claim",
         "_base",
+        "_begun",
+        "_blurred",
+        "_candidate",
         "_command",
         "_imr",
         "_init4",
         "_init_state",
+        "_request_known",
         "_taken",
         "_unended",
         "auto_eoi",
@@ -63,6 +74,11 @@ class PicPin:
         self._base: list[int | None] = [None, None]
         self._init_state = [READY, READY]
         self._init4 = [0, 0]
+        self._begun = ""
+        self._blurred = False
+        """The command that an acknowledgement follows may be missing."""
+        self._request_known = True
+        self._candidate = NO_VECTOR
 
     @property
     def vector(self) -> int | None:
@@ -88,6 +104,11 @@ class PicPin:
             and not self.pin
         )
 
+    @property
+    def asks(self) -> bool:
+        """The next injection may be the PIC's."""
+        return self.auto_eoi or self.request is not None or self.foreign_request
+
     def takes(self, vector: int) -> bool:
         """An injection of `vector` is the PIC's: it comes before the local APIC."""
         if self.auto_eoi:
@@ -95,8 +116,16 @@ class PicPin:
         requested = self.request is not None or self.foreign_request
         return requested and vector == self.vector and not self.masked
 
-    def forget(self) -> None:
-        """Records are missing: what is requested or in service is not known any more."""
+    def forget(self, why: str) -> None:
+        """Records are missing: what is requested or in service, and how it is set up, is not known
+        any more.
+        """
+        self._begun = why
+        self._request_known = False
+        self._blurred = True
+        self._base = [None, None]
+        self._init_state = [READY, READY]
+        self._candidate = NO_VECTOR
         self.request = self.in_service = self._auto_eoi_claim = None
         self.foreign_request = self.auto_eoi = self._unended = False
         self._taken.clear()
@@ -118,8 +147,11 @@ class PicPin:
         self._imr[chip & 1] = imr
         if self.masked and (self.request is not None or self.foreign_request):
             return MASKED
-        if coalesced:
-            return COALESCED
+        if coalesced or (self.masked and not self._request_known):
+            self.foreign_request = self.request is None
+            self._request_known = True
+            return COALESCED if coalesced else DOUBTFUL
+        self._request_known = True
         if tick is not None and held:
             return MASKED if self.masked else HELD
         request, requested = self.request, self.request is not None or self.foreign_request
@@ -134,15 +166,19 @@ class PicPin:
 
     def inject(self, source: Source, vector: int, vcpu: int, ts_ns: int) -> None:
         """A vector that is no local APIC's was written into the VMCS."""
+        self._blurred = False
         if self.auto_eoi:
             self.auto_eoi = False
             claim = self._auto_eoi_claim
             if claim is None:
                 source.extra += 1
             elif claim.arrived:
-                claim.tick.vector = vector
+                claim.tick.vector = None if vector == NO_VECTOR else vector
             return
-        if self.vector not in (None, vector):
+        if self._begun and vector != NO_VECTOR and self.vector is None:
+            self._inject_unknown(vector)
+            return
+        if vector != NO_VECTOR and self.vector not in (None, vector):
             source.extra += 1
             return
         self._unended = True
@@ -153,16 +189,40 @@ class PicPin:
             claim, self.request = self.request, None
             self.foreign_request = False
         if claim is None:
-            source.extra += 1
+            source.extra += self._request_known
+            self._request_known = True
             return
         self.in_service = claim
-        source.arrive(claim, ts_ns, vcpu, vector)
+        source.arrive(claim, ts_ns, vcpu, None if vector == NO_VECTOR else vector)
+
+    def _inject_unknown(self, vector: int) -> None:
+        """An injection that may be that of the pin."""
+        self._candidate = vector
+        self._forget_request()
+
+    def _forget_request(self) -> None:
+        claim, self.request = self.request, None
+        self.foreign_request = self._request_known = False
+        if claim is not None:
+            claim.tick.claims -= 1
+            if claim.tick.verdict is Verdict.OUTSTANDING:
+                claim.source.judge(claim.tick, Verdict.UNKNOWN, detail=self._begun)
 
     def acknowledge(self, ts_ns: int, vcpu: int) -> None:
         """The pin was acknowledged: by an EOI, ICW1, a poll or an automatic EOI."""
         chip = self.pin >> 3
         command, self._command[chip] = self._command[chip], NO_COMMAND
+        if self._candidate != NO_VECTOR and self._candidate & 7 == self.pin & 7:
+            if self._base[chip] is None:
+                self._base[chip] = self._candidate & 0xF8
+                self._request_known = True
+            self._candidate = NO_VECTOR
         self._unended = False
+        if self._blurred:
+            self._blurred = False
+            if command == NO_COMMAND:
+                self._forget_request()
+                return
         if command == NO_COMMAND or command & (ICW1 | OCW3):
             self._acknowledge_request(command, ts_ns, vcpu)
         elif self.in_service is not None:
@@ -195,6 +255,7 @@ class PicPin:
         if port == PORT_COMMAND:
             self._command[chip] = value
             if value & ICW1:
+                self._request_known |= chip == self.pin >> 3
                 self._init_state[chip] = EXPECT_ICW2
                 self._init4[chip] = value & ICW1_ICW4_NEEDED
                 self._imr[chip] = 0

@@ -4,19 +4,26 @@ The kernel's `pending` is mirrored from the events alone, so that the same code 
 that has them. Which pulse belongs to which expiry: with reinject on the oldest expiry without a
 pulse gets the next one; with reinject off the one that queued the work.
 
+Where the records begin in the middle, ticks are `unknown` until the guest acknowledged a pulse and
+nothing is pending. Whether reinject is on may not be known either. It is on if a run of the worker
+gives no pulse or an acknowledgement queues the work, off if a second pulse comes without an
+acknowledgement between; while both may be, both would give each tick the same verdict, or the tick
+is `unknown`.
+
 One run of the worker may reach a vCPU several ways: by the PIC, by messages of the IOAPIC or an MSI
 entry, and by the NMI watchdog, which comes last. What they gave is weighed when the run is over.
 """
 
+import re
 from collections import deque
 
 from kvmtick.ticks import pic
 from kvmtick.ticks.apics import DM_FIXED, DM_LOWEST, DM_NMI, LocalApics
 from kvmtick.ticks.pic import PicPin
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import Keep, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
-from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Irqchip, Record
+from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Irqchip, Record
 
 __all__ = ["PLAIN_TICK", "PitTicks"]
 
@@ -33,17 +40,33 @@ PLAIN_TICK = bytes(
         Event.KVM_ACK_IRQ,
     )
 )
-"""The events of a tick by way of the PIC that nothing disturbs."""
+"""The events of a tick by way of the PIC that nothing disturbs, as a simulated run has them."""
+
+HOST_TICK = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
+    *PLAIN_TICK[:4],
+    *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
+    *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
+    Event.WORK_END,
+    *PLAIN_TICK[6:],
+)
+"""The same with what a kernel writes beside: a pattern; its groups are the edges of the pulse."""
 
 PIT_GSI = 0
 PIT_SOURCE_ID = 2
 NO_GSI = -1
+NO_PIN = -1
 NO_TASK = -1
 IMR_IRQ0 = 1
 NOT_END_OF_INTERRUPT = pic.ICW1 | pic.OCW3
 IOAPIC_MASKED = 1 << 16
 MSI_MODE = 0x700
 
+QUEUED_NS = 50_000
+"""So long after an acknowledgement the work that it calls for is queued at the latest."""
+
+REINJECT_UNKNOWN = "whether ticks are reinjected was not known yet"
+
+_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
@@ -52,8 +75,10 @@ _PIC = Path.PIC
 _LAPIC = Path.LAPIC
 
 _DEPTH = {Where.WORKER: 0, Where.PIC: 1, Where.IOAPIC: 2, Where.LAPIC: 3}
+_NOT_RUN = "the worker had not run yet"
 _NO_PIN = (Where.IOAPIC, "no pin it leads to was open")
 _NOBODY = (Where.LAPIC, "no local APIC took the message")
+_DOUBTFUL = "IRQ 0 was masked, and whether its request was latched already is not known"
 _NMI_UNSEEN = "this host writes no event when it injects an NMI"
 _PIC_LOSSES = {
     pic.MASKED: (Where.PIC, "IRQ 0 was masked and its request latched already"),
@@ -67,18 +92,26 @@ _Loss = tuple[Where, str]
 class PitTicks(Source):
     """Follows the PIT's hrtimer, its worker and GSI 0."""
 
-    def __init__(self, apics: LocalApics, keep: int) -> None:
+    def __init__(self, apics: LocalApics, keep: Keep) -> None:
         super().__init__("pit", _PIC, keep)
         self.pic = PicPin()
         self.plain_task = NO_TASK
         self._plain_vcpu = 0
         self._plain_vector: int | None = None
         self._apics = apics
-        self._reinject = False
+        self._reinject: bool | None = False
+        self._merged: list[Tick] = []
+        """Those who wait only if reinject is on: they expired when the work was queued already."""
+        self._irq_ack: bool | None = True
+        self._ack_ns = 0
+        self._reset_ns = -1
         self._expires_ns = 0
         self._expiring: Tick | None = None
         self._pending = 0
         self._work_queued = False
+        self._work_known = True
+        self._queues: Tick | None = None
+        """It gets the next pulse, if now the work is queued for it."""
         self._work_ns = 0
         self._worker = NO_TASK
         self._seen_by_worker = 0
@@ -100,37 +133,74 @@ class PitTicks(Source):
         self._masked: _Loss | None = None
         self._unsure = ""
         """Why the count of what is pending is not known: records are missing."""
-        self._acknowledged_since = False
+        self._unpulsed: deque[Tick] = deque(maxlen=keep.lives)
+        """They expired since then, and nothing was pulsed yet."""
         self._nmi_unseen = False
-        self._unseen: deque[Tick] = deque(maxlen=keep)
+        self._doubtful = False
+        self._unseen: deque[Tick] = deque(maxlen=keep.lives)
         """Open ticks that an NMI may have brought to the guest, which no record would tell."""
 
     # A whole life at once.
 
     def is_idle(self) -> bool:
-        """Reinject is on and no tick is under way: the next one may be plain."""
-        self._plain_vector = self.pic.vector
+        """No tick is under way: the next one may be plain."""
+        vector = self.pic.vector
+        self._plain_vector = pic.NO_VECTOR if vector is None else vector
         return (
-            self._reinject
-            and self._plain_vector is not None
-            and not self._pending
+            not self._pending
             and not self._waiting
             and not self._work_queued
             and self._run_tick is None
             and not self._held_by
             and not self._unsure
+            and not self.blind
+            and self._expires_ns > 0
+            and self._no_expiry is None
             and self.pic.is_idle
         )
 
-    def plain_tick(self, batch: list[Record], at: int) -> bool:
+    def host_tick(self, batch: list[Record], tick: re.Match[bytes]) -> bool:
+        """`plain_tick` of a kernel's records, which match `HOST_TICK`."""
+        at, pulse, falling = tick.start(), tick.start(1), tick.start(2)
+        pic_at, end = tick.end(1) - 1, tick.end()
+        expiry, start, run = batch[at], batch[at + 2], batch[at + 3]
+        worker = run[2]
+        if (
+            expiry[4] != _PIT_TIMER_FN
+            or start[3] != expiry[3]
+            or start[2] != expiry[2]
+            or not start[2] & IRQ_CONTEXT
+            or batch[at + 1][2] != expiry[2]
+            or batch[pulse][2] != worker
+            or batch[pic_at][2] != worker
+        ):
+            return False
+        if pic_at - pulse == 2:
+            _, _, task, entry, ioapic_pin, _ = batch[pulse + 1]
+            if task != worker or not entry & IOAPIC_MASKED:
+                return False
+        else:
+            ioapic_pin = self._ioapic_pin
+        if falling >= 0 and batch[falling][2:] != (worker, PIT_GSI, 0, PIT_SOURCE_ID):
+            return False
+        if not self.plain_tick(batch, at, pulse, pic_at, end - 3):
+            return False
+        self._ioapic_pin = ioapic_pin
+        self._line = PIT_GSI if falling < 0 else NO_GSI
+        self._line_task = self._worker = worker
+        return True
+
+    def plain_tick(
+        self, batch: list[Record], at: int, pulse_at: int, pic_at: int, inject_at: int
+    ) -> bool:
         """The same as record by record, while the PIT is idle: expiry, pulse, injection and EOI in
         a row. False, and nothing done, if it is not that.
         """
-        _, _, _, gsi, level, source = batch[at + 4]
-        accept_ns, _, _, chip, pin, _, imr, coalesced = batch[at + 5]
-        inject_ns, _, task, vector, _, reinjected = batch[at + 6]
-        _, _, _, is_write, port, _, _, value = batch[at + 7]
-        eoi_ns, _, _, irqchip, acked_pin = batch[at + 8]
+        _, _, _, gsi, level, source = batch[pulse_at]
+        accept_ns, _, _, chip, pin, _, imr, coalesced = batch[pic_at]
+        inject_ns, _, task, vector, _, reinjected = batch[inject_at]
+        _, _, _, is_write, port, _, _, value = batch[inject_at + 1]
+        eoi_ns, _, _, irqchip, acked_pin = batch[inject_at + 2]
         if (
             gsi != PIT_GSI
             or not level
@@ -156,7 +226,8 @@ class PitTicks(Source):
         expiry_ns, next_ns, work_ns = self._expires_ns, batch[at + 2][5], batch[at + 3][0]
         self._expires_ns = next_ns
         self._work_ns = work_ns
-        self._run_pulsed = True
+        self._run_pulsed = self._irq_ack = True
+        self._ack_ns = eoi_ns
         verdict = _DELIVERED if inject_ns < next_ns else _LATE
         self._judged[verdict] += 1
         self._kept.append(
@@ -169,7 +240,7 @@ class PitTicks(Source):
                 accept_ns,
                 inject_ns,
                 eoi_ns,
-                vector,
+                None if vector < 0 else vector,
                 verdict,
                 _PIC,
                 self._plain_vcpu,
@@ -189,7 +260,14 @@ class PitTicks(Source):
         """The PIT's timer was armed, by the guest or by its own callback."""
         expiring = self._expiring
         if expiring is not None and record[2] & IRQ_CONTEXT:
-            expiring.period_ns = record[5] - expiring.expiry_ns
+            self.rearmed(expiring, record[5])
+        else:
+            self._no_expiry = None
+            if record[0] == self._reset_ns:
+                # Programming waits for the worker first (create_pit_timer).
+                self._work_known = True
+                self._work_queued = False
+                self._unsure = ""
         self._expiring = None
         self._expires_ns = record[5]
 
@@ -197,29 +275,75 @@ class PitTicks(Source):
         """A tick begins."""
         if len(self._waiting) > self._pending:
             self._drop_uncounted()
-        if self._unsure and self._acknowledged_since and not self._work_queued:
+        if self._unsure and self._is_clear(record[0]):
             self._unsure = ""
-        tick = self._expiring = self.begin(self._expires_ns or record[5], record[5])
-        if self._unsure:
-            self.judge(tick, Verdict.UNKNOWN, detail=self._unsure)
-            return
-        if self._reinject:
+            self._give_up_unpulsed(REINJECT_UNKNOWN)
+        if self._reinject is None and self._waiting and self._irq_ack and not self._work_queued:
+            self._is_not_owed(record[0])
+        tick = self._expiring = self.begin(self._expires_ns, record[5])
+        if self._reinject is False:
+            self._expire_once(tick)
+        elif self._unsure:
+            self._unpulsed.append(tick)
+        else:
             self._pending += 1
+            if self._reinject is None and self._work_queued:
+                self._merged.append(tick)
+            self._waiting.append(tick)
+
+    def _expire_once(self, tick: Tick) -> None:
+        """Nothing is counted: only the tick that queues the work gets a pulse."""
+        if not self._work_known:
+            self._give_up_queuing()
+            self._queues = tick
         elif self._work_queued:
-            self.judge(tick, Verdict.COALESCED, Where.WORKER, "the worker had not run yet")
+            self.judge(tick, Verdict.COALESCED, Where.WORKER, _NOT_RUN)
             return
+        else:
+            self._unsure = ""
         self._waiting.append(tick)
 
-    def work_queue(self) -> None:
-        """pit_do_work was queued."""
-        self._work_queued = True
+    def _give_up_queuing(self) -> None:
+        """The work was queued before, nobody knows for which tick."""
+        if self._queues is not None:
+            self._waiting.clear()
+            self.judge(self._queues, Verdict.UNKNOWN, detail=self._unsure)
+            self._queues = None
+
+    def _is_clear(self, now_ns: int) -> bool:
+        """Nothing can be pending: the last pulse was acknowledged, and no work is queued."""
+        return (
+            self._irq_ack is True
+            and self._work_known
+            and not self._work_queued
+            and now_ns - self._ack_ns >= QUEUED_NS
+        )
+
+    def _is_not_owed(self, now_ns: int) -> None:
+        """With reinject on, the last acknowledgement would have queued the work."""
+        if now_ns - self._ack_ns >= QUEUED_NS:
+            self._know_reinject(False)
+        else:
+            self._lose_count(REINJECT_UNKNOWN)
+
+    def work_queue(self, record: Record) -> None:
+        """pit_do_work was queued: by the timer, or by an acknowledgement."""
+        if self._reinject is None and not record[2] & IRQ_CONTEXT:
+            self._know_reinject(True)
+        self._work_queued = self._work_known = True
+        self._queues = None
 
     def work_start(self, record: Record) -> None:
         """The worker runs. A run that gave no pulse found `irq_ack` at 0: it held back every tick
         that had expired by then.
         """
         self.end_run()
+        if self._queues is not None:
+            self._give_up_queuing()
+        if self._reinject is None and not self._run_pulsed:
+            self._know_reinject(True)
         self._work_queued = False
+        self._work_known = True
         self._work_ns = record[0]
         self._worker = record[2]
         if not self._run_pulsed:
@@ -237,8 +361,9 @@ class PitTicks(Source):
             if self._nmi_unseen:
                 self._unseen.append(tick)
             return
-        if self._nmi_unseen:
-            self.judge(tick, Verdict.UNKNOWN, detail=_NMI_UNSEEN)
+        if self._nmi_unseen or self._doubtful:
+            why = _NMI_UNSEEN if self._nmi_unseen else _DOUBTFUL
+            self.judge(tick, Verdict.UNKNOWN, detail=why)
             return
         if self._msi is not None and not self._msi_taken:
             self._masked = _NOBODY
@@ -255,30 +380,100 @@ class PitTicks(Source):
             if tick.verdict is _OPEN:
                 self.judge(tick, Verdict.UNKNOWN, detail=_NMI_UNSEEN)
         self._unseen.clear()
+        if self._reinject is None:
+            for tick in (*self._merged, *self._unpulsed):
+                if tick.verdict is _OPEN:
+                    self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
+
+    def begin_in_the_middle(self, why: str, reinject: bool | None) -> None:
+        """The PIT may have been at work before the first record. `reinject`: None if not known."""
+        self.lost(why)
+        self._reinject = reinject
 
     def lost(self, why: str) -> None:
         """Records are missing: with reinject on, nobody knows how many ticks are pending until all
         are acknowledged.
         """
         self.lose_sight(why)
-        self.pic.forget()
+        self.pic.forget(why)
         self._waiting.clear()
+        self._lose_count(why)
         self._unseen.clear()
-        self._expiring = self._run_tick = self._counted = None
-        self._expires_ns = self._pending = 0
-        self._work_queued = self._acknowledged_since = self._is_own_pulse = False
+        self._expiring = self._run_tick = self._queues = self._no_expiry = None
+        self._expires_ns = 0
+        self._work_queued = self._work_known = self._is_own_pulse = False
+        self._run_pulsed = True
+        self._held_by.clear()
+        self._ioapic_pin = NO_PIN
         self._line = NO_GSI
-        self._unsure = why if self._reinject else ""
 
-    def reset_reinject(self) -> None:
-        """The guest's unmasking or programming threw `pending` away."""
-        self._forget_pending("its pending count was reset")
+    def _lose_count(self, why: str) -> None:
+        """How many pulses are owed is not known any more."""
+        for tick in (*self._waiting, *self._unpulsed):
+            if tick.verdict is _OPEN:
+                self.judge(tick, Verdict.UNKNOWN, detail=why)
+        self._waiting.clear()
+        self._merged.clear()
+        self._unpulsed.clear()
+        self._counted = None
+        self._pending = 0
+        self._irq_ack = None
+        self._unsure = why
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self.pic = PicPin()
+        self._unsure = ""
+        self._irq_ack = self._work_known = True
+        self._ioapic_pin = 0
+
+    def _give_up_unpulsed(self, why: str) -> None:
+        """Which of them a pulse or a count is for, nobody knows."""
+        if not self._unpulsed:
+            return
+        for tick in self._unpulsed:
+            if tick.verdict is _OPEN:
+                self.judge(tick, Verdict.UNKNOWN, detail=why)
+        self._unpulsed.clear()
+
+    def _know_reinject(self, on: bool) -> None:
+        """The records showed it."""
+        self._reinject = on
+        if not on:
+            for tick in self._merged:
+                if tick in self._waiting:
+                    self._waiting.remove(tick)
+                    self.judge(tick, Verdict.COALESCED, Where.WORKER, _NOT_RUN)
+            self._pending = 0
+            self._counted = None
+            self._give_up_unpulsed(self._unsure)
+            if self._work_known:
+                self._unsure = ""
+        self._merged.clear()
+
+    def reset_reinject(self, record: Record) -> None:
+        """The guest's unmasking or programming threw `pending` away; perhaps, if that is -1."""
+        if self._reinject is False:
+            self._forget_pending("its pending count was reset")
+        elif record[3] < 0:
+            if self._waiting or self._pending or self._irq_ack is not True:
+                self._lose_count("its pending count may have been reset")
+        else:
+            self._forget_pending("its pending count was reset")
+            self._irq_ack = True
+            self._ack_ns = self._reset_ns = record[0]
+            self._give_up_unpulsed(self._unsure)
+            if self._work_known:
+                self._unsure = ""
 
     def apicv_inhibit_changed(self, record: Record) -> None:
         """KVM_REINJECT_CONTROL."""
         if record[3] == ApicvInhibitReason.PIT_REINJ:
             self._reinject = bool(record[4])
+            self._merged.clear()
             self._forget_pending("reinjection was switched")
+            self._irq_ack = True
+            self._give_up_unpulsed(self._unsure)
 
     def _forget_pending(self, why: str) -> None:
         """Drop who waits; work that is queued already will still pulse for the first of them."""
@@ -286,22 +481,26 @@ class PitTicks(Source):
         self._counted = None
         survivor = self._waiting.popleft() if self._waiting and self._work_queued else None
         for tick in self._waiting:
-            self.judge(tick, Verdict.DROPPED, detail=why)
+            if self._reinject is None:
+                self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
+            else:
+                self.judge(tick, Verdict.DROPPED, detail=why)
         self._waiting.clear()
         if survivor is not None:
             self._waiting.append(survivor)
 
     def _drop_uncounted(self) -> None:
         """Acknowledgements that were nobody's consume counts: fewer pulses than ticks will come."""
-        if not self._reinject or self._work_queued:
+        if self._reinject is False or self._work_queued:
             return
         owed = max(0, self._pending - (self._counted is not None))
         while len(self._waiting) > owed:
-            self.judge(
-                self._waiting.popleft(),
-                Verdict.DROPPED,
-                detail="an acknowledgement that was not its own consumed its pending count",
-            )
+            tick = self._waiting.popleft()
+            if self._reinject is None:
+                self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
+            else:
+                detail = "an acknowledgement that was not its own consumed its pending count"
+                self.judge(tick, Verdict.DROPPED, detail=detail)
 
     # The line and the chips.
 
@@ -320,7 +519,11 @@ class PitTicks(Source):
         if gsi != PIT_GSI or source != PIT_SOURCE_ID:
             return
         self.end_run()
-        self._acknowledged_since = False
+        if self._reinject is None and self._irq_ack is False:
+            self._know_reinject(False)
+        self._irq_ack = False
+        self._run_pulsed = True
+        self._give_up_unpulsed(self._unsure)
         if not self._waiting:
             return
         tick = self._run_tick = self._waiting.popleft()
@@ -328,13 +531,12 @@ class PitTicks(Source):
         self._fresh.clear()
         self._accepted = 0
         self._msi = None
-        self._msi_taken = self._nmi_unseen = False
+        self._msi_taken = self._nmi_unseen = self._doubtful = False
         self._coalesced = self._masked = None
         tick.work_ns = self._work_ns
-        self._run_pulsed = True
-        if self._reinject:
+        if self._reinject is not False:
             self._counted = tick
-            if tick.index <= self._held_back:
+            if tick.index <= self._held_back and tick.verdict is _OPEN:
                 self.judge(tick, Verdict.REINJECTED)
 
     def _hold(self, source: int, level: int) -> None:
@@ -357,7 +559,9 @@ class PitTicks(Source):
         outcome = self.pic.pulse(record, self, tick, bool(self._held_by))
         self._fresh.clear()
         self._accepted = 0
-        if tick is not None and outcome == pic.MASKED:
+        if tick is not None and outcome == pic.DOUBTFUL:
+            self._doubtful = True
+        elif tick is not None and outcome == pic.MASKED:
             self._lose_masked(_PIC_LOSSES[outcome])
         elif tick is not None and outcome != pic.LATCHED:
             self._lose_coalesced(_PIC_LOSSES[outcome])
@@ -406,6 +610,13 @@ class PitTicks(Source):
             return
         is_msi = self._msi == (vector, mode)
         self._msi_taken |= is_msi
+        doubt = self._apics.doubt(vcpu, mode, vector)
+        if doubt:
+            self._accepted += 1
+            self._apics.accept_doubtful(vcpu, mode, vector, self)
+            if tick.verdict is _OPEN:
+                self.judge(tick, Verdict.UNKNOWN, detail=doubt)
+            return
         path = Path.MSI if is_msi else _LAPIC
         claim = self._apics.accept(vcpu, mode, vector, self, tick, path, ts_ns)
         self._accepted += 1
@@ -434,6 +645,9 @@ class PitTicks(Source):
         if self.pic.request is not None:
             self.plain_task = record[2]
             self._plain_vcpu = vcpu
+        if not self._apics.sees_nmis():
+            # Such a host's own EOI of the PIC's interrupt acknowledges the pulse, and says nothing.
+            self._irq_ack = self._irq_ack or None
         self.pic.inject(self, record[3], vcpu, record[0])
 
     def ack_irq(self, record: Record, vcpu: int) -> None:
@@ -441,16 +655,18 @@ class PitTicks(Source):
         irqchip, pin = record[3], record[4]
         if irqchip == _IOAPIC:
             if pin == self._ioapic_pin:
-                self._acknowledged()
+                self._acknowledged(record[0])
         elif pin == self.pic.pin and irqchip == pin >> 3:
-            self._acknowledged()
+            self._acknowledged(record[0])
             self.pic.acknowledge(record[0], vcpu)
 
-    def _acknowledged(self) -> None:
-        if self._reinject and self._pending:
+    def _acknowledged(self, ts_ns: int) -> None:
+        if self._pending:
             self._pending -= 1
         self._counted = None
-        self._acknowledged_since = True
+        self._irq_ack = True
+        self._ack_ns = ts_ns
+        self._give_up_unpulsed(self._unsure)
 
     def finish(self, claim: Claim, ts_ns: int) -> None:
         """The guest ended an interrupt: the run that gave it is long over."""

@@ -5,12 +5,13 @@ the latencies cover all.
 """
 
 from collections import Counter, deque
+from typing import NamedTuple
 
 from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.tick import Claim, PlainTick, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 
-__all__ = ["HOPS", "Source"]
+__all__ = ["HOPS", "Keep", "Source"]
 
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
 _END_HOPS = HOPS[3:]
@@ -23,25 +24,39 @@ _COALESCED = Verdict.COALESCED
 _UNKNOWN = Verdict.UNKNOWN
 
 
+class Keep(NamedTuple):
+    """Which lives a source keeps."""
+
+    lives: int
+    """So many."""
+    all: bool = False
+    """The older ones too, until `Source.take_old`."""
+
+
 class Source:
     """One timer's ticks so far."""
 
     def __init__(
-        self, name: str, path: Path, keep: int, reach_hops: tuple[str, ...] = HOPS[:3]
+        self, name: str, path: Path, keep: Keep, reach_hops: tuple[str, ...] = HOPS[:3]
     ) -> None:
         """`name`: `pit` or `lapic`; `path`: the one to name while no tick has reached a vCPU;
-        `keep`: how many lives; `reach_hops`: what `_reach_row` gives.
+        `reach_hops`: what `_reach_row` gives.
         """
         self.name = name
         self.expired = 0
         self.reached = 0
         self.extra = 0
         self._path = path
-        self._kept: deque[Tick | PlainTick] = deque(maxlen=keep)
+        self._keep = keep.lives
+        self._kept: deque[Tick | PlainTick] = deque(maxlen=None if keep.all else keep.lives)
         self._judged = dict.fromkeys(Verdict, 0)
         self._arrivals: Counter[tuple[Path, int]] = Counter()
         self._latency_ns = {hop: Histogram() for hop in HOPS}
         self._reach_hops = reach_hops
+        self.blind = ""
+        """Why none of its ticks can be judged: records that it takes were never made."""
+        self._no_expiry: Tick | None = None
+        """The tick of a timer that was armed before the records begin: `expiry_ns` is a guess."""
         self._reach_rows: list[tuple[int, ...]] = []
         self._end_rows: list[tuple[int, int]] = []
 
@@ -91,19 +106,43 @@ class Source:
         """The hops of the ticks that reached a vCPU."""
         return self._latency_ns
 
+    def take_old(self, also_kept: bool = False) -> list[Tick]:
+        """The lives before the last `Keep.lives`, in order, each once; `also_kept`: all."""
+        kept = self._kept
+        count = len(kept) if also_kept else len(kept) - self._keep
+        return [_thaw(kept.popleft()) for _ in range(count)]
+
+    def judge_blind(self) -> None:
+        """Everything was read: of those still open nobody can tell."""
+        if self.blind:
+            self.lose_sight(self.blind)
+
     # For those who follow the trace.
 
     def begin(self, expiry_ns: int, fired_ns: int) -> Tick:
-        """The timer expired."""
+        """The timer expired; `expiry_ns` is 0 if it is not known for when it was armed."""
         self.expired += 1
-        tick = Tick(self.expired, expiry_ns, fired_ns)
+        tick = Tick(self.expired, expiry_ns or fired_ns, fired_ns)
+        if not expiry_ns:
+            self._no_expiry = tick
         self._kept.append(tick)
         return tick
+
+    def rearmed(self, tick: Tick, expires_ns: int) -> None:
+        """Its callback armed the timer for the next tick; that tells the expiry before it."""
+        tick.period_ns = expires_ns - tick.expiry_ns
+        first = self._no_expiry
+        if first is not None and first is not tick:
+            first.period_ns = tick.period_ns
+            first.expiry_ns = tick.expiry_ns - tick.period_ns
+            self._no_expiry = None
 
     def judge(
         self, tick: Tick, verdict: Verdict, where: Where | None = None, detail: str = ""
     ) -> None:
         """The one word about it."""
+        if self.blind:
+            verdict, where, detail = _UNKNOWN, None, self.blind
         tick.verdict = verdict
         tick.where = where
         tick.detail = detail
@@ -161,7 +200,7 @@ class Source:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
             self.judge(tick, _DELIVERED if on_time else _LATE)
         row = self._reach_row(tick, claim.accept_ns, ts_ns)
-        if row is not None:
+        if row is not None and tick is not self._no_expiry:
             self._reach_rows.append(row)
 
     def finish(self, claim: Claim, ts_ns: int) -> None:
@@ -170,7 +209,27 @@ class Source:
             tick = claim.tick
             assert tick.inject_ns is not None
             tick.eoi_ns = ts_ns
-            self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+            if tick is not self._no_expiry:
+                self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+
+    def give_up(self, claim: Claim, why: str) -> None:
+        """Nobody can tell what became of its request."""
+        tick = claim.tick
+        tick.claims -= 1
+        if not tick.claims and tick.verdict is _OPEN:
+            self.judge(tick, _UNKNOWN, detail=why)
+
+    def prove(self, claim: Claim, eoi_ns: int, vcpu: int, vector: int, why: str) -> None:
+        """The guest ended it: it had arrived, nobody knows when, if not in time for sure."""
+        tick = claim.tick
+        tick.claims -= 1
+        if tick.inject_ns is not None or tick.verdict is not _OPEN:
+            return
+        tick.path, tick.vcpu, tick.vector, tick.eoi_ns = claim.path, vcpu, vector, eoi_ns
+        self.reached += 1
+        self._arrivals[claim.path, vcpu] += 1
+        on_time = tick.period_ns is None or eoi_ns < tick.expiry_ns + tick.period_ns
+        self.judge(tick, _DELIVERED if on_time else _UNKNOWN, detail="" if on_time else why)
 
     def rename(self, claim: Claim, path: Path) -> None:
         """A later record tells which way it came."""

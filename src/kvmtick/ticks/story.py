@@ -20,7 +20,7 @@ from kvmtick.trace.events import Event, Function, Record
 from kvmtick.trace.ftrace import event_name, event_text
 from kvmtick.trace.recorder import Recorder
 
-__all__ = ["Step", "StoryTeller"]
+__all__ = ["Step", "StoryTeller", "Words", "words_of"]
 
 BEFORE = 64
 AFTER = 4
@@ -137,11 +137,25 @@ _TOLD: dict[int, Words] = {
         "kvm_check_and_inject_events, vmx_inject_nmi",
         "vcpu.events.inject_pending_event",
     ),
+    Event.KVM_APICV_ACCEPT_IRQ: (
+        "the message goes to the hardware (APICv)",
+        "vmx_deliver_interrupt",
+        "irqchip.lapic.Lapic.accept_irq",
+    ),
+    Event.SCHED_WAKING: ("a thread is woken", "try_to_wake_up", "trace.events.Event"),
+    Event.SCHED_SWITCH: ("a CPU goes on to another thread", "__schedule", "trace.events.Event"),
     Event.LOST_EVENTS: (
         "the kernel lost some of its records",
         "ring_buffer_lost_events",
         "trace.pages.Page",
     ),
+    Event.KVM_APICV_ACCEPT_IRQ: (
+        "a local APIC accepts a message that the hardware will inject",
+        "__apic_accept_irq",
+        "irqchip.lapic.Lapic.accept_irq",
+    ),
+    Event.SCHED_WAKING: ("a thread is woken", "try_to_wake_up", "timing.kthread.KthreadWorker"),
+    Event.SCHED_SWITCH: ("a CPU goes to another thread", "__schedule", "timing.host.HostModel"),
 }
 
 _TIMER_FN: dict[int, Words] = {
@@ -241,7 +255,7 @@ class Life:
         last = None
         for position in sorted(self._chosen()):
             record = self._moments[position][0]
-            what, kernel, module = _words(record)
+            what, kernel, module = words_of(record)
             steps.append(
                 Step(
                     skipped=0 if last is None else position - last - 1,
@@ -466,7 +480,8 @@ class StoryTeller:
         }
 
 
-def _words(record: Record) -> Words:
+def words_of(record: Record) -> Words:
+    """What happens at an event, the kernel's functions, the code here."""
     if record[1] == Event.HRTIMER_EXPIRE_ENTRY and record[4] in _TIMER_FN:
         return _TIMER_FN[record[4]]
     return _TOLD[record[1]]

@@ -76,7 +76,7 @@ class Tick:
         return f"<Tick {self.index} expiry_ns={self.expiry_ns} {self.verdict.value}{where}>"
 
 
-PlainTick = tuple[int, int, int, int, int, int, int, int, int, Verdict, Path, int]
+PlainTick = tuple[int, int, int, int, int, int, int, int, int | None, Verdict, Path, int]
 """A finished life as the arguments of `Tick`: most are never looked at."""
 
 

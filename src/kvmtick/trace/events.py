@@ -46,8 +46,12 @@ class Irqchip(IntEnum):
 
 
 class ApicvInhibitReason(IntEnum):
-    """`reason` of kvm_apicv_inhibit_changed (enum kvm_apicv_inhibit), the one this model sets."""
+    """`reason` of kvm_apicv_inhibit_changed (enum kvm_apicv_inhibit): that of the PIT, and those
+    that come with a VM.
+    """
 
+    DISABLED = 0
+    ABSENT = 2
     PIT_REINJ = 9
 
 
@@ -145,10 +149,13 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
     Event.KVM_APICV_ACCEPT_IRQ: Tracepoint(
         "kvm", "kvm_apicv_accept_irq", ("apicid", "dm", "tm", "vec")
     ),
-    Event.SCHED_WAKING: Tracepoint("sched", "sched_waking", ("pid", "target_cpu")),
+    # The names in these two (comm) are among the reader's tasks, by pid.
+    Event.SCHED_WAKING: Tracepoint("sched", "sched_waking", ("pid", "target_cpu", "prio")),
     # `cpu` is no field of the kernel's: it is where the record came from.
     Event.SCHED_SWITCH: Tracepoint(
-        "sched", "sched_switch", ("prev_pid", "prev_state", "next_pid", "cpu")
+        "sched",
+        "sched_switch",
+        ("prev_pid", "prev_state", "next_pid", "cpu", "prev_prio", "next_prio"),
     ),
 }
 

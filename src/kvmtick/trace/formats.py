@@ -11,13 +11,9 @@ from dataclasses import dataclass
 
 __all__ = ["EventFormat", "Field", "FormatError", "parse_fields", "parse_format"]
 
-_FIELD = re.compile(
-    r"^\s*field:[^;]*?(?P<name>\w+)(?:\[[^;]*\])?;\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);"
-    r"\s*signed:(?P<signed>[01]);",
-    re.MULTILINE,
-)
+_PLACE = re.compile(r"offset:(\d{1,9});size:(\d{1,9});signed:([01])")
 _NAME = re.compile(r"^name: (\S+)$", re.MULTILINE)
-_ID = re.compile(r"^ID: (\d+)$", re.MULTILINE)
+_ID = re.compile(r"^ID: (\d{1,9})$", re.MULTILINE)
 
 
 class FormatError(ValueError):
@@ -44,10 +40,17 @@ class EventFormat:
 
 def parse_fields(text: str) -> dict[str, Field]:
     """The `field:` lines of a `format` file or of `header_page`, by name."""
-    return {
-        match["name"]: Field(int(match["offset"]), int(match["size"]), match["signed"] == "1")
-        for match in _FIELD.finditer(text)
-    }
+    fields = {}
+    for line in text.splitlines():
+        declaration, *told = (part.strip() for part in line.split(";"))
+        if declaration.startswith("field:"):
+            match = _PLACE.fullmatch(";".join(told[:3]))
+            words = declaration.removeprefix("field:").split()
+            if match and words:
+                offset, size, signed = match.groups()
+                name = words[-1].lstrip("*").partition("[")[0]
+                fields[name] = Field(int(offset), int(size), signed == "1")
+    return fields
 
 
 def parse_format(text: str) -> EventFormat:

@@ -4,7 +4,7 @@ The wording of each event is its `print fmt` in `events/*/*/format` (Linux 6.18)
 pointers are the model's fixed numbers. A trailing blank of kvm_pio is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
@@ -42,6 +42,7 @@ _APICV_INHIBITS = (
     "PIT_REINJ",
 )
 MMIO_TYPES = ("unsatisfied-read", "read", "write")
+_U64 = (1 << 64) - 1
 SHORTHANDS = ("dst", "self", "all", "all-but-self")
 APIC_REGISTERS = {
     0x20: "ID",
@@ -79,6 +80,11 @@ def _function(value: int) -> str:
     return Function(value).name.lower()
 
 
+def _symbol(value: int, names: Sequence[str]) -> str:
+    """`__print_symbolic`: what has no name is a number."""
+    return names[value] if 0 <= value < len(names) else f"0x{value & _U64:x}"
+
+
 def _hrtimer_start(r: Record) -> str:
     return (
         f"hrtimer={r[3]:016x} function={_function(r[4])} expires={r[5]} softexpires={r[5]}"
@@ -99,8 +105,9 @@ def _work_execute(r: Record) -> str:
 
 
 def _pic_set_irq(r: Record) -> str:
-    trigger = "level" if r[5] >> r[4] & 1 else "edge"
-    masked = "|masked" if r[6] >> r[4] & 1 else ""
+    pin = r[4] & 31
+    trigger = "level" if r[5] >> pin & 1 else "edge"
+    masked = "|masked" if r[6] >> pin & 1 else ""
     return f"chip {r[3]} pin {r[4]} ({trigger}{masked}){' (coalesced)' if r[7] else ''}"
 
 
@@ -171,6 +178,10 @@ def _apic_ipi(r: Record) -> str:
     )
 
 
+def _mmio(r: Record) -> str:
+    return f"mmio {_symbol(r[3], MMIO_TYPES)} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}"
+
+
 def _apic(r: Record) -> str:
     register = f"APIC_{APIC_REGISTERS[r[4]]}" if r[4] in APIC_REGISTERS else f"0x{r[4]:x}"
     return f"apic_{'write' if r[3] else 'read'} {register} = 0x{r[5]:x}"
@@ -185,6 +196,32 @@ def _delayed_eoi_inj(r: Record) -> str:
     )
 
 
+_TASK_STATES = "SDTtXZPI"
+_PREEMPTED = 1 << len(_TASK_STATES)
+
+
+def _comm(pid: int, tasks: Sequence[str]) -> str:
+    end = f"-{pid}"
+    return next((task[: -len(end)] for task in tasks if task.endswith(end)), "<...>")
+
+
+def _sched_waking(r: Record, tasks: Sequence[str]) -> str:
+    return f"comm={_comm(r[3], tasks)} pid={r[3]} prio={r[5]} target_cpu={r[4]:03d}"
+
+
+def _sched_switch(r: Record, tasks: Sequence[str]) -> str:
+    _, _, _, prev_pid, prev_state, next_pid, cpu, prev_prio, next_prio = r
+    idle = f"swapper/{cpu}"
+    states = [name for bit, name in enumerate(_TASK_STATES) if prev_state >> bit & 1]
+    return (
+        f"prev_comm={_comm(prev_pid, tasks) if prev_pid else idle} prev_pid={prev_pid}"
+        f" prev_prio={prev_prio} prev_state={'|'.join(states) or 'R'}"
+        f"{'+' if prev_state & _PREEMPTED else ''}"
+        f" ==> next_comm={_comm(next_pid, tasks) if next_pid else idle} next_pid={next_pid}"
+        f" next_prio={next_prio}"
+    )
+
+
 _TEXT: dict[int, Callable[[Record], str]] = {
     Event.HRTIMER_START: _hrtimer_start,
     Event.HRTIMER_CANCEL: lambda r: f"hrtimer={r[3]:016x}",
@@ -195,7 +232,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_SET_IRQ: lambda r: f"gsi {r[3]} level {r[4]} source {r[5]}",
     Event.KVM_PIC_SET_IRQ: _pic_set_irq,
     Event.KVM_IOAPIC_SET_IRQ: _ioapic_set_irq,
-    Event.KVM_ACK_IRQ: lambda r: f"irqchip {IRQCHIPS[r[3]]} pin {r[4]}",
+    Event.KVM_ACK_IRQ: lambda r: f"irqchip {_symbol(r[3], IRQCHIPS)} pin {r[4]}",
     Event.KVM_INJ_VIRQ: _inj_virq,
     Event.KVM_VCPU_WAKEUP: _vcpu_wakeup,
     Event.KVM_PIO: _pio,
@@ -208,7 +245,7 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_MSI_SET_IRQ: _msi_set_irq,
     Event.KVM_APIC_IPI: _apic_ipi,
     Event.KVM_APIC: _apic,
-    Event.KVM_MMIO: lambda r: f"mmio {MMIO_TYPES[r[3]]} len {r[4]} gpa 0x{r[5]:x} val 0x{r[6]:x}",
+    Event.KVM_MMIO: _mmio,
     Event.KVM_MSR: lambda r: (
         f"msr_{'write' if r[3] else 'read'} {r[4]:x} = 0x{r[5]:x}{' (#GP)' if r[6] else ''}"
     ),
@@ -216,8 +253,11 @@ _TEXT: dict[int, Callable[[Record], str]] = {
     Event.KVM_INJ_NMI: lambda r: f"vcpu {r[3]} pending {r[4]}",
     Event.LOST_EVENTS: lambda r: f"cpu {r[3]} count {r[4]}",
     Event.KVM_APICV_ACCEPT_IRQ: _apic_accept_irq,
-    Event.SCHED_WAKING: lambda r: f"pid={r[3]} target_cpu={r[4]:03d}",
-    Event.SCHED_SWITCH: lambda r: f"prev_pid={r[3]} prev_state={r[4]} ==> next_pid={r[5]}",
+}
+
+_TEXT_OF_TASKS: dict[int, Callable[[Record, Sequence[str]], str]] = {
+    Event.SCHED_WAKING: _sched_waking,
+    Event.SCHED_SWITCH: _sched_switch,
 }
 
 
@@ -226,9 +266,10 @@ def event_name(record: Record) -> str:
     return TRACEPOINTS[Event(record[1])].name
 
 
-def event_text(record: Record) -> str:
-    """What follows the name on an event's line."""
-    return _TEXT[record[1]](record)
+def event_text(record: Record, tasks: Sequence[str] = ()) -> str:
+    """What follows the name on an event's line; `tasks` have the names of threads in it."""
+    text = _TEXT.get(record[1])
+    return text(record) if text else _TEXT_OF_TASKS[record[1]](record, tasks)
 
 
 def format_line(record: Record, tasks: list[str]) -> str:
@@ -241,7 +282,7 @@ def format_line(record: Record, tasks: list[str]) -> str:
     seconds, ns = divmod(record[0], 1_000_000_000)
     return (
         f"{comm:>16}-{pid:<7} [{cpu:03d}] {flags} {seconds:5d}.{ns // 1000:06d}:"
-        f" {event_name(record)}: {event_text(record)}"
+        f" {event_name(record)}: {event_text(record, tasks)}"
     )
 
 

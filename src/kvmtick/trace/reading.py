@@ -1,9 +1,19 @@
-"""Traces from files: what every reader gives, and which reader a file needs."""
+"""Traces from files: what every reader gives, and which reader a file needs.
+
+    with open_trace(Path("host.ktrace")) as trace:
+        for batch in trace.batches():
+            for ts_ns, event, task, *fields in batch:
+                ...
+
+`kvmtick.trace.events` says what the fields are, `kvmtick.ticks.host` makes ticks of them.
+"""
 
 import gzip
+import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from kvmtick.trace.events import Event, Record
 from kvmtick.trace.formats import FormatError
@@ -11,7 +21,7 @@ from kvmtick.trace.ktrace import MAGIC, KtraceReader
 from kvmtick.trace.text import TextReader, is_text
 from kvmtick.trace.vms import VmInfo
 
-__all__ = ["Trace", "open_trace"]
+__all__ = ["Trace", "TraceFile", "open_trace"]
 
 _GZIP = b"\x1f\x8b"
 _START_BYTES = 1 << 16
@@ -46,7 +56,7 @@ class Trace(Protocol):
 
     @property
     def unknown(self) -> int:
-        """Lines that were not understood."""
+        """Lines that were not understood, pages that were damaged."""
 
     @property
     def cut(self) -> str:
@@ -61,21 +71,33 @@ class Trace(Protocol):
         """How much of it was read."""
 
     def batches(self) -> Iterator[list[Record]]:
-        """The records in order of time, in batches. Raises `FormatError` for a damaged file."""
+        """The records in order of time, in batches."""
 
     def close(self) -> None:
         """Close the file; harmless when repeated."""
 
 
-def open_trace(path: Path) -> Trace:
+class TraceFile(Trace, Protocol):
+    """A trace that closes itself at the end of a `with`."""
+
+    def __enter__(self) -> Self:
+        """The trace."""
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file."""
+
+
+def open_trace(path: Path) -> TraceFile:
     """Open a file by what it holds. Raises OSError, and `FormatError` where nobody can read it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{path}: no regular file: save the trace into one and give that")
     with path.open("rb") as file:
         start = file.read(_START_BYTES)
     if start[:2] == _GZIP:
         with gzip.open(path) as packed:
             try:
-                start = packed.read(_START_BYTES)
-            except (OSError, EOFError):
+                start = packed.read1(_START_BYTES)  # all there is of a file that was cut
+            except (OSError, EOFError, zlib.error):
                 raise FormatError(f"{path}: damaged gzip file: record it anew") from None
     if start.startswith(MAGIC):
         return KtraceReader(path)

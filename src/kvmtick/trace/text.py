@@ -22,12 +22,11 @@ names a kernel thread after the one it was made from. Where a text has the proce
 Not modelled: raw fields, times relative to the first; which vCPU a thread runs.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from statistics import mode
-from types import TracebackType
 from typing import Self
 
 from kvmtick.trace.decoder import TaskNames
@@ -253,7 +252,8 @@ class TextReader:
         if events:
             self._digits = events[0].digits
             self._unit_ns = 10 ** (9 - self._digits)
-            point = mode(len(event.columns) for event in events)
+            points = Counter(len(event.columns) for event in events)
+            point = points.most_common(1)[0][0]
             end = point + 1 + self._digits
             self._cut = itemgetter(
                 slice(None), slice(point), slice(point + 1, end), slice(end + 2, None)
@@ -304,12 +304,7 @@ class TextReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

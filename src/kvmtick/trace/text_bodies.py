@@ -46,6 +46,7 @@ _EXIT_REASONS = {
     name: number for table in (VMX_EXIT_REASONS, SVM_EXIT_REASONS) for number, name in table.items()
 }
 _FAILED_VMENTRY = 1 << 31
+_UNNAMED = "<...>"
 _TASK_STATES = {letter: 1 << bit for bit, letter in enumerate("SDTtXZPI+")} | {"R": 0}
 """`prev_state` of sched_switch as Linux 4.14 and later print it; `+`: it was preempted."""
 _PLUGIN_STATES = {letter: 1 << bit for bit, letter in enumerate("SDTtZXxW")} | {"R": 0}
@@ -295,15 +296,18 @@ def _msr(body: str) -> Fields:
     return int(rw == "write"), int(number, 16), int(value, 16), int(exception is not None)
 
 
-_WAKING = _wording(r"(?:comm=(?P<comm>.*) )?pid=(?P<pid>\d+)(?: .*)? target_cpu=(?P<cpu>\d+)")
+_WAKING = _wording(
+    r"comm=(?P<comm>.*) pid=(?P<pid>\d+) prio=(?P<prio>-?\d+)(?: success=\d)?"
+    r" target_cpu=(?P<cpu>\d+)"
+)
 _SWITCH = _wording(
-    r"(?:prev_comm=(?P<prev_comm>.*) )?prev_pid=(?P<prev_pid>\d+)(?: prev_prio=-?\d+)?"
-    r" prev_state=(?P<state>\S+) ==>(?: next_comm=(?P<next_comm>.*))? next_pid=(?P<next_pid>\d+)"
-    r"(?: next_prio=-?\d+)?"
+    r"prev_comm=(?P<prev_comm>.*) prev_pid=(?P<prev_pid>\d+) prev_prio=(?P<prev_prio>-?\d+)"
+    r" prev_state=(?P<state>[\w|+]+) ==>"
+    r" next_comm=(?P<next_comm>.*) next_pid=(?P<next_pid>\d+) next_prio=(?P<next_prio>-?\d+)"
 )
 _PLUGIN_SWITCH = _wording(
-    r"(?P<prev_comm>.*):(?P<prev_pid>\d+) \[-?\d+\] (?P<state>\S+) ==>"
-    r" (?P<next_comm>.*):(?P<next_pid>\d+) \[-?\d+\]"
+    r"(?P<prev_comm>.*):(?P<prev_pid>\d+) \[(?P<prev_prio>-?\d+)\] (?P<state>\w+) ==>"
+    r" (?P<next_comm>.*):(?P<next_pid>\d+) \[(?P<next_prio>-?\d+)\]"
 )
 
 
@@ -315,15 +319,21 @@ def _switch(body: str) -> tuple[re.Match[str], dict[str, int]]:
 
 def _sched_waking(body: str) -> Fields:
     m = _WAKING(body)
-    return int(m["pid"]), int(m["cpu"])
+    return int(m["pid"]), int(m["cpu"]), int(m["prio"])
 
 
 def _sched_switch(body: str) -> Fields:
-    """But for `cpu`, which the line has."""
     m, states = _switch(body)
-    text = m["state"]
-    state = int(text) if text.isdigit() else sum(states[c] for c in text.replace("|", ""))
-    return int(m["prev_pid"]), state, int(m["next_pid"])
+    state = sum(states[letter] for letter in m["state"].replace("|", ""))
+    cpu = 0
+    return (
+        int(m["prev_pid"]),
+        state,
+        int(m["next_pid"]),
+        cpu,
+        int(m["prev_prio"]),
+        int(m["next_prio"]),
+    )
 
 
 def thread_names(event: Event, body: str) -> list[tuple[int, str]]:
@@ -335,7 +345,7 @@ def thread_names(event: Event, body: str) -> list[tuple[int, str]]:
     else:
         m, _ = _switch(body)
         named = [(m["prev_pid"], m["prev_comm"]), (m["next_pid"], m["next_comm"])]
-    return [(int(pid), comm) for pid, comm in named if comm]
+    return [(int(pid), comm) for pid, comm in named if comm != _UNNAMED]
 
 
 _PENDING = _wording(r"pending (\d+)")
@@ -382,7 +392,7 @@ _PARSERS: dict[Event, Callable[[str], Fields]] = {
 
 
 def parse_body(event: Event, body: str) -> Fields:
-    """The fields of an event's tracepoint; of sched_switch without `cpu`.
+    """The fields of an event's tracepoint; `cpu` of sched_switch is 0, the line has it.
 
     `OTHER_FUNCTION` for timers and work items that are not of ticks. ValueError where the wording
     is not understood.

@@ -3,10 +3,21 @@
 Not modelled: several VMs of one process; they are taken for one.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["VmInfo"]
+__all__ = ["VmInfo", "vcpu_of_name"]
+
+_VCPU_NAME = re.compile(r"CPU (\d+)/KVM$|.*vcpu[ _:-]?(\d+)$", re.IGNORECASE)
+
+
+def vcpu_of_name(comm: str) -> int | None:
+    """The vCPU that a thread of this name runs: as QEMU, Firecracker, crosvm and others call them;
+    None if the name does not say.
+    """
+    match = _VCPU_NAME.match(comm)
+    return int(match[1] or match[2]) if match else None
 
 
 @dataclass(slots=True)
@@ -23,6 +34,8 @@ class VmInfo:
     """tid to vCPU id, where it is known."""
     reinject: bool | None = None
     """How its PIT was set when the recording began; None if nobody knows."""
+    from_start: bool = False
+    """It is known not to have run before its first record."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -32,6 +45,7 @@ class VmInfo:
             "threads": {str(tid): comm for tid, comm in self.threads.items()},
             "vcpus": {str(tid): vcpu for tid, vcpu in self.vcpus.items()},
             "reinject": self.reinject,
+            "from_start": self.from_start,
         }
 
     @classmethod
@@ -43,4 +57,5 @@ class VmInfo:
             threads={int(tid): str(comm) for tid, comm in told["threads"].items()},
             vcpus={int(tid): int(vcpu) for tid, vcpu in told["vcpus"].items()},
             reinject=None if told["reinject"] is None else bool(told["reinject"]),
+            from_start=bool(told.get("from_start", False)),
         )

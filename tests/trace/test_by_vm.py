@@ -2,13 +2,29 @@
 
 import pytest
 
+from kvmtick.trace.by_vm import ByVm
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
-from kvmtick.trace.one_vm import OneVm
+from kvmtick.trace.vms import VmInfo
 
 IDLE, VCPU, WORKER, OTHER_VCPU, OTHER_WORKER = range(5)
 TIMER, OTHER_TIMER, LAPIC_TIMER = 0x10, 0x20, 0x30
 WORK, OTHER_WORK = 0x11, 0x21
 PIT, APIC, WORK_FN = Function.PIT_TIMER_FN, Function.APIC_TIMER_FN, Function.PIT_DO_WORK
+
+
+class OneVm:
+    """One VM whose threads are told; the others' records are nobody's."""
+
+    def __init__(self) -> None:
+        self.by_vm = ByVm([f"thread-{task}" for task in range(10)])
+        self.share = self.by_vm.add_vm(VmInfo(0, ""))
+        self.workers = self.share.workers
+
+    def add_task(self, task: int) -> None:
+        self.by_vm.add_task(self.share, task)
+
+    def keep(self, records: list[Record]) -> list[Record]:
+        return [record for _, own in self.by_vm(records) for record in own]
 
 
 def record(event: Event, task: int, *fields: int) -> Record:

@@ -1,0 +1,177 @@
+"""Makes the recordings of this directory again, on a machine with /dev/kvm and tracefs, as root.
+
+    python docs/recordings/make.py slow-clock | after | interrupts-off
+
+Each is what `kvmtick record` writes while two VMs run, both with a guest that takes 1,000 ticks a
+second (`tick-pic`, `tick-if0`): `mail` is well, `billing` is the patient. README.md tells what they
+show. Threads of the machine that have nothing to do with it get other names in the file; nothing
+else is changed. Do it at a quiet moment.
+"""
+
+import gzip
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from kvmtick import guests
+from kvmtick.host.kvmdev import pit_worker_tids
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.trace.events import Event
+from kvmtick.trace.reading import open_trace
+
+FOLDER = Path(__file__).parent
+HOST_NAME = "host"
+RECORD_S = 2.0
+LIMIT_S = 30.0
+
+BUSY = "flow-meter"
+BUSY_PRIORITY = 50
+BUSY_MS = 20
+PAUSE_S = 0.45
+PATIENTS_CPU, OTHER_CPU = 1, 0
+
+HELD_MS = 80
+OWN_NAMES = re.compile(rf"kvm-pit/\d+|swapper/\d+|CPU 0/KVM|{BUSY}|<\.\.\.>|\[.*")
+
+
+def main(words: list[str]) -> None:
+    """What the command line says."""
+    match words:
+        case ["--name", _, "vm", guest, policy]:
+            run_vm(guest, policy == "delay")
+        case ["busy"]:
+            be_busy()
+        case ["slow-clock"]:
+            record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU)
+        case ["after"]:
+            record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU)
+        case ["interrupts-off"]:
+            record_interrupts_off(FOLDER / "interrupts-off.ktrace")
+        case _:
+            sys.exit(__doc__)
+
+
+# The VMs.
+
+
+def run_vm(name: str, reinject: bool) -> None:
+    """A small VMM: one vCPU, the guest until it is killed. It begins when it gets a line."""
+    call_thread("CPU 0/KVM")
+    with KernelVm() as vm:
+        guest = guests.load(name, ticks=0, param_ms=HELD_MS, tsc_khz=vm.get_tsc_khz())
+        vm.prepare(guest.needs, reinject)
+        vm.load(guest)
+        (worker,) = pit_worker_tids(os.getpid())
+        for tid in (os.getpid(), worker):
+            os.setpriority(os.PRIO_PROCESS, tid, -20)
+        print(worker, flush=True)
+        sys.stdin.readline()
+        vm.run(limit_s=LIMIT_S)
+
+
+def call_thread(name: str) -> None:
+    """As `ps` and the trace name it."""
+    Path("/proc/self/comm").write_text(name)
+
+
+@contextmanager
+def vm(name: str, guest: str, policy: str) -> Iterator[tuple[IO[str], int, int]]:
+    """Its standard input, its pid and the pid of its kvm-pit thread."""
+    words = [sys.executable, __file__, "--name", name, "vm", guest, policy]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdin, process.pid, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+# Who takes the CPU.
+
+
+def be_busy() -> None:
+    """A real-time task that takes its CPU for some ms at a time, a few per cent of it in all."""
+    call_thread(BUSY)
+    os.sched_setaffinity(0, {PATIENTS_CPU})
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(BUSY_PRIORITY))
+    for _ in range(int(LIMIT_S / PAUSE_S)):
+        end_ns = time.monotonic_ns() + BUSY_MS * 1_000_000
+        while time.monotonic_ns() < end_ns:
+            pass
+        time.sleep(PAUSE_S)
+
+
+# The recordings.
+
+
+def record_slow_clock(path: Path, worker_cpu: int) -> None:
+    """`billing` has reinjection off, and its kvm-pit thread is bound to `worker_cpu`."""
+    with ExitStack() as stack:
+        mail = stack.enter_context(vm("mail", "tick-pic", "delay"))
+        billing = stack.enter_context(vm("billing", "tick-pic", "discard"))
+        for _, *tids in (mail, billing):
+            for tid in tids:
+                os.sched_setaffinity(tid, {OTHER_CPU})
+        os.sched_setaffinity(billing[2], {worker_cpu})
+        busy = stack.enter_context(subprocess.Popen([sys.executable, __file__, "busy"]))
+        stack.callback(busy.kill)
+        for stdin, *_ in (mail, billing):
+            stdin.write("go\n")
+            stdin.flush()
+        time.sleep(1.0)
+        record(path, ["--for", f"{RECORD_S}s"])
+
+
+def record_interrupts_off(path: Path) -> None:
+    """`billing` switches its interrupts off for `HELD_MS`."""
+    with ExitStack() as stack:
+        mail = stack.enter_context(vm("mail", "tick-pic", "delay"))
+        billing = stack.enter_context(vm("billing", "tick-if0", "delay"))
+        mail[0].write("go\n")
+        mail[0].flush()
+        ends = path.with_suffix(".fifo")
+        os.mkfifo(ends)
+        stack.callback(ends.unlink)
+        record(path, ["--", "sh", "-c", f"echo > {ends}; exec sleep {RECORD_S / 2}"], ends, billing[0])
+
+
+def record(path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None) -> None:
+    """`kvmtick record WORDS`, on a host of another name; `to` gets its line when it has begun."""
+    words = [sys.executable, "-m", "kvmtick", "record", "-o", str(path), *words]
+    command = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', HOST_NAME, *words]
+    with subprocess.Popen(command) as recorder:
+        if begins is not None and to is not None:
+            begins.read_text()
+            to.write("go\n")
+            to.flush()
+    if recorder.returncode:
+        sys.exit(recorder.returncode)
+    data = without_other_names(path)
+    path.write_bytes(gzip.compress(data, mtime=0))
+    print(f"{path.name}: {path.stat().st_size} bytes")
+
+
+def without_other_names(path: Path) -> bytes:
+    """The file, with the names of threads that are not `OWN_NAMES` replaced by as long ones."""
+    with open_trace(path) as trace:
+        for _ in trace.batches():
+            pass
+        comms = {name.rpartition("-")[0] for name in trace.tasks}
+    data = path.read_bytes()
+    others = sorted((c for c in comms if c and not OWN_NAMES.fullmatch(c)), key=len, reverse=True)
+    for number, comm in enumerate(others, 1):
+        print(f"  {comm} is called something else")
+        data = data.replace(comm.encode(), f"t{number:0{max(1, len(comm) - 1)}}".encode())
+    return data
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
