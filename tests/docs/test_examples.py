@@ -47,6 +47,7 @@ RUN_BLOCKS = {
     "walkthrough.md": 35,
     "json.md": 3,
     "conformance.md": 5,
+    "reading-traces.md": 1,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""
 
