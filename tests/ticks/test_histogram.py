@@ -65,4 +65,4 @@ def test_the_number_of_buckets_is_bounded_by_the_width_of_the_values() -> None:
     for exponent in range(40):
         histogram.add([int(math.pow(2, exponent) * (1 + step / 256)) for step in range(256)])
     assert len(histogram) == 40 * 256
-    assert len(histogram._buckets) <= 40 * 64 + 128
+    assert len(histogram.buckets()) <= 40 * 64 + 128

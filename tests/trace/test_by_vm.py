@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
 from kvmtick.trace.by_vm import ByVm
+from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
 from kvmtick.trace.vms import VmInfo
 
 IDLE, VCPU, WORKER, OTHER_VCPU, OTHER_WORKER = range(5)

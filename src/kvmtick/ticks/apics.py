@@ -4,6 +4,9 @@ A request is known by vCPU and vector. It begins with kvm_apic_accept_irq, unles
 already, and ends with the injection of that vector on that vCPU; from there to kvm_eoi it is in
 service. NMIs have no vector and no EOI; two at most wait.
 
+What is posted to the hardware (APICv, AVIC) has no injection, and an EOI only sometimes: it was
+delivered if an EOI says so that can be no other's.
+
 Not told apart, for no record tells: a message that a software-disabled local APIC did not take,
 requests that user space sets or clears (KVM_SET_LAPIC, KVM_SET_VCPU_EVENTS), NMIs that came without
 a message (KVM_NMI).
@@ -26,6 +29,10 @@ NMI_LIMIT = 2
 
 NMI_VECTOR = 2
 
+POSTED = "posted to the hardware (APICv): no event tells of its injection"
+POSTED_LIMIT = 2
+"""A vector can be in service and requested."""
+
 NMI = 256
 """Stands for the vector of an NMI in `_known`: its own 2 can be an interrupt's as well."""
 
@@ -45,6 +52,9 @@ class LocalApics:
         self._begun = ""
         self._sure: set[int] = set()
         self._doubted: set[int] = set()
+        self._posted: dict[int, Claim] = {}
+        self._owed: dict[int, int] = {}
+        """How many EOIs may come for what was posted, by request."""
         self._maybe_nmis: dict[int, int] = {}
 
     def accept(
@@ -81,6 +91,16 @@ class LocalApics:
         key = vcpu * STRIDE + vector
         return "" if key in self._sure or key in self._irr else self._begun
 
+    def is_free(self, vcpu: int, vector: int) -> bool:
+        """The vector is neither requested nor in service, for sure."""
+        key = vcpu * STRIDE + vector
+        return (
+            key not in self._irr
+            and key not in self._isr
+            and (not self._begun or key in self._sure)
+            and key in self._known
+        )
+
     def accept_doubtful(self, vcpu: int, mode: int, vector: int, source: Source) -> None:
         """A tick's message that may be merged with one before it: the injection is nobody's."""
         key = vcpu * STRIDE + (NMI if mode == DM_NMI else vector)
@@ -110,6 +130,8 @@ class LocalApics:
         self._irr.clear()
         self._isr.clear()
         self._nmis.clear()
+        self._posted.clear()
+        self._owed = dict.fromkeys(self._owed, POSTED_LIMIT)
 
     def created(self) -> None:
         """The VM is made here: nothing was before."""
@@ -166,11 +188,39 @@ class LocalApics:
             if merged is not None:
                 merged.source.merge(merged, Where.LAPIC, "as many NMIs as can wait were pending")
 
+    def post(self, vcpu: int, vector: int) -> None:
+        """The message that was accepted just now went to the hardware."""
+        key = vcpu * STRIDE + vector
+        claim = self._irr.pop(key, None)
+        self._doubted.discard(key)
+        before = self._posted.pop(key, None)
+        owed = self._owed[key] = min(POSTED_LIMIT, self._owed.get(key, 0) + 1)
+        if before is not None:
+            before.source.give_up(before, POSTED)
+        if claim is None:
+            return
+        if owed > 1:
+            claim.source.give_up(claim, POSTED)
+        else:
+            self._posted[key] = claim
+
+    def settle(self) -> None:
+        """Everything was read."""
+        for claim in self._posted.values():
+            claim.source.give_up(claim, POSTED)
+        self._posted.clear()
+
     def eoi(self, vcpu: int, vector: int, ts_ns: int) -> None:
         """The guest ended an interrupt."""
-        claim = self._isr.pop(vcpu * STRIDE + vector, None)
+        key = vcpu * STRIDE + vector
+        claim = self._isr.pop(key, None)
         if claim is not None:
             claim.source.finish(claim, ts_ns)
+        elif key in self._owed:
+            posted = self._posted.pop(key, None)
+            self._owed[key] = max(0, self._owed[key] - 1)
+            if posted is not None:
+                posted.source.prove(posted, ts_ns, vcpu, vector, POSTED)
 
     def _key(self, vcpu: int | None, vector: int) -> int | None:
         if vcpu is not None:

@@ -2,20 +2,27 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import add, rshift
 
 __all__ = ["Histogram"]
 
 SUB_BITS = 7
 """Values below 2^7 are exact; above, a bucket spans less than 1/64 of its value."""
 
+_FIRST_BITS = (1 << SUB_BITS) - 1
+_SHIFTS = [max(0, bits - SUB_BITS) for bits in range(256)]
+"""By how much a value of so many bits is shifted right."""
+_TAGS = [shift << SUB_BITS for shift in _SHIFTS]
+
 
 class Histogram:
     """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
 
-    __slots__ = ("_buckets", "_total", "max")
+    __slots__ = ("_counts", "_total", "max")
 
     def __init__(self) -> None:
-        self._buckets: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
+        """By the first bits of the values and, above these, how far they were shifted."""
         self._total = 0
         self.max = 0
 
@@ -23,17 +30,21 @@ class Histogram:
         return self._total
 
     def add(self, values: Sequence[int]) -> None:
-        """Count some values."""
+        """Count some values; what is below 0 counts as 0."""
+        if min(values) < 0:
+            values = [max(0, value) for value in values]
         self.max = max(self.max, *values)
         self._total += len(values)
-        for value, count in Counter(values).items():
-            shift = max(0, value.bit_length() - SUB_BITS)
-            bucket = ((value >> shift) + 1 << shift) - 1
-            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        bits = [*map(int.bit_length, values)]
+        first = map(rshift, values, map(_SHIFTS.__getitem__, bits))
+        self._counts.update(map(add, first, map(_TAGS.__getitem__, bits)))
 
     def buckets(self) -> list[tuple[int, int]]:
         """`(upper end, count)` of the buckets that hold something, ascending."""
-        return sorted(self._buckets.items())
+        return [
+            (((key & _FIRST_BITS) + 1 << (key >> SUB_BITS)) - 1, count)
+            for key, count in sorted(self._counts.items())
+        ]
 
     def quantile(self, share: float) -> int:
         """The smallest bucket's upper end that covers `share` (0-1) of the values; 0 if empty."""

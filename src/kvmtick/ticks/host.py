@@ -8,6 +8,7 @@ with open_trace(path) as trace:
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 
 from kvmtick.ticks.life import KEEP, TickAssembler
 from kvmtick.ticks.missing import missing_of_lapic, missing_of_pit, sees_masks, sees_nmis
@@ -29,8 +30,13 @@ FIRST_RECORDS, FIRST_NS = 30_000, 1_000_000_000
 learnt from it.
 """
 
-_NOBODYS = (Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP)
+_EVENT_OF = itemgetter(1)
+_LOST_EVENTS = int(Event.LOST_EVENTS)
+_NOBODYS = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP))
 """What no verdict needs."""
+
+
+_PART = "no record tells which thread runs its vCPU"
 
 
 class VmTicks:
@@ -45,7 +51,7 @@ class VmTicks:
         keep: int,
         keep_all: bool,
     ) -> None:
-        self._share = share
+        self.share = share
         self.tasks = trace.tasks
         self.notes: list[str] = []
         """What cannot be told of this VM, and why; a sentence each."""
@@ -60,11 +66,13 @@ class VmTicks:
         )
         if not trace.is_complete:
             self.assembler.begin_in_the_middle(share.info.reinject)
+            if share.info.from_start:
+                self.assembler.created()
 
     @property
     def info(self) -> VmInfo:
         """What is known of it beside the records."""
-        return self._share.info
+        return self.share.info
 
     @property
     def workers(self) -> set[int]:
@@ -85,6 +93,23 @@ class VmTicks:
     def name(self) -> str:
         """Its name, for people."""
         return self.info.name
+
+    def note(self) -> None:
+        """Everything was read: say what cannot be told."""
+        share, came = self.share, self.assembler.without_expiry
+        if share.is_guessed:
+            self.notes.append("nothing tells its threads from those of another VM: taken for one")
+        if share.is_part:
+            self.notes.append(_PART)
+        if share.missed:
+            self.notes.append(
+                f"{share.missed} records are left out: it was known too late whose they are"
+            )
+        if came:
+            self.notes.append(
+                f"{came} timer interrupts came without an expiry (a VMX preemption timer, or a "
+                "deadline in the past): they are no ticks here"
+            )
 
 
 class HostTicks:
@@ -135,7 +160,8 @@ class HostTicks:
             self.start_ns = batch[0][0]
         self.end_ns = batch[-1][0]
         self.records += len(batch)
-        self.lost += sum(max(1, r[4]) for r in batch if r[1] == Event.LOST_EVENTS)
+        if _LOST_EVENTS in map(_EVENT_OF, batch):
+            self.lost += sum(max(1, r[4]) for r in batch if r[1] == _LOST_EVENTS)
         if self._first is not None:
             self._first += batch
             if len(self._first) < FIRST_RECORDS and self.end_ns - self.start_ns < FIRST_NS:
@@ -172,6 +198,7 @@ class HostTicks:
             self._look_for_missing(vm)
         if self._on_records is not None:
             self._on_records(vm, records)
+            records = [record for record in records if record[1] not in _NOBODYS]
         vm.assembler(records)
         if self._on_lives is not None:
             for source in vm.assembler.sources():
@@ -179,8 +206,9 @@ class HostTicks:
 
     def _look_for_missing(self, vm: VmTicks) -> None:
         events, back_end = self.trace.events, self._back_end
+        part = _PART if vm.share.is_part else ""
         vm.assembler.judge_by(
-            missing_of_pit(events, self._events_told, back_end),
+            part or missing_of_pit(events, self._events_told, back_end),
             missing_of_lapic(events, self._events_told, back_end),
             sees_masks(events) or not self._events_told,
         )
@@ -200,4 +228,5 @@ class HostTicks:
             if self._on_lives is not None:
                 for source in vm.assembler.sources():
                     self._hand_out(vm, source, also_kept=True)
+            vm.note()
         self.lost = max(self.lost, self.trace.lost)

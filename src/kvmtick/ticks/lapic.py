@@ -11,8 +11,8 @@ note still there, and by a timer that never gave an interrupt.
 Where the records begin in the middle, a note may be there already, and whose timer it is may not be
 known: its ticks are `unknown` until its vCPU delivered one, or programmed the timer.
 
-Not told apart, for there is no record: a TSC deadline that had passed when it was written has no
-expiry; its interrupt is no tick's.
+Not told apart, for there is no record: a TSC deadline that had passed when it was written, and a
+timer that runs as the VMX preemption timer, have no expiry; their interrupts are no tick's.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +22,17 @@ from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.source import HOPS, Keep, Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
-from kvmtick.trace.events import IRQ_CONTEXT, Record
+from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 
-__all__ = ["LapicTicks", "LapicTimers"]
+__all__ = ["HOST_TICK", "LapicTicks", "LapicTimers"]
 
+HOST_TICK = b"%c%c%c%c%c?%c" % (
+    *(Event.HRTIMER_EXPIRE_ENTRY, Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ),
+    *(Event.KVM_INJ_VIRQ, Event.KVM_MMIO, Event.KVM_EOI),
+)
+"""The events of a periodic timer's tick that nothing disturbs, as a kernel has them: a pattern."""
+
+NO_TASK = -1
 APIC_SPIV = 0xF0
 APIC_LVTT = 0x320
 APIC_SPIV_APIC_ENABLED = 1 << 8
@@ -48,6 +55,8 @@ class LapicTicks(Source):
         self.vector: int | None = None
         self.waiting: Tick | None = None
         """The expiry that its vCPU has not delivered yet."""
+        self.task = NO_TASK
+        """The thread that delivered the last one."""
         self.masked: bool | None = None
         self.sees_masks = True
         """Whether the records show the writes that mask it."""
@@ -107,11 +116,12 @@ class LapicTicks(Source):
 
     def accept(self, record: Record, apics: LocalApics) -> None:
         """The vCPU delivers the expiry that waits."""
-        ts_ns, _, _, vcpu, mode, _, vector = record
+        ts_ns, _, task, vcpu, mode, _, vector = record
         tick = self.waiting
         assert tick is not None
         self.waiting = None
         self.owner = vcpu
+        self.task = task
         self.vector = vector
         if self.masked is None and not self.ran:
             self._were_merged(tick.index)
@@ -129,6 +139,56 @@ class LapicTicks(Source):
         if apics.accept(vcpu, mode, vector, self, tick, _LAPIC, ts_ns) is None:
             detail = "its vector was accepted and not injected since"
             self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
+
+    def is_plain(self, accept: Record) -> bool:
+        """The next expiry is delivered by this record, if the vCPU has nothing else to do."""
+        _, _, task, vcpu, mode, level, vector = accept
+        return (
+            task == self.task
+            and vcpu == self.owner
+            and vector == self.vector
+            and not mode
+            and not level
+            and self.masked is False
+            and self.waiting is None
+            and self._expires_ns > 0
+            and self._no_expiry is None
+            and not self.begun
+            and not self.blind
+        )
+
+    def plain_tick(
+        self, expire: Record, start: Record, accept: Record, inject: Record, eoi: Record
+    ) -> None:
+        """The same as record by record."""
+        self.expired += 1
+        self.reached += 1
+        expiry_ns, next_ns = self._expires_ns, start[5]
+        accept_ns, inject_ns, eoi_ns, vcpu = accept[0], inject[0], eoi[0], accept[3]
+        self._expires_ns = next_ns
+        self._expiring = None
+        self.ran = False
+        verdict = Verdict.DELIVERED if inject_ns < next_ns else Verdict.LATE
+        self._judged[verdict] += 1
+        self._arrivals[_LAPIC, vcpu] += 1
+        self._kept.append(
+            (
+                self.expired,
+                expiry_ns,
+                expire[5],
+                next_ns - expiry_ns,
+                accept_ns,
+                accept_ns,
+                inject_ns,
+                eoi_ns,
+                accept[6],
+                verdict,
+                _LAPIC,
+                vcpu,
+            )
+        )
+        self._reach_rows.append((accept_ns - expiry_ns, inject_ns - accept_ns))
+        self._end_rows.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
 
     def _were_merged(self, index: int) -> None:
         """That the ticks after `index` seemed masked was a guess, and wrong."""
@@ -203,6 +263,8 @@ class LapicTimers:
         self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
         self._masked: dict[int, bool] = {}
+        self.without_expiry = 0
+        """Messages that only a timer explains, and that no expiry came before."""
         self._begun = ""
         self._blind = ""
         self._sees_masks = True
@@ -233,6 +295,30 @@ class LapicTimers:
             self._messages.forget_eois()
         timer.expire(record)
 
+    def host_tick(self, batch: list[Record], at: int, end: int) -> bool:
+        """The same as record by record: expiry, acceptance, injection and EOI in a row. False, and
+        nothing done, if it is not that.
+        """
+        expire, start, accept, inject, eoi = *batch[at : at + 4], batch[end - 1]
+        timer = self._timers.get(expire[3])
+        _, _, task, vcpu, _, _, vector = accept
+        if (
+            timer is None
+            or not timer.is_plain(accept)
+            or start[2:5] != expire[2:5]
+            or not start[2] & IRQ_CONTEXT
+            or inject[2] != task
+            or inject[3] != vector
+            or inject[5]
+            or eoi[2:] != (task, vcpu, vector)
+            or self._messages.may_explain(task)
+            or not self._apics.is_free(vcpu, vector)
+        ):
+            return False
+        timer.plain_tick(expire, start, accept, inject, eoi)
+        self._messages.eoi(eoi)
+        return True
+
     def accept(self, record: Record) -> bool:
         """A local APIC accepts a message; False if it is not its timer's."""
         _, _, task, vcpu, mode, level, _ = record
@@ -241,7 +327,10 @@ class LapicTimers:
         timer = self._waiting_of(vcpu)
         if self._messages.explains(record, timer.vector if timer is not None else None):
             return False
-        if timer is None or mode != DM_FIXED or level:
+        if mode != DM_FIXED or level:
+            return False
+        if timer is None:
+            self.without_expiry += 1
             return False
         timer.accept(record, self._apics)
         if self._sees_masks:

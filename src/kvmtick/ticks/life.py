@@ -5,12 +5,15 @@ APICs' timers, the local APICs. They keep only what is open: expiries that wait 
 requests that wait for their injection, who is in service.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 
-from kvmtick.ticks.apics import DM_INIT, LocalApics
+from kvmtick.ticks.apics import DM_FIXED, DM_INIT, DM_LOWEST, LocalApics
+from kvmtick.ticks.lapic import HOST_TICK as HOST_LAPIC_TICK
 from kvmtick.ticks.lapic import LapicTimers
 from kvmtick.ticks.messages import Messages
+from kvmtick.ticks.pit import HOST_TICK as HOST_PIT_TICK
 from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Keep, Source
@@ -22,6 +25,7 @@ KEEP = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
 
 _EVENT_OF = itemgetter(1)
+_HOST_TICK = re.compile(HOST_PIT_TICK + b"|" + HOST_LAPIC_TICK, re.DOTALL)
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK = int(Function.PIT_DO_WORK)
@@ -76,6 +80,7 @@ class TickAssembler:
             (Event.KVM_MSI_SET_IRQ, self._msi_set_irq),
             (Event.KVM_APIC_IPI, self._messages.ipi),
             (Event.KVM_APIC_ACCEPT_IRQ, self._apic_accept_irq),
+            (Event.KVM_APICV_ACCEPT_IRQ, self._apicv_accept_irq),
             (Event.KVM_APIC, self._timers.apic),
             (Event.KVM_INJ_VIRQ, self._inj_virq),
             (Event.KVM_INJ_NMI, self._inj_nmi),
@@ -90,6 +95,9 @@ class TickAssembler:
 
     def __call__(self, batch: list[Record]) -> None:
         """Take in a batch of records."""
+        if self._vcpus is not None:
+            self._take_hosts(batch)
+            return
         handlers, pit = self._handlers, self._pit
         events = bytes(map(_EVENT_OF, batch))
         idle = self._is_idle()
@@ -97,7 +105,7 @@ class TickAssembler:
         at = 0
         while at < len(batch):
             plain = events.find(PLAIN_TICK, at)
-            if plain == at and idle and pit.plain_tick(batch, at):
+            if plain == at and idle and pit.plain_tick(batch, at, at + 4, at + 5, at + 6):
                 at += len(PLAIN_TICK)
                 plain_ticks += 1
                 continue
@@ -117,6 +125,38 @@ class TickAssembler:
         pit.fold()
         self._timers.fold()
 
+    def _take_hosts(self, batch: list[Record]) -> None:
+        """A batch of a kernel's records."""
+        pit, timers = self._pit, self._timers
+        events = bytes(map(_EVENT_OF, batch))
+        idle = self._is_idle()
+        plain_ticks = at = 0
+        for match in _HOST_TICK.finditer(events):
+            start, end = match.span()
+            if start > at:
+                if plain_ticks:
+                    pit.count_plain(plain_ticks)
+                    plain_ticks = 0
+                self._one_by_one(batch[at:start])
+                idle = self._is_idle()
+                at = start
+            if match.start(1) >= 0:
+                if idle and pit.host_tick(batch, match):
+                    at = end
+                    plain_ticks += 1
+            elif not pit.pic.asks and timers.host_tick(batch, start, end):
+                at = end
+        if plain_ticks:
+            pit.count_plain(plain_ticks)
+        self._one_by_one(batch[at:])
+        pit.fold()
+        timers.fold()
+
+    def _one_by_one(self, records: list[Record]) -> None:
+        handlers = self._handlers
+        for record in records:
+            handlers[record[1]](record)
+
     def _is_idle(self) -> bool:
         """Nothing is under way: a tick of the PIT's may be plain."""
         pit = self._pit
@@ -132,6 +172,12 @@ class TickAssembler:
         why = "the trace begins here"
         self._lose(why)
         self._pit.begin_in_the_middle(why, reinject)
+
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._apics.created()
+        self._timers.created()
+        self._pit.created()
 
     def judge_by(self, pit: str, lapic: str, sees_masks: bool) -> None:
         """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
@@ -165,10 +211,16 @@ class TickAssembler:
         """The ticks of every source so far; the PIT's first, if it expired or nothing did."""
         return [TickReport(source) for source in self.sources()]
 
+    @property
+    def without_expiry(self) -> int:
+        """Interrupts that look like a local APIC timer's, and that no hrtimer gave."""
+        return self._timers.without_expiry
+
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self._pit.settle()
         self._timers.settle()
+        self._apics.settle()
         for source in self.sources():
             source.judge_blind()
 
@@ -224,9 +276,7 @@ class TickAssembler:
 
     def _apicv_inhibit_changed(self, record: Record) -> None:
         if is_creation(record):
-            self._apics.created()
-            self._timers.created()
-            self._pit.created()
+            self.created()
         else:
             self._pit.apicv_inhibit_changed(record)
 
@@ -262,6 +312,10 @@ class TickAssembler:
             self._apics.accept_foreign(record[3], mode, record[6])
         if mode == DM_INIT:
             self._timers.reset(record[3])
+
+    def _apicv_accept_irq(self, record: Record) -> None:
+        if record[4] in (DM_FIXED, DM_LOWEST):
+            self._apics.post(record[3], record[6])
 
     def _inj_virq(self, record: Record) -> None:
         ts_ns, _, task, vector, _, reinjected = record

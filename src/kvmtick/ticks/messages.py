@@ -63,6 +63,11 @@ class Messages:
         """Records are missing."""
         self._sent.clear()
 
+    def may_explain(self, task: int) -> bool:
+        """The task sent something that its own local APIC may accept."""
+        sent = self._sent.get(task)
+        return sent is not None and (sent[1] != ANY or sent[0] == ANY)
+
     def explains(self, record: Record, timer_vector: int | None) -> bool:
         """What was sent accounts for this kvm_apic_accept_irq on the sender's own local APIC.
 

@@ -104,6 +104,11 @@ class PicPin:
             and not self.pin
         )
 
+    @property
+    def asks(self) -> bool:
+        """The next injection may be the PIC's."""
+        return self.auto_eoi or self.request is not None or self.foreign_request
+
     def takes(self, vector: int) -> bool:
         """An injection of `vector` is the PIC's: it comes before the local APIC."""
         if self.auto_eoi:

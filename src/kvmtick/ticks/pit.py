@@ -14,6 +14,7 @@ One run of the worker may reach a vCPU several ways: by the PIC, by messages of 
 entry, and by the NMI watchdog, which comes last. What they gave is weighed when the run is over.
 """
 
+import re
 from collections import deque
 
 from kvmtick.ticks import pic
@@ -22,7 +23,7 @@ from kvmtick.ticks.pic import PicPin
 from kvmtick.ticks.source import Keep, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
-from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Irqchip, Record
+from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Irqchip, Record
 
 __all__ = ["PLAIN_TICK", "PitTicks"]
 
@@ -39,7 +40,16 @@ PLAIN_TICK = bytes(
         Event.KVM_ACK_IRQ,
     )
 )
-"""The events of a tick by way of the PIC that nothing disturbs."""
+"""The events of a tick by way of the PIC that nothing disturbs, as a simulated run has them."""
+
+HOST_TICK = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
+    *PLAIN_TICK[:4],
+    *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
+    *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
+    Event.WORK_END,
+    *PLAIN_TICK[6:],
+)
+"""The same with what a kernel writes beside: a pattern; its groups are the edges of the pulse."""
 
 PIT_GSI = 0
 PIT_SOURCE_ID = 2
@@ -56,6 +66,7 @@ QUEUED_NS = 50_000
 
 REINJECT_UNKNOWN = "whether ticks are reinjected was not known yet"
 
+_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
@@ -136,8 +147,7 @@ class PitTicks(Source):
         vector = self.pic.vector
         self._plain_vector = pic.NO_VECTOR if vector is None else vector
         return (
-            self._reinject is not False
-            and not self._pending
+            not self._pending
             and not self._waiting
             and not self._work_queued
             and self._run_tick is None
@@ -149,15 +159,48 @@ class PitTicks(Source):
             and self.pic.is_idle
         )
 
-    def plain_tick(self, batch: list[Record], at: int) -> bool:
+    def host_tick(self, batch: list[Record], tick: re.Match[bytes]) -> bool:
+        """`plain_tick` of a kernel's records, which match `HOST_TICK`."""
+        at, pulse, falling = tick.start(), tick.start(1), tick.start(2)
+        pic_at, end = tick.end(1) - 1, tick.end()
+        expiry, start, run = batch[at], batch[at + 2], batch[at + 3]
+        worker = run[2]
+        if (
+            expiry[4] != _PIT_TIMER_FN
+            or start[3] != expiry[3]
+            or start[2] != expiry[2]
+            or not start[2] & IRQ_CONTEXT
+            or batch[at + 1][2] != expiry[2]
+            or batch[pulse][2] != worker
+            or batch[pic_at][2] != worker
+        ):
+            return False
+        if pic_at - pulse == 2:
+            _, _, task, entry, ioapic_pin, _ = batch[pulse + 1]
+            if task != worker or not entry & IOAPIC_MASKED:
+                return False
+        else:
+            ioapic_pin = self._ioapic_pin
+        if falling >= 0 and batch[falling][2:] != (worker, PIT_GSI, 0, PIT_SOURCE_ID):
+            return False
+        if not self.plain_tick(batch, at, pulse, pic_at, end - 3):
+            return False
+        self._ioapic_pin = ioapic_pin
+        self._line = PIT_GSI if falling < 0 else NO_GSI
+        self._line_task = self._worker = worker
+        return True
+
+    def plain_tick(
+        self, batch: list[Record], at: int, pulse_at: int, pic_at: int, inject_at: int
+    ) -> bool:
         """The same as record by record, while the PIT is idle: expiry, pulse, injection and EOI in
         a row. False, and nothing done, if it is not that.
         """
-        _, _, _, gsi, level, source = batch[at + 4]
-        accept_ns, _, _, chip, pin, _, imr, coalesced = batch[at + 5]
-        inject_ns, _, task, vector, _, reinjected = batch[at + 6]
-        _, _, _, is_write, port, _, _, value = batch[at + 7]
-        eoi_ns, _, _, irqchip, acked_pin = batch[at + 8]
+        _, _, _, gsi, level, source = batch[pulse_at]
+        accept_ns, _, _, chip, pin, _, imr, coalesced = batch[pic_at]
+        inject_ns, _, task, vector, _, reinjected = batch[inject_at]
+        _, _, _, is_write, port, _, _, value = batch[inject_at + 1]
+        eoi_ns, _, _, irqchip, acked_pin = batch[inject_at + 2]
         if (
             gsi != PIT_GSI
             or not level

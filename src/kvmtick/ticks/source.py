@@ -5,7 +5,6 @@ the latencies cover all.
 """
 
 from collections import Counter, deque
-
 from typing import NamedTuple
 
 from kvmtick.ticks.histogram import Histogram
@@ -212,6 +211,25 @@ class Source:
             tick.eoi_ns = ts_ns
             if tick is not self._no_expiry:
                 self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+
+    def give_up(self, claim: Claim, why: str) -> None:
+        """Nobody can tell what became of its request."""
+        tick = claim.tick
+        tick.claims -= 1
+        if not tick.claims and tick.verdict is _OPEN:
+            self.judge(tick, _UNKNOWN, detail=why)
+
+    def prove(self, claim: Claim, eoi_ns: int, vcpu: int, vector: int, why: str) -> None:
+        """The guest ended it: it had arrived, nobody knows when, if not in time for sure."""
+        tick = claim.tick
+        tick.claims -= 1
+        if tick.inject_ns is not None or tick.verdict is not _OPEN:
+            return
+        tick.path, tick.vcpu, tick.vector, tick.eoi_ns = claim.path, vcpu, vector, eoi_ns
+        self.reached += 1
+        self._arrivals[claim.path, vcpu] += 1
+        on_time = tick.period_ns is None or eoi_ns < tick.expiry_ns + tick.period_ns
+        self.judge(tick, _DELIVERED if on_time else _UNKNOWN, detail="" if on_time else why)
 
     def rename(self, claim: Claim, path: Path) -> None:
         """A later record tells which way it came."""

@@ -51,9 +51,7 @@ _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
 
 _OF_TIMERS = (_START, int(Event.HRTIMER_CANCEL), _EXPIRE, _QUEUE)
 """What these are about says whose they are; of all others the thread does."""
-_SENDS = frozenset(
-    map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ))
-)
+_SENDS = frozenset(map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ)))
 """What a local APIC may accept right after them is not its timer's."""
 _TELLING = frozenset((_START, _EXPIRE, _QUEUE, _WORK_START, _ACCEPT, _WAKING, *_SENDS))
 _OF_VCPUS = frozenset((_EOI, _ENTRY, _EXIT))
@@ -78,8 +76,10 @@ class Share:
         """Tasks that run its work items."""
         self.missed = 0
         """Records that came before it was known whose they are, too early to be handed on."""
-        self.guessed = False
+        self.is_guessed = False
         """Nothing tells its threads from another VM's."""
+        self.is_part = False
+        """Its PIT's worker is known, and no thread that runs a vCPU."""
         self.records: list[Record] = []
         self.handed_ns = -1
 
@@ -181,11 +181,7 @@ class ByVm:
         del self._held[:-HELD]
         if self._nameless:
             self._learn_vcpus(batch)
-        handed = []
-        for share in self.shares:
-            if share.records:
-                handed.append((share, self._hand_on(share)))
-        return handed
+        return [(share, self._hand_on(share)) for share in self.shares if share.records]
 
     def _start_over(self, records: list[Record]) -> None:
         """More is known now of whose they are."""
@@ -440,12 +436,14 @@ class ByVm:
         pits = sum(part.has_pit for part in parts) + sum(bool(s.workers) for s in self.shares)
         if len(ids) == len(set(ids)) and pits <= 1 and len(self.shares) <= 1:
             share = self.shares[0] if self.shares else self.add_vm(VmInfo(0, ""))
-            share.guessed |= len(parts) + bool(share.vcpus) > 1
+            share.is_guessed |= len(parts) + bool(share.vcpus) > 1
             for part in parts:
                 self._found(part, share)
         else:
             for part in parts:
-                self._found(part, self.add_vm(VmInfo(0, "")))
+                share = self.add_vm(VmInfo(0, ""))
+                share.is_part = not part.vcpus
+                self._found(part, share)
         self._adopt(free)
 
     def _join_processes(self) -> None:

@@ -17,8 +17,8 @@ A trace may begin in the middle: what may be a reset, and may be none, is one wi
 the vector of an injection of the PIC is -1 where its base is not known.
 
 Not modelled: the vector of an interrupt of the PIC other than IRQ 0, which no record has (IRQ 0's
-is given); of several interrupts of the PIC at once only the timer's; timers whose callbacks run in a
-thread (PREEMPT_RT).
+is given); of several interrupts of the PIC at once only the timer's; timers whose callbacks run in
+a thread (PREEMPT_RT).
 """
 
 import re
