@@ -11,7 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from kvmtick.report.data import Finding, Report, Severity, SourceReport, VmReport
 from kvmtick.report.extras import extra
@@ -59,8 +59,8 @@ _STYLE: dict[Any, object] = {
 }
 
 
-def write_picture(report: Report, path: Path) -> None:
-    """Write the PNG to `path`. Raises OSError, and `HostError` without matplotlib."""
+def write_picture(report: Report, path: Path | IO[bytes]) -> None:
+    """Write the PNG to a path or an open file. Raises OSError, and `HostError` without matplotlib."""
     with extra("report", "--png"):
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
