@@ -60,7 +60,7 @@ _STYLE: dict[Any, object] = {
 
 
 def write_picture(report: Report, path: Path | IO[bytes]) -> None:
-    """Write the PNG to a path or an open file. Raises OSError, and `HostError` without matplotlib."""
+    """Write the PNG to a path or an open file. Raises OSError; `HostError` without matplotlib."""
     with extra("report", "--png"):
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
