@@ -27,6 +27,7 @@ RECORDED = Path(__file__).parents[1] / "tests" / "trace" / "recorded.json"
 LEAST = 0.7
 TIME_BYTES = 8
 GAP_NS = 1_000_000
+PAGES_A_MARK = 64
 Pages = list[tuple[int, bytes]]
 
 
@@ -86,13 +87,17 @@ def repeated(header: Header, pages: Pages, events: int) -> tuple[list[Pages], in
 
 
 def write(path: Path, header: Header, rounds: list[Pages]) -> None:
-    """All rounds as a recording; a round is over when the next one begins."""
+    """All rounds as a recording, with marks as often as a recorder has them."""
+    pages = [each for pages in rounds for each in pages]
+    still_to_come: list[int] = []
+    for _, page in reversed(pages):
+        still_to_come.append(min([first_ns(page), *still_to_come[-1:]]))
     with path.open("wb") as file:
         writer = KtraceWriter(file, header)
-        for pages in rounds:
-            writer.mark(min(first_ns(page) for _, page in pages))
-            for cpu, page in pages:
-                writer.page(cpu, page)
+        for (cpu, page), ts_ns in zip(pages, reversed(still_to_come), strict=True):
+            if not writer.pages % PAGES_A_MARK:
+                writer.mark(ts_ns)
+            writer.page(cpu, page)
         writer.end(0, 0)
 
 
