@@ -86,7 +86,10 @@ def test_the_worst_ticks_and_their_stories(tmp_path: Path) -> None:
     source = report_of(tmp_path, *RUNS["replayed"]).vms[0].sources[0]
     worst = source.worst[0]
     assert (worst.tick.index, worst.tick.verdict) == (4, Verdict.LATE)
-    assert worst.held_up == "the guest was running and did not take it for 4 ms: its interrupts were off"
+    assert (
+        worst.held_up
+        == "the guest was running and did not take it for 4 ms: its interrupts were off"
+    )
     events = [line.event for line in worst.story]
     assert events[:3] == ["hrtimer_start", "hrtimer_expire_entry", "sched_kthread_work_queue_work"]
     assert "kvm_ack_irq" in events

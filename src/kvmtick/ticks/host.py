@@ -77,12 +77,12 @@ class VmTicks:
     @property
     def workers(self) -> set[int]:
         """Tasks that run its PIT's work."""
-        return self._share.workers
+        return self.share.workers
 
     @property
     def vcpus(self) -> dict[int, int]:
         """Which task is which vCPU, as far as it is known."""
-        return self._share.vcpus
+        return self.share.vcpus
 
     @property
     def pid(self) -> int:
@@ -151,6 +151,11 @@ class HostTicks:
             if progress is not None:
                 progress()
         self.settle()
+
+    @property
+    def is_gathering(self) -> bool:
+        """The beginning is still being gathered: nothing was handed out yet."""
+        return self._first is not None
 
     def take(self, batch: list[Record]) -> None:
         """The next records of the whole host."""
