@@ -75,12 +75,12 @@ class VmTicks:
     @property
     def workers(self) -> set[int]:
         """Tasks that run its PIT's work."""
-        return self._share.workers
+        return self.share.workers
 
     @property
     def vcpus(self) -> dict[int, int]:
         """Which task is which vCPU, as far as it is known."""
-        return self._share.vcpus
+        return self.share.vcpus
 
     @property
     def pid(self) -> int:
