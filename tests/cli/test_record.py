@@ -153,11 +153,15 @@ def test_a_full_disk(kvmtick: Terminal, tracefs: Tracefs) -> None:
     assert not instances_of(tracefs, os.getpid())
 
 
-def test_a_vm_without_ticks(kvmtick: Terminal, out: Path, tracefs: Tracefs) -> None:
+def test_a_vm_without_ticks(
+    kvmtick: Terminal, tmp_path: Path, tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with KernelVm() as vm:
         vm.create_irqchip()
-        result = kvmtick("record", "--for", "10ms", "--pid", str(os.getpid()), "-o", str(out))
+        result = kvmtick("record", "--for", "10ms", "--pid", str(os.getpid()))
     assert result.code == 3
+    (out,) = Path().glob("kvmtick-20*.ktrace")
     assert f"no tick in {out}: no timer of KVM expired for 1 VM" in result.err
     assert "clockevent0" in result.err
     assert read(out)[1].cut == ""

@@ -1,6 +1,7 @@
 """`kvmtick run`: what it prints, in words and as JSON, and how it ends."""
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import elf_images
 import pytest
-from terminal import Terminal
+from terminal import Terminal, process
 
 from kvmtick.cli.run_output import trace_writer
 from kvmtick.ticks.host import HostTicks
@@ -427,6 +428,20 @@ def test_a_trace_may_be_a_recording(kvmtick: Terminal, tmp_path: Path) -> None:
     assert report.latency_ns == told["latency_ns"]
 
 
+def test_a_recording_is_whole_although_nobody_reads_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "run.ktrace"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        with process("run", "--ticks", "2", "--trace", str(path), stdout=writer) as child:
+            child.communicate(timeout=60)
+    finally:
+        os.close(writer)
+    with open_trace(path) as trace:
+        assert sum(map(len, trace.batches())) > 20
+        assert trace.cut == ""
+
+
 def test_a_run_that_dies_leaves_a_recording_without_an_end(tmp_path: Path) -> None:
     path = tmp_path / "run.ktrace"
     record = (5, int(Event.KVM_SET_IRQ), 0, 0, 1, 2)
@@ -435,7 +450,7 @@ def test_a_run_that_dies_leaves_a_recording_without_an_end(tmp_path: Path) -> No
     def run() -> None:
         about = VmInfo(1, "")
         encoder = partial(KtraceEncoder, tasks=tasks, vm=about)
-        with trace_writer(str(path), lambda: tasks, encoder) as write:
+        with trace_writer(str(path), lambda: tasks, encoder, simulated=True) as write:
             assert write is not None
             write([record])
             raise KeyboardInterrupt

@@ -48,6 +48,7 @@ def test_threads_workers_and_vcpus(proc: FakeProc) -> None:
     assert vm.vcpus == {21: 0}
     assert vm.workers() == [30]
     assert sorted(vm.new_threads()) == [20, 22]
+    assert vm.runners() == [21]
     vms.scan(1)
     assert vm.new_threads() == []
 
@@ -147,7 +148,9 @@ def test_a_vm_that_ended_is_remembered(proc: FakeProc) -> None:
     vms.scan(0)
     shutil.rmtree(proc.path / "20")
     assert not vms.scan(1)
-    assert vms.vms[20].threads == {20: "qemu"}
+    vm = vms.vms[20]
+    assert vm.threads == {20: "qemu"}
+    assert (vm.runners(), vm.workers(), vm.new_threads()) == ([], [], [])
 
 
 def test_only_what_was_asked_for(proc: FakeProc) -> None:

@@ -1,57 +1,122 @@
-"""One built-in guest on the kernel, for tests of what is recorded of it: a small VMM.
+"""A small VMM for tests of what is recorded: one built-in guest on the kernel, in a process."""
 
-    kernel_guest.py --name NAME '{"guest": "tick-if0", "ticks": 60, "reinject": false}'
-
-It makes its VM, says `ready`, waits for a line, runs the guest, gives the VM back and prints what
-the guest counted. `watched`: it also reads the kernel's trace itself, and prints what became of
-every tick by that.
-"""
-
-import json
 import os
-import sys
-from typing import Any
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Self
 
 from kvmtick import guests
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.kernel_trace import TickTrace
+from kvmtick.ticks.verdict import Verdict, Where
 
-LIMIT_S = 20.0
+LIMIT_S = 30.0
+SOME_TICKS = 5
+
+_PROCESSES = get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["kvmtick.guests", "kvmtick.kvm.kernel_trace"])
 
 
-def main(told: dict[str, Any]) -> None:
-    """Do so."""
-    name, reinject = told.pop("guest"), told.pop("reinject", True)
-    watched = told.pop("watched", False)
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A guest and its VM."""
+
+    name: str
+    """Ours."""
+    guest: str
+    ticks: int
+    """0: it runs until `KernelGuest.end`."""
+    reinject: bool = True
+    options: dict[str, int] = field(default_factory=dict)
+    watched: bool = False
+    """Its process reads the kernel's trace too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What became of a tick by the trace that the guest's own process read."""
+
+    expiry_ns: int
+    period_ns: int | None
+    verdict: Verdict
+    where: Where | None
+    inject_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a guest's process says at its end."""
+
+    guest_ticks: int
+    """The guest's own count."""
+    lost: int
+    """Events that its process did not see."""
+    sources: list[list[Seen]]
+    """If it watched: its timers and their ticks."""
+
+
+class KernelGuest:
+    """The process of one guest, which waits with its VM made."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self._ours, theirs = _PROCESSES.Pipe()
+        self._process = _PROCESSES.Process(target=_run, args=(guest, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.pid: int = self._ours.recv()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
+
+    def begin(self) -> None:
+        """Let the guest run; one that runs for ever ticks when this returns."""
+        self._ours.send("begin")
+        if not self.guest.ticks:
+            assert self._ours.recv() == "ticks"
+
+    def end(self) -> None:
+        """Let one that runs for ever end."""
+        self._ours.send("end")
+
+    def said(self) -> Said:
+        """When it has ended."""
+        said = self._ours.recv()
+        assert isinstance(said, Said)
+        return said
+
+
+def _run(guest: Guest, test: Connection) -> None:
     with KernelVm() as vm:
-        guest = guests.load(name, tsc_khz=vm.get_tsc_khz(), **told)
-        vm.prepare(guest.needs, reinject)
-        vm.load(guest)
-        observer = TickTrace(vm) if watched else None
-        print("ready", flush=True)
-        sys.stdin.readline()
+        tsc_khz = vm.get_tsc_khz()
+        loaded = guests.load(guest.guest, ticks=guest.ticks, tsc_khz=tsc_khz, **guest.options)
+        vm.prepare(loaded.needs, guest.reinject)
+        vm.load(loaded)
+        observer = TickTrace(vm) if guest.watched else None
+        test.send(os.getpid())
+        test.recv()
+        if not guest.ticks:
+            threading.Thread(target=_end, args=(vm, test), daemon=True).start()
         run = vm.run(limit_s=LIMIT_S, observer=observer)
-    print(
-        json.dumps(
-            {
-                "pid": os.getpid(),
-                "exit": run.exit.reason,
-                "guest_ticks": run.guest_ticks,
-                "lost": observer.lost if observer else 0,
-                "sources": [
-                    [
-                        (t.index, t.expiry_ns, t.verdict, t.where, t.inject_ns, t.eoi_ns)
-                        for t in report
-                    ]
-                    for report in run.sources
-                ]
-                if watched
-                else [],
-            }
-        ),
-        flush=True,
-    )
+    assert run.guest_ticks is not None
+    sources = [
+        [Seen(t.expiry_ns, t.period_ns, t.verdict, t.where, t.inject_ns) for t in report]
+        for report in run.sources
+    ]
+    test.send(Said(run.guest_ticks, observer.lost if observer else 0, sources))
 
 
-if __name__ == "__main__":
-    main(json.loads(sys.argv[-1]))
+def _end(vm: KernelVm, test: Connection) -> None:
+    while (block := vm.parameters()) is None or block.counter < SOME_TICKS:
+        time.sleep(0.001)
+    test.send("ticks")
+    test.recv()
+    vm.vcpus[0].kick()

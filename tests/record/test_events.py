@@ -3,7 +3,7 @@
 import mmap
 
 from kvmtick.host.tracefs import TICK_EVENTS
-from kvmtick.record.events import EVERYTHING, NOTHING, Filters, events_of
+from kvmtick.record.events import EVERYTHING, NOTHING, Filters, events_of, first_filters
 
 
 def texts(
@@ -75,3 +75,12 @@ def test_a_filter_stays_within_a_page() -> None:
     assert found["kvm:kvm_msr"] == TICK_EVENTS["kvm:kvm_msr"]
     assert "prev_pid == 7 " in found["sched:sched_switch"]
     assert 0 < filters.unfollowed < len(many)
+
+
+def test_a_kernel_without_a_function_of_kvm() -> None:
+    """Without an in-kernel PIT (CONFIG_KVM_IOAPIC) only the local APICs' timers are there."""
+    found = first_filters(["apic_timer_fn"])
+    assert found["timer:hrtimer_start"] == "function.function == apic_timer_fn"
+    assert found["sched:sched_kthread_work_queue_work"] == NOTHING
+    assert found["kvm:kvm_pio"] == ""
+    assert first_filters(["pit_timer_fn", "apic_timer_fn", "pit_do_work"]) == TICK_EVENTS

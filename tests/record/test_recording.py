@@ -84,6 +84,7 @@ def test_the_instance_is_set_up_before_it_starts(tmp_path: Path, proc: FakeProc)
     assert made.calls == [
         ("buffer", "128"),
         ("buffer_percent", "25"),
+        ("buffer_subbuf_size_kb", "8"),
         ("start",),
         ("stop",),
         ("close",),
@@ -217,3 +218,10 @@ def test_only_its_owner_may_read_it(tmp_path: Path) -> None:
     with OutFile(tmp_path / "t.ktrace") as file:
         file.write(b"x")
     assert (tmp_path / "t.ktrace").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_kernel_without_kvm(proc: FakeProc) -> None:
+    tracefs = FakeTracefs([])
+    tracefs.has_event = lambda event: not event.startswith("kvm:")
+    with pytest.raises(HostError, match=r"no trace event kvm:kvm_eoi; load KVM first: modprobe"):
+        Recording(tracefs, HostVms(proc=proc.path), Settings())

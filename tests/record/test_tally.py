@@ -101,3 +101,13 @@ def test_a_timer_at_an_address_that_is_used_again() -> None:
 def test_a_page_without_ticks() -> None:
     tally = tallied([(0, bytes(4096))])
     assert (tally.ticks, tally.timers, tally.interrupted) == (0, {}, set())
+
+
+def test_a_kernel_without_the_events_of_work() -> None:
+    """Before Linux 5.11: a PIT that was running stays nobody's."""
+    formats = {name: text for name, text in FORMATS.items() if name.startswith("hrtimer")}
+    tally = Tally(formats, FUNCTIONS)
+    for _, page in pages_of("tick-pic"):
+        tally.page(without_starts(page))
+    assert tally.ticks == tallied(pages_of("tick-pic")).ticks
+    assert {timer.tid for timer in tally.timers.values()} == {0}

@@ -61,9 +61,11 @@ def main(argv: list[str]) -> int:
         run = run_on_kernel(options, guest, ticks=ticks, for_ns=for_ns, limit_s=wall_limit_s)
         return _exit_code(run)
     with contextlib.ExitStack() as stack:
-        vm, teller = _build(options, where, guest, stack)
+        traced = stack.enter_context(contextlib.ExitStack())
+        vm, teller = _build(options, where, guest, stack, traced)
         gdb = None if gdb_port is None else _gdb(gdb_port, vm, stack)
         with (
+            traced,
             _progress(options, vm, guest, for_ns, ticks),
             live_text(options, vm.machine.ports, guest),
         ):
@@ -104,8 +106,13 @@ def _check_counter(options: argparse.Namespace, guest: Guest) -> None:
 
 
 def _build(
-    options: argparse.Namespace, where: Where, guest: Guest, stack: contextlib.ExitStack
+    options: argparse.Namespace,
+    where: Where,
+    guest: Guest,
+    stack: contextlib.ExitStack,
+    traced: contextlib.ExitStack,
 ) -> tuple[ModelVm, StoryTeller | None]:
+    """The VM, its guest loaded. The caller closes `traced` when the run is over."""
     host = None
     if where.cpu == "kvm":
         from kvmtick.cpu.hostkvm import HostKvm
@@ -137,7 +144,7 @@ def _build(
     teller = _tell(options, vm)
     recorder = vm.machine.recorder
     about = VmInfo(VMM_PID, guest.name, reinject=reinject_of(options, guest))
-    writer = stack.enter_context(
+    writer = traced.enter_context(
         trace_writer(
             options.trace,
             lambda: recorder.tasks,
@@ -147,6 +154,7 @@ def _build(
     )
     if writer is not None:
         recorder.add_consumer(writer)
+        traced.callback(recorder.remove_consumer, writer)
     vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
     if host is not None and guest.parameters is not None:

@@ -35,22 +35,23 @@ def run_on_kernel(
     asked for.
     """
     foreign_ticks = ticks if guest.parameters is None else None
-    with KernelVm(ram_bytes=guest.needs.ram_bytes) as vm, _observer(options, guest, vm) as observer:
-        if observer is None and foreign_ticks is not None:
-            _check_tracefs(f"--ticks {foreign_ticks}: the ticks of a file are counted there")
-        vm.prepare(guest.needs, options.reinject is not False)
-        vm.load(guest)
-        if guest.parameters is not None:
-            tsc_khz = vm.get_tsc_khz().to_bytes(4, "little")
-            vm.write_memory(guest.parameters.tsc_khz, tsc_khz)
-        with live_text(options, vm.user.ports, guest):
-            run = vm.run(
-                ticks=foreign_ticks,
-                for_ns=for_ns,
-                limit_s=limit_s,
-                counter=address("--counter", options.counter),
-                observer=observer,
-            )
+    with KernelVm(ram_bytes=guest.needs.ram_bytes) as vm:
+        with _observer(options, guest, vm) as observer:
+            if observer is None and foreign_ticks is not None:
+                _check_tracefs(f"--ticks {foreign_ticks}: the ticks of a file are counted there")
+            vm.prepare(guest.needs, options.reinject is not False)
+            vm.load(guest)
+            if guest.parameters is not None:
+                tsc_khz = vm.get_tsc_khz().to_bytes(4, "little")
+                vm.write_memory(guest.parameters.tsc_khz, tsc_khz)
+            with live_text(options, vm.user.ports, guest):
+                run = vm.run(
+                    ticks=foreign_ticks,
+                    for_ns=for_ns,
+                    limit_s=limit_s,
+                    counter=address("--counter", options.counter),
+                    observer=observer,
+                )
         report(options, guest, run)
         return run
 
@@ -69,7 +70,8 @@ def _observer(
         print(f"kvmtick: nobody sees the ticks: {error}", file=sys.stderr)
         yield None
         return
-    about = VmInfo(os.getpid(), guest.name, reinject=reinject_of(options, guest))
+    reinject = reinject_of(options, guest)
+    about = VmInfo(os.getpid(), guest.name, reinject=reinject, from_start=True)
     with trace_writer(
         options.trace,
         lambda: trace.tasks,

@@ -16,11 +16,14 @@ __all__ = ["show_report", "show_story"]
 _COLOURS = {Severity.PROBLEM: "red", Severity.NOTICE: "yellow", Severity.GOOD: "green"}
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 _WIDTH = 100
+_WIDEST = 10_000
+"""A row of a table is one line; a terminal may wrap it."""
 
 
 def show_report(report: Report, worst: int) -> None:
     """Print it; `worst`: so many of each timer's worst ticks."""
     console = ReportConsole()
+    console.width = _WIDEST
     show = console.print
     seconds = (report.end_ns - report.start_ns) / 1e9
     show(f"[bold]{escape(report.path.name)}[/]: {escape(report.origin)}")
@@ -64,7 +67,7 @@ def _show_finding(console: Console, finding: Finding, names: dict[int, str]) -> 
 
 def _paragraph(console: Console, text: str) -> None:
     """Wrapped, for it is meant to be read."""
-    width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
+    width = min(ReportConsole().width, _WIDTH) if console.is_terminal else _WIDTH
     for line in wrap(
         text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     ):

@@ -61,15 +61,20 @@ class HostVm:
     reinject: bool | None = None
     """How its command line sets the PIT; None if it does not."""
     looks: dict[int, int] = field(default_factory=dict)
-    """How often its living threads were looked at."""
+    """How often its threads were looked at, those that live."""
 
     def workers(self) -> list[int]:
-        """Its kvm-pit workers."""
-        return [tid for tid, comm in self.threads.items() if _WORKER.fullmatch(comm)]
+        """Its kvm-pit workers that live."""
+        return [tid for tid in self.looks if _WORKER.fullmatch(self.threads.get(tid, ""))]
+
+    def runners(self) -> list[int]:
+        """Its vCPUs' threads that live; all threads while none is known."""
+        return [tid for tid in self.looks if tid in self.vcpus] or list(self.looks)
 
     def new_threads(self) -> list[int]:
         """Threads that the last scan found and that may be vCPUs, as far as is known."""
-        return [tid for tid, looks in self.looks.items() if looks == 1 and tid not in self.vcpus]
+        known = {*self.vcpus, *self.workers()}
+        return [tid for tid, looks in self.looks.items() if looks == 1 and tid not in known]
 
 
 class HostVms:
@@ -85,7 +90,8 @@ class HostVms:
         self._known: dict[int, float] = {}
         """When a process was first seen."""
         self._next: dict[int, float] = {}
-        self._workers: dict[int, dict[int, str]] = {}
+        self._workers: dict[int, list[int]] = {}
+        """kvm-pit threads by the process they work for."""
 
     def scan(self, now_s: float) -> bool:
         """Look at what is due; whether something is new."""
@@ -98,8 +104,7 @@ class HostVms:
             if now_s >= self._next.get(pid, now_s):
                 self._look(pid, now_s)
         for pid, vm in self.vms.items():
-            if pid in pids:
-                self._look_at_threads(vm)
+            self._look_at_threads(vm, pids if pid in pids else set())
         return self.changes != before
 
     def _look(self, pid: int, now_s: float) -> None:
@@ -108,10 +113,10 @@ class HostVms:
         self._next[pid] = now_s + min(now_s - first_s, _LONGEST_PAUSE_S)
         if pid in self.vms:
             return
-        comm = self._comm(pid)
+        comm = self._comm(pid, pid)
         worker = _WORKER.fullmatch(comm)
         if worker is not None:
-            self._workers.setdefault(int(worker[1]), {})[pid] = comm
+            self._workers.setdefault(int(worker[1]), []).append(pid)
             self._next[pid] = float("inf")
             if int(worker[1]) in self._known:
                 self._look_for_vm(int(worker[1]), now_s)
@@ -133,24 +138,23 @@ class HostVms:
         argv = self._argv(pid)
         return HostVm(pid, vm_name(argv, pid), reinject=vm_reinject(argv))
 
-    def _look_at_threads(self, vm: HostVm) -> None:
-        found = [(tid, comm) for tid, comm in self._workers.get(vm.pid, {}).items()]
-        with suppress(OSError):
-            tids = [int(name) for name in os.listdir(self._proc / str(vm.pid) / "task")]
-            vm.looks = {tid: vm.looks.get(tid, 0) + 1 for tid in tids}
-            found += [(tid, self._thread_name(vm, tid)) for tid in tids]
-        for tid, comm in found:
-            if comm and vm.threads.get(tid) != comm:
+    def _look_at_threads(self, vm: HostVm, pids: Collection[int]) -> None:
+        """`pids`: the processes there are; none: the VM has ended."""
+        tids = [tid for tid in self._workers.get(vm.pid, ()) if tid in pids]
+        if pids:
+            with suppress(OSError):
+                tids += map(int, os.listdir(self._proc / str(vm.pid) / "task"))
+        vm.looks = {tid: vm.looks.get(tid, 0) + 1 for tid in tids}
+        for tid, looks in vm.looks.items():
+            comm = vm.threads.get(tid, "")
+            if looks <= _NAMING_LOOKS:
+                comm = self._comm(vm.pid, tid) or comm
+            if vm.threads.get(tid, "") != comm:
                 vm.threads[tid] = comm
                 self.changes += 1
             if tid not in vm.vcpus and (vcpu := self._vcpu(vm.pid, tid, comm)) is not None:
                 vm.vcpus[tid] = vcpu
                 self.changes += 1
-
-    def _thread_name(self, vm: HostVm, tid: int) -> str:
-        if vm.looks[tid] > _NAMING_LOOKS:
-            return vm.threads.get(tid, "")
-        return self._comm(vm.pid, "task", str(tid))
 
     def _vcpu(self, pid: int, tid: int, comm: str) -> int | None:
         named = _VCPU_COMM.fullmatch(comm)
@@ -185,7 +189,7 @@ class HostVms:
         except PermissionError:
             raise HostError(f"process {pid} may not be looked at", "record as root") from None
         if _VM_FD not in links:
-            raise NoVmError(f"process {pid} ({self._comm(pid)}) has no VM of KVM")
+            raise NoVmError(f"process {pid} ({self._comm(tgid, pid)}) has no VM of KVM")
         return tgid
 
     def _descriptors(self, pid: int) -> Iterator[str]:
@@ -198,10 +202,11 @@ class HostVms:
             with suppress(FileNotFoundError):
                 yield os.readlink(f"{where}/{name}")
 
-    def _comm(self, pid: int, *where: str) -> str:
-        with suppress(OSError):
-            path = self._proc.joinpath(str(pid), *where, "comm")
-            return path.read_text(errors="replace").rstrip("\n")
+    def _comm(self, pid: int, tid: int) -> str:
+        """A thread's name; of a worker, which is no thread of the process, that of its own."""
+        for where in (f"{pid}/task/{tid}", str(tid)):
+            with suppress(OSError):
+                return (self._proc / where / "comm").read_text(errors="replace").rstrip("\n")
         return ""
 
     def _argv(self, pid: int) -> list[str]:

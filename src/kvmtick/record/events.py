@@ -6,12 +6,12 @@ events and those of work items happen in any thread: they cannot be limited to s
 """
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 from kvmtick.host.tracefs import TICK_EVENTS
 
-__all__ = ["NOTHING", "Filters", "events_of"]
+__all__ = ["NOTHING", "Filters", "events_of", "first_filters"]
 
 KVM_EXIT: Final = "kvm:kvm_exit"
 KVM_ENTRY: Final = "kvm:kvm_entry"
@@ -36,6 +36,20 @@ def events_of(*, entries: bool, sched: bool) -> list[str]:
         *([KVM_EXIT] if entries else []),
         *([SWITCH, WAKING] if sched else []),
     ]
+
+
+def first_filters(functions: Collection[str]) -> dict[str, str]:
+    """The filters of a tick's events where the kernel has these functions: it refuses others. An
+    event of none of them is not recorded: NOTHING.
+    """
+    return {event: _of_known(filter_, functions) for event, filter_ in TICK_EVENTS.items()}
+
+
+def _of_known(filter_: str, functions: Collection[str]) -> str:
+    if ".function == " not in filter_:
+        return filter_
+    terms = filter_.split(" || ")
+    return " || ".join(term for term in terms if term.split()[-1] in functions) or NOTHING
 
 
 class Filters:
@@ -123,8 +137,3 @@ def _fitting(
     while len(text := " || ".join(terms(wanted[:fit]))) > _MOST_BYTES:
         fit = fit * 9 // 10
     return text or NOTHING, fit
-
-
-def changed(texts: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
-    """What is not as before."""
-    return {event: text for event, text in texts.items() if before.get(event) != text}

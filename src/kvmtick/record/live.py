@@ -25,7 +25,7 @@ WINDOW_S: Final = 0.1
 SHARE: Final = 0.05
 """So much of one CPU may go into samples."""
 EVERY_S: Final = 1.0
-MOST_PAGES: Final = 400
+MOST_BYTES: Final = 1 << 21
 """More are too many to be decoded while the buffers fill: a shorter window is taken next time."""
 
 _CAME: Final = (Verdict.DELIVERED, Verdict.LATE, Verdict.REINJECTED)
@@ -61,10 +61,11 @@ class LiveSamples:
     def sample(self, recording: Recording, pages: list[tuple[int, bytes]]) -> None:
         """Judge the ticks of a short while."""
         start_s = time.thread_time()
-        if len(pages) <= MOST_PAGES:
+        size_bytes = sum(len(page) for _, page in pages)
+        if size_bytes <= MOST_BYTES:
             self._judge(recording, pages)
         else:
-            self._window_s *= MOST_PAGES / 2 / len(pages)
+            self._window_s *= MOST_BYTES / 2 / size_bytes
         cost_s = time.thread_time() - start_s
         self._next_s = time.monotonic() + max(EVERY_S, cost_s / SHARE)
 

@@ -23,9 +23,9 @@ from typing import Final, Protocol
 
 from kvmtick.abi.closing import Closing
 from kvmtick.abi.errors import HostError
-from kvmtick.host.tracefs import TICK_EVENTS, Instance, Lost, Tracefs
+from kvmtick.host.tracefs import Instance, Lost, Tracefs
 from kvmtick.host.vms import HostVm, HostVms
-from kvmtick.record.events import Filters, events_of
+from kvmtick.record.events import NOTHING, Filters, events_of, first_filters
 from kvmtick.record.out_file import OutFile
 from kvmtick.record.tally import Tally
 from kvmtick.trace.events import Function
@@ -38,6 +38,8 @@ __all__ = ["Recording", "Settings", "Summary", "VmSummary", "Watcher", "default_
 LONGEST_SLEEP_S: Final = 1.0
 WAKE_PERCENT: Final = 25
 """So full a CPU's buffer may become before it is emptied."""
+PAGE_KIB: Final = 64
+"""Reading few large pages costs half of what many small ones do."""
 SETTLED_NS: Final = 100_000_000
 """An event is in the buffer at the latest so long after its time, also where the host of a
 virtual machine takes its CPUs away.
@@ -60,6 +62,7 @@ _COUNT_STORED: Final = 1 << 30
 _COUNT_BYTES: Final = 8
 """Of a page's `commit` (`kvmtick.trace.pages`)."""
 
+NEEDED: Final = ("kvm:kvm_eoi", "timer:hrtimer_expire_entry", "timer:hrtimer_start")
 FUNCTIONS: Final = tuple(function.name.lower() for function in Function)
 
 
@@ -152,6 +155,8 @@ class _State:
     scan_at_s: float
     names_at_s: float
     filters: dict[str, str]
+    end_ns: int = 0
+    """When it was stopped; 0: it runs."""
     named: set[int] = field(default_factory=set)
     told_changes: int = -1
 
@@ -165,11 +170,18 @@ class Recording(Closing):
         self._tracefs = tracefs
         self._settings = settings
         wanted = events_of(entries=settings.entries, sched=settings.sched)
-        self.events = [event for event in wanted if tracefs.has_event(event)]
-        self.missing = [event for event in wanted if event not in self.events]
-        if "timer:hrtimer_expire_entry" not in self.events or not self._has_kvm():
-            raise HostError(f"this kernel has no {self.missing[0]}", "load the kvm module first")
+        for event in NEEDED:
+            if not tracefs.has_event(event):
+                what = f"this kernel has no trace event {event}"
+                raise HostError(what, "load KVM first: modprobe kvm_intel, or kvm_amd")
         self.functions = tracefs.functions(*FUNCTIONS)
+        self._first_filters = first_filters(self.functions.values())
+        self.events = [
+            event
+            for event in wanted
+            if tracefs.has_event(event) and self._first_filters.get(event) != NOTHING
+        ]
+        self.missing = [event for event in wanted if event not in self.events]
         self.formats = {event: tracefs.format_text(event) for event in self.events}
         self.header_page = tracefs.read("events/header_page")
         self._end_of = _end_finder(self.header_page)
@@ -180,9 +192,6 @@ class Recording(Closing):
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
         self._last = Summary(0, 0, Lost(0, 0, 0), 0, 0, [], 0, self.missing, 0)
-
-    def _has_kvm(self) -> bool:
-        return any(event.startswith("kvm:") for event in self.events)
 
     def stop(self) -> None:
         """End it soon; for any thread, and for signal handlers."""
@@ -225,10 +234,12 @@ class Recording(Closing):
             raise HostError(what, "give a smaller --buffer") from None
         with suppress(HostError):  # kernels before 4.16 wake by their own count
             instance.write("buffer_percent", str(WAKE_PERCENT))
+        with suppress(HostError):  # kernels before 6.8 have pages of 4 KiB only
+            instance.write("buffer_subbuf_size_kb", str(max(4, min(PAGE_KIB, kib // 16))))
         self.vms.scan(time.monotonic())
         texts = self._texts()
         for event in self.events:
-            instance.enable(event, texts.get(event) or TICK_EVENTS.get(event, ""))
+            instance.enable(event, texts.get(event) or self._first_filters.get(event, ""))
 
     def _header(self) -> Header:
         return Header(
@@ -341,9 +352,11 @@ class Recording(Closing):
         """The filters that are right now."""
         vms = self.vms.vms.values()
         return self._filters.texts(
-            threads=[tid for vm in vms for tid in vm.threads],
-            followed=[tid for vm in vms for tid in vm.workers()]
-            + [tid for vm in vms for tid in vm.vcpus or vm.threads],
+            threads=[tid for vm in vms for tid in vm.looks],
+            followed=[
+                *(tid for vm in vms for tid in vm.workers()),
+                *(tid for vm in vms for tid in vm.runners()),
+            ],
             new=[tid for vm in vms for tid in vm.new_threads()],
             timers=self.tally.timers,
         )
@@ -354,11 +367,12 @@ class Recording(Closing):
         state = self._running()
         try:
             state.instance.stop()
+            state.end_ns = time.monotonic_ns()
             self._take(all_of_it=True)
             self.vms.scan(time.monotonic())
             state.names_at_s = 0.0
             self._tell(time.monotonic())
-            state.writer.end(time.monotonic_ns(), state.instance.lost().total)
+            state.writer.end(state.end_ns, state.instance.lost().total)
             state.file.flush()
         finally:
             self._last = self._count()
@@ -376,7 +390,7 @@ class Recording(Closing):
 
     def _count(self) -> Summary:
         state = self._running()
-        elapsed_ns = time.monotonic_ns() - state.start_ns
+        elapsed_ns = (state.end_ns or time.monotonic_ns()) - state.start_ns
         owners = {tid: vm.pid for vm in self.vms.vms.values() for tid in vm.threads}
         ticks: dict[int, dict[str, int]] = {pid: {} for pid in self.vms.vms}
         unowned = 0

@@ -10,7 +10,7 @@ recording goes on by itself: it is its VM's whose worker runs the work that its 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -25,6 +25,7 @@ _START = "hrtimer_start"
 _EXPIRE = "hrtimer_expire_entry"
 _QUEUE = "sched_kthread_work_queue_work"
 _EXECUTE = "sched_kthread_work_execute_start"
+_EVENTS = (_START, _EXPIRE, _QUEUE, _EXECUTE)
 _HARDIRQ: Final = 0x08
 """In `common_flags`."""
 _IN_HARDIRQ = re.escape(bytes(flags for flags in range(256) if flags & _HARDIRQ))
@@ -61,7 +62,7 @@ class Tally:
         """By address."""
         self.interrupted: set[int] = set()
         """Threads in whose interrupts they expired."""
-        by_name = {name: parse_format(text) for name, text in formats.items()}
+        by_name = {name: parse_format(formats[name]) for name in _EVENTS if name in formats}
         packed = {name: at.to_bytes(8, "little") for at, name in functions.items()}
         self._sources = {
             packed[name]: source for name, source in _SOURCES.items() if name in packed
@@ -73,8 +74,8 @@ class Tally:
         self._starts = _pattern(by_name[_START], "hrtimer", timers, _IN_A_THREAD)
         self._pit_patterns = (
             (_EXPIRE, _pattern(by_name[_EXPIRE], "hrtimer", pit)),
-            (_QUEUE, _pattern(by_name[_QUEUE], "work", works, _IN_HARDIRQ)),
-            (_EXECUTE, _pattern(by_name[_EXECUTE], "work", works)),
+            (_QUEUE, _pattern(by_name.get(_QUEUE), "work", works, _IN_HARDIRQ)),
+            (_EXECUTE, _pattern(by_name.get(_EXECUTE), "work", works)),
         )
         self._works: dict[int, int] = {}
         """Work items of PITs that nobody is known to own: their timer."""
@@ -153,19 +154,26 @@ class Tally:
 
 
 def _pattern(
-    format_: EventFormat, object_: str, functions: Iterable[bytes], flags: bytes | None = None
+    format_: EventFormat | None,
+    object_: str,
+    functions: Sequence[bytes],
+    flags: bytes | None = None,
 ) -> re.Pattern[bytes]:
-    """What finds an event's records of these functions; `flags`: what `common_flags` may be."""
+    """What finds an event's records of these functions; `flags`: what `common_flags` may be.
+    Without the event or a function it finds nothing.
+    """
+    if format_ is None or not functions:
+        return re.compile(rb"(?!)")
     fields = format_.fields
     parts = [
         (fields["common_type"], re.escape(format_.id.to_bytes(2, "little"))),
         (fields["common_flags"], b"[%s]" % flags if flags else b"."),
         (fields["common_pid"], b"(.{4})"),
         (fields[object_], b"(.{8})"),
-        (fields["function"], b"(%s)" % (b"|".join(map(re.escape, functions)) or b"(?!)")),
+        (fields["function"], b"(%s)" % b"|".join(map(re.escape, functions))),
     ]
     pattern, at = b"", 0
     for where, part in sorted(parts, key=lambda each: each[0].offset):
         pattern += b".{%d}%s" % (where.offset - at, part)
         at = where.offset + where.size
-    return re.compile(pattern.removeprefix(b".{0}").replace(b".{0}", b""), re.DOTALL)
+    return re.compile(pattern.replace(b".{0}", b""), re.DOTALL)

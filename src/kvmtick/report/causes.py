@@ -138,6 +138,9 @@ class Causes:
             return self.of_arrival(tick)
         if verdict is Verdict.COALESCED and tick.where is Where.WORKER:
             since_ns = tick.fired_ns - 1 if before is None else before.fired_ns
+            if tick.fired_ns - tick.expiry_ns > tick.fired_ns - since_ns:
+                # A timer that is late catches up at once: no worker runs in between.
+                return Cause(CauseKind.TIMER_LATE, tick.fired_ns - tick.expiry_ns)
             cause = self._worker(tick.fired_ns - 1, tick.fired_ns)
             if cause.kind is CauseKind.WORKER_LATE:
                 return replace(cause, ns=tick.fired_ns - since_ns)
@@ -185,7 +188,7 @@ class Causes:
         for task in self._vm.workers:
             pid = pid_of(self._vm.tasks[task])
             waits = [w for w in self._waits.waits(pid, start_ns, end_ns) if not w.asleep]
-            wait = max(waits, key=lambda wait: wait.ns, default=None)
+            wait = max(waits, key=lambda w: w.within(start_ns, end_ns), default=None)
             if wait is not None and wait.within(start_ns, end_ns) * _HALF >= end_ns - start_ns:
                 return _waited(CauseKind.WORKER_WAITED, pid, wait)
         return Cause(CauseKind.WORKER_LATE, end_ns - start_ns)
@@ -221,7 +224,7 @@ class Causes:
                 continue
             if asleep:
                 return Cause(CauseKind.VCPU_ASLEEP, off_ns, pid)
-            longest = max(waits, key=lambda wait: wait.ns)
+            longest = max(waits, key=lambda w: w.within(start_ns, end_ns))
             return replace(_waited(CauseKind.VCPU_WAITED, pid, longest), ns=off_ns)
         return None
 

@@ -66,6 +66,8 @@ class VmTicks:
         )
         if not trace.is_complete:
             self.assembler.begin_in_the_middle(share.info.reinject)
+            if share.info.from_start:
+                self.assembler.created()
 
     @property
     def info(self) -> VmInfo:
@@ -149,6 +151,11 @@ class HostTicks:
             if progress is not None:
                 progress()
         self.settle()
+
+    @property
+    def is_gathering(self) -> bool:
+        """The beginning is still being gathered: nothing was handed out yet."""
+        return self._first is not None
 
     def take(self, batch: list[Record]) -> None:
         """The next records of the whole host."""

@@ -173,6 +173,12 @@ class TickAssembler:
         self._lose(why)
         self._pit.begin_in_the_middle(why, reinject)
 
+    def created(self) -> None:
+        """The VM is made here: nothing was before."""
+        self._apics.created()
+        self._timers.created()
+        self._pit.created()
+
     def judge_by(self, pit: str, lapic: str, sees_masks: bool) -> None:
         """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
         can; and whether the records show when a timer's LVT entry is masked.
@@ -270,9 +276,7 @@ class TickAssembler:
 
     def _apicv_inhibit_changed(self, record: Record) -> None:
         if is_creation(record):
-            self._apics.created()
-            self._timers.created()
-            self._pit.created()
+            self.created()
         else:
             self._pit.apicv_inhibit_changed(record)
 

@@ -16,7 +16,6 @@ Not modelled: the preempt count, and interrupts other than hard ones.
 """
 
 import itertools
-import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from typing import BinaryIO
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.ktrace import Header, KtraceWriter
-from kvmtick.trace.vms import VmInfo
+from kvmtick.trace.vms import VmInfo, vcpu_of_name
 
 __all__ = ["MODEL_EVENTS", "KtraceEncoder"]
 
@@ -64,7 +63,6 @@ _FUNCTION_FIELD = 4
 _LOST_EVENTS = int(Event.LOST_EVENTS)
 _IDLE = "<idle>-0"
 _UNNAMED = "<...>"
-_VCPU = re.compile(r"CPU (\d+)/KVM")
 
 
 def _id(event: int) -> int:
@@ -168,8 +166,8 @@ class KtraceEncoder:
             comm = task.rpartition("-")[0]
             if pid > 0 and comm != _UNNAMED:
                 threads[pid] = comm
-                match = _VCPU.match(comm)
-                if match:
-                    vcpus[pid] = int(match[1])
+                vcpu = vcpu_of_name(comm)
+                if vcpu is not None:
+                    vcpus[pid] = vcpu
         self._vm = replace(before, threads=threads, vcpus=vcpus)
         return self._vm != before

@@ -34,6 +34,8 @@ class VmInfo:
     """tid to vCPU id, where it is known."""
     reinject: bool | None = None
     """How its PIT was set when the recording began; None if nobody knows."""
+    from_start: bool = False
+    """It is known not to have run before its first record."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -43,6 +45,7 @@ class VmInfo:
             "threads": {str(tid): comm for tid, comm in self.threads.items()},
             "vcpus": {str(tid): vcpu for tid, vcpu in self.vcpus.items()},
             "reinject": self.reinject,
+            "from_start": self.from_start,
         }
 
     @classmethod
@@ -54,4 +57,5 @@ class VmInfo:
             threads={int(tid): str(comm) for tid, comm in told["threads"].items()},
             vcpus={int(tid): int(vcpu) for tid, vcpu in told["vcpus"].items()},
             reinject=None if told["reinject"] is None else bool(told["reinject"]),
+            from_start=bool(told.get("from_start", False)),
         )
