@@ -135,6 +135,8 @@ def test_without_an_event_ticks_are_unknown_but_not_wrong(
                 assert len(lives) == len(fewer)
                 told = [(a, b) for a, b in zip(lives, fewer) if b.verdict is not Verdict.UNKNOWN]
                 unknown += len(lives) - len(told)
-                assert [p for p in told if (p[0].verdict, p[0].where) != (p[1].verdict, p[1].where)] == []
+                assert [
+                    p for p in told if (p[0].verdict, p[0].where) != (p[1].verdict, p[1].where)
+                ] == []
         assert unknown > TICKS
         assert f"{event} was not recorded" in kvmtick("report", path)

@@ -50,7 +50,8 @@ def open_report(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     """Opens a report's page; at the end: no complaint on the console, nothing else loaded."""
 
     def open_it(report: Report) -> Browser:
-        write_page(report, tmp_path / "page.html")
+        with (tmp_path / "page.html").open("wb") as file:
+            write_page(report, file)
         browser.open(tmp_path / "page.html")
         return browser
 
@@ -245,7 +246,8 @@ def test_hostile_names_are_names(open_report: Open) -> None:
 
 def test_the_policy_stops_what_would_get_in(browser: Browser, tmp_path: Path) -> None:
     text = tmp_path / "page.html"
-    write_page(made_report(60), text)
+    with text.open("wb") as file:
+        write_page(made_report(60), file)
     inside = "</main><img src='http://127.0.0.1:9/x' onerror='hacked=1'><script>hacked=1</script>"
     text.write_text(text.read_text(encoding="utf-8").replace("</main>", inside), encoding="utf-8")
     browser.open(text)

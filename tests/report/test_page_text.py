@@ -137,7 +137,8 @@ def test_no_ticks_and_no_vms() -> None:
 
 
 def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
-    write_page(made_report(words=lambda text: f"{text}\udcff\0"), tmp_path / "x.html")
+    with (tmp_path / "x.html").open("wb") as file:
+        write_page(made_report(words=lambda text: f"{text}\udcff\0"), file)
     assert "vm-0?" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 

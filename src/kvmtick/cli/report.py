@@ -193,9 +193,9 @@ def _writers(
         html = stack.enter_context(replaced(Path(options.html)))
 
         def write_html(report: Report) -> None:
-            from kvmtick.report.page import page_text
+            from kvmtick.report.page import write_page
 
-            html.write(page_text(report).encode())
+            write_page(report, html)
 
         yield write_html
     if options.png is not None:

@@ -9,7 +9,9 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from html import escape
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from kvmtick.report.data import Finding, Report, SourceReport, VmReport, WorstTick
 from kvmtick.report.page_data import drawn, page_data, script_json
@@ -22,9 +24,9 @@ from kvmtick.timing.host import format_ns
 __all__ = ["page_text", "write_page"]
 
 
-def write_page(report: Report, path: Path) -> None:
-    """Write the page to `path`. Raises OSError."""
-    path.write_bytes(page_text(report).encode(errors="replace"))
+def write_page(report: Report, file: BinaryIO | FileIO) -> None:
+    """Write the page to a binary file."""
+    file.write(page_text(report).encode(errors="replace"))
 
 
 def page_text(report: Report) -> str:

@@ -10,8 +10,8 @@ import math
 import textwrap
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from io import BytesIO, FileIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvmtick.report.data import Finding, Report, Severity, SourceReport, VmReport
 from kvmtick.report.extras import extra
@@ -59,8 +59,8 @@ _STYLE: dict[Any, object] = {
 }
 
 
-def write_picture(report: Report, path: Path | IO[bytes]) -> None:
-    """Write the PNG to a path or an open file. Raises OSError; `HostError` without matplotlib."""
+def write_picture(report: Report, file: BinaryIO | FileIO) -> None:
+    """Write the PNG to a binary file. Raises `HostError` without matplotlib."""
     with extra("report", "--png"):
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +72,9 @@ def write_picture(report: Report, path: Path | IO[bytes]) -> None:
         matplotlib.rcParams.update(_STYLE)
         figure = _figure(report)
         FigureCanvasAgg(figure)
-        figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+        png = BytesIO()
+        figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
+    file.write(png.getvalue())
 
 
 def _figure(report: Report) -> Figure:

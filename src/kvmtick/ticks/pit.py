@@ -67,6 +67,7 @@ QUEUED_NS = 50_000
 REINJECT_UNKNOWN = "whether ticks are reinjected was not known yet"
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
+_PIT_DO_WORK = int(Function.PIT_DO_WORK)
 _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
@@ -167,8 +168,8 @@ class PitTicks(Source):
         worker = run[2]
         if (
             expiry[4] != _PIT_TIMER_FN
-            or start[3] != expiry[3]
-            or start[2] != expiry[2]
+            or run[4] != _PIT_DO_WORK
+            or start[2:5] != expiry[2:5]
             or not start[2] & IRQ_CONTEXT
             or batch[at + 1][2] != expiry[2]
             or batch[pulse][2] != worker

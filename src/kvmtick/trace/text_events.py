@@ -5,7 +5,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from kvmtick.trace.decoder import TaskNames
-from kvmtick.trace.events import Event
+from kvmtick.trace.events import TRACEPOINTS, Event
 from kvmtick.trace.text_bodies import EVENTS, OTHER_FUNCTION, Fields, parse_body, thread_names
 from kvmtick.trace.text_lines import line_cpu
 
@@ -19,6 +19,7 @@ EventText = tuple[int, Fields]
 
 _START, _EXPIRE = int(Event.HRTIMER_START), int(Event.HRTIMER_EXPIRE_ENTRY)
 _WAKEUP = int(Event.KVM_VCPU_WAKEUP)
+_CPU = TRACEPOINTS[Event.SCHED_SWITCH].fields.index("cpu")
 _MOST: Final = 1 << 16
 """So many texts are kept."""
 _WAS_ARMED = "was_armed=1"
@@ -58,7 +59,8 @@ class EventTexts:
         self.named: set[int] = set()
         """Threads that scheduler events named."""
         self._tasks = tasks
-        self._timers: dict[str, Fields] = {}
+        self._started: dict[str, Fields] = {}
+        self._expired: dict[str, Fields] = {}
         self._wakeups: dict[tuple[str, str], Fields] = {}
         self._switches: dict[tuple[int, str], EventText] = {}
         special: dict[Event, Reader] = {
@@ -88,9 +90,10 @@ class EventTexts:
     def _hrtimer_start(self, body: str, text: str, line: str) -> EventText | None:
         timer, _, times = body.partition(" expires=")
         try:
-            known = self._timers[timer]
+            known = self._started[timer]
         except KeyError:
-            known = self._timer(Event.HRTIMER_START, timer, body)
+            known = self._timer(Event.HRTIMER_START, body)
+            keep(self._started, timer, known)
         if not known:
             return None
         expires, _, more = times.partition(" ")
@@ -102,16 +105,17 @@ class EventTexts:
         if function:
             timer += function
         try:
-            known = self._timers[timer]
+            known = self._expired[timer]
         except KeyError:
-            known = self._timer(Event.HRTIMER_EXPIRE_ENTRY, timer, body)
+            known = self._timer(Event.HRTIMER_EXPIRE_ENTRY, body)
+            keep(self._expired, timer, known)
         return (_EXPIRE, known + (int(now),)) if known else None  # noqa: RUF005
 
-    def _timer(self, event: Event, timer: str, body: str) -> Fields:
+    def _timer(self, event: Event, body: str) -> Fields:
+        """The timer and its function; `OTHER_FUNCTION` if it is no tick's."""
         known = parse_body(event, body)[:2]
         if known:
             self.seen.add(event)
-        keep(self._timers, timer, known)
         return known
 
     def _kvm_vcpu_wakeup(self, body: str, text: str, line: str) -> EventText:
@@ -128,16 +132,18 @@ class EventTexts:
     # Scheduler events.
 
     def _sched_waking(self, body: str, text: str, line: str) -> EventText | None:
+        found = self._any(Event.SCHED_WAKING, body, text, line)
         self._name_threads(Event.SCHED_WAKING, body)
-        return self._any(Event.SCHED_WAKING, body, text, line)
+        return found
 
     def _sched_switch(self, body: str, text: str, line: str) -> EventText:
         cpu = line_cpu(line)
         found = self._switches.get((cpu, body))
         if found is None:
+            fields = parse_body(Event.SCHED_SWITCH, body)
             self._name_threads(Event.SCHED_SWITCH, body)
             self.seen.add(Event.SCHED_SWITCH)
-            found = int(Event.SCHED_SWITCH), (*parse_body(Event.SCHED_SWITCH, body), cpu)
+            found = int(Event.SCHED_SWITCH), (*fields[:_CPU], cpu, *fields[_CPU + 1 :])
             keep(self._switches, (cpu, body), found)
         return found
 
