@@ -662,10 +662,15 @@ class PitTicks(Source):
         if self.pic.request is not None:
             self.plain_task = record[2]
             self._plain_vcpu = vcpu
-        if not self._apics.sees_nmis():
-            # Such a host's own EOI of the PIC's interrupt acknowledges the pulse, and says nothing.
-            self._irq_ack = self._irq_ack or None
+        self.injected()
         self.pic.inject(self, record[3], vcpu, record[0])
+
+    def injected(self) -> None:
+        """Some interrupt was: a back end that writes its own EOI then acknowledges the pulse by it,
+        and says nothing.
+        """
+        if not self._apics.sees_nmis():
+            self._irq_ack = self._irq_ack or None
 
     def ack_irq(self, record: Record, vcpu: int) -> None:
         """A pin was acknowledged; if GSI 0 leads to it, the PIT hears of it."""
