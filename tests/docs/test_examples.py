@@ -46,6 +46,7 @@ RUN_BLOCKS = {
     "debugger.md": 2,
     "walkthrough.md": 35,
     "json.md": 3,
+    "reporting.md": 1,
     "conformance.md": 5,
     "reading-traces.md": 1,
 }
