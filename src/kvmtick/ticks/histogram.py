@@ -31,11 +31,12 @@ class Histogram:
 
     def add(self, values: Sequence[int]) -> None:
         """Count some values; what is below 0 counts as 0."""
-        if min(values) < 0:
-            values = [max(0, value) for value in values]
-        self.max = max(self.max, *values)
-        self._total += len(values)
         distinct = Counter(values)
+        if min(distinct) < 0:
+            values = [max(0, value) for value in values]
+            distinct = Counter(values)
+        self.max = max(self.max, *distinct)
+        self._total += len(values)
         if 4 * len(distinct) < len(values):
             for key, count in zip(_keys([*distinct]), distinct.values(), strict=True):
                 self._counts[key] += count
