@@ -29,8 +29,8 @@ GUESTS = (
 """The guests there is a recording of; a few ticks each, reinject on."""
 
 RUNS = (
-    "tick-if0 --ticks 60 --no-reinject --fast",
-    "tick-mask --ticks 60 --fast",
+    "tick-if0 --ticks 15 --hold 5ms --no-reinject",
+    "tick-mask --ticks 15 --hold 5ms",
     "tick-noeoi --for 80ms",
     "tick-oneshot --ticks 5",
     "ipi-tick --ticks 5",

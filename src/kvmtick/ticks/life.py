@@ -325,6 +325,7 @@ class TickAssembler:
         self._guest_ran(task, vcpu)
         if not self._pit.pic.takes(vector) and self._apics.requested(vcpu, vector):
             self._apics.inject(vcpu, vector, ts_ns)
+            self._pit.injected()
         else:
             self._apics.injected(vcpu, vector)
             self._pit.inject(record, vcpu or 0)

@@ -22,8 +22,10 @@ names a kernel thread after the one it was made from. Where a text has the proce
 Not modelled: raw fields, times relative to the first; which vCPU a thread runs.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -34,7 +36,7 @@ from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ftrace import SIMULATED
 from kvmtick.trace.text_clock import ClockOffset, first_offset_ns
-from kvmtick.trace.text_events import EventTexts, keep
+from kvmtick.trace.text_events import TIMER_BYTES, EventTexts, keep
 from kvmtick.trace.text_file import TextFile
 from kvmtick.trace.text_lines import (
     Line,
@@ -53,13 +55,15 @@ REORDERED = 1000
 _BATCH = 8000
 
 _START_LINES = 200
-_SAMPLED = 100
+_SAMPLED = 30
+_FEW = 10
 _BY_TIME = itemgetter(0)
 _UNNAMED = "<...>"
 _WORKER = "kvm-pit/"
 
 _START = int(Event.HRTIMER_START)
 _EXPIRE = int(Event.HRTIMER_EXPIRE_ENTRY)
+_WAS_ARMED = "was_armed=1"
 _LOST = int(Event.LOST_EVENTS)
 _IN_EXPIRY = frozenset({_EXPIRE, int(Event.WORK_QUEUE), int(Event.SCHED_WAKING)})
 _OF_VCPUS = frozenset(
@@ -107,6 +111,8 @@ class TextReader:
         """What the last of them stands for."""
         self._cut = itemgetter(slice(None), slice(0), slice(0), slice(0))
         """Of a line: itself, what stands before the point, the digits behind it, the event."""
+        self._others = 1 << 30
+        """Lines of the last block that were not cut there."""
         self._tgids: dict[int, int] = {}
         self._vcpu_tasks: set[int] = set()
         self._end_ns = 0
@@ -164,7 +170,8 @@ class TextReader:
         """The records in order of time, in batches. Raises `FormatError` if they are in none."""
         held: list[Record] = []
         for block in self._file.blocks():
-            records = self._records(block.decode(errors="replace").split("\n"))
+            with _no_collection():
+                records = self._records(block.decode(errors="replace").split("\n"))
             if self._tgids:
                 self._vcpu_tasks |= {r[2] & ~IRQ_CONTEXT for r in records if r[1] in _OF_VCPUS}
             held += self._moved(records)
@@ -205,8 +212,11 @@ class TextReader:
         """
         columns, texts = self._columns, self._texts
         known, readers = texts.known, texts.readers
+        timers, timer_ends = texts.timers, texts.timer_ends
         expiring, gaps = self._expiring, self._gaps
-        self._set_cut(lines)
+        if self._others * _FEW >= len(lines):
+            self._set_cut(lines)
+        self._others = 0
         unit_ns = self._unit_ns
         records: list[Record] = []
         append = records.append
@@ -221,15 +231,27 @@ class TextReader:
                 task, ts_ns, text = parsed
             found = known.get(text)
             if found is None:
-                title, _, body = text.partition(": ")
+                end = timer_ends.get(text[:TIMER_BYTES])
+                timer = timers.get(text[:end])
+                time, _, more = text[end:].partition(" ")
                 try:
-                    found = readers[title](body, text, line)
+                    if timer is not None and timer[2] in (None, more):
+                        event, fields, function = timer
+                        if not fields:
+                            continue
+                        if function is None:
+                            fields += int(time), +more.endswith(_WAS_ARMED)
+                        else:
+                            fields += (int(time),)
+                    else:
+                        title, _, body = text.partition(": ")
+                        found = readers[title](body, text, line)
+                        if found is None:
+                            continue
+                        event, fields = found
                 except ValueError:
                     texts.unknown += 1
                     continue
-                if found is None:
-                    continue
-                event, fields = found
                 if event == _EXPIRE and not task & IRQ_CONTEXT:
                     expiring[task] = fields[0]
             else:
@@ -263,6 +285,7 @@ class TextReader:
         """Task, time and text of an event whose columns are new, at least in this second; None for
         a line of another kind.
         """
+        self._others += 1
         head, _, text = line.partition(": ")
         found = self._columns.get(head[: -1 - self._digits])
         fraction = head[-self._digits :]
@@ -306,6 +329,18 @@ class TextReader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Records are tuples of numbers: to look for cycles in them takes time and finds none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _prepared(path: Path) -> tuple[bool, int]:
