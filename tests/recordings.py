@@ -1,10 +1,16 @@
-"""Small recordings of real runs, from what tests/trace/record.py took of a kernel."""
+"""Small traces in files: of real runs, from what tests/trace/record.py took of a kernel, and of
+simulated ones.
+"""
 
+import contextlib
+import io
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kvmtick.cli import main
 from kvmtick.trace.decoder import Decoder
 from kvmtick.trace.events import Function
 from kvmtick.trace.ktrace import Header, KtraceWriter
@@ -21,6 +27,35 @@ GUESTS = (
     "nmi-watchdog",
 )
 """The guests there is a recording of; a few ticks each, reinject on."""
+
+RUNS = (
+    "tick-if0 --ticks 15 --hold 5ms --no-reinject",
+    "tick-mask --ticks 15 --hold 5ms",
+    "tick-noeoi --for 80ms",
+    "tick-oneshot --ticks 5",
+    "ipi-tick --ticks 5",
+    "nmi-watchdog --ticks 5",
+    "tick-msi --ticks 5",
+)
+"""Simulated runs."""
+
+
+def write_trace(path: Path, source: str) -> Path:
+    """The trace of one of GUESTS or RUNS; a run's in the form that the path's suffix says."""
+    if source in GUESTS:
+        return write_recording(path, source)
+    path.write_bytes(_simulated(source, path.suffix))
+    return path
+
+
+@cache
+def _simulated(run: str, suffix: str) -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, f"run{suffix}")
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = main(["run", *run.split(), "--trace", str(path), "--json"])
+        assert code == 0
+        return path.read_bytes()
 
 
 @cache

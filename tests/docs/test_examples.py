@@ -46,7 +46,9 @@ RUN_BLOCKS = {
     "debugger.md": 2,
     "walkthrough.md": 35,
     "json.md": 3,
+    "reporting.md": 1,
     "conformance.md": 5,
+    "reading-traces.md": 1,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""
 

@@ -24,7 +24,9 @@ OPEN_OBJECTS = dict.fromkeys(
     ("faults", "capabilities", "events", "parameters", "crash.vcpus[].registers"), "name"
 ) | {"coverage": "operation"}
 """Objects whose keys depend on the host or the command line."""
-WHOLE_OBJECTS = ("sources[].ticks", "sources[].latency_ns")
+WHOLE_OBJECTS = tuple(
+    f"{of}sources[].{name}" for of in ("", "vms[].") for name in ("ticks", "latency_ns")
+)
 """Objects that are described elsewhere."""
 
 Fields = dict[str, str]
@@ -105,6 +107,14 @@ def test_run_of_the_apics(guest: str) -> None:
     assert not faults(documented("kvmtick run"), result)
     (source,) = result["sources"]
     assert source["ticks"] == result["ticks"]
+
+
+def test_report(tmp_path: FilePath) -> None:
+    """Of a run with something of everything: a tick that is lost, and one that came late."""
+    trace = str(tmp_path / "run.ktrace")
+    printed("run", "tick-if0", "--hold", "2ms", "--ticks", "20", "--no-reinject", "--trace", trace)
+    result = printed("report", trace, "--story", "1")
+    assert not faults(documented("kvmtick report"), result)
 
 
 def test_paths() -> None:

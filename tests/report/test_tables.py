@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from made import MadeTrace, Make, make, record
-from recordings import GUESTS, write_recording
+from recordings import GUESTS, RUNS, write_recording, write_trace
 
 from kvmtick.abi.errors import HostError
 from kvmtick.report import tables
@@ -31,10 +31,10 @@ __all__ = ["make"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tables.md"
 
 
-@pytest.fixture(params=GUESTS)
+@pytest.fixture(params=(*GUESTS, *RUNS))
 def recording(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A recording of a guest on the kernel."""
-    return write_recording(tmp_path / "t.ktrace", request.param)
+    """A recording of a guest, on the kernel or simulated."""
+    return write_trace(tmp_path / "t.ktrace", request.param)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +63,8 @@ def test_ticks_are_those_of_the_report(recording: Path, tmp_path: Path) -> None:
     expired = 0
     for vm in host.vms:
         for report in vm.assembler.reports():
-            own = [row for row in found if row["source"] == report.source]
+            owner = report.vcpu if report.source == "lapic" else None
+            own = [row for row in found if (row["source"], row["vcpu"]) == (report.source, owner)]
             expired += report.expired
             assert [row["tick"] for row in own] == list(range(1, report.expired + 1))
             assert [row["expiry_ns"] for row in own] == [tick.expiry_ns for tick in report]
@@ -90,6 +91,19 @@ def test_every_event_is_there_once(recording: Path, tmp_path: Path) -> None:
         assert row["text"] == event_text(event)
         assert (row["thread"], row["tid"]) == (thread, int(tid))
         assert row["in_irq"] == bool(event[2] & IRQ_CONTEXT)
+
+
+def test_a_text_gives_the_same_ticks(tmp_path: Path) -> None:
+    run = RUNS[0]
+    for suffix in ("ktrace", "txt"):
+        write_tables(write_trace(tmp_path / f"t.{suffix}", run), tmp_path / suffix)
+    told = ("vm", "source", "tick", "verdict", "path", "vector", "arrival_vcpu")
+    of_recording, of_text = (
+        [[row[name] for name in told] for row in rows(tmp_path / suffix / TICKS)]
+        for suffix in ("ktrace", "txt")
+    )
+    assert of_text == of_recording
+    assert len(rows(tmp_path / "txt" / EVENTS)) == len(rows(tmp_path / "ktrace" / EVENTS))
 
 
 def test_other_vms_events_are_nobodys(tmp_path: Path) -> None:

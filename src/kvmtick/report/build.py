@@ -12,7 +12,7 @@ from kvmtick.report.findings import findings_of
 from kvmtick.report.masks import PicMask
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
-from kvmtick.report.stream import Progress
+from kvmtick.report.stream import Progress, origin
 from kvmtick.report.vcpus import Vcpus
 from kvmtick.report.waits import CpuWaits, pid_of
 from kvmtick.ticks.host import HostTicks, VmTicks
@@ -21,7 +21,6 @@ from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import ApicvInhibitReason, Event, Record
-from kvmtick.trace.ktrace import KtraceReader
 from kvmtick.trace.reading import Trace
 
 __all__ = ["WORST", "build"]
@@ -102,7 +101,7 @@ class _Builder:
         vm_facts = [vm.facts(facts, names) for vm in vms]
         return Report(
             path=path,
-            origin=_origin(trace),
+            origin=origin(trace),
             start_ns=facts.start_ns,
             end_ns=facts.end_ns,
             records=host.records,
@@ -254,9 +253,3 @@ def _constant(is_pit: bool) -> str:
     if not is_pit:
         return "by the period its timer was set to"
     return f"taken for {BELIEVED_HZ} Hz; KVM's PIT runs at {PIT_HZ} Hz"
-
-
-def _origin(trace: Trace) -> str:
-    if isinstance(trace, KtraceReader):
-        return "a simulated run" if trace.is_complete else trace.header.origin
-    return "ftrace text"

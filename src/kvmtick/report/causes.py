@@ -138,6 +138,9 @@ class Causes:
             return self.of_arrival(tick)
         if verdict is Verdict.COALESCED and tick.where is Where.WORKER:
             since_ns = tick.fired_ns - 1 if before is None else before.fired_ns
+            if tick.fired_ns - tick.expiry_ns > tick.fired_ns - since_ns:
+                # A timer that is late catches up at once: no worker runs in between.
+                return Cause(CauseKind.TIMER_LATE, tick.fired_ns - tick.expiry_ns)
             cause = self._worker(tick.fired_ns - 1, tick.fired_ns)
             if cause.kind is CauseKind.WORKER_LATE:
                 return replace(cause, ns=tick.fired_ns - since_ns)

@@ -24,29 +24,33 @@ def replaced(path: Path) -> Iterator[FileIO]:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
         final = path.resolve()
-        beside = final.with_name(f".{final.name}.{os.getpid()}")
-        if final.exists() and not final.is_file():
-            beside = final
-        file = _Output(beside, path)
+        if not final.parent.is_dir():
+            raise NotADirectoryError(0, f"{final.parent} is no directory")
+    beside = final.with_name(f".{final.name}.{os.getpid()}")
+    if final.exists() and not final.is_file():
+        beside = final
+    file = _Output(beside, path)
     try:
         with file:
             yield file
-        with output_errors(path):
-            os.replace(beside, final)
+        if beside != final:
+            with output_errors(path):
+                os.replace(beside, final)
     finally:
         if beside != final:
             beside.unlink(missing_ok=True)
 
 
 class _Output(FileIO):
-    """Writes all of what it is given; what goes wrong is told by the name of the output."""
+    """Writes all it is given; what goes wrong is told by the name of the output."""
 
     def __init__(self, path: Path, output: Path) -> None:
-        super().__init__(path, "w")
         self._output = output
+        with output_errors(output):
+            super().__init__(path, "w")
 
     def write(self, data: Any) -> int:
-        """All of it. Raises `HostError`."""
+        """Write all of it."""
         rest = memoryview(data).cast("B")
         with output_errors(self._output):
             while rest:

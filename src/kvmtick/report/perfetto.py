@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from kvmtick.report.extras import extra
 from kvmtick.report.output import replaced
-from kvmtick.report.stream import Progress, Threads, hops, stream
+from kvmtick.report.stream import Progress, Threads, hops, stream, vcpu_of
 from kvmtick.report.track_events import Arguments, Lanes, TrackEvents
 from kvmtick.ticks.host import VmTicks
 from kvmtick.ticks.source import HOPS, Source
@@ -114,9 +114,8 @@ class _Writer:
     def __init__(self, trace: Trace, file: BinaryIO) -> None:
         self.file = TrackEvents(file)
         self.threads = Threads(trace)
-        self._vms: dict[int, _Vm] = {}
+        self._vms: dict[VmTicks, _Vm] = {}
         self._other = 0
-        self._tasks = trace.tasks
 
     def events(
         self,
@@ -125,6 +124,8 @@ class _Writer:
         by_tid: Mapping[int, VmTicks],
     ) -> None:
         """A batch of events."""
+        for vm in self._vms.values():
+            vm.forget()
         for record, owner in zip(records, owners, strict=True):
             if owner is None:
                 self._no_vm(record)
@@ -139,7 +140,7 @@ class _Writer:
         for tick in ticks:
             follower.life(tick)
 
-    def told(self, record: Record) -> list[tuple[str, int | str | None]]:
+    def notes(self, record: Record) -> bytes:
         """The fields of an event, the thread and whether it was interrupted."""
         told: list[tuple[str, int | str | None]] = list(
             zip(_FIELDS[record[1]], record[HEADER_FIELDS:], strict=True)
@@ -149,24 +150,23 @@ class _Writer:
         thread = self.threads[record[2]]
         where = "interrupted" if record[2] & IRQ_CONTEXT else "thread"
         told.append((where, f"{thread.comm}-{thread.tid}"))
-        return told
+        return self.file.notes(told)
 
     def _vm(self, vm: VmTicks) -> _Vm:
-        known = self._vms.get(id(vm))
+        known = self._vms.get(vm)
         if known is None:
-            number = len(self._vms) + 1
-            known = self._vms[id(vm)] = _Vm(self, vm, number)
+            known = self._vms[vm] = _Vm(self, vm, len(self._vms) + 1)
         return known
 
     def _no_vm(self, record: Record) -> None:
         """An event of no VM, or a gap."""
         self._other = self._other or self.file.track("events of no VM", 0, _RANK_REST)
         event = _NAMES[record[1]]
-        self.file.instant(self._other, record[0], event, self.told(record))
+        self.file.instant(self._other, record[0], event, self.notes(record))
 
     def _switch(self, record: Record, by_tid: Mapping[int, VmTicks]) -> None:
         """A thread leaves a CPU, another comes."""
-        ts_ns, _, _, prev, state, following, cpu = record
+        ts_ns, _, _, prev, state, following, cpu, *_ = record
         if prev in by_tid:
             self._vm(by_tid[prev]).stops(prev, ts_ns, state)
         if following in by_tid:
@@ -186,12 +186,12 @@ class _Vm:
             if vm.pid
             else self.file.track(vm.name or "a VM", 0, _RANK_TICKS)
         )
+        self._seen: dict[Record, tuple[int, bytes]] = {}
+        """Track and notes of an event, by all but its time: most come again and again."""
         self._tracks: dict[str, int] = {}
         self._thread_tracks: dict[int, int] = {}
         self._timers: dict[int, str] = {}
         self._followers: dict[int, _Follower] = {}
-        self.worker = self.process
-        """The track of the thread that runs the PIT's work."""
 
     # Tracks.
 
@@ -227,6 +227,13 @@ class _Vm:
             self._thread_tracks[tid] = track
         return track
 
+    def worker(self) -> int:
+        """The track of the thread that runs the PIT's work."""
+        if not self._vm.workers:
+            return self.track("kvm-pit", _RANK_REST)
+        thread = self._writer.threads[min(self._vm.workers)]
+        return self.thread(thread.tid, thread.comm)
+
     def follower(self, source: Source) -> _Follower:
         """Who draws the ticks of a source."""
         follower = self._followers.get(id(source))
@@ -240,28 +247,32 @@ class _Vm:
     def event(self, record: Record) -> None:
         """An event of this VM."""
         ts_ns, event = record[:2]
-        name = _NAMES[event]
-        track = self._place(record)
-        told = self._writer.told(record)
+        seen = self._seen.get(record[1:])
+        if seen is None:
+            seen = self._seen[record[1:]] = (self._place(record), self._writer.notes(record))
+        track, notes = seen
         if event == _WORK_START:
-            self.worker = track
-            self._begin(track, ts_ns, "pit_do_work", told)
+            self._begin(track, ts_ns, "pit_do_work", notes)
         elif event == _ENTRY:
-            self._begin(track, ts_ns, "guest", told)
+            self._begin(track, ts_ns, "guest", notes)
         elif event in (_WORK_END, _EXIT) and self.file.is_open(track):
-            self.file.end(track, ts_ns, told)
+            self.file.end(track, ts_ns, notes)
         else:
-            self.file.instant(track, ts_ns, name, told)
+            self.file.instant(track, ts_ns, _NAMES[event], notes)
+
+    def forget(self) -> None:
+        """A new batch: a thread may have got its name."""
+        self._seen.clear()
 
     def runs(self, tid: int, ts_ns: int, cpu: int) -> None:
         """A thread got a CPU."""
-        self._begin(self._running(tid), ts_ns, "running", [("cpu", cpu)])
+        self._begin(self._running(tid), ts_ns, "running", self.file.notes([("cpu", cpu)]))
 
     def stops(self, tid: int, ts_ns: int, state: int) -> None:
         """A thread left its CPU."""
         track = self._running(tid)
         if self.file.is_open(track):
-            self.file.end(track, ts_ns, [("prev_state", state)])
+            self.file.end(track, ts_ns, self.file.notes([("prev_state", state)]))
 
     def _running(self, tid: int) -> int:
         """The track of when a thread had a CPU."""
@@ -271,10 +282,11 @@ class _Vm:
             self._tracks[name] = self.file.track("running", parent)
         return self._tracks[name]
 
-    def _begin(self, track: int, ts_ns: int, name: str, told: Arguments) -> None:
+    def _begin(self, track: int, ts_ns: int, name: str, notes: bytes) -> None:
         if self.file.is_open(track):
-            self.file.end(track, ts_ns, [("cut", "its end is not in the trace")])
-        self.file.begin(track, ts_ns, name, told)
+            cut = self.file.notes([("cut", "its end is not in the trace")])
+            self.file.end(track, ts_ns, cut)
+        self.file.begin(track, ts_ns, name, notes)
 
     def _place(self, record: Record) -> int:
         """The track an event belongs on."""
@@ -287,9 +299,9 @@ class _Vm:
         if event == Event.KVM_ACK_IRQ:
             return self.chip(_IOAPIC if record[3] == Irqchip.IOAPIC else _PIC)
         if event in _LAPIC_EVENTS:
-            return self.lapic(self._writer.threads.vcpu(record, self._vm))
+            return self.lapic(vcpu_of(record, self._vm))
         if event in _VCPU_EVENTS:
-            vcpu = self._writer.threads.vcpu(record, self._vm)
+            vcpu = vcpu_of(record, self._vm)
             if vcpu is not None:
                 return self.vcpu(vcpu)
         if event == _WAKING:
@@ -309,7 +321,7 @@ class _Vm:
             if record[4] == _PIT_TIMER:
                 self._timers[timer] = _PIT
             elif record[1] == _HRTIMER_START:
-                vcpu = self._writer.threads.vcpu(record, self._vm)
+                vcpu = vcpu_of(record, self._vm)
                 if vcpu is not None:
                     self._timers[timer] = str(vcpu)
         known = self._timers.get(timer)
@@ -334,21 +346,21 @@ class _Follower:
         """One tick: a slice for all of it, and one for each place it stayed at."""
         steps = [*self._steps(tick)]
         flow = self._flow + tick.index if steps else 0
-        self._lives.put(
-            tick.expiry_ns, _end_ns(tick), tick.verdict.value, self._told(tick), flow, False
-        )
+        notes = self._vm.file.notes
+        told = notes(self._told(tick))
+        self._lives.put(tick.expiry_ns, _end_ns(tick), tick.verdict.value, told, flow)
+        number = notes([("tick", tick.index)])
         for at, (track, start_ns, end_ns, name) in enumerate(steps, 1):
             lanes = self._lanes.get(track)
             if lanes is None:
                 lanes = self._lanes[track] = Lanes(self._vm.file, self._name, track)
-            told = [("tick", tick.index)]
-            lanes.put(start_ns, end_ns, name, told, flow, at == len(steps))
+            lanes.put(start_ns, end_ns, name, number, flow, at == len(steps))
 
     def _steps(self, tick: Tick) -> Iterator[Step]:
         """Where it stayed, from when to when."""
         vm, accept_ns, inject_ns = self._vm, tick.accept_ns, tick.inject_ns
         if self._is_pit and tick.work_ns is not None:
-            yield vm.worker, tick.work_ns, accept_ns, "pulse"
+            yield vm.worker(), tick.work_ns, accept_ns, "pulse"
         if accept_ns is None:
             return
         if tick.path is Way.IOAPIC:

@@ -4,7 +4,6 @@ Not modelled: an event that concerns two VMs (the scheduler switches from one's 
 is counted to the VM of the thread it happened in.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,19 +12,33 @@ from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.trace.events import HEADER_FIELDS, IRQ_CONTEXT, TRACEPOINTS, Event, Record
+from kvmtick.trace.ktrace import KtraceReader
 from kvmtick.trace.reading import Trace
 
-__all__ = ["Consumer", "Progress", "Thread", "Threads", "hops", "stream"]
+__all__ = ["Consumer", "Progress", "Thread", "Threads", "hops", "origin", "stream", "vcpu_of"]
 
 Progress = Callable[[Trace], None]
 
-_VCPU_THREAD = re.compile(r"CPU (\d+)/KVM")
 _LOST_EVENTS = int(Event.LOST_EVENTS)
 _OTHER_THREAD = {
     int(event): HEADER_FIELDS + TRACEPOINTS[event].fields.index(name)
     for event, name in ((Event.SCHED_SWITCH, "next_pid"), (Event.SCHED_WAKING, "pid"))
 }
 """Where the scheduler's events name a second thread."""
+_OF_SEVERAL = frozenset((_LOST_EVENTS, *_OTHER_THREAD))
+"""Events that are handed to every VM they concern."""
+_OF_ADDRESS = frozenset(
+    map(
+        int,
+        (
+            Event.HRTIMER_START,
+            Event.HRTIMER_CANCEL,
+            Event.HRTIMER_EXPIRE_ENTRY,
+            Event.WORK_QUEUE,
+        ),
+    )
+)
+"""Events that happen in any thread: their timer or work item says whose they are."""
 
 _VCPU_FIELD = {
     int(event): HEADER_FIELDS + TRACEPOINTS[event].fields.index(name)
@@ -39,10 +52,6 @@ _VCPU_FIELD = {
     )
 }
 """Where an event names its vCPU; a vCPU's APIC id is its number."""
-_BY_ITS_VCPU = frozenset(
-    map(int, (Event.KVM_ENTRY, Event.KVM_EXIT, Event.KVM_INJ_NMI, Event.KVM_EOI))
-)
-"""Events that happen in the thread of the vCPU they name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +63,11 @@ class Thread:
 
 
 class Threads:
-    """What the tasks of a trace are, and whose vCPU they run."""
+    """What the tasks of a trace are."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._named: dict[str, Thread] = {}
-        self._vcpus: dict[int, int] = {}
 
     def __getitem__(self, task: int) -> Thread:
         """The thread of a record's task."""
@@ -68,25 +76,15 @@ class Threads:
         if thread is None:
             comm, _, tid = name.rpartition("-")
             thread = self._named[name] = Thread(comm, int(tid))
-            match = _VCPU_THREAD.match(comm)
-            if match:
-                self._vcpus.setdefault(thread.tid, int(match[1]))
         return thread
 
-    def vcpu(self, record: Record, vm: VmTicks | None) -> int | None:
-        """The vCPU an event is about, where it is known."""
-        event, task = record[1], record[2]
-        at = _VCPU_FIELD.get(event)
-        if at is not None:
-            vcpu = record[at]
-            if event in _BY_ITS_VCPU and not task & IRQ_CONTEXT:
-                self._vcpus[self[task].tid] = vcpu
-            return vcpu
-        if task & IRQ_CONTEXT or vm is None:
-            return None
-        tid = self[task].tid
-        known = vm.info.vcpus.get(tid)
-        return self._vcpus.get(tid) if known is None else known
+
+def vcpu_of(record: Record, vm: VmTicks | None) -> int | None:
+    """The vCPU an event is about: the one it names, or whose thread it happened in."""
+    at = _VCPU_FIELD.get(record[1])
+    if at is not None:
+        return record[at]
+    return None if vm is None else vm.vcpus.get(record[2])
 
 
 class Consumer(Protocol):
@@ -110,12 +108,17 @@ def stream(trace: Trace, consumer: Consumer, progress: Progress | None = None) -
     """Read a trace to its end. Raises `FormatError` where it is damaged."""
     owners = _Owners()
     host = HostTicks(trace, on_records=owners.note, on_lives=consumer.lives)
+    waiting: list[Record] = []
     for batch in trace.batches():
         host.take(batch)
-        consumer.events(batch, owners.of(batch, host), owners.by_tid)
+        waiting += batch
+        if not host.is_gathering:
+            consumer.events(waiting, owners.of(waiting, host), owners.by_tid)
+            waiting = []
         if progress is not None:
             progress(trace)
     host.settle()
+    consumer.events(waiting, owners.of(waiting, host), owners.by_tid)
     return host
 
 
@@ -123,35 +126,52 @@ class _Owners:
     """Whose the events of a batch are."""
 
     def __init__(self) -> None:
-        self._noted: dict[int, VmTicks] = {}
         self.by_tid: dict[int, VmTicks] = {}
+        self._by_address: dict[int, VmTicks] = {}
+        self._noted: dict[int, VmTicks] = {}
 
     def note(self, vm: VmTicks, records: list[Record]) -> None:
         """These are the VM's. They are known by identity, as long as their batch lives."""
         self._noted.update(dict.fromkeys(map(id, records), vm))
+        for record in records:
+            if record[1] in _OF_ADDRESS:
+                self._by_address[record[HEADER_FIELDS]] = vm
 
     def of(self, batch: list[Record], host: HostTicks) -> list[VmTicks | None]:
         """The owner of each event; None: no VM's, as the gaps are."""
         for vm in host.vms:
-            for tid in vm.info.threads:
-                self.by_tid.setdefault(tid, vm)
+            tids = {int(vm.tasks[task].rpartition("-")[2]) for task in vm.workers | vm.vcpus.keys()}
+            self.by_tid |= dict.fromkeys(tids | vm.info.threads.keys(), vm)
         noted, rest = self._noted, self._rest
         tasks = host.trace.tasks
         owners = [
-            None if record[1] == _LOST_EVENTS else noted.get(id(record)) or rest(record, tasks)
+            (None if record[1] in _OF_SEVERAL else noted.get(id(record))) or rest(record, tasks)
             for record in batch
         ]
         noted.clear()
         return owners
 
     def _rest(self, record: Record, tasks: list[str]) -> VmTicks | None:
-        """Whose an event is that tells nothing of ticks, or that was replaced by what it means."""
+        """Whose an event is that tells nothing of ticks, that was replaced by what it means, or
+        that was not known to be anybody's when it came.
+        """
         event, task = record[1], record[2]
-        other = _OTHER_THREAD.get(event)
+        if event == _LOST_EVENTS:
+            return None
+        if event in _OF_ADDRESS:
+            return self._by_address.get(record[HEADER_FIELDS])
         # In an interrupt the thread says nothing; no thread has this number.
         tid = -1 if task & IRQ_CONTEXT else int(tasks[task].rpartition("-")[2])
         vm = self.by_tid.get(tid)
+        other = _OTHER_THREAD.get(event)
         return self.by_tid.get(record[other]) if vm is None and other is not None else vm
+
+
+def origin(trace: Trace) -> str:
+    """Where a trace comes from, for people."""
+    if isinstance(trace, KtraceReader):
+        return "a simulated run" if trace.is_complete else trace.header.origin
+    return "ftrace text"
 
 
 def hops(source: Source, tick: Tick) -> tuple[int | None, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmtick.report.extras import extra
 from kvmtick.report.output import output_errors, replaced
-from kvmtick.report.stream import Progress, Threads, hops, stream
+from kvmtick.report.stream import Progress, Threads, hops, origin, stream, vcpu_of
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
@@ -93,7 +93,10 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
     try:
         with output_errors(directory, "give a directory that can be written to"):
             directory.mkdir(parents=True, exist_ok=True)
-        with replaced(directory / TICKS) as ticks, replaced(directory / EVENTS) as events:
+        with (
+            replaced(directory / TICKS) as ticks,
+            replaced(directory / EVENTS) as events,
+        ):
             writer = _Tables(trace, ticks, events)
             try:
                 host = stream(trace, writer, progress)
@@ -108,10 +111,9 @@ def write_tables(source: Path, directory: Path, progress: Progress | None = None
 def about(source: Path, host: HostTicks) -> dict[str, Any]:
     """What is known of a trace that was read, and of its VMs; for JSON."""
     trace = host.trace
-    header = getattr(trace, "header", None)
     return {
         "file": source.name,
-        "origin": "" if header is None else header.origin,
+        "origin": origin(trace),
         "simulated": trace.is_complete,
         "start_ns": host.start_ns,
         "end_ns": host.end_ns,
@@ -281,14 +283,15 @@ class _EventRows:
         threads = self._threads
         of_task = {task: threads[task] for task in {record[2] for record in records}}
         tasks = [of_task[record[2]] for record in records]
+        pids = {vm: None if vm is None else vm.pid for vm in set(owners)}
         return [
             list(map(itemgetter(0), records)),
-            [None if vm is None else vm.pid for vm in owners],
+            [pids[vm] for vm in owners],
             _words(list(map(itemgetter(1), records)), _NAMES),
             [thread.comm for thread in tasks],
             [thread.tid for thread in tasks],
             [record[2] & IRQ_CONTEXT != 0 for record in records],
-            list(map(threads.vcpu, records, owners)),
+            list(map(vcpu_of, records, owners)),
             [
                 _FUNCTIONS[record[_FUNCTION_AT]] if record[1] in _HAS_FUNCTION else None
                 for record in records
@@ -330,12 +333,11 @@ def _field_maps(records: Sequence[Record]) -> pa.Array:
     keys = pa.DictionaryArray.from_arrays(
         pa.array(list(chain.from_iterable(numbers)), pa.int32()), pa.array(_ALL_FIELDS)
     ).cast(pa.string())
-    values = [None if value < 0 else value for value in chain.from_iterable(map(_values, records))]
+    fields = chain.from_iterable(
+        record[HEADER_FIELDS:]
+        if record[1] not in _HAS_FUNCTION
+        else (record[HEADER_FIELDS], *record[_FUNCTION_AT + 1 :])
+        for record in records
+    )
+    values = [None if value < 0 else value for value in fields]
     return pa.MapArray.from_arrays(offsets, keys, pa.array(values, pa.uint64()))
-
-
-def _values(record: Record) -> Record:
-    """The fields but the function."""
-    if record[1] in _HAS_FUNCTION:
-        return (record[HEADER_FIELDS], *record[_FUNCTION_AT + 1 :])
-    return record[HEADER_FIELDS:]

@@ -88,15 +88,15 @@ class TrackEvents:
         self._builder.write_packet(packet)
         return self._tracks
 
-    def begin(self, track: int, ts_ns: int, name: str, told: Arguments = (), flow: int = 0) -> None:
+    def begin(self, track: int, ts_ns: int, name: str, notes: bytes = b"", flow: int = 0) -> None:
         """A slice begins; `flow`: the arrow that goes through it, never its end."""
-        self._event(_SLICE_BEGIN, track, ts_ns, name, told, flow)
+        self._event(_SLICE_BEGIN, track, ts_ns, name, notes, flow)
         self._open[track] = None
 
-    def end(self, track: int, ts_ns: int, told: Arguments = ()) -> None:
+    def end(self, track: int, ts_ns: int, notes: bytes = b"") -> None:
         """The slice that began last on this track ends."""
         del self._open[track]
-        self._event(_SLICE_END, track, ts_ns, "", told)
+        self._event(_SLICE_END, track, ts_ns, "", notes)
 
     def slice(
         self,
@@ -104,12 +104,12 @@ class TrackEvents:
         start_ns: int,
         end_ns: int,
         name: str,
-        told: Arguments = (),
+        notes: bytes = b"",
         flow: int = 0,
         ends: bool = False,
     ) -> None:
         """A whole slice; `ends`: the arrow ends here."""
-        self._event(_SLICE_BEGIN, track, start_ns, name, told, flow, ends)
+        self._event(_SLICE_BEGIN, track, start_ns, name, notes, flow, ends)
         self._event(_SLICE_END, track, end_ns)
 
     def instant(
@@ -117,12 +117,12 @@ class TrackEvents:
         track: int,
         ts_ns: int,
         name: str,
-        told: Arguments = (),
+        notes: bytes = b"",
         flow: int = 0,
         ends: bool = False,
     ) -> None:
         """Something without duration."""
-        self._event(_INSTANT, track, ts_ns, name, told, flow, ends)
+        self._event(_INSTANT, track, ts_ns, name, notes, flow, ends)
 
     def is_open(self, track: int) -> bool:
         """A slice of this track has begun and not ended."""
@@ -131,7 +131,7 @@ class TrackEvents:
     def finish(self, ts_ns: int) -> None:
         """End what is open: this was all."""
         for track in list(self._open):
-            self.end(track, ts_ns, [("cut", "the trace ends here")])
+            self.end(track, ts_ns, self.notes([("cut", "the trace ends here")]))
         self._file.write(self._buffer)
         self._buffer.clear()
 
@@ -143,13 +143,29 @@ class TrackEvents:
             self._file.write(self._buffer)
             self._buffer.clear()
 
+    def notes(self, told: Arguments) -> bytes:
+        """What is told of an event, as the file has it."""
+        parts = []
+        known = self._notes
+        for said in told:
+            note = known.get(said)
+            if note is None:
+                key, value = said
+                if value is None:
+                    continue
+                if len(known) > _MOST_NOTES:
+                    known.clear()
+                note = known[said] = self._note(key, value)
+            parts.append(note)
+        return b"".join(parts)
+
     def _event(
         self,
         kind: int,
         track: int,
         ts_ns: int,
         name: str = "",
-        told: Arguments = (),
+        notes: bytes = b"",
         flow: int = 0,
         ends: bool = False,
     ) -> None:
@@ -158,21 +174,9 @@ class TrackEvents:
             head = self._heads[kind, track, name] = self._wire.head(
                 kind, track, self._intern("event_names", name) if name else 0
             )
-        parts = [head]
         if flow:
-            parts.append(self._wire.flow(flow, ends))
-        notes = self._notes
-        for said in told:
-            note = notes.get(said)
-            if note is None:
-                key, value = said
-                if value is None:
-                    continue
-                if len(notes) > _MOST_NOTES:
-                    notes.clear()
-                note = notes[said] = self._note(key, value)
-            parts.append(note)
-        self.write(self._wire.packet(ts_ns, b"".join(parts)))
+            head += self._wire.flow(flow, ends)
+        self.write(self._wire.packet(ts_ns, head + notes))
 
     def _note(self, key: str, value: int | str) -> bytes:
         """What a debug annotation is in the file."""
@@ -240,6 +244,7 @@ class _Wire:
             for kind in ("uint_value", "int_value", "pointer_value", "string_value_iid")
         }
         self._messages = messages
+        self._high, self._high_bytes = 0, b"\0"
 
     def head(self, kind: int, track: int, name: int) -> bytes:
         """What all events of one name on one track have in common."""
@@ -260,8 +265,19 @@ class _Wire:
 
     def packet(self, ts_ns: int, event: bytes) -> bytes:
         """A whole packet, as a part of the trace."""
-        body = b"".join((self._timestamp, _varint(ts_ns), self._event, _varint(len(event)), event))
-        return self._packet + _varint(len(body)) + body
+        body = b"".join(
+            (self._timestamp, self._time(ts_ns), self._event, _length(len(event)), event)
+        )
+        return self._packet + _length(len(body)) + body
+
+    def _time(self, ts_ns: int) -> bytes:
+        """The same as `_varint`: the high bits are those of the time before, nearly always."""
+        high = ts_ns >> 21
+        if high != self._high:
+            self._high = high
+            self._high_bytes = _varint(high)
+        low = (ts_ns & 0x7F | 0x80, ts_ns >> 7 & 0x7F | 0x80, ts_ns >> 14 & 0x7F | 0x80)
+        return bytes(low) + self._high_bytes
 
 
 def _tag(field: Any, wire_type: int) -> bytes:
@@ -277,6 +293,13 @@ def _varint(number: int) -> bytes:
         number >>= 7
     out.append(number)
     return bytes(out)
+
+
+_LENGTHS = [_varint(number) for number in range(512)]
+
+
+def _length(number: int) -> bytes:
+    return _LENGTHS[number] if number < len(_LENGTHS) else _varint(number)
 
 
 class Lanes:
@@ -298,16 +321,16 @@ class Lanes:
         start_ns: int,
         end_ns: int | None,
         name: str,
-        told: Arguments,
+        notes: bytes,
         flow: int = 0,
         ends: bool = False,
     ) -> None:
         """A slice, or an instant if there is no end."""
         track = self._track(start_ns, end_ns or start_ns)
         if end_ns is None or track == self._crowded:
-            self._file.instant(track, start_ns, name, told, flow, ends)
+            self._file.instant(track, start_ns, name, notes, flow, ends)
         else:
-            self._file.slice(track, start_ns, end_ns, name, told, flow, ends)
+            self._file.slice(track, start_ns, end_ns, name, notes, flow, ends)
 
     def _track(self, start_ns: int, end_ns: int) -> int:
         for at, (track, free_ns) in enumerate(self._lanes):

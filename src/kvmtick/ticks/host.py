@@ -152,6 +152,11 @@ class HostTicks:
                 progress()
         self.settle()
 
+    @property
+    def is_gathering(self) -> bool:
+        """The beginning is still being gathered: nothing was handed out yet."""
+        return self._first is not None
+
     def take(self, batch: list[Record]) -> None:
         """The next records of the whole host."""
         if not batch:

@@ -463,10 +463,10 @@ class ByVm:
         self._give(part.group, share)
 
     def _adopt(self, free: list[_Group]) -> None:
-        """Other threads are the only VM's."""
+        """Other threads that do something in KVM are the only VM's."""
         if len(self.shares) == 1:
             for group in free:
-                if group.share is None and not any(key & IRQ_CONTEXT for key in group.keys):
+                if group.share is None and all(0 <= key < IRQ_CONTEXT for key in group.keys):
                     self._give(group, self.shares[0])
 
 
