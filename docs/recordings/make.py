@@ -22,22 +22,23 @@ from typing import IO
 from kvmtick import guests
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.kvm.kernel import KernelVm
-from kvmtick.trace.events import Event
 from kvmtick.trace.reading import open_trace
 
 FOLDER = Path(__file__).parent
 HOST_NAME = "host"
-RECORD_S = 2.0
+RECORD_S = 1.5
 LIMIT_S = 30.0
 
 BUSY = "flow-meter"
-BUSY_PRIORITY = 50
+VM_PRIORITY, BUSY_PRIORITY = 10, 50
 BUSY_MS = 20
 PAUSE_S = 0.45
 PATIENTS_CPU, OTHER_CPU = 1, 0
 
 HELD_MS = 80
-OWN_NAMES = re.compile(rf"kvm-pit/\d+|swapper/\d+|CPU 0/KVM|{BUSY}|<\.\.\.>|\[.*")
+KNOWN_NAMES = re.compile(
+    rf"|<.*>|{BUSY}|CPU 0/KVM|(kvm-pit|swapper|kworker|ksoftirqd|migration)/.*|rcu_.*|kvm-.*"
+)
 
 
 def main(words: list[str]) -> None:
@@ -69,7 +70,7 @@ def run_vm(name: str, reinject: bool) -> None:
         vm.load(guest)
         (worker,) = pit_worker_tids(os.getpid())
         for tid in (os.getpid(), worker):
-            os.setpriority(os.PRIO_PROCESS, tid, -20)
+            os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(VM_PRIORITY))
         print(worker, flush=True)
         sys.stdin.readline()
         vm.run(limit_s=LIMIT_S)
@@ -127,7 +128,8 @@ def record_slow_clock(path: Path, worker_cpu: int) -> None:
             stdin.write("go\n")
             stdin.flush()
         time.sleep(1.0)
-        record(path, ["--for", f"{RECORD_S}s"])
+        only = [f"--pid={pid}" for _, pid, _ in (mail, billing)]
+        record(path, ["--for", f"{RECORD_S}s", *only])
 
 
 def record_interrupts_off(path: Path) -> None:
@@ -140,10 +142,14 @@ def record_interrupts_off(path: Path) -> None:
         ends = path.with_suffix(".fifo")
         os.mkfifo(ends)
         stack.callback(ends.unlink)
-        record(path, ["--", "sh", "-c", f"echo > {ends}; exec sleep {RECORD_S / 2}"], ends, billing[0])
+        only = [f"--pid={pid}" for _, pid, _ in (mail, billing)]
+        command = ["sh", "-c", 'echo > "$0"; exec sleep "$1"', str(ends), f"{HELD_MS * 3 / 1000}"]
+        record(path, [*only, "--", *command], ends, billing[0])
 
 
-def record(path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None) -> None:
+def record(
+    path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None
+) -> None:
     """`kvmtick record WORDS`, on a host of another name; `to` gets its line when it has begun."""
     words = [sys.executable, "-m", "kvmtick", "record", "-o", str(path), *words]
     command = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', HOST_NAME, *words]
@@ -160,16 +166,16 @@ def record(path: Path, words: list[str], begins: Path | None = None, to: IO[str]
 
 
 def without_other_names(path: Path) -> bytes:
-    """The file, with the names of threads that are not `OWN_NAMES` replaced by as long ones."""
+    """The file, with the names of threads that are not `KNOWN_NAMES` replaced by as long ones."""
     with open_trace(path) as trace:
         for _ in trace.batches():
             pass
-        comms = {name.rpartition("-")[0] for name in trace.tasks}
+        comms = sorted({name.rpartition("-")[0] for name in trace.tasks})
     data = path.read_bytes()
-    others = sorted((c for c in comms if c and not OWN_NAMES.fullmatch(c)), key=len, reverse=True)
-    for number, comm in enumerate(others, 1):
-        print(f"  {comm} is called something else")
-        data = data.replace(comm.encode(), f"t{number:0{max(1, len(comm) - 1)}}".encode())
+    for number, comm in enumerate(c for c in comms if not KNOWN_NAMES.fullmatch(c)):
+        other = f"{number:0{len(comm)}}"[-len(comm) :]
+        for form in ('"{}"', "{:\0<16}"):
+            data = data.replace(form.format(comm).encode(), form.format(other).encode())
     return data
 
 

@@ -17,6 +17,7 @@ from kernel_guest import Guest, KernelGuest, Said, Seen
 from kvmtick.cli import main
 from kvmtick.conform.punctual import worst_step_us
 from kvmtick.ticks.host import HostTicks, VmTicks
+from kvmtick.ticks.pit import REINJECT_UNKNOWN
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
@@ -184,6 +185,7 @@ def differences(lives: Sequence[Tick], seen: Sequence[Seen]) -> list[tuple[Tick,
         for life, before, each in zip(lives, [None, *lives], seen, strict=False)
         if not (
             is_first_seen(life)
+            or (life.verdict is Verdict.UNKNOWN and life.detail == REINJECT_UNKNOWN)
             or each.verdict is Verdict.OUTSTANDING
             or _same(life, each)
             or (before is not None and _is_close(before.work_ns, life.fired_ns))

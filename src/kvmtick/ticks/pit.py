@@ -541,6 +541,10 @@ class PitTicks(Source):
         self._irq_ack = False
         self._run_pulsed = True
         self._give_up_unpulsed(self._unsure)
+        if self._reinject is None and self._waiting and self._waiting[0] in self._merged:
+            # Replayed, it has this pulse; merged, the tick that queued the work has.
+            self._lose_count(REINJECT_UNKNOWN)
+            self._irq_ack = False
         if not self._waiting:
             return
         tick = self._run_tick = self._waiting.popleft()
