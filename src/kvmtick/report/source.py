@@ -145,7 +145,7 @@ class SourceLives:
         self._before = tick
 
     def _disturbed(self, tick: Tick) -> None:
-        cause = self._cause = self._causes.of(tick, self._before, self._cause)
+        cause = self._cause = self._causes.of(tick, self._before, self._cause, self.last_arrival)
         if self._is_told(tick.index):
             self.causes[tick.index] = cause
         who = Cause(cause.kind, 0, cause.thread, cause.cpu, cause.holder)

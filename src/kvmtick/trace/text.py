@@ -25,7 +25,6 @@ Not modelled: raw fields, times relative to the first; which vCPU a thread runs.
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -36,7 +35,7 @@ from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ftrace import SIMULATED
 from kvmtick.trace.text_clock import ClockOffset, first_offset_ns
-from kvmtick.trace.text_events import TIMER_BYTES, EventTexts, keep
+from kvmtick.trace.text_events import EventTexts, keep
 from kvmtick.trace.text_file import TextFile
 from kvmtick.trace.text_lines import (
     Line,
@@ -169,18 +168,31 @@ class TextReader:
     def batches(self) -> Iterator[list[Record]]:
         """The records in order of time, in batches. Raises `FormatError` if they are in none."""
         held: list[Record] = []
-        for block in self._file.blocks():
-            with _no_collection():
-                records = self._records(block.decode(errors="replace").split("\n"))
-            if self._tgids:
-                self._vcpu_tasks |= {r[2] & ~IRQ_CONTEXT for r in records if r[1] in _OF_VCPUS}
-            held += self._moved(records)
-            if len(held) > _BATCH + REORDERED:
-                held.sort(key=_BY_TIME)
-                yield self._next(held[:-REORDERED])
-                del held[:-REORDERED]
-        held.sort(key=_BY_TIME)
+        blocks = self._file.blocks()
+        while self._fill(held, blocks):
+            yield self._next(held[:-REORDERED])
+            del held[:-REORDERED]
         yield self._next(held)
+
+    def _fill(self, held: list[Record], blocks: Iterator[bytes]) -> bool:
+        """Add a batch; False where the text ends. Records are tuples of numbers: the collector
+        would look in vain for cycles in them, and take its time.
+        """
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            for block in blocks:
+                records = self._records(block.decode(errors="replace").split("\n"))
+                if self._tgids:
+                    self._vcpu_tasks |= {r[2] & ~IRQ_CONTEXT for r in records if r[1] in _OF_VCPUS}
+                held += self._moved(records)
+                if len(held) > _BATCH + REORDERED:
+                    return True
+            return False
+        finally:
+            held.sort(key=_BY_TIME)
+            if was_enabled:
+                gc.enable()
 
     def _next(self, records: list[Record]) -> list[Record]:
         if records:
@@ -212,8 +224,8 @@ class TextReader:
         """
         columns, texts = self._columns, self._texts
         known, readers = texts.known, texts.readers
-        timers, timer_ends = texts.timers, texts.timer_ends
-        expiring, gaps = self._expiring, self._gaps
+        timers, timer_bytes = texts.timers, texts.timer_bytes
+        expiring = self._expiring
         if self._others * _FEW >= len(lines):
             self._set_cut(lines)
         self._others = 0
@@ -229,20 +241,21 @@ class TextReader:
                 if parsed is None:
                     continue
                 task, ts_ns, text = parsed
+                records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in self._gaps]
+                self._gaps.clear()
             found = known.get(text)
             if found is None:
-                end = timer_ends.get(text[:TIMER_BYTES])
-                timer = timers.get(text[:end])
-                time, _, more = text[end:].partition(" ")
+                timer = timers.get(text[:timer_bytes])
                 try:
-                    if timer is not None and timer[2] in (None, more):
-                        event, fields, function = timer
+                    if timer is not None and text.startswith(timer[0]) and text.endswith(timer[2]):
+                        _, start, _, stop, event, fields = timer
                         if not fields:
                             continue
-                        if function is None:
-                            fields += int(time), +more.endswith(_WAS_ARMED)
+                        if event == _START:
+                            expires = int(text[start : text.index(" ", start)])
+                            fields += expires, +text.endswith(_WAS_ARMED)
                         else:
-                            fields += (int(time),)
+                            fields += (int(text[start:stop]),)
                     else:
                         title, _, body = text.partition(": ")
                         found = readers[title](body, text, line)
@@ -256,9 +269,6 @@ class TextReader:
                     expiring[task] = fields[0]
             else:
                 event, fields = found
-            if gaps:
-                records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in gaps]
-                gaps.clear()
             if (
                 expiring
                 and task in expiring
@@ -301,6 +311,7 @@ class TextReader:
         gap = lost_events(line)
         if gap is not None:
             self._gaps.append(gap)
+            self._columns.clear()  # so that the next event is an other line, too
             self.lost += max(1, gap[1])
         elif is_remark(line):
             self.lost += overwritten_events(line)
@@ -329,18 +340,6 @@ class TextReader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Records are tuples of numbers: to look for cycles in them takes time and finds none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _prepared(path: Path) -> tuple[bool, int]:

@@ -82,7 +82,7 @@ def _function(name: str) -> int | None:
     return _FUNCTIONS.get(name.partition(".")[0])
 
 
-_START = _wording(_TIMER + " function=" + _FUNCTION + r" expires=(?P<expires>\d+)(?P<more> .*)?")
+_START = _wording(_TIMER + " function=" + _FUNCTION + r" expires=(?P<expires>\d+)(?P<more> .*)")
 
 
 def _hrtimer_start(body: str) -> Fields:
@@ -90,7 +90,7 @@ def _hrtimer_start(body: str) -> Fields:
     function = _function(m["function"])
     if function is None:
         return OTHER_FUNCTION
-    was_armed = "was_armed=1" in (m["more"] or "")
+    was_armed = m["more"].endswith("was_armed=1")
     return int(m["hrtimer"], 16), function, int(m["expires"]), int(was_armed)
 
 

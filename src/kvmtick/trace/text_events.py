@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from kvmtick.trace.decoder import TaskNames
 from kvmtick.trace.events import TRACEPOINTS, Event
 from kvmtick.trace.text_bodies import EVENTS, OTHER_FUNCTION, Fields, parse_body, thread_names
 from kvmtick.trace.text_lines import line_cpu
 
-__all__ = ["TIMER_BYTES", "EventText", "EventTexts", "Reader", "keep"]
+__all__ = ["EventText", "EventTexts", "KnownTimer", "Reader", "keep"]
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -17,8 +17,7 @@ _Value = TypeVar("_Value")
 EventText = tuple[int, Fields]
 """An event and its fields."""
 
-TIMER_BYTES: Final = 50
-"""Enough for an event's name and its timer."""
+_TIMER, _POINTER_BYTES = "hrtimer=", len("0x0123456789abcdef")
 _TIME_OF = {Event.HRTIMER_START: " expires=", Event.HRTIMER_EXPIRE_ENTRY: " now="}
 _WAKEUP = int(Event.KVM_VCPU_WAKEUP)
 _CPU = TRACEPOINTS[Event.SCHED_SWITCH].fields.index("cpu")
@@ -48,18 +47,30 @@ def _nothing(body: str, text: str, line: str) -> None:
     del body, text, line
 
 
+class KnownTimer(NamedTuple):
+    """What the text of a timer's event has but for its time."""
+
+    before: str
+    start: int
+    """Where the time starts."""
+    after: str
+    """What follows the time of an expiry."""
+    stop: int | None
+    """Where that time stops, from the end."""
+    event: int
+    fields: Fields
+    """Timer and function; nothing if it is no tick's."""
+
+
 class EventTexts:
     """Reads them; names the threads that scheduler events name."""
 
     def __init__(self, tasks: TaskNames) -> None:
         self.known: dict[str, EventText] = {}
         """By text: look here first."""
-        self.timer_ends: dict[str, int] = {}
-        """Where the time begins in the texts of timers, by their first `TIMER_BYTES`."""
-        self.timers: dict[str, tuple[int, Fields, str | None]] = {}
-        """By the text before the time: the event; timer and function, or nothing if it is of no
-        interest; what follows the time, None where anything may.
-        """
+        self.timers: dict[str, KnownTimer] = {}
+        """By the first `timer_bytes` of a text: name and timer."""
+        self.timer_bytes = 0
         self.seen: set[Event] = set()
         self.unknown = 0
         """So many were worded otherwise than known."""
@@ -97,12 +108,12 @@ class EventTexts:
         del line
         fields = parse_body(event, body)
         name = _TIME_OF[event]
-        end = text.index(name) + len(name)
-        timer = fields[:2]
-        function = None if event is Event.HRTIMER_START else text[end:].partition(" ")[2]
-        keep(self.timer_ends, text[:TIMER_BYTES], end)
-        keep(self.timers, text[:end], (int(event), timer, function))
-        if not timer:
+        start = text.index(name) + len(name)
+        after = "" if event is Event.HRTIMER_START else text[start:].lstrip("0123456789")
+        self.timer_bytes = max(self.timer_bytes, text.index(_TIMER) + len(_TIMER) + _POINTER_BYTES)
+        known = KnownTimer(text[:start], start, after, -len(after) or None, int(event), fields[:2])
+        keep(self.timers, text[: self.timer_bytes], known)
+        if not known.fields:
             return None
         self.seen.add(event)
         return int(event), fields
