@@ -245,10 +245,10 @@ class Recorder:
     def __init__(self, fifo: Path, *words: str) -> None:
         os.mkfifo(fifo)
         command = [sys.executable, "-c", START, "record", "--json", "-o", str(fifo), *words]
+        fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         assert poll.poll(60_000), "it does not record"

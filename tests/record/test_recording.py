@@ -202,6 +202,12 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, proc: FakeProc) -> None:
     assert ("start",) not in tracefs.made.calls
 
 
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UnwritableError, match="fifo: No such device or address"):
+        OutFile(tmp_path / "fifo")
+
+
 def test_buffers_that_are_refused(tmp_path: Path, proc: FakeProc) -> None:
     tracefs = FakeTracefs([])
 

@@ -11,6 +11,8 @@ from kvmtick.abi.errors import HostError
 __all__ = ["OutFile", "UnwritableError"]
 
 _BUFFER_BYTES: Final = 1 << 20
+_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+"""Not to wait for the reader of a named pipe: no signal ends that."""
 _MODE: Final = 0o600
 """It tells kernel addresses."""
 
@@ -26,7 +28,8 @@ class OutFile(io.BufferedWriter):
         """Empties the file. Raises `UnwritableError`."""
         self.path = path
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+            fd = os.open(path, _FLAGS, _MODE)
+            os.set_blocking(fd, True)
         except OSError as error:
             raise UnwritableError(f"{path}: {error.strerror}") from None
         super().__init__(io.FileIO(fd, "w"), _BUFFER_BYTES)
