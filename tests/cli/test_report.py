@@ -190,6 +190,8 @@ def test_a_recording_without_a_tick(tmp_path: Path, kvmtick: Terminal) -> None:
     assert said.endswith(
         "1 VM; record for longer, while a guest uses a timer of KVM's (PIT, local APIC)"
     )
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "1 VM (the file ends in the middle: it was cut short); " in one_line(kvmtick, path)
 
 
 def test_a_recording_that_was_cut_short(trace: Path, kvmtick: Terminal) -> None:

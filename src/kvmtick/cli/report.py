@@ -143,6 +143,8 @@ def _no_tick(report: Report, trace: Trace) -> str:
     if report.records:
         what += f" in {seconds:.3g} s"
     what += f", {len(report.vms)} VM{'' if len(report.vms) == 1 else 's'}"
+    if trace.cut:
+        what += f" ({trace.cut})"
     if report.records and Event.HRTIMER_EXPIRE_ENTRY not in trace.events:
         event = "hrtimer_expire_entry"
         return f"{what}, no {event}: record timer:{event} too, as kvmtick record does"
