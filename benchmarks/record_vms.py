@@ -49,10 +49,12 @@ def record(seconds: int, options: list[str]) -> dict[str, float]:
         command += ["--for", f"{seconds}s", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        said = json.loads(process.stdout.read())
+        told = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"kvmtick record ended with status {status}")
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"kvmtick record ended with exit code {process.returncode}")
+    said = json.loads(told)
     whole_s = usage.ru_utime + usage.ru_stime
     return {
         "vms": sum(1 for vm in said["vms"] if sum(vm["ticks"].values())),

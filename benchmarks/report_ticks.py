@@ -69,12 +69,13 @@ def _report(path: Path) -> dict[str, float]:
     start_s = time.perf_counter()
     process = subprocess.Popen([*KVMTICK, "report", str(path), "--json"], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    told = json.loads(process.stdout.read())
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall_s = time.perf_counter() - start_s
     if process.returncode:
         sys.exit(f"kvmtick report ended with exit code {process.returncode}")
+    told = json.loads(output)
     sources = [source for vm in told["vms"] for source in vm["sources"]]
     return {
         "ticks": sum(source["ticks"]["expired"] for source in sources),
