@@ -64,6 +64,8 @@ def test_threads_workers_and_vcpus(proc: FakeProc) -> None:
         ("kvm-vcpu-1", 1),
         ("vcpu", None),
         ("my vcpu1", None),
+        ("db_vcpu_2", 2),
+        ("CPU 3", None),
     ],
 )
 def test_a_thread_by_the_name_its_vmm_gives_it(proc: FakeProc, comm: str, vcpu: int | None) -> None:

@@ -23,7 +23,15 @@ from typing import Final
 from kvmtick.abi.errors import HostError
 from kvmtick.abi.ioctls import KVM_RUN
 
-__all__ = ["HostVm", "HostVms", "NoVmError", "is_initial_pid_namespace", "vm_name", "vm_reinject"]
+__all__ = [
+    "HostVm",
+    "HostVms",
+    "NoVmError",
+    "is_initial_pid_namespace",
+    "vcpu_of_name",
+    "vm_name",
+    "vm_reinject",
+]
 
 PROC: Final = Path("/proc")
 
@@ -31,8 +39,8 @@ _VM_FD = "anon_inode:kvm-vm"
 _VCPU_FD = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
 _KVM_DEVICE = "/kvm"
 _WORKER = re.compile(r"kvm-pit/(\d+)")
-_VCPU_COMM = re.compile(r"(?:CPU |fc_vcpu |crosvm_vcpu|kvm-vcpu-|vcpu)(\d+)(?:/KVM)?")
-"""QEMU, Firecracker, crosvm, kvmtool, cloud-hypervisor."""
+_VCPU_COMM = re.compile(r"CPU (\d+)/KVM|(?:\w+[_-])?vcpu[ _:-]?(\d+)")
+"""QEMU; fc_vcpu 0 (Firecracker), crosvm_vcpu0, kvm-vcpu-0 (kvmtool), vcpu0 (cloud-hypervisor)."""
 
 _SYS_IOCTL: Final = "16"
 """By x86-64's table; a 32-bit VMM's vCPUs are known by name only."""
@@ -157,8 +165,8 @@ class HostVms:
                 self.changes += 1
 
     def _vcpu(self, pid: int, tid: int, comm: str) -> int | None:
-        named = _VCPU_COMM.fullmatch(comm)
-        return int(named[1]) if named else self._running_vcpu(pid, tid)
+        named = vcpu_of_name(comm)
+        return self._running_vcpu(pid, tid) if named is None else named
 
     def _running_vcpu(self, pid: int, tid: int) -> int | None:
         """The vCPU whose KVM_RUN a thread sleeps in."""
@@ -187,7 +195,8 @@ class HostVms:
         except (FileNotFoundError, ProcessLookupError):
             raise NoVmError(f"there is no process {pid}") from None
         except PermissionError:
-            raise HostError(f"process {pid} may not be looked at", "record as root") from None
+            remedy = "record as root (CAP_SYS_PTRACE)"
+            raise HostError(f"process {pid} may not be looked at", remedy) from None
         if _VM_FD not in links:
             raise NoVmError(f"process {pid} ({self._comm(tgid, pid)}) has no VM of KVM")
         return tgid
@@ -219,6 +228,12 @@ class HostVms:
 def is_initial_pid_namespace() -> bool:
     """Whether /proc counts processes as the kernel's records do."""
     return os.stat("/proc/self/ns/pid").st_ino == _INITIAL_PID_NAMESPACE
+
+
+def vcpu_of_name(comm: str) -> int | None:
+    """The vCPU that a thread of this name runs, as VMMs call them; None if it does not say."""
+    named = _VCPU_COMM.fullmatch(comm)
+    return int(named[1] or named[2]) if named else None
 
 
 # What a VMM's command line says.

@@ -3,21 +3,12 @@
 Not modelled: several VMs of one process; they are taken for one.
 """
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmtick.host.vms import vcpu_of_name
+
 __all__ = ["VmInfo", "vcpu_of_name"]
-
-_VCPU_NAME = re.compile(r"CPU (\d+)/KVM$|.*vcpu[ _:-]?(\d+)$", re.IGNORECASE)
-
-
-def vcpu_of_name(comm: str) -> int | None:
-    """The vCPU that a thread of this name runs: as QEMU, Firecracker, crosvm and others call them;
-    None if the name does not say.
-    """
-    match = _VCPU_NAME.match(comm)
-    return int(match[1] or match[2]) if match else None
 
 
 @dataclass(slots=True)
