@@ -277,7 +277,7 @@ def _judge(path: Path, summary: Summary, pids: list[int]) -> int:
     if summary.ticks or (summary.unowned_ticks and not pids):
         return EXIT_OK
     if not summary.vms:
-        why = "no VM of KVM was seen: start one, or record as root to see those of others"
+        why = "no VM of KVM was seen: start one; those of others only root (CAP_SYS_PTRACE) sees"
     else:
         vms = plural(len(summary.vms), "VM")
         why = f"no timer of KVM expired for {vms}; what to look at:\n{HINTS}"
