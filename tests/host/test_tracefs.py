@@ -160,6 +160,7 @@ def test_function_addresses(tmp_path: Path) -> None:
         (errno.EPERM, "none integrity [confidentiality]", "locked down; boot with lockdown="),
         (errno.EPERM, "none [integrity] confidentiality", "Operation not permitted; run as root"),
         (errno.EBUSY, "", "tracing is busy: close the programs"),
+        (errno.EROFS, "", "mount -o remount,rw"),
         (errno.ENOMEM, "", "ask for smaller buffers"),
         (errno.ENODEV, "", "it needs a reboot"),
     ],

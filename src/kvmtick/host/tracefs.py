@@ -82,6 +82,7 @@ _LOCKDOWN_REMEDY = "boot with lockdown=integrity, or without Secure Boot"
 _REMEDIES = {
     errno.EACCES: _READ_REMEDY,
     errno.EPERM: _READ_REMEDY,
+    errno.EROFS: "mount -o remount,rw PATH (as root)",
     errno.EBUSY: "tracing is busy: close the programs that read or map this instance",
     errno.ENOMEM: "there is no memory for that: ask for smaller buffers",
     errno.ENODEV: "the kernel has switched tracing off (see dmesg): it needs a reboot",
