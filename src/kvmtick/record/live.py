@@ -1,7 +1,7 @@
 """What became of the ticks, while they are recorded: an estimate from samples.
 
 Decoding takes a core more than recording does. So all events of a tenth of a second are decoded and
-judged now and then, as often as a twentieth of the time allows.
+judged now and then, as often as a thirtieth of one CPU allows.
 """
 
 import time
@@ -22,7 +22,7 @@ from kvmtick.trace.vms import VmInfo
 __all__ = ["LiveSamples", "Sampled"]
 
 WINDOW_S: Final = 0.1
-SHARE: Final = 0.05
+SHARE: Final = 1 / 30
 """So much of one CPU may go into samples."""
 EVERY_S: Final = 1.0
 MOST_BYTES: Final = 1 << 21
