@@ -21,12 +21,15 @@ from pathlib import Path
 
 from kvmtick.trace.decoder import Decoder, Merge
 from kvmtick.trace.events import Function
+from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ktrace import Header, KtraceReader, KtraceWriter
 
 RECORDED = Path(__file__).parents[1] / "tests" / "trace" / "recorded.json"
 LEAST = 0.7
 TIME_BYTES = 8
 GAP_NS = 1_000_000
+A_DAY_NS = 86_400_000_000_000
+PAGES_A_MARK = 64
 Pages = list[tuple[int, bytes]]
 
 
@@ -67,11 +70,11 @@ def has_no_time_of_its_own(by: Decoder, cpu: int, page: bytes) -> bool:
     """Whether all its times count from the page's: where an interrupt came amidst the writing of
     an event, the kernel writes a time stamp.
     """
-    later = by.decode(shifted(page, GAP_NS), cpu)
-    return all(
-        before[0] + GAP_NS == after[0]
-        for before, after in zip(by.decode(page, cpu), later, strict=True)
-    )
+    try:
+        by.decode(shifted(page, A_DAY_NS), cpu)
+    except FormatError:
+        return False
+    return True
 
 
 def repeated(header: Header, pages: Pages, events: int) -> tuple[list[Pages], int]:
@@ -86,13 +89,17 @@ def repeated(header: Header, pages: Pages, events: int) -> tuple[list[Pages], in
 
 
 def write(path: Path, header: Header, rounds: list[Pages]) -> None:
-    """All rounds as a recording; a round is over when the next one begins."""
+    """All rounds as a recording, with marks as often as a recorder has them."""
+    pages = [each for pages in rounds for each in pages]
+    still_to_come: list[int] = []
+    for _, page in reversed(pages):
+        still_to_come.append(min([first_ns(page), *still_to_come[-1:]]))
     with path.open("wb") as file:
         writer = KtraceWriter(file, header)
-        for pages in rounds:
-            writer.mark(min(first_ns(page) for _, page in pages))
-            for cpu, page in pages:
-                writer.page(cpu, page)
+        for (cpu, page), ts_ns in zip(pages, reversed(still_to_come), strict=True):
+            if not writer.pages % PAGES_A_MARK:
+                writer.mark(ts_ns)
+            writer.page(cpu, page)
         writer.end(0, 0)
 
 

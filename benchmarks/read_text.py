@@ -31,6 +31,7 @@ RECORDED = Path(__file__).resolve().parents[1] / "tests" / "trace" / "recorded.j
 PAGE_BYTES = 4096
 START_NS = 10_000_000_000_000
 PAUSE_NS = 1_000_000
+PADDING, TIME_EXTEND = 29, 30
 MOVED = ("expires", "softexpires", "now")
 """Fields that are times."""
 READ = """
@@ -57,7 +58,7 @@ class Pages:
         self.events = 0
         for run in recorded["runs"].values():
             pages = [(cpu, bytes.fromhex(page)) for cpu, page in run["pages"]]
-            times_ns = [event[0] for _, page in pages for event in self._layout.read(page).events]
+            times_ns = [event[0] for _, page in pages for event in self._events(page)]
             self._runs.append((min(times_ns), pages))
             self._lengths_ns.append(max(times_ns) - min(times_ns) + PAUSE_NS)
             self.events += len(times_ns)
@@ -69,11 +70,29 @@ class Pages:
             for cpu, page in pages:
                 data = bytearray(page)
                 _add(data, 0, Field(0, 8, signed=False), at_ns - start_ns)
-                for _, at, _ in self._layout.read(page).events:
+                for _, at in self._events(page):
                     format_ = self._by_id[int.from_bytes(page[at : at + 2], "little")]
                     self._move(data, at, format_, at_ns - start_ns, turn)
                 yield cpu, bytes(data.ljust(PAGE_BYTES, b"\0"))
             at_ns += length_ns
+
+    def _events(self, page: bytes) -> Iterator[tuple[int, int]]:
+        """When each event was, and where it is (events/header_event of tracefs)."""
+        head = self._layout.read(page)
+        now_ns, at = head.first_ns, head.start
+        while at < head.end:
+            word, more = struct.unpack_from("<II", page, at)
+            kind, delta_ns = word & 31, word >> 5
+            now_ns += delta_ns
+            at += 4
+            if kind == TIME_EXTEND:
+                now_ns += more << 27
+                at += 4
+            elif 0 < kind < PADDING:
+                yield now_ns, at
+                at += 4 * kind
+            else:
+                raise SystemExit(f"read_text: {RECORDED.name} has an event of type {kind}")
 
     @staticmethod
     def _move(data: bytearray, at: int, format_: EventFormat, by_ns: int, turn: int) -> None:

@@ -9,8 +9,10 @@ else is changed. Do it at a quiet moment.
 """
 
 import gzip
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -22,22 +24,30 @@ from typing import IO
 from kvmtick import guests
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.kvm.kernel import KernelVm
-from kvmtick.trace.events import Event
+from kvmtick.trace.ktrace import MAGIC
 from kvmtick.trace.reading import open_trace
+
+CHUNK = struct.Struct("<BxHI")
+UPDATE = 4
+"""Of a recording's parts: kind, CPU and length, and the kind that has names (kvmtick.trace.ktrace).
+"""
 
 FOLDER = Path(__file__).parent
 HOST_NAME = "host"
-RECORD_S = 2.0
+RECORD_S = 1.5
+AFTER_S = 0.75
 LIMIT_S = 30.0
 
 BUSY = "flow-meter"
-BUSY_PRIORITY = 50
+VM_PRIORITY, BUSY_PRIORITY = 10, 50
 BUSY_MS = 20
 PAUSE_S = 0.45
 PATIENTS_CPU, OTHER_CPU = 1, 0
 
 HELD_MS = 80
-OWN_NAMES = re.compile(rf"kvm-pit/\d+|swapper/\d+|CPU 0/KVM|{BUSY}|<\.\.\.>|\[.*")
+KNOWN_NAMES = re.compile(
+    rf"|<.*>|{BUSY}|CPU 0/KVM|(kvm-pit|swapper|kworker|ksoftirqd|migration)/.*|rcu_.*|kvm-.*"
+)
 
 
 def main(words: list[str]) -> None:
@@ -48,9 +58,9 @@ def main(words: list[str]) -> None:
         case ["busy"]:
             be_busy()
         case ["slow-clock"]:
-            record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU)
+            record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU, RECORD_S)
         case ["after"]:
-            record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU)
+            record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU, AFTER_S)
         case ["interrupts-off"]:
             record_interrupts_off(FOLDER / "interrupts-off.ktrace")
         case _:
@@ -69,7 +79,7 @@ def run_vm(name: str, reinject: bool) -> None:
         vm.load(guest)
         (worker,) = pit_worker_tids(os.getpid())
         for tid in (os.getpid(), worker):
-            os.setpriority(os.PRIO_PROCESS, tid, -20)
+            os.sched_setscheduler(tid, os.SCHED_FIFO, os.sched_param(VM_PRIORITY))
         print(worker, flush=True)
         sys.stdin.readline()
         vm.run(limit_s=LIMIT_S)
@@ -112,7 +122,7 @@ def be_busy() -> None:
 # The recordings.
 
 
-def record_slow_clock(path: Path, worker_cpu: int) -> None:
+def record_slow_clock(path: Path, worker_cpu: int, for_s: float) -> None:
     """`billing` has reinjection off, and its kvm-pit thread is bound to `worker_cpu`."""
     with ExitStack() as stack:
         mail = stack.enter_context(vm("mail", "tick-pic", "delay"))
@@ -127,7 +137,8 @@ def record_slow_clock(path: Path, worker_cpu: int) -> None:
             stdin.write("go\n")
             stdin.flush()
         time.sleep(1.0)
-        record(path, ["--for", f"{RECORD_S}s"])
+        only = [f"--pid={pid}" for _, pid, _ in (mail, billing)]
+        record(path, ["--for", f"{for_s}s", *only])
 
 
 def record_interrupts_off(path: Path) -> None:
@@ -140,10 +151,14 @@ def record_interrupts_off(path: Path) -> None:
         ends = path.with_suffix(".fifo")
         os.mkfifo(ends)
         stack.callback(ends.unlink)
-        record(path, ["--", "sh", "-c", f"echo > {ends}; exec sleep {RECORD_S / 2}"], ends, billing[0])
+        only = [f"--pid={pid}" for _, pid, _ in (mail, billing)]
+        command = ["sh", "-c", 'echo > "$0"; exec sleep "$1"', str(ends), f"{HELD_MS * 3 / 1000}"]
+        record(path, [*only, "--", *command], ends, billing[0])
 
 
-def record(path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None) -> None:
+def record(
+    path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None
+) -> None:
     """`kvmtick record WORDS`, on a host of another name; `to` gets its line when it has begun."""
     words = [sys.executable, "-m", "kvmtick", "record", "-o", str(path), *words]
     command = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', HOST_NAME, *words]
@@ -160,17 +175,32 @@ def record(path: Path, words: list[str], begins: Path | None = None, to: IO[str]
 
 
 def without_other_names(path: Path) -> bytes:
-    """The file, with the names of threads that are not `OWN_NAMES` replaced by as long ones."""
+    """The file, with the names of threads that are not `KNOWN_NAMES` replaced by numbered ones."""
     with open_trace(path) as trace:
         for _ in trace.batches():
             pass
         comms = {name.rpartition("-")[0] for name in trace.tasks}
+    others = sorted(comm for comm in comms if not KNOWN_NAMES.fullmatch(comm))
+    names = {comm: f"other-{number}" for number, comm in enumerate(others, 1)}
     data = path.read_bytes()
-    others = sorted((c for c in comms if c and not OWN_NAMES.fullmatch(c)), key=len, reverse=True)
-    for number, comm in enumerate(others, 1):
-        print(f"  {comm} is called something else")
-        data = data.replace(comm.encode(), f"t{number:0{max(1, len(comm) - 1)}}".encode())
-    return data
+    at, parts = len(MAGIC), [MAGIC]
+    while at < len(data):
+        kind, cpu, length = CHUNK.unpack_from(data, at)
+        payload = data[at + CHUNK.size : at + CHUNK.size + length]
+        at += CHUNK.size + length
+        for comm, name in names.items():
+            payload = payload.replace(in_page(comm), in_page(name))
+        if kind == UPDATE:
+            told = json.loads(payload)
+            told["tasks"] = {tid: names.get(comm, comm) for tid, comm in told["tasks"].items()}
+            payload = json.dumps(told).encode()
+        parts.append(CHUNK.pack(kind, cpu, len(payload)) + payload)
+    return b"".join(parts)
+
+
+def in_page(comm: str) -> bytes:
+    """A name as records of the scheduler have it."""
+    return comm.encode().ljust(16, b"\0")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,51 @@ def test_any_order_of_any_records(script: list[list[Record]], steps: list[int]) 
     )
 
 
+FALLING = [
+    (0, int(Event.KVM_SET_IRQ), WORKER, 0, 0, 2),
+    (0, int(Event.KVM_IOAPIC_SET_IRQ), WORKER, 0x10000, 0, False),
+    (0, int(Event.KVM_PIC_SET_IRQ), WORKER, 0, 0, 0, 0xFE, False),
+]
+OF_KERNEL = [
+    *tick((0, int(Event.KVM_IOAPIC_SET_IRQ), WORKER, 0x10000, 0, False), PIC),
+    *FALLING,
+    (0, int(Event.WORK_END), WORKER, 1, 1),
+    taken(0x20),
+    *PIC_EOI,
+]
+OF_TIMER = [
+    (0, int(Event.HRTIMER_EXPIRE_ENTRY), IRQ_CONTEXT, 0x301, 2, 0),
+    (0, int(Event.HRTIMER_START), IRQ_CONTEXT, 0x301, 2, PERIOD_NS, False),
+    (0, int(Event.KVM_APIC_ACCEPT_IRQ), VCPU_0, 0, 0, 0, 0x50),
+    taken(0x50),
+    (0, int(Event.KVM_EOI), VCPU_0, 0, 0x50),
+]
+KERNEL_WHOLE = [OF_KERNEL, OF_KERNEL * 2, OF_TIMER, OF_TIMER * 2, [*OF_KERNEL[:9], *PIC_EOI]]
+kernel_pieces = st.lists(
+    st.one_of(any_record().map(lambda record: [record]), st.sampled_from([*WHOLE, *KERNEL_WHOLE])),
+    max_size=30,
+)
+
+
+@given(kernel_pieces, times, st.booleans())
+@settings(max_examples=600, deadline=None)
+def test_a_batch_of_a_kernel_s_records_and_one_by_one(
+    script: list[list[Record]], steps: list[int], begun: bool
+) -> None:
+    records = [record for piece in script for record in piece]
+    ends = [*OF_TIMER, *OF_KERNEL, *OF_TIMER, *OF_KERNEL]
+    records = timed([*START, *ends, *records, *ends], steps)
+    at_once, singly = (TickAssembler(tasks=TASKS, vcpus={3: 0, 4: 1}) for _ in range(2))
+    if begun:
+        at_once.begin_in_the_middle()
+        singly.begin_in_the_middle()
+    at_once(records)
+    for record in records:
+        singly([record])
+    assert all_facts(at_once) == all_facts(singly)
+    check_sums(at_once, lost=True)
+
+
 @given(pieces, times)
 @settings(max_examples=600, deadline=None)
 def test_a_batch_and_its_records_one_by_one(script: list[list[Record]], steps: list[int]) -> None:
@@ -243,3 +288,19 @@ def test_plain_ticks_between_everything_else(before: str, rows: int, after: str)
     assert all_facts(at_once) == all_facts(singly)
     arrivals = [dict(source.arrivals()) for source in at_once.sources()]
     assert arrivals == [dict(source.arrivals()) for source in singly.sources()]
+
+
+@pytest.mark.parametrize("row", [OF_KERNEL, OF_TIMER], ids=["pit", "timer"])
+def test_a_kernel_s_tick_that_differs_in_any_field_of_any_record(row: list[Record]) -> None:
+    ends = [*OF_TIMER, *OF_KERNEL, *OF_TIMER, *OF_KERNEL]
+    for at, record in enumerate(row):
+        for place in range(2, len(record)):
+            for bit in (1, 2, 0x10, 0x10000, IRQ_CONTEXT):
+                other = (*record[:place], record[place] ^ bit, *record[place + 1 :])
+                odd = [*row[:at], other, *row[at + 1 :]]
+                records = timed([*START, *ends, *odd, *ends], [1])
+                at_once, singly = (TickAssembler(tasks=TASKS, vcpus={3: 0, 4: 1}) for _ in range(2))
+                at_once(records)
+                for each in records:
+                    singly([each])
+                assert all_facts(at_once) == all_facts(singly), (at, place, bit)

@@ -132,6 +132,7 @@ def test_an_entry_that_was_never_open_masks_every_tick() -> None:
 
 def test_a_guest_that_runs_on_without_the_interrupt_has_masked_the_entry() -> None:
     s = armed()
+    s.assembler.judge_by("", "", sees_masks=False)
     live(s)
     waits = s.fire()
     s.write(0x80, 1, at=2 * MS + 10)

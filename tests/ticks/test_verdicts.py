@@ -449,3 +449,30 @@ def test_a_request_that_inta_took_is_injected_after_the_next_pulse_is_recorded()
     report = written(*EXPIRY, RAISE, LATCH, WORK_END, *EXPIRY, RAISE, LATCH, INJECT, INJECT)
     assert [tick.inject_ns for tick in report] == [11, 12]
     assert report.extra == 0
+
+
+def test_work_that_was_queued_before_the_worker_said_that_it_runs() -> None:
+    """The worker takes its work before its start is recorded: what was queued in between is there
+    still, and the expiries after it queue none.
+    """
+    stream = Stream(reinject=False)
+    stream.reinject_control(False)
+    stream.program()
+    first = stream.expire()
+    second = stream.expire()
+    stream.work(2_000_010)
+    lost = [stream.expire(queues=False) for _ in range(3)]
+    stream.inject(5_000_020)
+    stream.eoi(5_000_030)
+    stream.work(5_000_040)
+    stream.inject(5_000_050)
+    stream.eoi(5_000_060)
+    third = stream.expire()
+    stream.work(6_000_010)
+    stream.inject(6_000_020)
+    report = stream.report()
+    assert [tick.verdict for tick in lost] == [Verdict.COALESCED] * 3
+    assert [tick.where for tick in lost] == [Where.WORKER] * 3
+    assert third.inject_ns == 6_000_020
+    assert report.count("delivered") + report.count("late") == 2 + (second.inject_ns is not None)
+    assert first.inject_ns == 5_000_020

@@ -20,7 +20,7 @@ from kvmtick.trace.events import (
     Record,
     field,
 )
-from kvmtick.trace.ftrace import FtraceWriter, event_name, event_text, format_line
+from kvmtick.trace.ftrace import SIMULATED, FtraceWriter, event_name, event_text, format_line
 
 PIT_FN = int(Function.PIT_TIMER_FN)
 WORK_FN = int(Function.PIT_DO_WORK)
@@ -176,6 +176,12 @@ LINES: list[tuple[str, Event, tuple[int, ...], str]] = [
     (
         "(fmt)",
         Event.KVM_APIC_ACCEPT_IRQ,
+        (0x1F, 0x100, 1, 255),
+        "apicid 1f vec 255 (LowPrio|level)",
+    ),
+    (
+        "(fmt)",
+        Event.KVM_APICV_ACCEPT_IRQ,
         (0x1F, 0x100, 1, 255),
         "apicid 1f vec 255 (LowPrio|level)",
     ),
@@ -439,7 +445,7 @@ def test_the_file_opens_as_tracefs_does_and_holds_every_record() -> None:
     writer([(3, int(Event.KVM_ACK_IRQ), 0, 0, 0)])
     header = [line for line in file.getvalue().splitlines() if line.startswith("#")]
     lines = file.getvalue().splitlines()[len(header) :]
-    assert header[0] == "# tracer: nop"
+    assert header[:2] == ["# tracer: nop", SIMULATED]
     assert writer.lines == len(lines) == 3
     assert [re.split(r": ", line, maxsplit=2)[1] for line in lines] == [
         "kvm_set_irq",

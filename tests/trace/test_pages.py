@@ -87,6 +87,11 @@ def test_an_absolute_time_keeps_the_bits_above_it() -> None:
     assert [ns for ns, *_ in decode(raw)] == [high + 77, high + (3 << 27) + 9 + 1]
 
 
+def test_a_time_stamp_that_goes_back_is_told() -> None:
+    with pytest.raises(FormatError, match="a time stamp of 9 ns comes after 1001 ns"):
+        decode(page(event(1, 1), entry(TIME_STAMP, 9, 0), event(1, 2)))
+
+
 def test_padding_is_skipped_and_padding_without_time_ends_the_page() -> None:
     discarded = entry(PADDING, 1, 8, 0xDEAD)
     raw = page(event(1, 1), discarded, event(1, 2), entry(PADDING, 0, 0), event(1, 3))

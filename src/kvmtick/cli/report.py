@@ -14,7 +14,7 @@ from kvmtick.cli.options import Parser
 from kvmtick.cli.reading import reading_progress
 from kvmtick.report.build import WORST, build
 from kvmtick.report.data import Report, WorstTick
-from kvmtick.report.output import output_errors, replaced
+from kvmtick.report.output import replaced
 from kvmtick.report.stream import Progress
 from kvmtick.trace.events import Event
 from kvmtick.trace.formats import FormatError
@@ -190,25 +190,21 @@ def _writers(
         if file is not None and path.exists() and Path(file).exists() and path.samefile(file):
             raise UsageError(f"--{name} {file}: that is the trace itself; give another file")
     if options.html is not None:
-        html = Path(options.html)
-        beside = stack.enter_context(replaced(html))
+        html = stack.enter_context(replaced(Path(options.html)))
 
         def write_html(report: Report) -> None:
             from kvmtick.report.page import write_page
 
-            with output_errors(html):
-                write_page(report, beside)
+            write_page(report, html)
 
         yield write_html
     if options.png is not None:
-        png = Path(options.png)
-        png_beside = stack.enter_context(replaced(png))
+        png = stack.enter_context(replaced(Path(options.png)))
 
         def write_png(report: Report) -> None:
             from kvmtick.report.picture import write_picture
 
-            with output_errors(png):
-                write_picture(report, png_beside)
+            write_picture(report, png)
 
         yield write_png
 

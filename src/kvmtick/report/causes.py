@@ -129,8 +129,16 @@ class Causes:
         self._vcpus = vcpus
         self._mask = mask
 
-    def of(self, tick: Tick, before: Tick | None, cause_before: Cause | None) -> Cause:
-        """Why a tick was not simply delivered. `before`: the tick before it, and its cause."""
+    def of(
+        self,
+        tick: Tick,
+        before: Tick | None = None,
+        cause_before: Cause | None = None,
+        holder: Tick | None = None,
+    ) -> Cause:
+        """Why a tick was not simply delivered. `before`: the tick before it, and its cause;
+        `holder`: the last one before it that reached a vCPU.
+        """
         verdict = tick.verdict
         if verdict is Verdict.MASKED:
             return Cause(CauseKind.MASKED)
@@ -138,10 +146,17 @@ class Causes:
             return self.of_arrival(tick)
         if verdict is Verdict.COALESCED and tick.where is Where.WORKER:
             since_ns = tick.fired_ns - 1 if before is None else before.fired_ns
+            if tick.fired_ns - tick.expiry_ns > tick.fired_ns - since_ns:
+                # A timer that is late catches up at once: no worker runs in between.
+                return Cause(CauseKind.TIMER_LATE, tick.fired_ns - tick.expiry_ns)
             cause = self._worker(tick.fired_ns - 1, tick.fired_ns)
             if cause.kind is CauseKind.WORKER_LATE:
                 return replace(cause, ns=tick.fired_ns - since_ns)
             return cause
+        if verdict is Verdict.COALESCED and holder is not None:
+            accept_ns, inject_ns = holder.accept_ns, holder.inject_ns
+            if accept_ns is not None and inject_ns is not None and inject_ns > tick.fired_ns:
+                return replace(self._vcpu(holder, accept_ns, inject_ns), previous=True)
         if verdict in (Verdict.REINJECTED, Verdict.COALESCED):
             if cause_before is not None:
                 return replace(cause_before, previous=True)
@@ -151,7 +166,7 @@ class Causes:
 
     def of_told(self, tick: Tick) -> Cause:
         """Of a tick that is told of but was delivered."""
-        cause = self.of_arrival(tick) if tick.inject_ns is not None else self.of(tick, None, None)
+        cause = self.of_arrival(tick) if tick.inject_ns is not None else self.of(tick)
         if tick.verdict is Verdict.DELIVERED and cause.ns < SHORT_NS:
             return Cause(CauseKind.OTHER, detail="nothing: it came in time")
         return cause

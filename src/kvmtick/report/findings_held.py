@@ -40,16 +40,16 @@ def held_findings(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
             ),
             _SIMULATED
             if vm.trace.is_complete and kind in _BY_FAULTS
-            else remedy.format(pids=_pids(who), missing=_missing(vm)),
+            else remedy.format(pids=_pids(who), missing=_missing(vm, kind)),
             ticks,
         )
 
 
-_MISSING_EVENTS = (
+_SCHED_EVENTS = (
     (Event.SCHED_SWITCH, "sched_switch"),
     (Event.SCHED_WAKING, "sched_waking"),
-    (Event.KVM_ENTRY, "kvm_entry"),
 )
+_MISSING_EVENTS = (*_SCHED_EVENTS, (Event.KVM_ENTRY, "kvm_entry"))
 
 _TOLD = {
     CauseKind.TIMER_LATE: (
@@ -64,7 +64,7 @@ _TOLD = {
     ),
     CauseKind.WORKER_LATE: (
         "the kvm-pit thread ran up to {worst} after the timer; why, the trace cannot tell",
-        "record again {missing}: they show who had its CPU",
+        "record again {missing} of that thread: they show who had its CPU",
     ),
     CauseKind.VCPU_WAITED: (
         "the vCPU's thread {thread} waited up to {worst} for {cpus}",
@@ -149,7 +149,12 @@ def _list(words: list[str], most: int = _MOST_NAMED) -> str:
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _missing(vm: VmFacts) -> str:
+def _missing(vm: VmFacts, kind: CauseKind) -> str:
     """Which events would tell more, that this trace lacks."""
-    names = [name for event, name in _MISSING_EVENTS if event not in vm.trace.events]
-    return f"with {_list(names)}" if names else "where the host's KVM writes kvm_entry"
+    wanted = _SCHED_EVENTS if kind is CauseKind.WORKER_LATE else _MISSING_EVENTS
+    names = [name for event, name in wanted if event not in vm.trace.events]
+    if names:
+        return f"with {_list(names)}"
+    return (
+        "with all switches" if wanted is _SCHED_EVENTS else "where the host's KVM writes kvm_entry"
+    )

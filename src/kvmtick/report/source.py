@@ -101,6 +101,8 @@ class SourceLives:
         self.reached_periods: Counter[int] = Counter()
         self.first_ns: int | None = None
         self.last_ns = 0
+        self.unknown_ns = 0
+        """Periods of ticks of which nobody knows whether they came."""
         self.last_arrival: Tick | None = None
         self._interesting = Thinned(POINTS_OF_INTEREST)
         self._delivered = Thinned(POINTS_DELIVERED)
@@ -129,9 +131,11 @@ class SourceLives:
         self.last_ns = tick.expiry_ns
         if tick.period_ns:
             self.periods[tick.period_ns] += 1
+            if tick.verdict is Verdict.UNKNOWN:
+                self.unknown_ns += tick.period_ns
         if tick.inject_ns is not None:
             self.last_arrival = tick
-            if tick.period_ns:
+            if tick.period_ns and tick.verdict is not Verdict.UNKNOWN:
                 self.reached_periods[tick.period_ns] += 1
         if tick.verdict is _DELIVERED:
             self._cause = None
@@ -141,7 +145,7 @@ class SourceLives:
         self._before = tick
 
     def _disturbed(self, tick: Tick) -> None:
-        cause = self._cause = self._causes.of(tick, self._before, self._cause)
+        cause = self._cause = self._causes.of(tick, self._before, self._cause, self.last_arrival)
         if self._is_told(tick.index):
             self.causes[tick.index] = cause
         who = Cause(cause.kind, 0, cause.thread, cause.cpu, cause.holder)
@@ -211,9 +215,11 @@ class SourceLives:
 
     @property
     def ran_ns(self) -> int:
-        """For how long it ticked: the sum of the periods; of a one-shot timer the time it took."""
+        """For how long it ticked, as far as that is known: the sum of the periods; of a one-shot
+        timer the time it took.
+        """
         if self.periods:
-            return sum(period * count for period, count in self.periods.items())
+            return sum(period * count for period, count in self.periods.items()) - self.unknown_ns
         return self.last_ns - (self.first_ns or 0)
 
     def drift_ppm(self, is_pit: bool) -> float | None:

@@ -1,7 +1,7 @@
 """Latencies in constant memory: a histogram with a bounded relative error."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import add, rshift
 
 __all__ = ["Histogram"]
@@ -22,7 +22,7 @@ class Histogram:
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
-        """By the first bits of the values and, above these, how far they were shifted."""
+        """By `_keys`."""
         self._total = 0
         self.max = 0
 
@@ -31,13 +31,17 @@ class Histogram:
 
     def add(self, values: Sequence[int]) -> None:
         """Count some values; what is below 0 counts as 0."""
-        if min(values) < 0:
+        distinct = Counter(values)
+        if min(distinct) < 0:
             values = [max(0, value) for value in values]
-        self.max = max(self.max, *values)
+            distinct = Counter(values)
+        self.max = max(self.max, *distinct)
         self._total += len(values)
-        bits = [*map(int.bit_length, values)]
-        first = map(rshift, values, map(_SHIFTS.__getitem__, bits))
-        self._counts.update(map(add, first, map(_TAGS.__getitem__, bits)))
+        if 4 * len(distinct) < len(values):
+            for key, count in zip(_keys([*distinct]), distinct.values(), strict=True):
+                self._counts[key] += count
+        else:
+            self._counts.update(_keys(values))
 
     def buckets(self) -> list[tuple[int, int]]:
         """`(upper end, count)` of the buckets that hold something, ascending."""
@@ -61,3 +65,10 @@ class Histogram:
         if not self._total:
             return {}
         return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self.max}
+
+
+def _keys(values: Sequence[int]) -> Iterator[int]:
+    """The bucket of each value: its first bits and, above these, how far it was shifted."""
+    bits = [*map(int.bit_length, values)]
+    first = map(rshift, values, map(_SHIFTS.__getitem__, bits))
+    return map(add, first, map(_TAGS.__getitem__, bits))

@@ -230,11 +230,11 @@ class LapicTicks(Source):
 
     def _seems_masked(self) -> bool | None:
         """Why an expiry waits: it is masked, or the vCPU has not run; None: one of them."""
-        if self.masked or self.ran:
+        if self.masked is not None:
+            return self.masked
+        if self.ran:
             return True
-        if self.masked is None and (self.begun or not self.sees_masks):
-            return None
-        return self.masked is None and not self._served
+        return None if self.begun or not self.sees_masks else not self._served
 
     def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
         return accept_ns - tick.expiry_ns, inject_ns - accept_ns

@@ -65,7 +65,12 @@ class TickAssembler:
         kept = Keep(keep, keep_all)
         self._pit = PitTicks(self._apics, kept)
         self._timers = LapicTimers(
-            self._apics, self._messages, self._vcpu_of, tasks is not None, kept, owners or {}
+            self._apics,
+            self._messages,
+            self._vcpu_of,
+            tasks is not None,
+            kept,
+            {} if owners is None else owners,
         )
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
@@ -325,6 +330,7 @@ class TickAssembler:
         self._guest_ran(task, vcpu)
         if not self._pit.pic.takes(vector) and self._apics.requested(vcpu, vector):
             self._apics.inject(vcpu, vector, ts_ns)
+            self._pit.injected()
         else:
             self._apics.injected(vcpu, vector)
             self._pit.inject(record, vcpu or 0)

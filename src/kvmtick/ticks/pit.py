@@ -67,6 +67,7 @@ QUEUED_NS = 50_000
 REINJECT_UNKNOWN = "whether ticks are reinjected was not known yet"
 
 _PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
+_PIT_DO_WORK = int(Function.PIT_DO_WORK)
 _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
@@ -107,6 +108,8 @@ class PitTicks(Source):
         self._reset_ns = -1
         self._expires_ns = 0
         self._expiring: Tick | None = None
+        self._queued_for: Tick | None = None
+        """The last expiry that queued the work; None where no such event was seen."""
         self._pending = 0
         self._work_queued = False
         self._work_known = True
@@ -167,8 +170,8 @@ class PitTicks(Source):
         worker = run[2]
         if (
             expiry[4] != _PIT_TIMER_FN
-            or start[3] != expiry[3]
-            or start[2] != expiry[2]
+            or run[4] != _PIT_DO_WORK
+            or start[2:5] != expiry[2:5]
             or not start[2] & IRQ_CONTEXT
             or batch[at + 1][2] != expiry[2]
             or batch[pulse][2] != worker
@@ -261,6 +264,7 @@ class PitTicks(Source):
         expiring = self._expiring
         if expiring is not None and record[2] & IRQ_CONTEXT:
             self.rearmed(expiring, record[5])
+            self._check_queued(expiring)
         else:
             self._no_expiry = None
             if record[0] == self._reset_ns:
@@ -270,6 +274,18 @@ class PitTicks(Source):
                 self._unsure = ""
         self._expiring = None
         self._expires_ns = record[5]
+
+    def _check_queued(self, tick: Tick) -> None:
+        """Its callback queued no work, so that still was queued, whatever the worker's start seemed
+        to say: the worker takes its work before that is recorded.
+        """
+        last = self._queued_for
+        if self._reinject is not False or last is None or last is tick:
+            return
+        if self._waiting and self._waiting[-1] is tick:
+            self._waiting.pop()
+            self._work_queued = True
+            self.judge(tick, Verdict.COALESCED, Where.WORKER, _NOT_RUN)
 
     def hrtimer_expire_entry(self, record: Record) -> None:
         """A tick begins."""
@@ -332,6 +348,7 @@ class PitTicks(Source):
             self._know_reinject(True)
         self._work_queued = self._work_known = True
         self._queues = None
+        self._queued_for = self._expiring or self._queued_for
 
     def work_start(self, record: Record) -> None:
         """The worker runs. A run that gave no pulse found `irq_ack` at 0: it held back every tick
@@ -524,6 +541,10 @@ class PitTicks(Source):
         self._irq_ack = False
         self._run_pulsed = True
         self._give_up_unpulsed(self._unsure)
+        if self._reinject is None and self._waiting and self._waiting[0] in self._merged:
+            # Replayed, it has this pulse; merged, the tick that queued the work has.
+            self._lose_count(REINJECT_UNKNOWN)
+            self._irq_ack = False
         if not self._waiting:
             return
         tick = self._run_tick = self._waiting.popleft()
@@ -645,10 +666,15 @@ class PitTicks(Source):
         if self.pic.request is not None:
             self.plain_task = record[2]
             self._plain_vcpu = vcpu
-        if not self._apics.sees_nmis():
-            # Such a host's own EOI of the PIC's interrupt acknowledges the pulse, and says nothing.
-            self._irq_ack = self._irq_ack or None
+        self.injected()
         self.pic.inject(self, record[3], vcpu, record[0])
+
+    def injected(self) -> None:
+        """Some interrupt was: a back end that writes its own EOI then acknowledges the pulse by it,
+        and says nothing.
+        """
+        if not self._apics.sees_nmis():
+            self._irq_ack = self._irq_ack or None
 
     def ack_irq(self, record: Record, vcpu: int) -> None:
         """A pin was acknowledged; if GSI 0 leads to it, the PIT hears of it."""

@@ -16,6 +16,8 @@ __all__ = ["HOPS", "Keep", "Source"]
 HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
 _END_HOPS = HOPS[3:]
 
+MANY_ROWS = 512
+
 _OPEN = Verdict.OUTSTANDING
 _DELIVERED = Verdict.DELIVERED
 _LATE = Verdict.LATE
@@ -104,6 +106,7 @@ class Source:
 
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of the ticks that reached a vCPU."""
+        self._count_rows()
         return self._latency_ns
 
     def take_old(self, also_kept: bool = False) -> list[Tick]:
@@ -240,7 +243,11 @@ class Source:
         claim.path = path
 
     def fold(self) -> None:
-        """Take the latencies since the last time into the histograms."""
+        """Take the latencies into the histograms, many at a time."""
+        if len(self._end_rows) >= MANY_ROWS or len(self._reach_rows) >= MANY_ROWS:
+            self._count_rows()
+
+    def _count_rows(self) -> None:
         for names, rows in ((self._reach_hops, self._reach_rows), (_END_HOPS, self._end_rows)):
             if rows:
                 for name, values in zip(names, zip(*rows, strict=True), strict=True):

@@ -137,13 +137,6 @@ _TOLD: dict[int, Words] = {
         "kvm_check_and_inject_events, vmx_inject_nmi",
         "vcpu.events.inject_pending_event",
     ),
-    Event.KVM_APICV_ACCEPT_IRQ: (
-        "the message goes to the hardware (APICv)",
-        "vmx_deliver_interrupt",
-        "irqchip.lapic.Lapic.accept_irq",
-    ),
-    Event.SCHED_WAKING: ("a thread is woken", "try_to_wake_up", "trace.events.Event"),
-    Event.SCHED_SWITCH: ("a CPU goes on to another thread", "__schedule", "trace.events.Event"),
     Event.LOST_EVENTS: (
         "the kernel lost some of its records",
         "ring_buffer_lost_events",

@@ -325,7 +325,10 @@ def _no_event(data: bytes, at: int, end: int, ts_ns: int, word: int) -> tuple[in
     at += _WORD
     if kind == _TIME_EXTEND:
         return ts_ns + (value << _DELTA_BITS) + delta_ns, at
-    return ts_ns >> _STAMP_BITS << _STAMP_BITS | (value << _DELTA_BITS) + delta_ns, at
+    stamp_ns = ts_ns >> _STAMP_BITS << _STAMP_BITS | (value << _DELTA_BITS) + delta_ns
+    if stamp_ns < ts_ns:
+        raise FormatError(f"a time stamp of {stamp_ns} ns comes after {ts_ns} ns")
+    return stamp_ns, at
 
 
 class Merge:
@@ -337,15 +340,19 @@ class Merge:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Record]] = {}
-        self._added: set[int] = set()
+        self._disordered: set[int] = set()
         self._handed_ns = 0
         self.waiting = 0
         """So many records wait."""
 
     def add(self, cpu: int, records: list[Record]) -> None:
         """The next records of a CPU, in order."""
-        self._waiting.setdefault(cpu, []).extend(records)
-        self._added.add(cpu)
+        if not records:
+            return
+        waiting = self._waiting.setdefault(cpu, [])
+        if records[0][0] < (waiting[-1][0] if waiting else self._handed_ns):
+            self._disordered.add(cpu)
+        waiting.extend(records)
         self.waiting += len(records)
 
     def lose(self, cpu: int) -> None:
@@ -356,9 +363,9 @@ class Merge:
 
     def until(self, end_ns: int | None) -> list[Record]:
         """All before `end_ns`, in order; the others wait. None: all."""
-        for cpu in self._added:
+        for cpu in self._disordered:
             self._order(cpu, self._waiting[cpu])
-        self._added.clear()
+        self._disordered.clear()
         ready: list[Record] = []
         for records in self._waiting.values():
             cut = len(records) if end_ns is None else bisect_left(records, end_ns, key=_BY_TIME)
@@ -372,7 +379,7 @@ class Merge:
         return ready
 
     def _order(self, cpu: int, records: list[Record]) -> None:
-        """Only damage makes a CPU's records come in another order than that of their time."""
+        """Only damage makes a CPU's pages come in another order than that of their time."""
         records.sort(key=_BY_TIME)
         late = bisect_left(records, self._handed_ns, key=_BY_TIME)
         if late:

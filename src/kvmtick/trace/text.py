@@ -22,6 +22,8 @@ names a kernel thread after the one it was made from. Where a text has the proce
 Not modelled: raw fields, times relative to the first; which vCPU a thread runs.
 """
 
+import gc
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from operator import itemgetter
@@ -32,7 +34,6 @@ from kvmtick.trace.decoder import TaskNames
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.ftrace import SIMULATED
-from kvmtick.trace.text_bodies import Fields
 from kvmtick.trace.text_clock import ClockOffset, first_offset_ns
 from kvmtick.trace.text_events import EventTexts, keep
 from kvmtick.trace.text_file import TextFile
@@ -47,18 +48,23 @@ from kvmtick.trace.vms import VmInfo
 
 __all__ = ["REORDERED", "TextReader", "is_text"]
 
-REORDERED = 2000
+REORDERED = 1000
 """So many neighbours are put in order."""
 
+_BATCH = 8000
+
 _START_LINES = 200
+_SAMPLED = 30
+_FEW = 10
 _BY_TIME = itemgetter(0)
 _UNNAMED = "<...>"
 _WORKER = "kvm-pit/"
 
 _START = int(Event.HRTIMER_START)
 _EXPIRE = int(Event.HRTIMER_EXPIRE_ENTRY)
+_WAS_ARMED = "was_armed=1"
 _LOST = int(Event.LOST_EVENTS)
-_BY_CALLBACK = frozenset({int(Event.WORK_QUEUE), int(Event.SCHED_WAKING)})
+_IN_EXPIRY = frozenset({_EXPIRE, int(Event.WORK_QUEUE), int(Event.SCHED_WAKING)})
 _OF_VCPUS = frozenset(
     int(event)
     for event, tracepoint in TRACEPOINTS.items()
@@ -98,8 +104,14 @@ class TextReader:
         self._gaps: list[tuple[int, int]] = []
         self._columns: dict[str, tuple[int, int]] = {}
         """By what stands before the point of a time: the task, and the seconds in ns."""
-        self._fraction = -7, -6, 1000
-        """Where the point and the digits behind it are in a line's columns; the last one's ns."""
+        self._digits = 6
+        """So many are behind the point of a time."""
+        self._unit_ns = 1000
+        """What the last of them stands for."""
+        self._cut = itemgetter(slice(None), slice(0), slice(0), slice(0))
+        """Of a line: itself, what stands before the point, the digits behind it, the event."""
+        self._others = 1 << 30
+        """Lines of the last block that were not cut there."""
         self._tgids: dict[int, int] = {}
         self._vcpu_tasks: set[int] = set()
         self._end_ns = 0
@@ -156,16 +168,31 @@ class TextReader:
     def batches(self) -> Iterator[list[Record]]:
         """The records in order of time, in batches. Raises `FormatError` if they are in none."""
         held: list[Record] = []
-        for block in self._file.blocks():
-            records = self._records(block.decode(errors="replace").split("\n"))
-            if self._tgids:
-                self._vcpu_tasks |= {r[2] & ~IRQ_CONTEXT for r in records if r[1] in _OF_VCPUS}
-            held += self._moved(records)
-            held.sort(key=_BY_TIME)
-            if len(held) > REORDERED:
-                yield self._next(held[:-REORDERED])
-                del held[:-REORDERED]
+        blocks = self._file.blocks()
+        while self._fill(held, blocks):
+            yield self._next(held[:-REORDERED])
+            del held[:-REORDERED]
         yield self._next(held)
+
+    def _fill(self, held: list[Record], blocks: Iterator[bytes]) -> bool:
+        """Add a batch; False where the text ends. Records are tuples of numbers: the collector
+        would look in vain for cycles in them, and take its time.
+        """
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            for block in blocks:
+                records = self._records(block.decode(errors="replace").split("\n"))
+                if self._tgids:
+                    self._vcpu_tasks |= {r[2] & ~IRQ_CONTEXT for r in records if r[1] in _OF_VCPUS}
+                held += self._moved(records)
+                if len(held) > _BATCH + REORDERED:
+                    return True
+            return False
+        finally:
+            held.sort(key=_BY_TIME)
+            if was_enabled:
+                gc.enable()
 
     def _next(self, records: list[Record]) -> list[Record]:
         if records:
@@ -197,69 +224,94 @@ class TextReader:
         """
         columns, texts = self._columns, self._texts
         known, readers = texts.known, texts.readers
-        expiring, gaps = self._expiring, self._gaps
-        point, digits, unit_ns = self._fraction
+        timers, timer_bytes = texts.timers, texts.timer_bytes
+        expiring = self._expiring
+        if self._others * _FEW >= len(lines):
+            self._set_cut(lines)
+        self._others = 0
+        unit_ns = self._unit_ns
         records: list[Record] = []
         append = records.append
-        for line in lines:
+        for line, column, fraction, text in map(self._cut, lines):
             try:
-                head, text = line.split(": ", 1)
-                task, second_ns = columns[head[:point]]
-                ts_ns = second_ns + int(head[digits:]) * unit_ns
+                task, second_ns = columns[column]
+                ts_ns = second_ns + int(fraction) * unit_ns
             except (ValueError, KeyError):
                 parsed = self._other_line(line)
                 if parsed is None:
                     continue
                 task, ts_ns, text = parsed
-                point, digits, unit_ns = self._fraction
+                records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in self._gaps]
+                self._gaps.clear()
             found = known.get(text)
             if found is None:
-                title, _, body = text.partition(": ")
+                timer = timers.get(text[:timer_bytes])
                 try:
-                    found = readers[title](body, text, line)
+                    if timer is not None and text.startswith(timer[0]) and text.endswith(timer[2]):
+                        _, start, _, stop, event, fields = timer
+                        if not fields:
+                            continue
+                        if event == _START:
+                            expires = int(text[start : text.index(" ", start)])
+                            fields += expires, +text.endswith(_WAS_ARMED)
+                        else:
+                            fields += (int(text[start:stop]),)
+                    else:
+                        title, _, body = text.partition(": ")
+                        found = readers[title](body, text, line)
+                        if found is None:
+                            continue
+                        event, fields = found
                 except ValueError:
                     texts.unknown += 1
                     continue
-                if found is None:
-                    continue
-            event, fields = found
-            if gaps:
-                records += [(ts_ns, _LOST, 0, cpu, count) for cpu, count in gaps]
-                gaps.clear()
-            if event == _EXPIRE:
-                if not task & IRQ_CONTEXT:
+                if event == _EXPIRE and not task & IRQ_CONTEXT:
                     expiring[task] = fields[0]
-                    task |= IRQ_CONTEXT
-            elif expiring and task in expiring:
-                task = self._in_callback(task, event, fields)
+            else:
+                event, fields = found
+            if (
+                expiring
+                and task in expiring
+                and (event in _IN_EXPIRY or (expiring.pop(task) == fields[0] and event == _START))
+            ):
+                task |= IRQ_CONTEXT
             append((ts_ns, event, task) + fields)  # noqa: RUF005 - twice as fast
         return records
 
-    def _in_callback(self, task: int, event: int, fields: Fields) -> int:
-        """The task of a record after an expiry in it: still in the interrupt, or not."""
-        if event == _START and fields[0] == self._expiring[task]:
-            del self._expiring[task]
-        elif event not in _BY_CALLBACK:
-            del self._expiring[task]
-            return task
-        return task | IRQ_CONTEXT
+    def _set_cut(self, lines: list[str]) -> None:
+        """Where most lines have the point. The others are read in another way, not as fast."""
+        events = [event for event in map(parse_line, lines[::_SAMPLED]) if event is not None]
+        if events:
+            self._digits = events[0].digits
+            self._unit_ns = 10 ** (9 - self._digits)
+            points = Counter(len(event.columns) for event in events)
+            point = points.most_common(1)[0][0]
+            end = point + 1 + self._digits
+            self._cut = itemgetter(
+                slice(None), slice(point), slice(point + 1, end), slice(end + 2, None)
+            )
 
     def _other_line(self, line: str) -> tuple[int, int, str] | None:
         """Task, time and text of an event whose columns are new, at least in this second; None for
         a line of another kind.
         """
+        self._others += 1
+        head, _, text = line.partition(": ")
+        found = self._columns.get(head[: -1 - self._digits])
+        fraction = head[-self._digits :]
+        if found is not None and fraction.isdecimal():
+            return found[0], found[1] + int(fraction) * self._unit_ns, text
         parsed = parse_line(line)
         if parsed is not None:
             task = self._whos.get(parsed.who)
             if task is None:
                 task = self._whos[parsed.who] = self._introduce(parsed)
-            digits = parsed.digits
-            self._fraction = -1 - digits, -digits, 10 ** (9 - digits)
             keep(self._columns, parsed.columns, (task, parsed.second_ns))
             return task, parsed.ts_ns, parsed.rest
         gap = lost_events(line)
         if gap is not None:
             self._gaps.append(gap)
+            self._columns.clear()  # so that the next event is an other line, too
             self.lost += max(1, gap[1])
         elif is_remark(line):
             self.lost += overwritten_events(line)

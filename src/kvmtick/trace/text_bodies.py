@@ -46,19 +46,11 @@ _EXIT_REASONS = {
     name: number for table in (VMX_EXIT_REASONS, SVM_EXIT_REASONS) for number, name in table.items()
 }
 _FAILED_VMENTRY = 1 << 31
-_TASK_STATES = {
-    "R": 0x00,
-    "S": 0x01,
-    "D": 0x02,
-    "T": 0x04,
-    "t": 0x08,
-    "X": 0x10,
-    "Z": 0x20,
-    "P": 0x40,
-    "I": 0x80,
-    "+": 0x100,
-}
-"""`prev_state` of sched_switch; `+`: it was preempted."""
+_UNNAMED = "<...>"
+_TASK_STATES = {letter: 1 << bit for bit, letter in enumerate("SDTtXZPI+")} | {"R": 0}
+"""`prev_state` of sched_switch as Linux 4.14 and later print it; `+`: it was preempted."""
+_PLUGIN_STATES = {letter: 1 << bit for bit, letter in enumerate("SDTtZXxW")} | {"R": 0}
+"""The same in trace-cmd's words: those of an older kernel, and nothing of a preemption."""
 
 
 def _wording(pattern: str) -> Callable[[str], re.Match[str]]:
@@ -90,7 +82,7 @@ def _function(name: str) -> int | None:
     return _FUNCTIONS.get(name.partition(".")[0])
 
 
-_START = _wording(_TIMER + " function=" + _FUNCTION + r" expires=(?P<expires>\d+)(?P<more> .*)?")
+_START = _wording(_TIMER + " function=" + _FUNCTION + r" expires=(?P<expires>\d+)(?P<more> .*)")
 
 
 def _hrtimer_start(body: str) -> Fields:
@@ -98,20 +90,18 @@ def _hrtimer_start(body: str) -> Fields:
     function = _function(m["function"])
     if function is None:
         return OTHER_FUNCTION
-    was_armed = "was_armed=1" in (m["more"] or "")
+    was_armed = m["more"].endswith("was_armed=1")
     return int(m["hrtimer"], 16), function, int(m["expires"]), int(was_armed)
 
 
 _CANCEL = _wording(_TIMER)
-_EXPIRE = _wording(
-    rf"{_TIMER} (?:function={_FUNCTION} )?now=(?P<now>\d+)"
-    rf"(?: {_FUNCTION.replace('<function>', '<last>').replace('(?P<last>', 'function=(?P<last>')})?"
-)
+_EXPIRE = _wording(rf"{_TIMER} function={_FUNCTION} now=(?P<now>\d+)")
+_PLUGIN_EXPIRE = _wording(rf"{_TIMER} now=(?P<now>\d+) function={_FUNCTION}")
 
 
 def _hrtimer_expire_entry(body: str) -> Fields:
-    m = _EXPIRE(body)
-    function = _function(m["function"] or m["last"] or "0x")
+    m = _PLUGIN_EXPIRE(body) if body.partition(" ")[2].startswith("now=") else _EXPIRE(body)
+    function = _function(m["function"])
     if function is None:
         return OTHER_FUNCTION
     return int(m["hrtimer"], 16), function, int(m["now"])
@@ -306,54 +296,56 @@ def _msr(body: str) -> Fields:
     return int(rw == "write"), int(number, 16), int(value, 16), int(exception is not None)
 
 
-_WAKING = _wording(r"(?:comm=(?P<comm>.*) )?pid=(?P<pid>\d+)(?: .*)? target_cpu=(?P<cpu>\d+)")
+_WAKING = _wording(
+    r"comm=(?P<comm>.*) pid=(?P<pid>\d+) prio=(?P<prio>-?\d+)(?: success=\d)?"
+    r" target_cpu=(?P<cpu>\d+)"
+)
 _SWITCH = _wording(
-    r"(?:prev_comm=(?P<prev_comm>.*) )?prev_pid=(?P<prev_pid>\d+)(?: prev_prio=-?\d+)?"
-    r" prev_state=(?P<state>\S+) ==>(?: next_comm=(?P<next_comm>.*))? next_pid=(?P<next_pid>\d+)"
-    r"(?: next_prio=-?\d+)?"
+    r"prev_comm=(?P<prev_comm>.*) prev_pid=(?P<prev_pid>\d+) prev_prio=(?P<prev_prio>-?\d+)"
+    r" prev_state=(?P<state>[\w|+]+) ==>"
+    r" next_comm=(?P<next_comm>.*) next_pid=(?P<next_pid>\d+) next_prio=(?P<next_prio>-?\d+)"
 )
 _PLUGIN_SWITCH = _wording(
-    r"(?P<prev_comm>.*):(?P<prev_pid>\d+) \[-?\d+\] (?P<state>\S+) ==>"
-    r" (?P<next_comm>.*):(?P<next_pid>\d+) \[-?\d+\]"
+    r"(?P<prev_comm>.*):(?P<prev_pid>\d+) \[(?P<prev_prio>-?\d+)\] (?P<state>\w+) ==>"
+    r" (?P<next_comm>.*):(?P<next_pid>\d+) \[(?P<next_prio>-?\d+)\]"
 )
 
 
-def _switch(body: str) -> re.Match[str]:
-    return _SWITCH(body) if "prev_pid=" in body else _PLUGIN_SWITCH(body)
+def _switch(body: str) -> tuple[re.Match[str], dict[str, int]]:
+    if "prev_pid=" in body:
+        return _SWITCH(body), _TASK_STATES
+    return _PLUGIN_SWITCH(body), _PLUGIN_STATES
 
 
 def _sched_waking(body: str) -> Fields:
     m = _WAKING(body)
-    return int(m["pid"]), int(m["cpu"])
+    return int(m["pid"]), int(m["cpu"]), int(m["prio"])
 
 
 def _sched_switch(body: str) -> Fields:
-    """But for `cpu`, which the line has."""
-    m = _switch(body)
-    return int(m["prev_pid"]), _task_state(m["state"]), int(m["next_pid"])
-
-
-def _task_state(text: str) -> int:
-    """ValueError for a letter of a state that is none of 6.18's."""
-    if text.isdigit():
-        return int(text)
-    state = 0
-    for letter in text.replace("|", ""):
-        if letter not in _TASK_STATES:
-            raise ValueError(text)
-        state |= _TASK_STATES[letter]
-    return state
+    m, states = _switch(body)
+    state = sum(states[letter] for letter in m["state"].replace("|", ""))
+    cpu = 0
+    return (
+        int(m["prev_pid"]),
+        state,
+        int(m["next_pid"]),
+        cpu,
+        int(m["prev_prio"]),
+        int(m["next_prio"]),
+    )
 
 
 def thread_names(event: Event, body: str) -> list[tuple[int, str]]:
-    """Threads that sched_waking or sched_switch name: `(pid, comm)`. ValueError."""
+    """Threads that sched_waking or sched_switch name: `(pid, comm)`. Raises ValueError."""
+    body = body.strip()
     if event is Event.SCHED_WAKING:
         m = _WAKING(body)
         named = [(m["pid"], m["comm"])]
     else:
-        m = _switch(body)
+        m, _ = _switch(body)
         named = [(m["prev_pid"], m["prev_comm"]), (m["next_pid"], m["next_comm"])]
-    return [(int(pid), comm) for pid, comm in named if comm]
+    return [(int(pid), comm) for pid, comm in named if comm != _UNNAMED]
 
 
 _PENDING = _wording(r"pending (\d+)")
@@ -400,7 +392,7 @@ _PARSERS: dict[Event, Callable[[str], Fields]] = {
 
 
 def parse_body(event: Event, body: str) -> Fields:
-    """The fields of an event's tracepoint; of sched_switch without `cpu`.
+    """The fields of an event's tracepoint; `cpu` of sched_switch is 0, the line has it.
 
     `OTHER_FUNCTION` for timers and work items that are not of ticks. ValueError where the wording
     is not understood.

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from kvmtick.trace.decoder import TaskNames
-from kvmtick.trace.events import Event
+from kvmtick.trace.events import TRACEPOINTS, Event
 from kvmtick.trace.text_bodies import EVENTS, OTHER_FUNCTION, Fields, parse_body, thread_names
 from kvmtick.trace.text_lines import line_cpu
 
-__all__ = ["EventText", "EventTexts", "Reader", "keep"]
+__all__ = ["EventText", "EventTexts", "KnownTimer", "Reader", "keep"]
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -17,11 +17,12 @@ _Value = TypeVar("_Value")
 EventText = tuple[int, Fields]
 """An event and its fields."""
 
-_START, _EXPIRE = int(Event.HRTIMER_START), int(Event.HRTIMER_EXPIRE_ENTRY)
+_TIMER, _POINTER_BYTES = "hrtimer=", len("0x0123456789abcdef")
+_TIME_OF = {Event.HRTIMER_START: " expires=", Event.HRTIMER_EXPIRE_ENTRY: " now="}
 _WAKEUP = int(Event.KVM_VCPU_WAKEUP)
+_CPU = TRACEPOINTS[Event.SCHED_SWITCH].fields.index("cpu")
 _MOST: Final = 1 << 16
 """So many texts are kept."""
-_WAS_ARMED = "was_armed=1"
 
 
 Reader = Callable[[str, str, str], EventText | None]
@@ -46,24 +47,41 @@ def _nothing(body: str, text: str, line: str) -> None:
     del body, text, line
 
 
+class KnownTimer(NamedTuple):
+    """What the text of a timer's event has but for its time."""
+
+    before: str
+    start: int
+    """Where the time starts."""
+    after: str
+    """What follows the time of an expiry."""
+    stop: int | None
+    """Where that time stops, from the end."""
+    event: int
+    fields: Fields
+    """Timer and function; nothing if it is no tick's."""
+
+
 class EventTexts:
     """Reads them; names the threads that scheduler events name."""
 
     def __init__(self, tasks: TaskNames) -> None:
         self.known: dict[str, EventText] = {}
         """By text: look here first."""
+        self.timers: dict[str, KnownTimer] = {}
+        """By the first `timer_bytes` of a text: name and timer."""
+        self.timer_bytes = 0
         self.seen: set[Event] = set()
         self.unknown = 0
         """So many were worded otherwise than known."""
         self.named: set[int] = set()
         """Threads that scheduler events named."""
         self._tasks = tasks
-        self._timers: dict[str, Fields] = {}
         self._wakeups: dict[tuple[str, str], Fields] = {}
         self._switches: dict[tuple[int, str], EventText] = {}
         special: dict[Event, Reader] = {
-            Event.HRTIMER_START: self._hrtimer_start,
-            Event.HRTIMER_EXPIRE_ENTRY: self._hrtimer_expire_entry,
+            Event.HRTIMER_START: partial(self._hrtimer, Event.HRTIMER_START),
+            Event.HRTIMER_EXPIRE_ENTRY: partial(self._hrtimer, Event.HRTIMER_EXPIRE_ENTRY),
             Event.KVM_VCPU_WAKEUP: self._kvm_vcpu_wakeup,
             Event.SCHED_WAKING: self._sched_waking,
             Event.SCHED_SWITCH: self._sched_switch,
@@ -85,34 +103,20 @@ class EventTexts:
 
     # Every text of these is new, but not what stands around its time.
 
-    def _hrtimer_start(self, body: str, text: str, line: str) -> EventText | None:
-        timer, _, times = body.partition(" expires=")
-        try:
-            known = self._timers[timer]
-        except KeyError:
-            known = self._timer(Event.HRTIMER_START, timer, body)
-        if not known:
+    def _hrtimer(self, event: Event, body: str, text: str, line: str) -> EventText | None:
+        """One that is not known yet."""
+        del line
+        fields = parse_body(event, body)
+        name = _TIME_OF[event]
+        start = text.index(name) + len(name)
+        after = "" if event is Event.HRTIMER_START else text[start:].lstrip("0123456789")
+        self.timer_bytes = max(self.timer_bytes, text.index(_TIMER) + len(_TIMER) + _POINTER_BYTES)
+        known = KnownTimer(text[:start], start, after, -len(after) or None, int(event), fields[:2])
+        keep(self.timers, text[: self.timer_bytes], known)
+        if not known.fields:
             return None
-        expires, _, more = times.partition(" ")
-        return _START, known + (int(expires), +more.endswith(_WAS_ARMED))  # noqa: RUF005
-
-    def _hrtimer_expire_entry(self, body: str, text: str, line: str) -> EventText | None:
-        timer, _, tail = body.partition(" now=")
-        now, _, function = tail.partition(" ")
-        if function:
-            timer += function
-        try:
-            known = self._timers[timer]
-        except KeyError:
-            known = self._timer(Event.HRTIMER_EXPIRE_ENTRY, timer, body)
-        return (_EXPIRE, known + (int(now),)) if known else None  # noqa: RUF005
-
-    def _timer(self, event: Event, timer: str, body: str) -> Fields:
-        known = parse_body(event, body)[:2]
-        if known:
-            self.seen.add(event)
-        keep(self._timers, timer, known)
-        return known
+        self.seen.add(event)
+        return int(event), fields
 
     def _kvm_vcpu_wakeup(self, body: str, text: str, line: str) -> EventText:
         what, _, rest = body.strip().partition(" time ")
@@ -128,16 +132,18 @@ class EventTexts:
     # Scheduler events.
 
     def _sched_waking(self, body: str, text: str, line: str) -> EventText | None:
+        found = self._any(Event.SCHED_WAKING, body, text, line)
         self._name_threads(Event.SCHED_WAKING, body)
-        return self._any(Event.SCHED_WAKING, body, text, line)
+        return found
 
     def _sched_switch(self, body: str, text: str, line: str) -> EventText:
         cpu = line_cpu(line)
         found = self._switches.get((cpu, body))
         if found is None:
+            fields = parse_body(Event.SCHED_SWITCH, body)
             self._name_threads(Event.SCHED_SWITCH, body)
             self.seen.add(Event.SCHED_SWITCH)
-            found = int(Event.SCHED_SWITCH), (*parse_body(Event.SCHED_SWITCH, body), cpu)
+            found = int(Event.SCHED_SWITCH), (*fields[:_CPU], cpu, *fields[_CPU + 1 :])
             keep(self._switches, (cpu, body), found)
         return found
 

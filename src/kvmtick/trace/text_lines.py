@@ -32,8 +32,6 @@ _SHAPES = tuple(
         rf" *(?P<comm>.*?) +(?:(?P<tgid>\d+)/)?(?P<pid>\d+) +{_CPU}(?P<flags>)",
     )
 )
-_CPU_COLUMN = re.compile(r" \[(\d+)\] ")
-_CPU_WITH_FLAGS = re.compile(r"-\d+ +(\d+)[^\s\d]\S* +\d+\.")
 _LOST = re.compile(
     r"CPU:(?P<cpu>\d+) \[(?:LOST (?P<lost>\d+) EVENTS|LOST EVENTS|(?P<dropped>\d+) EVENTS DROPPED"
     r"|EVENTS DROPPED)\]"
@@ -97,9 +95,11 @@ def parse_line(line: str) -> Line | None:
 
 
 def line_cpu(line: str) -> int:
-    """The CPU of an event's line."""
-    match = _CPU_COLUMN.search(line) or _CPU_WITH_FLAGS.search(line)
-    return int(match[1]) if match else 0
+    """The CPU of an event's line. ValueError for any other."""
+    parsed = parse_line(line)
+    if parsed is None:
+        raise ValueError(line)
+    return parsed.cpu
 
 
 def lost_events(line: str) -> tuple[int, int] | None:
