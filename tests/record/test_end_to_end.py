@@ -143,16 +143,16 @@ def test_without_an_event_ticks_are_unknown_but_not_wrong(
 LATE_US = 400.0
 RECORDINGS = 3
 PLAIN = [
-    Guest("pic", "tick-pic", TICKS),
-    Guest("ioapic", "tick-ioapic", TICKS),
-    Guest("msi", "tick-msi", TICKS),
-    Guest("lapic", "tick-lapic", TICKS),
+    Guest("pic", "tick-pic", TICKS, urgent=True),
+    Guest("ioapic", "tick-ioapic", TICKS, urgent=True),
+    Guest("msi", "tick-msi", TICKS, urgent=True),
+    Guest("lapic", "tick-lapic", TICKS, urgent=True),
 ]
 HOLDING = [
-    Guest("if0", "tick-if0", 2 * TICKS, options=HOLD),
-    Guest("if0 discard", "tick-if0", TICKS // 2, False, HOLD),
-    Guest("mask", "tick-mask", TICKS // 2, options=HOLD),
-    Guest("mask discard", "tick-mask", TICKS // 2, False, HOLD),
+    Guest("if0", "tick-if0", 2 * TICKS, options=HOLD, urgent=True),
+    Guest("if0 discard", "tick-if0", TICKS // 2, False, HOLD, urgent=True),
+    Guest("mask", "tick-mask", TICKS // 2, options=HOLD, urgent=True),
+    Guest("mask discard", "tick-mask", TICKS // 2, False, HOLD, urgent=True),
 ]
 HELD_BECOME = {
     "if0": "reinjected",
@@ -206,8 +206,8 @@ def test_the_numbers_of_a_host_that_is_on_time(
 # The report, of a host and of a simulated run.
 
 BESIDE = [
-    Guest("steady", "tick-pic", 3 * TICKS),
-    Guest("interrupts off", "tick-if0", 2 * TICKS, options=HOLD),
+    Guest("steady", "tick-pic", 3 * TICKS, urgent=True),
+    Guest("interrupts off", "tick-if0", 2 * TICKS, options=HOLD, urgent=True),
 ]
 HELD_BACK = {"interrupts-off", "not-taken-on-cpu", "not-taken", "vcpu-waited"}
 """Findings of a guest that did not take its ticks. That its interrupts were off only kvm_entry can
