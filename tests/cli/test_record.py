@@ -215,7 +215,7 @@ def test_a_command_that_starts_a_vm(
     kvmtick: Terminal, tmp_path: Path, out: Path, tracefs: Tracefs
 ) -> None:
     said = tmp_path / "pid"
-    command = ["sh", "-c", f'echo $$ >{said}; exec "$@"', "sh", *guest_command(milliseconds=800)]
+    command = ["sh", "-c", f'echo $$ >{said}; exec "$@"', "sh", *guest_command(milliseconds=1500)]
     result = kvmtick("record", "--json", "-o", str(out), "--", *command)
     told = json.loads(result.out)
     assert result.code == 0
