@@ -101,8 +101,12 @@ class SourceLives:
         self.reached_periods: Counter[int] = Counter()
         self.first_ns: int | None = None
         self.last_ns = 0
-        self.unknown_ns = 0
-        """Periods of ticks of which nobody knows whether they came."""
+        self.unknown: Counter[int] = Counter()
+        """By period, ticks of which nobody knows whether they came."""
+        self._merged_replays: Counter[int] = Counter()
+        """By period, replayed ticks whose pulse merged with one before."""
+        self.came_as_others = 0
+        """So many of those came all the same, by interrupts that belong to no tick."""
         self.last_arrival: Tick | None = None
         self._interesting = Thinned(POINTS_OF_INTEREST)
         self._delivered = Thinned(POINTS_DELIVERED)
@@ -132,7 +136,9 @@ class SourceLives:
         if tick.period_ns:
             self.periods[tick.period_ns] += 1
             if tick.verdict is Verdict.UNKNOWN:
-                self.unknown_ns += tick.period_ns
+                self.unknown[tick.period_ns] += 1
+            elif tick.verdict is Verdict.REINJECTED and tick.inject_ns is None:
+                self._merged_replays[tick.period_ns] += 1
         if tick.inject_ns is not None:
             self.last_arrival = tick
             if tick.period_ns and tick.verdict is not Verdict.UNKNOWN:
@@ -182,12 +188,14 @@ class SourceLives:
         if tick.period_ns:
             self._gone_periods[tick.period_ns] += 1
 
-    def finish(self, sees_eoi: bool) -> None:
+    def finish(self, sees_eoi: bool, reinject: bool, extra: int) -> None:
         """There are no more. Those behind a tick that the guest never acknowledged count, though
-        nothing was seen of it since; `sees_eoi`: whether the trace shows when it does.
+        nothing was seen of it since; `sees_eoi`: whether the trace shows when it does; `reinject`:
+        whether KVM holds ticks back until then; `extra`: interrupts that belong to no tick.
         """
         last, seen_ns = self.last_arrival, self._seen_ns()
-        self.never_acknowledged = sees_eoi and last is not None and last.eoi_ns is None
+        if last is not None and last.eoi_ns is None:
+            self.never_acknowledged = sees_eoi or (reinject and self._holds_back(last))
         for tick in self._unseen:
             if tick.expiry_ns <= seen_ns or self.never_acknowledged:
                 self._take(tick)
@@ -198,6 +206,16 @@ class SourceLives:
             self.periods += self._gone_periods
         self._end_row()
         self._row = None
+        for period, count in self._merged_replays.items():
+            # KVM replays by count: what merged here came as another's.
+            came = min(count, extra - self.came_as_others)
+            self.reached_periods[period] += came
+            self.came_as_others += came
+
+    def _holds_back(self, last: Tick) -> bool:
+        """Whether the tick behind the last that came was not even pulsed."""
+        first = self._unseen[0] if self._unseen else None
+        return first is not None and first.index == last.index + 1 and first.work_ns is None
 
     def points(self) -> list[Tick]:
         """Lives to draw, in order."""
@@ -219,8 +237,14 @@ class SourceLives:
         timer the time it took.
         """
         if self.periods:
-            return sum(period * count for period, count in self.periods.items()) - self.unknown_ns
+            return sum(p * count for p, count in (self.periods - self.unknown).items())
         return self.last_ns - (self.first_ns or 0)
+
+    @property
+    def missing(self) -> int:
+        """How many ticks such a clock did not count, as far as that is known."""
+        known = self.periods - self.unknown
+        return sum(known.values()) - sum(self.reached_periods.values())
 
     def drift_ppm(self, is_pit: bool) -> float | None:
         """How fast a clock runs that counts the ticks that came; None if nobody can know."""
