@@ -267,6 +267,17 @@ def test_a_vcpu_that_was_out(tmp_path: Path) -> None:
     assert "interrupts-off" not in kinds(report)
 
 
+def test_one_shot_ticks_have_no_period_to_be_late_by(tmp_path: Path) -> None:
+    """Their verdict is `delivered`, however long they took."""
+    off = ("--timer", "tsc-deadline", "--fault", "vcpu_off=2%:3ms")
+    report = report_of(tmp_path, "tick-lapic", "--ticks", "200", *off)
+    (source,) = report.vms[0].sources
+    slow = [t for t in source.points if t.inject_ns and t.inject_ns - t.expiry_ns >= 1_000_000]
+    assert source.ticks.count("delivered") == source.ticks.expired
+    assert the(report, "vcpu-out").ticks == len(slow) > 0
+    assert kinds(report) == {"vcpu-out"}
+
+
 def test_some_entries_prove_nothing(tmp_path: Path) -> None:
     """Where exits are not recorded, entries may be missing as well."""
     trace = without(made(tmp_path, *LATE_VCPU), Event.KVM_EXIT)

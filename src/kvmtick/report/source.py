@@ -19,6 +19,8 @@ BELIEVED_HZ = 1193182
 """What guests take it for: 105/88 MHz."""
 MIN_PERIOD_NS = 200_000
 """KVM's `min_timer_period_us`, unless the module was loaded with another."""
+SLOW_ONE_SHOT_NS = 1_000_000
+"""A one-shot tick that takes so long is told of as one that was held up."""
 
 MOST_UNSEEN = 50_000
 """Ticks kept until the guest is seen again."""
@@ -143,7 +145,7 @@ class SourceLives:
             self.last_arrival = tick
             if tick.period_ns and tick.verdict is not Verdict.UNKNOWN:
                 self.reached_periods[tick.period_ns] += 1
-        if tick.verdict is _DELIVERED:
+        if tick.verdict is _DELIVERED and not _is_slow_one_shot(tick):
             self._cause = None
         else:
             self._disturbed(tick)
@@ -255,6 +257,13 @@ class SourceLives:
         believed = believed_ns if is_pit else float
         counted = sum(believed(p) * count for p, count in self.reached_periods.items())
         return round((counted / self.ran_ns - 1) * 1e6, 3)
+
+
+def _is_slow_one_shot(tick: Tick) -> bool:
+    """It has no period to be late by, and its verdict does not tell."""
+    if tick.period_ns is not None or tick.inject_ns is None:
+        return False
+    return tick.inject_ns - tick.expiry_ns >= SLOW_ONE_SHOT_NS
 
 
 def believed_ns(period_ns: int) -> float:
