@@ -82,6 +82,22 @@ def test_ticks_that_merge_in_the_pic_are_held_up_by_the_one_before_them(tmp_path
     assert the(report, "interrupts-off").ticks == 1 + len(pic)
 
 
+def test_a_request_that_stood_before_the_trace_began(tmp_path: Path) -> None:
+    """Nobody knows whose it is, but it is not the worker that held up those behind it."""
+    late = ("--hold", "60ms", "--no-reinject", "--fault", "worker_delay=20%:1500us")
+    trace = made(tmp_path, "tick-if0", "--ticks", "100", *late)
+    trace.records = [record for record in trace.records if record[0] > 10_100_000]
+    report = trace.report()
+    (source,) = report.vms[0].sources
+    disturbed = [tick for tick in source.points if tick.verdict != "delivered"]
+    pic = [tick for tick in disturbed if tick.where is Where.PIC]
+    worker = [tick for tick in disturbed if tick.where is Where.WORKER]
+    assert any(tick.expiry_ns < 60_000_000 for tick in worker)
+    assert len(pic) - 2 <= the(report, "interrupts-off").ticks <= len(pic)
+    assert the(report, "worker-late-unexplained").ticks == len(disturbed) - len(pic)
+    assert "vcpu-out" not in kinds(report)
+
+
 def test_without_evidence_no_cause(tmp_path: Path) -> None:
     trace = without(made(tmp_path, *IF0), Event.KVM_ENTRY, Event.KVM_EXIT)
     report = trace.report()

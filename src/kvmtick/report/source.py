@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvmtick.report.causes import Cause, CauseKind, Causes
 from kvmtick.ticks.tick import Tick
-from kvmtick.ticks.verdict import Verdict
+from kvmtick.ticks.verdict import Verdict, Where
 
 __all__ = ["Held", "Run", "SourceLives", "believed_ns"]
 
@@ -87,6 +87,8 @@ class SourceLives:
         self._causes = causes
         self._is_told = is_told
         self._before: Tick | None = None
+        self._standing_ns: int | None = None
+        """When the PIC's request was first found set that no tick has come from since."""
         self._cause: Cause | None = None
         self._row: _Row | None = None
         self.held: dict[CauseKind, dict[Cause, Held]] = {}
@@ -149,11 +151,17 @@ class SourceLives:
             self._cause = None
         else:
             self._disturbed(tick)
+        if tick.inject_ns is not None:
+            self._standing_ns = None
+        elif tick.where is Where.PIC and self._standing_ns is None:
+            self._standing_ns = tick.fired_ns
         self._follow_row(tick)
         self._before = tick
 
     def _disturbed(self, tick: Tick) -> None:
-        cause = self._cause = self._causes.of(tick, self._before, self._cause, self.last_arrival)
+        cause = self._cause = self._causes.of(
+            tick, self._before, self._cause, self.last_arrival, self._standing_ns
+        )
         if self._is_told(tick.index):
             self.causes[tick.index] = cause
         who = Cause(cause.kind, 0, cause.thread, cause.cpu, cause.holder)
