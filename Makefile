@@ -19,8 +19,9 @@ lint: $(VENV)/.developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/first_light.py
+bench: $(VENV)/.developed
+	@for name in first_light read_raw read_text report_ticks record_vms; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit; done
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"kvmtick needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11")'

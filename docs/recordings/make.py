@@ -9,8 +9,10 @@ else is changed. Do it at a quiet moment.
 """
 
 import gzip
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -22,11 +24,18 @@ from typing import IO
 from kvmtick import guests
 from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.kvm.kernel import KernelVm
+from kvmtick.trace.ktrace import MAGIC
 from kvmtick.trace.reading import open_trace
+
+CHUNK = struct.Struct("<BxHI")
+UPDATE = 4
+"""Of a recording's parts: kind, CPU and length, and the kind that has names (kvmtick.trace.ktrace).
+"""
 
 FOLDER = Path(__file__).parent
 HOST_NAME = "host"
 RECORD_S = 1.5
+AFTER_S = 0.75
 LIMIT_S = 30.0
 
 BUSY = "flow-meter"
@@ -49,9 +58,9 @@ def main(words: list[str]) -> None:
         case ["busy"]:
             be_busy()
         case ["slow-clock"]:
-            record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU)
+            record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU, RECORD_S)
         case ["after"]:
-            record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU)
+            record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU, AFTER_S)
         case ["interrupts-off"]:
             record_interrupts_off(FOLDER / "interrupts-off.ktrace")
         case _:
@@ -113,7 +122,7 @@ def be_busy() -> None:
 # The recordings.
 
 
-def record_slow_clock(path: Path, worker_cpu: int) -> None:
+def record_slow_clock(path: Path, worker_cpu: int, for_s: float) -> None:
     """`billing` has reinjection off, and its kvm-pit thread is bound to `worker_cpu`."""
     with ExitStack() as stack:
         mail = stack.enter_context(vm("mail", "tick-pic", "delay"))
@@ -129,7 +138,7 @@ def record_slow_clock(path: Path, worker_cpu: int) -> None:
             stdin.flush()
         time.sleep(1.0)
         only = [f"--pid={pid}" for _, pid, _ in (mail, billing)]
-        record(path, ["--for", f"{RECORD_S}s", *only])
+        record(path, ["--for", f"{for_s}s", *only])
 
 
 def record_interrupts_off(path: Path) -> None:
@@ -166,17 +175,32 @@ def record(
 
 
 def without_other_names(path: Path) -> bytes:
-    """The file, with the names of threads that are not `KNOWN_NAMES` replaced by as long ones."""
+    """The file, with the names of threads that are not `KNOWN_NAMES` replaced by numbered ones."""
     with open_trace(path) as trace:
         for _ in trace.batches():
             pass
-        comms = sorted({name.rpartition("-")[0] for name in trace.tasks})
+        comms = {name.rpartition("-")[0] for name in trace.tasks}
+    others = sorted(comm for comm in comms if not KNOWN_NAMES.fullmatch(comm))
+    names = {comm: f"other-{number}" for number, comm in enumerate(others, 1)}
     data = path.read_bytes()
-    for number, comm in enumerate(c for c in comms if not KNOWN_NAMES.fullmatch(c)):
-        other = f"{number:0{len(comm)}}"[-len(comm) :]
-        for form in ('"{}"', "{:\0<16}"):
-            data = data.replace(form.format(comm).encode(), form.format(other).encode())
-    return data
+    at, parts = len(MAGIC), [MAGIC]
+    while at < len(data):
+        kind, cpu, length = CHUNK.unpack_from(data, at)
+        payload = data[at + CHUNK.size : at + CHUNK.size + length]
+        at += CHUNK.size + length
+        for comm, name in names.items():
+            payload = payload.replace(in_page(comm), in_page(name))
+        if kind == UPDATE:
+            told = json.loads(payload)
+            told["tasks"] = {tid: names.get(comm, comm) for tid, comm in told["tasks"].items()}
+            payload = json.dumps(told).encode()
+        parts.append(CHUNK.pack(kind, cpu, len(payload)) + payload)
+    return b"".join(parts)
+
+
+def in_page(comm: str) -> bytes:
+    """A name as records of the scheduler have it."""
+    return comm.encode().ljust(16, b"\0")
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ def run_page(
 ) -> Callable[[str, str], PageRun]:
     """Runs a page, given its name and its text."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "recordings").symlink_to(ROOT / "docs" / "recordings")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 

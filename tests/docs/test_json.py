@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from differential.faults import FAULTS, faulty
 from doc_blocks import ROOT
+from real_vm import guest_command, needs_recording
 
 from kvmtick.cli import main
 from kvmtick.conform import compare
@@ -41,11 +42,11 @@ def documented(section: str) -> Fields:
     return dict(rows)
 
 
-def printed(*arguments: str, code: int = 0) -> dict[str, Any]:
-    """The object a command prints."""
+def printed(*arguments: str, code: int = 0, command: Sequence[str] = ()) -> dict[str, Any]:
+    """The object a verb prints; `command`: what it runs."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main([*arguments, "--json"]) == code
+        assert main([*arguments, "--json", *(("--", *command) if command else ())]) == code
     result = json.loads(out.getvalue())
     assert isinstance(result, dict)
     return result
@@ -107,6 +108,13 @@ def test_run_of_the_apics(guest: str) -> None:
     assert not faults(documented("kvmtick run"), result)
     (source,) = result["sources"]
     assert source["ticks"] == result["ticks"]
+
+
+def test_record(tmp_path: FilePath) -> None:
+    needs_recording()
+    file = str(tmp_path / "t.ktrace")
+    result = printed("record", "-o", file, command=guest_command(milliseconds=1_500))
+    assert not faults(documented("kvmtick record"), result)
 
 
 def test_report(tmp_path: FilePath) -> None:

@@ -1,5 +1,7 @@
 """The pictures of docs: well-formed, without references outward, and true to the pages."""
 
+import contextlib
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from doc_blocks import ROOT
 from test_rooms import ROOMS
+
+from kvmtick.cli import main
 
 DOCS = ROOT / "docs"
 PICTURES = sorted(DOCS.glob("*.svg"))
@@ -53,6 +57,20 @@ def test_the_rooms_are_those_of_the_house() -> None:
     picture = (DOCS / "rooms.svg").read_text(encoding="utf-8")
     names = [name for name in texts(picture, "name") if name in ROOMS]
     assert names == list(reversed(ROOMS))
+
+
+def test_the_slow_clock_is_that_of_the_recording(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'kvmtick[report]'")
+    from matplotlib.image import imread
+
+    made = tmp_path / "slow-clock.png"
+    recording = DOCS / "recordings" / "slow-clock.ktrace"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["report", str(recording), "--png", str(made)]) == 0
+    # other fonts and versions draw the same a little differently
+    shown, fresh = imread(DOCS / "slow-clock.png"), imread(made)
+    assert shown.shape == fresh.shape
+    assert abs(shown.astype(float) - fresh).mean() < 0.02
 
 
 # That these tests can fail.

@@ -402,6 +402,18 @@ def test_interrupts_without_an_expiry_are_no_ticks_and_are_noted() -> None:
     assert any("3 timer interrupts came without an expiry" in n for n in host.vms[0].notes)
 
 
+def test_which_vcpu_a_thread_runs_may_show_after_it_armed_its_timer() -> None:
+    ticks = timer_ticks(0, 1, 0x50, range(2 * MS, 8 * MS, MS), Event.KVM_INJ_VIRQ)
+    info = VmInfo(10, "", {11: "vmm"})
+    records = [CREATED, armed(1, 0x50, 2 * MS), *ticks]
+    host = HostTicks(RecordsTrace(records, ["<idle>-0", "vmm-11"], [info], batch=2))
+    host._first = None
+    host.read()
+    (source,) = host.vms[0].assembler.sources()
+    assert source.vcpu == 0
+    assert source.count(Verdict.DELIVERED) >= 4
+
+
 # Undisturbed ticks are taken in one step.
 
 

@@ -125,3 +125,15 @@ def test_an_expiry_whose_work_is_queued_already_claims_no_work_of_another_vm() -
     theirs = tick(OTHER_TIMER, OTHER_WORK, OTHER_WORKER, IDLE)
     assert vm.keep([*ours, *theirs, *run, *theirs]) == [*ours, *run]
     assert vm.workers == {WORKER}
+
+
+def test_another_vm_s_timer_where_one_that_is_gone_had_its() -> None:
+    by_vm = ByVm([f"thread-{task}" for task in range(10)])
+    shares = [by_vm.add_vm(VmInfo(0, "")) for _ in range(2)]
+    for share, task in zip(shares, (VCPU, OTHER_VCPU), strict=True):
+        by_vm.add_task(share, task)
+    first = [*started(VCPU, TIMER), *tick(TIMER, WORK, WORKER, IDLE)]
+    second = [*started(OTHER_VCPU, TIMER), *tick(TIMER, WORK, OTHER_WORKER, IDLE)]
+    assert by_vm(first) == [(shares[0], first)]
+    assert by_vm(second) == [(shares[1], second)]
+    assert shares[1].workers == {OTHER_WORKER}

@@ -38,10 +38,13 @@ def lines(*events: tuple[str, str, str], flags: str = " ..... ") -> str:
     return "".join(f"   {who} [000]{flags}{at}: {event}\n" for who, at, event in events)
 
 
-def comparable(records: Iterable[Record], tasks: list[str]) -> list[tuple[object, ...]]:
+Comparable = tuple[int, str, str, bool, dict[str, int]]
+
+
+def comparable(records: Iterable[Record], tasks: list[str]) -> list[Comparable]:
     """Without what a text has otherwise: ns, names, pointers (hashed), bits of other pins."""
     numbers: dict[tuple[str, int], int] = {}
-    found = []
+    found: list[Comparable] = []
     for record in records:
         event = Event(record[1])
         values = dict(zip(TRACEPOINTS[event].fields, record[HEADER_FIELDS:], strict=True))

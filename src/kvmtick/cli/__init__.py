@@ -45,6 +45,7 @@ usage: kvmtick VERB [OPTION ...]
 Follow a timer tick through KVM: from the expiry of the PIT's hrtimer, through the kvm-pit worker,
 GSI 0, the PIC and the VM entry, to the guest's handler and its EOI. The chips are a model of the
 kernel's, under real guest code, in deterministic virtual time: no /dev/kvm and no root needed.
+The VMs of a real host are recorded and explained in the same words.
 
 verbs:
 {verbs}
@@ -60,6 +61,8 @@ examples:
   kvmtick run --fault worker_delay=exp:200us    a host whose kvm-pit thread is late
   kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
   kvmtick run --json | jq .ticks                for programs
+  kvmtick record --for 10s -o t.ktrace          the ticks of all VMs on this host
+  kvmtick report t.ktrace --html t.html         which were late or lost, why, what to do
   kvmtick compare tick-if0                      the same on the real kernel: does it differ?
   kvmtick conform --backend kernel              does this host's KVM do what KVM must?
   kvmtick fuzz --for 10m                        random operations on both, compared after each

@@ -73,7 +73,7 @@ class _Builder:
     def _vm(self, ticks: VmTicks) -> "_Vm":
         vm = self._vms.get(id(ticks))
         if vm is None:
-            vm = self._vms[id(ticks)] = _Vm(ticks, self._worst)
+            vm = self._vms[id(ticks)] = _Vm(ticks, self._trace, self._worst)
             most = RECENT_RECORDS // len(self._vms)
             for each in self._vms.values():
                 each.recent.most = most
@@ -124,8 +124,9 @@ class _Builder:
 class _Vm:
     """What is gathered of one VM."""
 
-    def __init__(self, ticks: VmTicks, worst: int) -> None:
+    def __init__(self, ticks: VmTicks, trace: Trace, worst: int) -> None:
         self.ticks = ticks
+        self._trace = trace
         self.recent = RecentRecords()
         self._waits = CpuWaits(ticks.tasks)
         self._vcpus = Vcpus(ticks)
@@ -149,12 +150,17 @@ class _Vm:
             Event.KVM_APICV_INHIBIT_CHANGED: (self._apicv_inhibit_changed,),
         }
         self._handlers = [of.get(event, ()) for event in sorted(Event)]
+        self._without_switches = [
+            tuple(handler for handler in handlers if handler != waits.runs)
+            for handlers in self._handlers
+        ]
         self._watches: dict[int, Watch] = {}
         self._lives: dict[int, SourceLives] = {}
 
     def take(self, records: list[Record]) -> None:
         """The VM's next records, before they are judged."""
-        handlers = self._handlers
+        switches = Event.SCHED_SWITCH in self._trace.events
+        handlers = self._handlers if switches else self._without_switches
         for record in records:
             for handler in handlers[record[1]]:
                 handler(record)

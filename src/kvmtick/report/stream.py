@@ -19,14 +19,14 @@ __all__ = ["Consumer", "Progress", "Thread", "Threads", "hops", "origin", "strea
 
 Progress = Callable[[Trace], None]
 
-_LOST_EVENTS = int(Event.LOST_EVENTS)
-_OTHER_THREAD = {
-    int(event): HEADER_FIELDS + TRACEPOINTS[event].fields.index(name)
-    for event, name in ((Event.SCHED_SWITCH, "next_pid"), (Event.SCHED_WAKING, "pid"))
+_TIDS = {
+    int(event): tuple(HEADER_FIELDS + TRACEPOINTS[event].fields.index(name) for name in names)
+    for event, names in (
+        (Event.SCHED_SWITCH, ("prev_pid", "next_pid")),
+        (Event.SCHED_WAKING, ("pid",)),
+    )
 }
-"""Where the scheduler's events name a second thread."""
-_OF_SEVERAL = frozenset((_LOST_EVENTS, *_OTHER_THREAD))
-"""Events that are handed to every VM they concern."""
+"""Where the scheduler's events name threads; the first of a VM has the event."""
 _OF_ADDRESS = frozenset(
     map(
         int,
@@ -39,6 +39,8 @@ _OF_ADDRESS = frozenset(
     )
 )
 """Events that happen in any thread: their timer or work item says whose they are."""
+
+_NOT_OF_THREAD = frozenset((int(Event.LOST_EVENTS), *_TIDS, *_OF_ADDRESS))
 
 _VCPU_FIELD = {
     int(event): HEADER_FIELDS + TRACEPOINTS[event].fields.index(name)
@@ -123,48 +125,38 @@ def stream(trace: Trace, consumer: Consumer, progress: Progress | None = None) -
 
 
 class _Owners:
-    """Whose the events of a batch are."""
+    """Whose the events of a batch are: told by the records that the VMs are handed."""
 
     def __init__(self) -> None:
         self.by_tid: dict[int, VmTicks] = {}
+        self._by_task: dict[int, VmTicks] = {}
         self._by_address: dict[int, VmTicks] = {}
-        self._noted: dict[int, VmTicks] = {}
 
     def note(self, vm: VmTicks, records: list[Record]) -> None:
-        """These are the VM's. They are known by identity, as long as their batch lives."""
-        self._noted.update(dict.fromkeys(map(id, records), vm))
-        for record in records:
-            if record[1] in _OF_ADDRESS:
-                self._by_address[record[HEADER_FIELDS]] = vm
+        """These are the VM's."""
+        addresses = {r[HEADER_FIELDS] for r in records if r[1] in _OF_ADDRESS}
+        tasks = {r[2] for r in records if r[1] not in _NOT_OF_THREAD}
+        self._by_address |= dict.fromkeys(addresses, vm)
+        self._by_task |= dict.fromkeys(tasks, vm)
 
     def of(self, batch: list[Record], host: HostTicks) -> list[VmTicks | None]:
         """The owner of each event; None: no VM's, as the gaps are."""
         for vm in host.vms:
             tids = {int(vm.tasks[task].rpartition("-")[2]) for task in vm.workers | vm.vcpus.keys()}
             self.by_tid |= dict.fromkeys(tids | vm.info.threads.keys(), vm)
-        noted, rest = self._noted, self._rest
-        tasks = host.trace.tasks
-        owners = [
-            (None if record[1] in _OF_SEVERAL else noted.get(id(record))) or rest(record, tasks)
+        by_task, of_another = self._by_task, self._of_another
+        return [
+            of_another(record) if record[1] in _NOT_OF_THREAD else by_task.get(record[2])
             for record in batch
         ]
-        noted.clear()
-        return owners
 
-    def _rest(self, record: Record, tasks: list[str]) -> VmTicks | None:
-        """Whose an event is that tells nothing of ticks, that was replaced by what it means, or
-        that was not known to be anybody's when it came.
-        """
-        event, task = record[1], record[2]
-        if event == _LOST_EVENTS:
-            return None
+    def _of_another(self, record: Record) -> VmTicks | None:
+        """The owner of an event that the thread it happened in says nothing of."""
+        event = record[1]
         if event in _OF_ADDRESS:
             return self._by_address.get(record[HEADER_FIELDS])
-        # In an interrupt the thread says nothing; no thread has this number.
-        tid = -1 if task & IRQ_CONTEXT else int(tasks[task].rpartition("-")[2])
-        vm = self.by_tid.get(tid)
-        other = _OTHER_THREAD.get(event)
-        return self.by_tid.get(record[other]) if vm is None and other is not None else vm
+        tids = (record[at] for at in _TIDS.get(event, ()))
+        return next((self.by_tid[tid] for tid in tids if tid in self.by_tid), None)
 
 
 def origin(trace: Trace) -> str:

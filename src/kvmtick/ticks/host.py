@@ -34,6 +34,8 @@ _EVENT_OF = itemgetter(1)
 _LOST_EVENTS = int(Event.LOST_EVENTS)
 _NOBODYS = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP))
 """What no verdict needs."""
+_NOT_JUDGED = _NOBODYS | {Event.KVM_ENTRY, Event.KVM_EXIT}
+"""What the assembler need not see: from entries others learn who is which vCPU, and of NMIs."""
 
 
 _PART = "no record tells which thread runs its vCPU"
@@ -203,7 +205,7 @@ class HostTicks:
             self._look_for_missing(vm)
         if self._on_records is not None:
             self._on_records(vm, records)
-            records = [record for record in records if record[1] not in _NOBODYS]
+            records = [record for record in records if record[1] not in _NOT_JUDGED]
         vm.assembler(records)
         if self._on_lives is not None:
             for source in vm.assembler.sources():

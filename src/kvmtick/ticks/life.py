@@ -65,7 +65,12 @@ class TickAssembler:
         kept = Keep(keep, keep_all)
         self._pit = PitTicks(self._apics, kept)
         self._timers = LapicTimers(
-            self._apics, self._messages, self._vcpu_of, tasks is not None, kept, owners or {}
+            self._apics,
+            self._messages,
+            self._vcpu_of,
+            tasks is not None,
+            kept,
+            {} if owners is None else owners,
         )
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (

@@ -76,7 +76,8 @@ class Source:
 
     def life(self, position: int) -> Tick:
         """One of the lives that are kept, counted from 0; IndexError if there is none."""
-        return _thaw(self._kept[position])
+        tick = self._kept[position] = _thaw(self._kept[position])
+        return tick
 
     def count(self, verdict: Verdict) -> int:
         """How many ticks have this verdict; the verdicts add up to `expired`."""

@@ -128,6 +128,7 @@ class ByVm:
             _LOST: self._gap,
             _SWITCH: self._switch,
             _WAKING: self._waking,
+            _START: self._start,
         } | dict.fromkeys(map(int, unwanted), _drop)
         self._route: list[tuple[dict[int, Append], int]] = [
             (own, _EVENT)
@@ -226,6 +227,30 @@ class ByVm:
     def _gap(self, record: Record) -> None:
         for share in self.shares:
             share.records.append(record)
+
+    def _start(self, record: Record) -> None:
+        """A timer is armed: by its callback, or by a thread of the VM whose it is now."""
+        task, timer = record[2], record[3]
+        if not task & IRQ_CONTEXT:
+            self._take_over(task, timer)
+        try:
+            self._by_address[timer](record)
+        except KeyError:
+            self._meet(record, _ADDRESS)
+
+    def _take_over(self, task: int, timer: int) -> None:
+        """Where a VM's timer was, another VM may have one when the first is gone; with it goes
+        everything that the first had.
+        """
+        before, now = self._groups.get(~timer), self._groups.get(task)
+        if before is None or now is None or None in (before.share, now.share):
+            return
+        if before.share is not now.share:
+            gone = before.share
+            for key in [k for k, group in self._groups.items() if k < 0 and group.share is gone]:
+                self._groups.pop(key).keys.remove(key)
+                del self._by_address[~key]
+                self.owners.pop(~key, None)
 
     def _switch(self, record: Record) -> None:
         before, after = self._of_tid.get(record[3]), self._of_tid.get(record[5])

@@ -121,7 +121,8 @@ def _ioapic_set_irq(r: Record) -> str:
 
 
 def _inj_virq(r: Record) -> str:
-    return f"{'Soft/INTn' if r[4] else 'IRQ'} 0x{r[3]:x}{' [reinjected]' if r[5] else ''}"
+    vector = "of unknown vector" if r[3] < 0 else f"0x{r[3]:x}"  # inferred (kvmtick.trace.inferred)
+    return f"{'Soft/INTn' if r[4] else 'IRQ'} {vector}{' [reinjected]' if r[5] else ''}"
 
 
 def _vcpu_wakeup(r: Record) -> str:
