@@ -1,14 +1,17 @@
 """Findings: what brings each about, what it says, and what must not bring it about."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from traces import MadeTrace, ends_work, halts, kinds, made, report_of, switch, the, with_switches
 
+from kvmtick.report.build import build
 from kvmtick.report.data import Severity
 from kvmtick.ticks.verdict import Where
 from kvmtick.trace.events import Event, Record
+from kvmtick.trace.reading import open_trace
 from kvmtick.trace.vms import VmInfo
 
 IF0 = ("tick-if0", "--ticks", "100", "--hold", "5ms")
@@ -336,6 +339,16 @@ def test_lost_events(tmp_path: Path) -> None:
     report = trace.report()
     assert report.lost_events == 7
     assert "lost 7 events" in the(report, "lost-events").text
+
+
+def test_one_tick_that_is_unknown_takes_nobodys_health() -> None:
+    """Where a recording begins, one may be under way."""
+    path = Path(__file__).parents[2] / "docs" / "recordings" / "interrupts-off.ktrace"
+    with contextlib.closing(open_trace(path)) as trace:
+        report = build(trace, path)
+    (mail,) = [vm for vm in report.vms if vm.name == "mail"]
+    assert mail.sources[0].ticks.count("unknown") == 1
+    assert the(report, "healthy").pid == mail.pid
 
 
 def test_verdicts_that_are_unknown(tmp_path: Path) -> None:
