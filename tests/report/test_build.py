@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from traces import made, report_of, run_json, simulated, switch
@@ -10,8 +12,9 @@ from traces import made, report_of, run_json, simulated, switch
 from kvmtick.report import build as building
 from kvmtick.report import stories
 from kvmtick.report.build import build
+from kvmtick.report.causes import Cause, CauseKind, Causes
 from kvmtick.report.masks import PicMask
-from kvmtick.report.source import Thinned, believed_ns
+from kvmtick.report.source import SourceLives, Thinned, believed_ns
 from kvmtick.report.waits import CpuWaits
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
@@ -73,6 +76,19 @@ def test_a_one_shot_timer_has_no_rate_that_was_asked_for(tmp_path: Path) -> None
     source = report_of(tmp_path, *RUNS["one shot"]).vms[0].sources[0]
     assert (source.period_ns, source.asked_hz, source.drift_ppm) == (None, None, None)
     assert source.got_hz == pytest.approx(1000, rel=0.05)
+
+
+@pytest.mark.parametrize(("extra", "missing"), [(0, 3), (2, 1), (9, 0)])
+def test_replays_that_merged_and_came_as_others(extra: int, missing: int) -> None:
+    """A clock counts the interrupts: which tick one belongs to is nothing to it."""
+    causes = SimpleNamespace(of=lambda *_: Cause(CauseKind.OTHER))
+    lives = SourceLives(cast(Causes, causes), lambda _: False, lambda: 100)
+    ticks = [Tick(n, n, n, 10, n, n, n, n, verdict=Verdict.DELIVERED) for n in range(1, 8)]
+    ticks += [Tick(n, n, n, 10, n, verdict=Verdict.REINJECTED) for n in range(8, 11)]
+    lives.take(ticks)
+    lives.finish(sees_eoi=True, reinject=True, extra=extra)
+    assert (lives.missing, lives.came_as_others) == (missing, 3 - missing)
+    assert lives.drift_ppm(is_pit=False) == -100_000 * missing
 
 
 def test_a_guest_believes_another_frequency() -> None:

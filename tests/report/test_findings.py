@@ -1,13 +1,17 @@
 """Findings: what brings each about, what it says, and what must not bring it about."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from traces import MadeTrace, ends_work, halts, kinds, made, report_of, switch, the, with_switches
 
+from kvmtick.report.build import build
 from kvmtick.report.data import Severity
+from kvmtick.ticks.verdict import Where
 from kvmtick.trace.events import Event, Record
+from kvmtick.trace.reading import open_trace
 from kvmtick.trace.vms import VmInfo
 
 IF0 = ("tick-if0", "--ticks", "100", "--hold", "5ms")
@@ -66,6 +70,37 @@ def test_interrupts_off_without_reinjection(tmp_path: Path) -> None:
     assert kinds(report) == {"interrupts-off", "coalesced", "drift"}
 
 
+def test_ticks_that_merge_in_the_pic_are_held_up_by_the_one_before_them(tmp_path: Path) -> None:
+    """Others that merged at the worker stand between: those have a cause of their own."""
+    late = ("--hold", "30ms", "--no-reinject", "--fault", "worker_delay=20%:1500us")
+    report = report_of(tmp_path, "tick-if0", "--ticks", "100", *late)
+    lives = report.vms[0].sources[0].points
+    holder = report.vms[0].sources[0].worst[0].tick
+    assert holder.inject_ns is not None
+    behind = [tick for tick in lives if holder.expiry_ns < tick.expiry_ns < holder.inject_ns]
+    pic = [tick.index for tick in behind if tick.where is Where.PIC]
+    worker = [tick.index for tick in behind if tick.where is Where.WORKER]
+    assert any(index - 1 in worker for index in pic)
+    assert len(pic) + len(worker) == len(behind)
+    assert the(report, "interrupts-off").ticks == 1 + len(pic)
+
+
+def test_a_request_that_stood_before_the_trace_began(tmp_path: Path) -> None:
+    """Nobody knows whose it is, but it is not the worker that held up those behind it."""
+    late = ("--hold", "60ms", "--no-reinject", "--fault", "worker_delay=20%:1500us")
+    trace = made(tmp_path, "tick-if0", "--ticks", "100", *late)
+    trace.records = [record for record in trace.records if record[0] > 10_100_000]
+    report = trace.report()
+    (source,) = report.vms[0].sources
+    disturbed = [tick for tick in source.points if tick.verdict != "delivered"]
+    pic = [tick for tick in disturbed if tick.where is Where.PIC]
+    worker = [tick for tick in disturbed if tick.where is Where.WORKER]
+    assert any(tick.expiry_ns < 60_000_000 for tick in worker)
+    assert len(pic) - 2 <= the(report, "interrupts-off").ticks <= len(pic)
+    assert the(report, "worker-late-unexplained").ticks == len(disturbed) - len(pic)
+    assert "vcpu-out" not in kinds(report)
+
+
 def test_without_evidence_no_cause(tmp_path: Path) -> None:
     trace = without(made(tmp_path, *IF0), Event.KVM_ENTRY, Event.KVM_EXIT)
     report = trace.report()
@@ -113,6 +148,21 @@ def test_never_acknowledged(tmp_path: Path, option: str) -> None:
     assert not {"stopped", "not-taken-at-the-end"} & kinds(report)
 
 
+def test_an_nmi_that_nobody_acknowledges(tmp_path: Path) -> None:
+    """With reinjection one comes, and KVM holds back all behind it."""
+    report = report_of(tmp_path, "nmi-watchdog", "--ticks", "100", "--no-ack", "--for", "100ms")
+    never = the(report, "never-acknowledged")
+    assert never.ticks == 99
+    assert "poll the PIC" in never.remedy
+    assert the(report, "drift").ticks == 99
+    assert not {"healthy", "stopped"} & kinds(report)
+
+
+def test_nmis_without_reinjection_need_no_acknowledgement(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "nmi-watchdog", "--ticks", "50", "--no-ack", "--no-reinject")
+    assert kinds(report) == {"healthy"}
+
+
 def test_not_taken_at_the_end(tmp_path: Path) -> None:
     report = report_of(tmp_path, "tick-if0", "--hold", "1s", "--for", "20ms")
     end = the(report, "not-taken-at-the-end")
@@ -130,6 +180,25 @@ def test_a_guest_that_is_gone(tmp_path: Path) -> None:
     assert stopped.ticks == 50
     assert "nothing was seen of the guest after 49.9" in stopped.text
     assert not {"coalesced", "drift", "replayed"} & kinds(report)
+    assert the(report, "healthy").text.startswith("50 of 50 ticks of the PIT")
+
+
+def test_a_clock_does_not_miss_the_ticks_of_a_guest_that_is_gone(tmp_path: Path) -> None:
+    trace = made(tmp_path, *IF0, "--no-reinject")
+    vcpu = next(i for i, task in enumerate(trace.tasks) if task.startswith("CPU 0"))
+    trace.records = [r for r in trace.records if r[0] < 50_100_000 or r[2] != vcpu]
+    report = trace.report()
+    assert the(report, "stopped").ticks == 54
+    assert the(report, "drift").ticks == 4
+
+
+def test_a_guest_that_was_hardly_there_is_not_called_healthy(tmp_path: Path) -> None:
+    trace = made(tmp_path, "tick-pic", "--ticks", "100")
+    vcpu = next(i for i, task in enumerate(trace.tasks) if task.startswith("CPU 0"))
+    trace.records = [r for r in trace.records if r[0] < 20_100_000 or r[2] != vcpu]
+    report = trace.report()
+    assert the(report, "stopped").ticks == 80
+    assert "healthy" not in kinds(report)
 
 
 def test_a_rate_beyond_the_limit(tmp_path: Path) -> None:
@@ -217,6 +286,17 @@ def test_a_vcpu_that_was_out(tmp_path: Path) -> None:
     assert "interrupts-off" not in kinds(report)
 
 
+def test_one_shot_ticks_have_no_period_to_be_late_by(tmp_path: Path) -> None:
+    """Their verdict is `delivered`, however long they took."""
+    off = ("--timer", "tsc-deadline", "--fault", "vcpu_off=2%:3ms")
+    report = report_of(tmp_path, "tick-lapic", "--ticks", "200", *off)
+    (source,) = report.vms[0].sources
+    slow = [t for t in source.points if t.inject_ns and t.inject_ns - t.expiry_ns >= 1_000_000]
+    assert source.ticks.count("delivered") == source.ticks.expired
+    assert the(report, "vcpu-out").ticks == len(slow) > 0
+    assert kinds(report) == {"vcpu-out"}
+
+
 def test_some_entries_prove_nothing(tmp_path: Path) -> None:
     """Where exits are not recorded, entries may be missing as well."""
     trace = without(made(tmp_path, *LATE_VCPU), Event.KVM_EXIT)
@@ -259,6 +339,16 @@ def test_lost_events(tmp_path: Path) -> None:
     report = trace.report()
     assert report.lost_events == 7
     assert "lost 7 events" in the(report, "lost-events").text
+
+
+def test_one_tick_that_is_unknown_takes_nobodys_health() -> None:
+    """Where a recording begins, one may be under way."""
+    path = Path(__file__).parents[2] / "docs" / "recordings" / "interrupts-off.ktrace"
+    with contextlib.closing(open_trace(path)) as trace:
+        report = build(trace, path)
+    (mail,) = [vm for vm in report.vms if vm.name == "mail"]
+    assert mail.sources[0].ticks.count("unknown") == 1
+    assert the(report, "healthy").pid == mail.pid
 
 
 def test_verdicts_that_are_unknown(tmp_path: Path) -> None:

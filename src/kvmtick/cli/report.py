@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
         told = None if story is None else _story(report, story)
         for write in writers:
             write(report)
-        if worst is not None:
-            for source in (source for vm in report.vms for source in vm.sources):
-                del source.worst[worst:]
-        _export(options, path)
-        _show(options, report, told)
+    if worst is not None:
+        for source in (source for vm in report.vms for source in vm.sources):
+            del source.worst[worst:]
+    _export(options, path)
+    _show(options, report, told)
     return EXIT_OK
 
 

@@ -201,17 +201,23 @@ class _Vm:
         return VmFacts(
             ticks=self.ticks,
             vcpus=self._vcpus,
-            reinject=self.ticks.info.reinject if self._reinject is None else self._reinject,
+            reinject=self._replays,
             inhibits=self._inhibits,
             sources=[self._source(source, trace, names) for source in sources],
             trace=trace,
             name=names,
         )
 
+    @property
+    def _replays(self) -> bool | None:
+        return self.ticks.info.reinject if self._reinject is None else self._reinject
+
     def _source(self, source: Source, trace: TraceFacts, names: "_Names") -> SourceFacts:
         lives = self._lives[id(source)]
-        lives.finish(sees_eoi(source.path, trace.events))
         is_pit = source.name == "pit"
+        lives.finish(
+            sees_eoi(source.path, trace.events), is_pit and bool(self._replays), source.extra
+        )
         drift_ppm = lives.drift_ppm(is_pit)
         period_ns, ran_ns = lives.period_ns, lives.ran_ns
         report = SourceReport(
@@ -221,7 +227,7 @@ class _Vm:
             histograms=source.latency_ns(),
             period_ns=period_ns,
             asked_hz=1e9 / period_ns if period_ns else None,
-            got_hz=source.reached * 1e9 / ran_ns if ran_ns else None,
+            got_hz=(source.reached + lives.came_as_others) * 1e9 / ran_ns if ran_ns else None,
             drift_ppm=drift_ppm,
             drift_constant=_constant(is_pit) if drift_ppm is not None else "",
             points=lives.points(),

@@ -24,6 +24,8 @@ Namer = Callable[[int], str]
 
 SHORT_NS = 100_000
 """What took less held nothing up."""
+MOST_JUDGED_NS = 1_000_000_000
+"""Of a request that stands for long, its last half or this last part tells why."""
 _HALF = 2
 """Who held a hop up for 1/2 of its time is its cause."""
 
@@ -135,9 +137,11 @@ class Causes:
         before: Tick | None = None,
         cause_before: Cause | None = None,
         holder: Tick | None = None,
+        since_ns: int | None = None,
     ) -> Cause:
         """Why a tick was not simply delivered. `before`: the tick before it, and its cause;
-        `holder`: the last one before it that reached a vCPU.
+        `holder`: the last one before it that reached a vCPU; `since_ns`: when a chip's request was
+        first found set that has not been taken since.
         """
         verdict = tick.verdict
         if verdict is Verdict.MASKED:
@@ -145,20 +149,28 @@ class Causes:
         if verdict in (Verdict.LATE, Verdict.DELIVERED):
             return self.of_arrival(tick)
         if verdict is Verdict.COALESCED and tick.where is Where.WORKER:
-            since_ns = tick.fired_ns - 1 if before is None else before.fired_ns
-            if tick.fired_ns - tick.expiry_ns > tick.fired_ns - since_ns:
+            before_ns = tick.fired_ns - 1 if before is None else before.fired_ns
+            if tick.fired_ns - tick.expiry_ns > tick.fired_ns - before_ns:
                 # A timer that is late catches up at once: no worker runs in between.
                 return Cause(CauseKind.TIMER_LATE, tick.fired_ns - tick.expiry_ns)
             cause = self._worker(tick.fired_ns - 1, tick.fired_ns)
             if cause.kind is CauseKind.WORKER_LATE:
-                return replace(cause, ns=tick.fired_ns - since_ns)
+                return replace(cause, ns=tick.fired_ns - before_ns)
             return cause
         if verdict is Verdict.COALESCED and holder is not None:
             accept_ns, inject_ns = holder.accept_ns, holder.inject_ns
             if accept_ns is not None and inject_ns is not None and inject_ns > tick.fired_ns:
                 return replace(self._vcpu(holder, accept_ns, inject_ns), previous=True)
+        if tick.where is Where.PIC and since_ns is not None and since_ns < tick.fired_ns:
+            # Whose request it is the trace does not show: it was set before it began.
+            start_ns = max((since_ns + tick.fired_ns) // 2, tick.fired_ns - MOST_JUDGED_NS)
+            cause = self._untaken(tick.vcpu or 0, True, start_ns, tick.fired_ns)
+            if cause.kind is CauseKind.VCPU_OUT:
+                # It may have entered before, and stayed there.
+                cause = Cause(CauseKind.NOT_TAKEN)
+            return replace(cause, ns=tick.fired_ns - since_ns, previous=True)
         if verdict in (Verdict.REINJECTED, Verdict.COALESCED):
-            if cause_before is not None:
+            if cause_before is not None and (before is None or before.where is not Where.WORKER):
                 return replace(cause_before, previous=True)
             if before is not None and before.inject_ns is not None:
                 return replace(self.of_arrival(before, to_eoi=True), previous=True)
@@ -207,8 +219,10 @@ class Causes:
 
     def _vcpu(self, tick: Tick, start_ns: int, end_ns: int) -> Cause:
         """Why a vCPU took nothing in a span."""
-        vcpu, span_ns = tick.vcpu or 0, end_ns - start_ns
-        is_pic = tick.path is Path.PIC
+        return self._untaken(tick.vcpu or 0, tick.path is Path.PIC, start_ns, end_ns)
+
+    def _untaken(self, vcpu: int, is_pic: bool, start_ns: int, end_ns: int) -> Cause:
+        span_ns = end_ns - start_ns
         if is_pic and self._mask.masked_ns(start_ns, end_ns) * _HALF >= span_ns > 0:
             return Cause(CauseKind.PIC_MASKED, span_ns)
         off = self._off_cpu(vcpu, start_ns, end_ns)

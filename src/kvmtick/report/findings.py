@@ -11,7 +11,7 @@ from kvmtick.report.findings_held import held_findings
 from kvmtick.report.findings_trace import trace_findings
 from kvmtick.report.phrases import DISCARD, REPLAY, count, finding, rate, share, title
 from kvmtick.report.source import MIN_PERIOD_NS
-from kvmtick.ticks.verdict import Verdict
+from kvmtick.ticks.verdict import Path, Verdict
 from kvmtick.timing.host import format_ns
 from kvmtick.trace.events import ApicvInhibitReason
 
@@ -188,8 +188,7 @@ def _stopped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
             Severity.PROBLEM,
             f"the guest took tick {last.index} of {title(source)} and never acknowledged it"
             f"{unseen}: {count(behind, 'tick')} behind it never came",
-            "the guest's handler must end the interrupt: an EOI to the PIC (OCW2, port 0x20) or to"
-            " the local APIC",
+            _NO_ACKNOWLEDGEMENT.get(last.path, _NO_EOI),
             behind,
         )
     elif gone >= NEVER:
@@ -216,6 +215,17 @@ def _stopped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
             "is it stuck with its interrupts off? Ask its VMM for the registers (info registers)",
             waiting,
         )
+
+
+_NO_EOI = (
+    "the guest's handler must end the interrupt: an EOI to the PIC (OCW2, port 0x20) or to the"
+    " local APIC"
+)
+_NO_ACKNOWLEDGEMENT: dict[Path | None, str] = {
+    Path.NMI: "an NMI has no EOI: the guest's handler must poll the PIC (OCW3, port 0x20), or give"
+    f" the VM {DISCARD}",
+    Path.MSI: f"nothing acknowledges an MSI to the PIT: give the VM {DISCARD}",
+}
 
 
 def _clamped(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
@@ -260,15 +270,15 @@ def _drift(vm: VmFacts, source: SourceFacts) -> Iterator[Finding]:
     drift_ppm = source.report.drift_ppm
     if drift_ppm is None or abs(drift_ppm) <= DRIFT_PPM:
         return
-    missing = source.report.ticks.expired - sum(source.lives.reached_periods.values())
-    if missing < 1 or missing == source.report.ticks.count(Verdict.MASKED):
+    missing = source.lives.missing
+    if missing < 1 or missing == source.lives.runs[Verdict.MASKED].ticks:
         return
     slow_s = -drift_ppm / 1e6 * 3600
     yield finding(
         vm,
         source,
         "drift",
-        Severity.PROBLEM,
+        _severity(source, missing) if missing < NEVER else Severity.PROBLEM,
         f"a clock that counts the ticks of {title(source)} is {drift_ppm:+,.0f} ppm off"
         f" ({slow_s:,.1f} s slow in an hour; {source.report.drift_constant})",
         "see what lost the ticks; or have the guest read a clock (kvmclock, TSC, HPET) instead of"
@@ -304,10 +314,13 @@ def _healthy(vm: VmFacts) -> Iterator[Finding]:
         ticks = source.report.ticks
         reached = ticks.count(Verdict.DELIVERED)
         open_ = ticks.count(Verdict.OUTSTANDING)
-        bad = ticks.expired - source.lives.gone - reached - (open_ if open_ < NEVER else 0)
-        if not reached or bad > 2 * FEW * ticks.expired:
+        seen = ticks.expired - source.lives.gone
+        unknown = ticks.count(Verdict.UNKNOWN)
+        bad = seen - reached - (open_ if open_ < NEVER else 0)
+        bad -= unknown if unknown <= 1 else 0  # where the trace begins
+        if not reached or bad > 2 * FEW * ticks.expired or source.lives.gone > seen:
             return
-        text = f"{reached:,} of {count(ticks.expired, 'tick')} of {title(source)} reached the guest"
+        text = f"{reached:,} of {count(seen, 'tick')} of {title(source)} reached the guest"
         if source.report.period_ns:
             text += " within their period"
         summary = source.report.histograms["expiry_to_eoi"].summary()

@@ -155,6 +155,6 @@ def _missing(vm: VmFacts, kind: CauseKind) -> str:
     names = [name for event, name in wanted if event not in vm.trace.events]
     if names:
         return f"with {_list(names)}"
-    return (
-        "with all switches" if wanted is _SCHED_EVENTS else "where the host's KVM writes kvm_entry"
-    )
+    # A VM that has just started is followed a moment later.
+    whose = "" if wanted is _SCHED_EVENTS else " of its threads"
+    return f"once the VM runs, with all switches{whose}"

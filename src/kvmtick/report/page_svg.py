@@ -17,7 +17,7 @@ __all__ = ["Scale", "axis", "histogram", "verdict_bar"]
 _LEAST_SHARE = 0.4
 """Per cent of the bar that a verdict with any ticks gets, so that it can be seen."""
 
-_MOST_NAMES = 6
+_MOST_NAMES = 4
 """So many decades are named; more would not fit a narrow page."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvmtick.report.causes import Cause, CauseKind, Causes
 from kvmtick.ticks.tick import Tick
-from kvmtick.ticks.verdict import Verdict
+from kvmtick.ticks.verdict import Verdict, Where
 
 __all__ = ["Held", "Run", "SourceLives", "believed_ns"]
 
@@ -19,6 +19,8 @@ BELIEVED_HZ = 1193182
 """What guests take it for: 105/88 MHz."""
 MIN_PERIOD_NS = 200_000
 """KVM's `min_timer_period_us`, unless the module was loaded with another."""
+SLOW_ONE_SHOT_NS = 1_000_000
+"""A one-shot tick that takes so long is told of as one that was held up."""
 
 MOST_UNSEEN = 50_000
 """Ticks kept until the guest is seen again."""
@@ -85,6 +87,8 @@ class SourceLives:
         self._causes = causes
         self._is_told = is_told
         self._before: Tick | None = None
+        self._standing_ns: int | None = None
+        """When the PIC's request was first found set that no tick has come from since."""
         self._cause: Cause | None = None
         self._row: _Row | None = None
         self.held: dict[CauseKind, dict[Cause, Held]] = {}
@@ -101,8 +105,12 @@ class SourceLives:
         self.reached_periods: Counter[int] = Counter()
         self.first_ns: int | None = None
         self.last_ns = 0
-        self.unknown_ns = 0
-        """Periods of ticks of which nobody knows whether they came."""
+        self.unknown: Counter[int] = Counter()
+        """By period, ticks of which nobody knows whether they came."""
+        self._merged_replays: Counter[int] = Counter()
+        """By period, replayed ticks whose pulse merged with one before."""
+        self.came_as_others = 0
+        """So many of those came all the same, by interrupts that belong to no tick."""
         self.last_arrival: Tick | None = None
         self._interesting = Thinned(POINTS_OF_INTEREST)
         self._delivered = Thinned(POINTS_DELIVERED)
@@ -132,20 +140,28 @@ class SourceLives:
         if tick.period_ns:
             self.periods[tick.period_ns] += 1
             if tick.verdict is Verdict.UNKNOWN:
-                self.unknown_ns += tick.period_ns
+                self.unknown[tick.period_ns] += 1
+            elif tick.verdict is Verdict.REINJECTED and tick.inject_ns is None:
+                self._merged_replays[tick.period_ns] += 1
         if tick.inject_ns is not None:
             self.last_arrival = tick
             if tick.period_ns and tick.verdict is not Verdict.UNKNOWN:
                 self.reached_periods[tick.period_ns] += 1
-        if tick.verdict is _DELIVERED:
+        if tick.verdict is _DELIVERED and not _is_slow_one_shot(tick):
             self._cause = None
         else:
             self._disturbed(tick)
+        if tick.inject_ns is not None:
+            self._standing_ns = None
+        elif tick.where is Where.PIC and self._standing_ns is None:
+            self._standing_ns = tick.fired_ns
         self._follow_row(tick)
         self._before = tick
 
     def _disturbed(self, tick: Tick) -> None:
-        cause = self._cause = self._causes.of(tick, self._before, self._cause, self.last_arrival)
+        cause = self._cause = self._causes.of(
+            tick, self._before, self._cause, self.last_arrival, self._standing_ns
+        )
         if self._is_told(tick.index):
             self.causes[tick.index] = cause
         who = Cause(cause.kind, 0, cause.thread, cause.cpu, cause.holder)
@@ -182,12 +198,14 @@ class SourceLives:
         if tick.period_ns:
             self._gone_periods[tick.period_ns] += 1
 
-    def finish(self, sees_eoi: bool) -> None:
+    def finish(self, sees_eoi: bool, reinject: bool, extra: int) -> None:
         """There are no more. Those behind a tick that the guest never acknowledged count, though
-        nothing was seen of it since; `sees_eoi`: whether the trace shows when it does.
+        nothing was seen of it since; `sees_eoi`: whether the trace shows when it does; `reinject`:
+        whether KVM holds ticks back until then; `extra`: interrupts that belong to no tick.
         """
         last, seen_ns = self.last_arrival, self._seen_ns()
-        self.never_acknowledged = sees_eoi and last is not None and last.eoi_ns is None
+        if last is not None and last.eoi_ns is None:
+            self.never_acknowledged = sees_eoi or (reinject and self._holds_back(last))
         for tick in self._unseen:
             if tick.expiry_ns <= seen_ns or self.never_acknowledged:
                 self._take(tick)
@@ -198,6 +216,16 @@ class SourceLives:
             self.periods += self._gone_periods
         self._end_row()
         self._row = None
+        for period, count in self._merged_replays.items():
+            # KVM replays by count: what merged here came as another's.
+            came = min(count, extra - self.came_as_others)
+            self.reached_periods[period] += came
+            self.came_as_others += came
+
+    def _holds_back(self, last: Tick) -> bool:
+        """Whether the tick behind the last that came was not even pulsed."""
+        first = self._unseen[0] if self._unseen else None
+        return first is not None and first.index == last.index + 1 and first.work_ns is None
 
     def points(self) -> list[Tick]:
         """Lives to draw, in order."""
@@ -219,8 +247,14 @@ class SourceLives:
         timer the time it took.
         """
         if self.periods:
-            return sum(period * count for period, count in self.periods.items()) - self.unknown_ns
+            return sum(p * count for p, count in (self.periods - self.unknown).items())
         return self.last_ns - (self.first_ns or 0)
+
+    @property
+    def missing(self) -> int:
+        """How many ticks such a clock did not count, as far as that is known."""
+        known = self.periods - self.unknown
+        return sum(known.values()) - sum(self.reached_periods.values())
 
     def drift_ppm(self, is_pit: bool) -> float | None:
         """How fast a clock runs that counts the ticks that came; None if nobody can know."""
@@ -231,6 +265,13 @@ class SourceLives:
         believed = believed_ns if is_pit else float
         counted = sum(believed(p) * count for p, count in self.reached_periods.items())
         return round((counted / self.ran_ns - 1) * 1e6, 3)
+
+
+def _is_slow_one_shot(tick: Tick) -> bool:
+    """It has no period to be late by, and its verdict does not tell."""
+    if tick.period_ns is not None or tick.inject_ns is None:
+        return False
+    return tick.inject_ns - tick.expiry_ns >= SLOW_ONE_SHOT_NS
 
 
 def believed_ns(period_ns: int) -> float:
