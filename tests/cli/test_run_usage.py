@@ -159,7 +159,7 @@ def test_a_bad_command_line_leaves_the_trace_file_alone(kvmtick: Terminal, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "names", "remedy"),
     [
-        (["rum"], "'rum'", "choose run or compare or conform or fuzz or doctor"),
+        (["rum"], "'rum'", "choose run or record or report or query or compare or"),
         (["--verbose"], "'--verbose'", "see kvmtick --help"),
         (["doctor", "--yaml"], "--yaml", "see kvmtick doctor --help"),
         (["doctor", "me"], "me", "see kvmtick doctor --help"),
