@@ -25,8 +25,8 @@ from kvmtick.host.kvmdev import pit_worker_tids
 from kvmtick.host.tracefs import TICK_EVENTS, Instance, Tracefs, open_tracefs
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.trace.by_vm import ByVm, Share
-from kvmtick.trace.decoder import Decoder, Merge
-from kvmtick.trace.events import ApicvInhibitReason, Event, Function, Record
+from kvmtick.trace.decoder import Decoder, Merge, pid_of
+from kvmtick.trace.events import FUNCTIONS, ApicvInhibitReason, Event, Record
 from kvmtick.trace.formats import FormatError
 from kvmtick.trace.inferred import Inferred
 from kvmtick.trace.recorder import Consumer
@@ -47,8 +47,6 @@ MOST_PAGES: Final = 16_384
 
 SETTLED_NS: Final = 20_000_000
 """An event is in the buffer at the latest so long after its time."""
-
-FUNCTIONS: Final = {function.name.lower(): function for function in Function}
 
 
 def decoder_of(tracefs: Tracefs, events: Iterable[str]) -> Decoder:
@@ -198,7 +196,7 @@ class TickTrace:
 
     def _name_workers(self) -> None:
         for task in self._own.workers:
-            pid = int(self.tasks[task].rpartition("-")[2])
+            pid = pid_of(self.tasks[task])
             self._decoder.tasks.name(pid, f"kvm-pit/{os.getpid()}")
 
     def _hand_out(self, batch: list[Record]) -> None:

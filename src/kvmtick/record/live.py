@@ -16,7 +16,7 @@ from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.decoder import Decoder, Merge, TaskNames
-from kvmtick.trace.events import TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.events import BY_NAME, FUNCTIONS, Event, Record
 from kvmtick.trace.vms import VmInfo
 
 __all__ = ["LiveSamples", "Sampled"]
@@ -30,7 +30,6 @@ MOST_BYTES: Final = 1 << 21
 
 _CAME: Final = (Verdict.DELIVERED, Verdict.LATE, Verdict.REINJECTED)
 _LOST: Final = (Verdict.COALESCED, Verdict.MASKED, Verdict.DROPPED)
-_BY_NAME: Final = {f"{each.system}:{each.name}": event for event, each in TRACEPOINTS.items()}
 
 
 @dataclass(slots=True)
@@ -78,7 +77,8 @@ class LiveSamples:
         for info in infos:
             for tid, comm in info.threads.items():
                 self._tasks.name(tid, comm)
-        events = frozenset(_BY_NAME[event] for event in recording.events if event in _BY_NAME)
+        names = {event.partition(":")[2] for event in recording.events}
+        events = frozenset(BY_NAME[name] for name in names if name in BY_NAME)
         host = HostTicks(_Window(infos, self._tasks.names, events, merge.until(None)))
         host.read()
         for vm in host.vms:
@@ -87,7 +87,7 @@ class LiveSamples:
                 _add(sampled, source)
 
     def _decoder_of(self, recording: Recording) -> Decoder:
-        functions = {at: Function[name.upper()] for at, name in recording.functions.items()}
+        functions = {at: FUNCTIONS[name] for at, name in recording.functions.items()}
         formats = recording.formats.values()
         return Decoder(recording.header_page, formats, functions, self._tasks)
 

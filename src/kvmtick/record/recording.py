@@ -28,7 +28,7 @@ from kvmtick.host.vms import HostVm, HostVms
 from kvmtick.record.events import NOTHING, Filters, events_of, first_filters
 from kvmtick.record.out_file import OutFile
 from kvmtick.record.tally import Tally
-from kvmtick.trace.events import Function
+from kvmtick.trace.events import FUNCTIONS
 from kvmtick.trace.formats import parse_fields
 from kvmtick.trace.ktrace import Header, KtraceWriter
 from kvmtick.trace.vms import VmInfo
@@ -63,7 +63,6 @@ _COUNT_BYTES: Final = 8
 """Of a page's `commit` (`kvmtick.trace.pages`)."""
 
 NEEDED: Final = ("kvm:kvm_eoi", "timer:hrtimer_expire_entry", "timer:hrtimer_start")
-FUNCTIONS: Final = tuple(function.name.lower() for function in Function)
 
 
 def default_buffer_kib(cpus: int) -> int:

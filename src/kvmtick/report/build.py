@@ -14,12 +14,13 @@ from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
 from kvmtick.report.stream import Progress, origin
 from kvmtick.report.vcpus import Vcpus
-from kvmtick.report.waits import CpuWaits, pid_of
+from kvmtick.report.waits import CpuWaits
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
+from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import ApicvInhibitReason, Event, Record
 from kvmtick.trace.reading import Trace
 

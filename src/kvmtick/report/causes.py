@@ -11,11 +11,12 @@ from enum import StrEnum
 
 from kvmtick.report.masks import PicMask
 from kvmtick.report.vcpus import Vcpus
-from kvmtick.report.waits import CpuWaits, Wait, pid_of
+from kvmtick.report.waits import CpuWaits, Wait
 from kvmtick.ticks.host import VmTicks
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.timing.host import format_ns
+from kvmtick.trace.decoder import pid_of
 
 __all__ = ["Cause", "CauseKind", "Causes", "Namer"]
 

@@ -26,6 +26,9 @@ from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path as Way
 from kvmtick.ticks.verdict import Where
 from kvmtick.trace.events import (
+    FUNCTION_AT,
+    FUNCTIONS,
+    HAS_FUNCTION,
     HEADER_FIELDS,
     IRQ_CONTEXT,
     TRACEPOINTS,
@@ -46,8 +49,7 @@ _RANK_TICKS, _RANK_VCPU, _RANK_CHIP, _RANK_LAPIC, _RANK_REST = 0, 1000, 100_000,
 
 _FIELDS = {int(event): tracepoint.fields for event, tracepoint in TRACEPOINTS.items()}
 _NAMES = {int(event): tracepoint.name for event, tracepoint in TRACEPOINTS.items()}
-_HAS_FUNCTION = {event for event, fields in _FIELDS.items() if "function" in fields}
-_FUNCTIONS = [function.name.lower() for function in Function]
+_FUNCTIONS = list(FUNCTIONS)
 _PIT_TIMER, _APIC_TIMER = int(Function.PIT_TIMER_FN), int(Function.APIC_TIMER_FN)
 
 _HRTIMER_START, _HRTIMER_CANCEL = int(Event.HRTIMER_START), int(Event.HRTIMER_CANCEL)
@@ -145,8 +147,8 @@ class _Writer:
         told: list[tuple[str, int | str | None]] = list(
             zip(_FIELDS[record[1]], record[HEADER_FIELDS:], strict=True)
         )
-        if record[1] in _HAS_FUNCTION:
-            told[1] = ("function", _FUNCTIONS[record[HEADER_FIELDS + 1]])
+        if record[1] in HAS_FUNCTION:
+            told[1] = ("function", _FUNCTIONS[record[FUNCTION_AT]])
         thread = self.threads[record[2]]
         where = "interrupted" if record[2] & IRQ_CONTEXT else "thread"
         told.append((where, f"{thread.comm}-{thread.tid}"))

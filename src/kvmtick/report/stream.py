@@ -11,6 +11,7 @@ from typing import Protocol
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
+from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import HEADER_FIELDS, IRQ_CONTEXT, TRACEPOINTS, Event, Record
 from kvmtick.trace.ktrace import KtraceReader
 from kvmtick.trace.reading import Trace
@@ -142,7 +143,7 @@ class _Owners:
     def of(self, batch: list[Record], host: HostTicks) -> list[VmTicks | None]:
         """The owner of each event; None: no VM's, as the gaps are."""
         for vm in host.vms:
-            tids = {int(vm.tasks[task].rpartition("-")[2]) for task in vm.workers | vm.vcpus.keys()}
+            tids = {pid_of(vm.tasks[task]) for task in vm.workers | vm.vcpus.keys()}
             self.by_tid |= dict.fromkeys(tids | vm.info.threads.keys(), vm)
         by_task, of_another = self._by_task, self._of_another
         return [

@@ -20,7 +20,15 @@ from kvmtick.report.stream import Progress, Threads, hops, origin, stream, vcpu_
 from kvmtick.ticks.host import HostTicks, VmTicks
 from kvmtick.ticks.source import HOPS, Source
 from kvmtick.ticks.tick import Tick
-from kvmtick.trace.events import HEADER_FIELDS, IRQ_CONTEXT, TRACEPOINTS, Function, Record
+from kvmtick.trace.events import (
+    FUNCTION_AT,
+    FUNCTIONS,
+    HAS_FUNCTION,
+    HEADER_FIELDS,
+    IRQ_CONTEXT,
+    TRACEPOINTS,
+    Record,
+)
 from kvmtick.trace.ftrace import event_text
 from kvmtick.trace.reading import Trace, open_trace
 
@@ -74,9 +82,7 @@ TABLES: dict[str, list[tuple[str, str, bool]]] = {
 _ROWS = 100_000
 """Rows of a row group: what is held in memory of each table."""
 
-_FUNCTION_AT = HEADER_FIELDS + 1
-_HAS_FUNCTION = {int(e) for e, tracepoint in TRACEPOINTS.items() if "function" in tracepoint.fields}
-_FUNCTIONS = [function.name.lower() for function in Function]
+_FUNCTIONS = list(FUNCTIONS)
 _NAMES = {int(event): tracepoint.name for event, tracepoint in TRACEPOINTS.items()}
 
 
@@ -293,7 +299,7 @@ class _EventRows:
             [record[2] & IRQ_CONTEXT != 0 for record in records],
             list(map(vcpu_of, records, owners)),
             [
-                _FUNCTIONS[record[_FUNCTION_AT]] if record[1] in _HAS_FUNCTION else None
+                _FUNCTIONS[record[FUNCTION_AT]] if record[1] in HAS_FUNCTION else None
                 for record in records
             ],
             _field_maps(records),
@@ -335,8 +341,8 @@ def _field_maps(records: Sequence[Record]) -> pa.Array:
     ).cast(pa.string())
     fields = chain.from_iterable(
         record[HEADER_FIELDS:]
-        if record[1] not in _HAS_FUNCTION
-        else (record[HEADER_FIELDS], *record[_FUNCTION_AT + 1 :])
+        if record[1] not in HAS_FUNCTION
+        else (record[HEADER_FIELDS], *record[FUNCTION_AT + 1 :])
         for record in records
     )
     values = [None if value < 0 else value for value in fields]

@@ -3,8 +3,8 @@
 from array import array
 from bisect import bisect_right
 
-from kvmtick.report.waits import pid_of
 from kvmtick.ticks.host import VmTicks
+from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 
 __all__ = ["Vcpus"]

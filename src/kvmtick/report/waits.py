@@ -12,9 +12,10 @@ from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import IRQ_CONTEXT, Record
 
-__all__ = ["CpuWaits", "Wait", "pid_of"]
+__all__ = ["CpuWaits", "Wait"]
 
 SHORTEST_NS = 20_000
 """Shorter waits are not kept: none of them makes a tick late."""
@@ -28,11 +29,6 @@ _MANY = 20
 
 _RUNNABLE = (0, 0x100)
 """`prev_state` of a thread that still wants to run; with 0x100 (R+) it was preempted."""
-
-
-def pid_of(task_name: str) -> int:
-    """The pid in `comm-pid`."""
-    return int(task_name.rpartition("-")[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
-from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.events import (
+    BY_NAME,
+    HAS_FUNCTION,
+    IRQ_CONTEXT,
+    TRACEPOINTS,
+    Event,
+    Function,
+    Record,
+)
 from kvmtick.trace.formats import EventFormat, Field, FormatError, parse_format
 from kvmtick.trace.pages import UNKNOWN_COUNT, PageLayout
 
-__all__ = ["Decoder", "Merge", "TaskNames"]
-
-_BY_NAME = {tracepoint.name: event for event, tracepoint in TRACEPOINTS.items()}
+__all__ = ["Decoder", "Merge", "TaskNames", "pid_of"]
 
 _MAY_LACK = frozenset({"was_armed", "intr_info", "info1", "inhibits"})
 """Fields that came with later kernels, and that nobody is judged by."""
@@ -41,9 +47,6 @@ _IN_INTERRUPT = 0x08 | 0x10 | 0x40
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _LAST_BYTE = 4096
 """No field of an event lies behind it."""
-_FUNCTION_EVENTS = frozenset(
-    event for event, tracepoint in TRACEPOINTS.items() if "function" in tracepoint.fields
-)
 
 _WORD_AND_COMMON = struct.Struct("<IQ")
 """The word before an event, and what all events begin with."""
@@ -67,6 +70,11 @@ _Finish = Callable[[_Values], _Values | None]
 """Makes a record's fields of what was unpacked; None: nobody wants it."""
 _Known = tuple[int, int, int, _Unpack, _Finish | None] | None
 """Event, task, least size, and how to read it; None: skip it."""
+
+
+def pid_of(task_name: str) -> int:
+    """The pid in `comm-pid`."""
+    return int(task_name.rpartition("-")[2])
 
 
 class TaskNames:
@@ -123,7 +131,7 @@ class _EventReader:
 
     def __init__(self, event: Event, format_: EventFormat) -> None:
         self.event = int(event)
-        self._has_function = event in _FUNCTION_EVENTS
+        self._has_function = event in HAS_FUNCTION
         fields, own = format_.fields, TRACEPOINTS[event].fields
         for name in own:
             if name not in fields and name not in _MAY_LACK and name != _CPU:
@@ -220,7 +228,7 @@ class Decoder:
         self._common: dict[str, Field] = {}
         for text in formats:
             format_ = parse_format(text)
-            event = _BY_NAME.get(format_.name)
+            event = BY_NAME.get(format_.name)
             if event is None:
                 continue
             self._readers[format_.id] = _EventReader(event, format_)

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import BinaryIO
 
-from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.decoder import pid_of
+from kvmtick.trace.events import FUNCTION_AT, IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.ktrace import Header, KtraceWriter
 from kvmtick.trace.vms import VmInfo, vcpu_of_name
 
@@ -59,7 +60,6 @@ _PAGES_A_MARK = 32
 _CPU = 0
 _FUNCTIONS = {function: 1 + int(function) for function in Function}
 """Their addresses."""
-_FUNCTION_FIELD = 4
 _LOST_EVENTS = int(Event.LOST_EVENTS)
 _IDLE = "<idle>-0"
 _UNNAMED = "<...>"
@@ -135,7 +135,7 @@ class KtraceEncoder:
             self._last_ns = ts_ns
             fields = record[3:]
             if has_function:
-                fields = (record[3], _FUNCTIONS[Function(record[_FUNCTION_FIELD])], *record[5:])
+                fields = (record[3], _FUNCTIONS[Function(record[FUNCTION_AT])], *record[5:])
             flags = _HARD_INTERRUPT if task & IRQ_CONTEXT else 0
             word = length | delta_ns << _LENGTH_BITS
             data += pack(word, number, flags, pids[task & ~IRQ_CONTEXT], *fields)
@@ -157,9 +157,7 @@ class KtraceEncoder:
     def _know_tasks(self) -> bool:
         """Give new tasks their pids and names; whether there are any."""
         idle = itertools.count(0, -1)
-        self._pids = [
-            next(idle) if task == _IDLE else int(task.rpartition("-")[2]) for task in self._tasks
-        ]
+        self._pids = [next(idle) if task == _IDLE else pid_of(task) for task in self._tasks]
         before = self._vm
         threads, vcpus = dict(before.threads), dict(before.vcpus)
         for pid, task in zip(self._pids, self._tasks, strict=True):

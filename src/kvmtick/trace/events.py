@@ -10,6 +10,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 __all__ = [
+    "BY_NAME",
+    "FUNCTIONS",
+    "FUNCTION_AT",
+    "HAS_FUNCTION",
     "IRQ_CONTEXT",
     "TRACEPOINTS",
     "ApicvInhibitReason",
@@ -158,6 +162,20 @@ TRACEPOINTS: dict[Event, Tracepoint] = {
         ("prev_pid", "prev_state", "next_pid", "cpu", "prev_prio", "next_prio"),
     ),
 }
+
+
+BY_NAME: dict[str, Event] = {tracepoint.name: event for event, tracepoint in TRACEPOINTS.items()}
+"""Events by their tracepoint's name."""
+
+FUNCTIONS: dict[str, Function] = {function.name.lower(): function for function in Function}
+"""Functions by the kernel's name, in order."""
+
+FUNCTION_AT = HEADER_FIELDS + 1
+"""Where records of `HAS_FUNCTION` have their function."""
+HAS_FUNCTION: frozenset[int] = frozenset(
+    int(event) for event, tracepoint in TRACEPOINTS.items() if "function" in tracepoint.fields
+)
+"""Events of timers and work items."""
 
 
 def field(record: Record, name: str) -> int:

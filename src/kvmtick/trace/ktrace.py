@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from kvmtick.abi.closing import Closing
 from kvmtick.trace.decoder import Decoder, Merge, TaskNames
-from kvmtick.trace.events import TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.events import BY_NAME, FUNCTIONS, Event, Record
 from kvmtick.trace.formats import FormatError, parse_format
 from kvmtick.trace.pages import UNKNOWN_COUNT
 from kvmtick.trace.vms import VmInfo
@@ -53,9 +53,6 @@ _UNREADABLE = (EOFError, OSError, zlib.error)
 """What reading a damaged file raises."""
 _NOT_MEANT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What JSON raises that has another shape."""
-
-_FUNCTIONS = {function.name.lower(): function for function in Function}
-_BY_NAME = {tracepoint.name: event for event, tracepoint in TRACEPOINTS.items()}
 
 
 @dataclass(slots=True)
@@ -188,9 +185,9 @@ class KtraceReader(Closing):
             self._tasks = TaskNames()
             self._name_tasks()
             functions = {
-                int(at, 16): _FUNCTIONS[name]
+                int(at, 16): FUNCTIONS[name]
                 for at, name in header.functions.items()
-                if name in _FUNCTIONS
+                if name in FUNCTIONS
             }
             self._decoder = Decoder(header.header_page, header.formats, functions, self._tasks)
             names = {parse_format(text).name for text in header.formats}
@@ -198,7 +195,7 @@ class KtraceReader(Closing):
             what = str(error) if isinstance(error, FormatError) else _what(error)
             what = f"{path}: its header cannot be read ({what}): record it anew"
             raise FormatError(what) from None
-        self.events = frozenset(_BY_NAME[name] for name in names if name in _BY_NAME) - {
+        self.events = frozenset(BY_NAME[name] for name in names if name in BY_NAME) - {
             Event.LOST_EVENTS
         }
         self.is_complete = header.kind == "model"
