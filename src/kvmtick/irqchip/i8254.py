@@ -37,7 +37,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.irqchip.delivery import IrqDelivery
-from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
@@ -175,7 +175,7 @@ class PitBoard(Protocol):
         """`kvm_set_or_clear_apicv_inhibit`."""
 
 
-class Speaker:
+class Speaker(IoDevice):
     """Port 0x61 on the bus: counter 2's gate and output, speaker data, refresh clock."""
 
     __slots__ = ("_pit",)
@@ -192,7 +192,7 @@ class Speaker:
         self._pit.write_speaker(value & 0xFF)
 
 
-class Pit:
+class Pit(IoDevice):
     """struct kvm_pit with its kvm_kpit_state: counters, hrtimer, worker, reinjection.
 
     `pending` counts expiries not yet acknowledged, `irq_ack` says that the last pulse was; both
