@@ -21,6 +21,7 @@ from kvmtick.irqchip.lapic import Lapic, LapicBoard
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
+    InterruptSource,
     PendingEvents,
     complete_interrupts,
     inject_pending_event,
@@ -116,7 +117,7 @@ class VcpuBoard(LapicBoard, Protocol):
         """Whether an ioeventfd took the write."""
 
 
-class Vcpu:
+class Vcpu(InterruptSource):
     """One vCPU over one engine."""
 
     __slots__ = (
@@ -149,7 +150,6 @@ class Vcpu:
         "slept_from_ns",
         "task",
         "tsc_khz",
-        "vcpu_id",
         "vmcs",
         "wants_window",
     )
@@ -160,12 +160,12 @@ class Vcpu:
         """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
         others wait for INIT and SIPI.
         """
+        super().__init__(vcpu_id)
         self._board = board
         self._clock = board.clock
         self._recorder = board.recorder
         # An irqchip comes before the first vCPU or never.
         self._pic = board.pic
-        self.vcpu_id = vcpu_id
         self.is_bsp = is_bsp
         self.engine = engine
         self.task = task
