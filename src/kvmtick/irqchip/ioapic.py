@@ -29,7 +29,7 @@ from kvmtick.abi.structs import (
     kvm_ioapic_state,
 )
 from kvmtick.irqchip.apicdef import DELIVERY_MODE_SHIFT
-from kvmtick.irqchip.delivery import EoiTarget, IrqDelivery, LapicIrq, SuppressEoiBroadcast
+from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.timing.clock import Clock
@@ -121,7 +121,7 @@ def lapic_irq_of(entry: int) -> LapicIrq:
     )
 
 
-class Ioapic(IrqTarget, EoiTarget):
+class Ioapic(IrqTarget):
     """24 pins, each with a redirection entry that says what message its interrupt is.
 
     `irr` holds the requests: of a level pin its line, of an edge pin a line that is high.
