@@ -107,7 +107,7 @@ static uint8_t *code_mark(Engine *self, const char *host)
     return range == NULL ? NULL : &range->code[(host - (char *)range->view.buf) / PAGE_BYTES];
 }
 
-static bool anybody_has_code_at(Engine *self, const char *host)
+bool anybody_has_code_at(Engine *self, const char *host)
 {
     Engine *other = self;
     do {

@@ -204,13 +204,13 @@ static const char *wrong_register_field(void *uc, char *env)
  * that rewrites its own block. Those for instructions of protected mode stand in the same table of
  * the library, filled by the same loader. */
 #define NOT_PROBED                                                                               \
-    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER |            \
-     1ull << SYSEXIT | 1ull << LTR)
+    (1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
-#define PROBE_HLT 0x48
+#define PROBE_HLT 0x5b
+#define PROBE_IRET (PROBE_HLT + 2)
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
  * it, are in two. */
-#define PROBE_INSTRUCTIONS (27 + 4 + 2)
+#define PROBE_INSTRUCTIONS (27 + 7 + 4 + 2)
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
@@ -228,10 +228,14 @@ static const uint8_t PROBE_CODE[] = {
     0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
     0x0f, 0x6f, 0x06, 0x00, 0x20,                   /* movq mm0, [0x2000] */
     0x0f, 0x7f, 0x06, 0x00, 0x20,                   /* movq [0x2000], mm0 */
+    0xbc, 0x00, 0x1f,                               /* mov sp, 0x1f00 */
+    0x9c, 0x9a, PROBE_IRET, 0x10, 0x00, 0x00,       /* pushf; call 0:0x1000 + PROBE_IRET */
+    0x66, 0x9c, 0x66, 0x9a, PROBE_IRET - 1, 0x10, 0x00, 0x00, 0x00, 0x00, /* the same, 32 bits */
     0xc6, 0x06, PROBE_HLT, 0x10, 0xf4,              /* mov byte [0x1000 + PROBE_HLT], 0xf4 */
     0xf4,                                           /* hlt */
+    0x66, 0xcf,                                     /* iretd, and iret behind its prefix */
 };
-_Static_assert(sizeof PROBE_CODE == PROBE_HLT + 1, "the code rewrites its hlt");
+_Static_assert(sizeof PROBE_CODE == PROBE_IRET + 1, "the code rewrites its hlt, calls its iret");
 
 static _Alignas(PAGE_BYTES) uint8_t probe_page[PAGE_BYTES];
 
@@ -303,7 +307,7 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     probing = false;
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    uint64_t end = PROBE_PAGE + sizeof PROBE_CODE;
+    uint64_t end = PROBE_PAGE + PROBE_HLT + 1;
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
     if (!pages_are_found(env)) return "pages";
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
@@ -382,6 +386,10 @@ static const struct {
     [STORES + WORD] = STANDS_IN(helper_le_stw_mmu_x86_64, store[WORD]),
     [STORES + LONG] = STANDS_IN(helper_le_stl_mmu_x86_64, store[LONG]),
     [STORES + QUAD] = STANDS_IN(helper_le_stq_mmu_x86_64, store[QUAD]),
+    [HELPER_LOADS + WORD] = STANDS_IN(cpu_lduw_mmuidx_ra_x86_64, helper_load[WORD]),
+    [HELPER_LOADS + LONG] = STANDS_IN(cpu_ldl_mmuidx_ra_x86_64, helper_load[LONG]),
+    [HELPER_STORES + WORD] = STANDS_IN(cpu_stw_mmuidx_ra_x86_64, helper_store[WORD]),
+    [HELPER_STORES + LONG] = STANDS_IN(cpu_stl_mmuidx_ra_x86_64, helper_store[LONG]),
     [RDMSR] = STANDS_IN(helper_rdmsr_x86_64, rdmsr),
     [WRMSR] = STANDS_IN(helper_wrmsr_x86_64, wrmsr),
     [RAISE_INTERRUPT] = STANDS_IN(helper_raise_interrupt_x86_64, raise_interrupt),

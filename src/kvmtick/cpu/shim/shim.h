@@ -131,7 +131,7 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
 
 enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
 enum { ES, CS, SS, DS, FS, GS };
-enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
+enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define U16(base, offset) (*(uint16_t *)((char *)(base) + (offset)))
@@ -186,6 +186,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
+#define DR7_ENABLED 0xffu /* any of the four, locally or globally */
 #define XCR0_X87 1u
 #define DEBUG_EXCEPTION 1
 #define INVALID_OPCODE 6
@@ -264,6 +265,10 @@ typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_
 typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
                    uintptr_t return_address);
 #define OI_MMU_INDEX(oi) ((oi) & 15)
+/* The same for the library's own helpers. */
+typedef uint32_t HelperLoad(void *env, uint64_t linear, int mmu_index, uintptr_t return_address);
+typedef void HelperStore(void *env, uint64_t linear, uint32_t value, int mmu_index,
+                         uintptr_t return_address);
 #define MMU_KERNEL 2 /* without SMAP */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
@@ -277,6 +282,8 @@ typedef struct {
     void (*wrmsr)(void *env);
     Load *load[SIZES];
     Store *store[SIZES];
+    HelperLoad *helper_load[QUAD]; /* of words and dwords */
+    HelperStore *helper_store[QUAD];
     void (*raise_interrupt)(void *env, int vector, int size_bytes);
     void (*into)(void *env, int size_bytes);
     void (*iret_real)(void *env, int shift);
@@ -514,6 +521,7 @@ void join_engines(Engine *self);
 void leave_engines(Engine *self);
 bool maps_memory(const Engine *self, const Py_buffer *view);
 void share_memory(Engine *self, const Py_buffer *view);
+bool anybody_has_code_at(Engine *self, const char *host);
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
 void forget_range(Engine *self, const RamRange *range);
@@ -553,7 +561,9 @@ PyObject *engine_set_registers(PyObject *object, PyObject *values);
 enum {
     LOADS = 0,
     STORES = SIZES,
-    RDMSR = 2 * SIZES,
+    HELPER_LOADS = 2 * SIZES - WORD, /* of words and dwords */
+    HELPER_STORES = HELPER_LOADS + QUAD - WORD,
+    RDMSR = HELPER_STORES + QUAD,
     WRMSR,
     RAISE_INTERRUPT,
     INTO,
@@ -604,6 +614,8 @@ EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_l
     helper_le_ldq_mmu_x86_64;
 EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_stl_mmu_x86_64,
     helper_le_stq_mmu_x86_64;
+EXPORTED HelperLoad cpu_lduw_mmuidx_ra_x86_64, cpu_ldl_mmuidx_ra_x86_64;
+EXPORTED HelperStore cpu_stw_mmuidx_ra_x86_64, cpu_stl_mmuidx_ra_x86_64;
 
 /* events.c */
 EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
