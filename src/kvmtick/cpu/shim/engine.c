@@ -76,8 +76,6 @@ int add_hooks(Engine *self)
     if ((self->exact && (error = add_hook(self, UC_HOOK_CODE, on_instruction))) ||
         (error = add_hook(self, UC_HOOK_INTR, on_exception)) ||
         (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
-        (error = add_instruction_hook(self, UC_INS_IN, on_port_in)) ||
-        (error = add_instruction_hook(self, UC_INS_OUT, on_port_out)) ||
         (error = add_instruction_hook(self, UC_INS_CPUID, on_cpuid)) ||
         (error = add_instruction_hook(self, UC_INS_RDTSC, on_rdtsc))) {
         return error;
@@ -631,8 +629,12 @@ static PyMemberDef engine_members[] = {
 static PyObject *engine_rip(PyObject *object, void *unused)
 {
     (void)unused;
-    const Engine *self = (const Engine *)object;
-    return check_open(self) ? PyLong_FromUnsignedLongLong(U64(self->env, ENV_EIP)) : NULL;
+    Engine *self = (Engine *)object;
+    if (!check_open(self)) {
+        return NULL;
+    }
+    settle_registers(self);
+    return PyLong_FromUnsignedLongLong(U64(self->env, ENV_EIP));
 }
 
 static PyGetSetDef engine_properties[] = {

@@ -41,8 +41,6 @@
 #define UC_ERR_FETCH_UNMAPPED 8
 #define UC_ERR_FETCH_PROT 14
 #define UC_INS_CPUID 113
-#define UC_INS_IN 218
-#define UC_INS_OUT 500
 #define UC_INS_RDTSC 608
 #define UC_INS_RDTSCP 609
 #define UC_REG_CS 11
@@ -423,6 +421,7 @@ struct Engine {
     unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
     uint64_t iret_at;                  /* `started` at the last IRET */
     uintptr_t iret_return_address;     /* 0 outside of IRET */
+    uintptr_t port_return_address;     /* 0: RIP and the flags are in their places */
     uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc; /* the machine's, at the entry */
@@ -507,8 +506,10 @@ void take_gil(Engine *self);
 void give_gil(Engine *self);
 void keep_exception(Engine *self);
 PyObject *call_handler(Engine *self, int which, const unsigned long long *values, size_t count);
-void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine);
-uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine);
+void settle_registers(Engine *self);
+void write_port(Engine *self, uint32_t port, unsigned size_bytes, uint32_t value,
+                uintptr_t return_address);
+uint64_t read_port(Engine *self, uint32_t port, unsigned size_bytes, uintptr_t return_address);
 void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value,
                 uintptr_t return_address);
 uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uintptr_t return_address);
