@@ -6,13 +6,13 @@ nothing leaves the guest with what was there before.
 """
 
 import errno
-from typing import Protocol
+from typing import Final, Protocol
 
 from kvmtick.abi.errors import KvmError
 
 __all__ = ["IoBus", "IoDevice"]
 
-NR_IOBUS_DEVS = 1000
+NR_IOBUS_DEVS: Final = 1000
 
 
 class IoDevice(Protocol):

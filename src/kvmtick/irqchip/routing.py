@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvmtick.abi.errors import NO_IRQCHIP, KvmError
 from kvmtick.abi.structs import (
@@ -58,26 +58,26 @@ class IrqTarget(Protocol):
         """`set_irq` to 1 and then to 0, with nothing in between."""
 
 
-USERSPACE_IRQ_SOURCE_ID = 0
-IRQFD_RESAMPLE_IRQ_SOURCE_ID = 1
-PIT_IRQ_SOURCE_ID = 2
+USERSPACE_IRQ_SOURCE_ID: Final = 0
+IRQFD_RESAMPLE_IRQ_SOURCE_ID: Final = 1
+PIT_IRQ_SOURCE_ID: Final = 2
 
-MAX_SOURCES = 64
-KVM_MAX_IRQ_ROUTES = 4096
-PIC_PINS = 16
-PIC_CHIP_PINS = 8
-UNROUTED = -1
+MAX_SOURCES: Final = 64
+KVM_MAX_IRQ_ROUTES: Final = 4096
+PIC_PINS: Final = 16
+PIC_CHIP_PINS: Final = 8
+UNROUTED: Final = -1
 
 # The address of a message; data as in a redirection entry.
-MSI_DEST_MODE_LOGICAL = 1 << 2
-MSI_REDIRECTION_HINT = 1 << 3
-MSI_DEST_ID_SHIFT = 12
-MSI_HIGH_DEST_ID = 0xFFFF_FF00
+MSI_DEST_MODE_LOGICAL: Final = 1 << 2
+MSI_REDIRECTION_HINT: Final = 1 << 3
+MSI_DEST_ID_SHIFT: Final = 12
+MSI_HIGH_DEST_ID: Final = 0xFFFF_FF00
 """Bits 8-31 of the destination, in the high address word (KVM_X2APIC_API_USE_32BIT_IDS)."""
-MSI_DATA_LEVEL = 1 << 15
+MSI_DATA_LEVEL: Final = 1 << 15
 
-SET_GSI_ROUTING = "KVM_SET_GSI_ROUTING"
-SIGNAL_MSI = "KVM_SIGNAL_MSI"
+SET_GSI_ROUTING: Final = "KVM_SET_GSI_ROUTING"
+SIGNAL_MSI: Final = "KVM_SIGNAL_MSI"
 
 
 def parse_msi(address_lo: int, address_hi: int, data: int, x2apic_format: bool) -> LapicIrq:

@@ -10,6 +10,7 @@ Not modelled: soft-irq expiry, slack (soft and hard expiry are the same), severa
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Final
 
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.host import HostModel
@@ -19,7 +20,7 @@ from kvmtick.trace.recorder import Recorder
 
 __all__ = ["NORESTART", "RESTART", "HrTimer", "HrTimerRestart"]
 
-_IDLE = -1
+_IDLE: Final = -1
 
 
 class HrTimerRestart(IntEnum):
@@ -30,8 +31,8 @@ class HrTimerRestart(IntEnum):
 
 
 # Names of their own: looking up an enum's member costs more than running a timer callback.
-NORESTART = HrTimerRestart.NORESTART
-RESTART = HrTimerRestart.RESTART
+NORESTART: Final = HrTimerRestart.NORESTART
+RESTART: Final = HrTimerRestart.RESTART
 
 
 class HrTimer:

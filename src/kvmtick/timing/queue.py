@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
+from typing import Final
 
 from kvmtick.timing.clock import Clock
 
 __all__ = ["NEVER_NS", "EventQueue"]
 
-NEVER_NS = 1 << 62
+NEVER_NS: Final = (1 << 62) - 1
 """Later than any deadline: what `next_ns` reads when nothing is queued."""
 
-COMPACT_ABOVE = 64
+COMPACT_ABOVE: Final = 64
 
 
 class EventQueue:
