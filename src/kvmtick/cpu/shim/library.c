@@ -67,17 +67,6 @@ static const struct {
     {"tlb_vaddr_to_host_x86_64", offsetof(Library, tlb_vaddr_to_host)},
 };
 
-/* The engine whose guest runs in `env`, or NULL: somebody else's does. */
-Engine *engine_of(const void *env, int function)
-{
-    Engine *self = entered;
-    if (self != NULL && self->env == env) {
-        return self;
-    }
-    intercepted |= 1ull << function;
-    return NULL;
-}
-
 /* ---- proving the layout ---------------------------------------------------------------------- */
 
 static const char CALLS_PASS_BY[] = "calls of its own functions";

@@ -32,16 +32,6 @@ typedef struct {
     uint64_t gpa[2];
 } Access;
 
-const RamRange *ram_at(const Engine *self, uint64_t gpa)
-{
-    for (int i = 0; i < self->ram_count; i++) {
-        if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {
-            return &self->ram[i];
-        }
-    }
-    return NULL;
-}
-
 /* Stores to RAM that is read-only go where no RAM is. */
 static bool takes_access(const Engine *self, uint64_t gpa, int access)
 {
@@ -137,7 +127,7 @@ static void store_around_ram(const Access *access, uint64_t value)
     }
 }
 
-static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
+INLINE uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
 {
     Engine *self = engine_of(env, LOADS + size);
     Access access = {self, linear, 1u << size, ACCESS_LOAD, oi, return_address, 0, {0, 0}};
@@ -184,7 +174,7 @@ static bool store_beside_code(const Access *access, uint64_t value)
     const RamRange *ram = ram_at(self, access->gpa[0]);
     uint64_t offset = access->gpa[0] - ram->gpa;
     char *host = (char *)ram->view.buf + offset;
-    if (!anybody_has_code_at(self, host)) {
+    if (!anybody_has_code_at(self, ram, host)) {
         return false;
     }
     tb_invalidate_phys_page_fast_x86_64(self->uc, NULL, ram->ram_address + offset,
@@ -193,7 +183,7 @@ static bool store_beside_code(const Access *access, uint64_t value)
     return true;
 }
 
-static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
+INLINE void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
                   uintptr_t return_address)
 {
     Engine *self = engine_of(env, STORES + size);
@@ -210,6 +200,7 @@ static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t
     }
 }
 
+/* One function for each size, which is a constant in it. */
 #define STAND_IN_FOR_LOAD(name, size)                                                            \
     EXPORTED uint64_t name(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)    \
     {                                                                                            \
@@ -239,7 +230,7 @@ STAND_IN_FOR_STORE(helper_le_stq_mmu_x86_64, QUAD)
  * what is on one page of RAM is found at once. */
 
 /* NULL: the access has to be the library's. */
-static const RamRange *plain_ram(const Engine *self, uint32_t gpa, unsigned size_bytes)
+INLINE const RamRange *plain_ram(const Engine *self, uint32_t gpa, unsigned size_bytes)
 {
     bool on_one_page = gpa % PAGE_BYTES <= PAGE_BYTES - size_bytes;
     if (!on_one_page || has_paging(self->env) || has_watchpoints(self->env)) {
@@ -248,7 +239,7 @@ static const RamRange *plain_ram(const Engine *self, uint32_t gpa, unsigned size
     return ram_at(self, gpa);
 }
 
-static uint32_t helper_load(int size, void *env, uint64_t linear, int mmu_index,
+INLINE uint32_t helper_load(int size, void *env, uint64_t linear, int mmu_index,
                             uintptr_t return_address)
 {
     Engine *self = engine_of(env, HELPER_LOADS + size);
@@ -261,13 +252,13 @@ static uint32_t helper_load(int size, void *env, uint64_t linear, int mmu_index,
     return value;
 }
 
-static void helper_store(int size, void *env, uint64_t linear, uint32_t value, int mmu_index,
+INLINE void helper_store(int size, void *env, uint64_t linear, uint32_t value, int mmu_index,
                          uintptr_t return_address)
 {
     Engine *self = engine_of(env, HELPER_STORES + size);
     const RamRange *ram = self != NULL ? plain_ram(self, (uint32_t)linear, 1u << size) : NULL;
     char *host = ram != NULL ? (char *)ram->view.buf + ((uint32_t)linear - ram->gpa) : NULL;
-    if (host == NULL || !ram->writable || anybody_has_code_at(self, host)) {
+    if (host == NULL || !ram->writable || anybody_has_code_at(self, ram, host)) {
         lib.genuine.helper_store[size](env, linear, value, mmu_index, return_address);
     } else {
         memcpy(host, &value, 1u << size);

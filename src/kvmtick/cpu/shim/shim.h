@@ -23,6 +23,7 @@
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+#define INLINE static inline __attribute__((always_inline))
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 /* ---- Unicorn's public API: the values we use --------------------------------------------- */
@@ -522,14 +523,23 @@ void join_engines(Engine *self);
 void leave_engines(Engine *self);
 bool maps_memory(const Engine *self, const Py_buffer *view);
 void share_memory(Engine *self, const Py_buffer *view);
-bool anybody_has_code_at(Engine *self, const char *host);
+bool anybody_has_code_at(const Engine *self, const RamRange *range, const char *host);
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
 void forget_range(Engine *self, const RamRange *range);
 void forget_changed(Engine *self);
 
 /* memory.c */
-const RamRange *ram_at(const Engine *self, uint64_t gpa);
+/* The range that holds the byte at `gpa`, or NULL. */
+INLINE const RamRange *ram_at(const Engine *self, uint64_t gpa)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {
+            return &self->ram[i];
+        }
+    }
+    return NULL;
+}
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
 void free_range(RamRange *range);
@@ -594,14 +604,22 @@ enum {
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
-extern __thread uint64_t intercepted;
+extern __thread uint64_t intercepted INITIAL_EXEC;
 extern __thread bool probing INITIAL_EXEC;
 extern __thread uint64_t probed_instructions INITIAL_EXEC; /* in the blocks begun */
 extern __thread bool probed_next_block INITIAL_EXEC;       /* CPU_NEXT_BLOCK is there */
-extern __thread uintptr_t probed_access;                   /* where the last load came from */
+extern __thread uintptr_t probed_access INITIAL_EXEC;      /* where the last load came from */
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
-Engine *engine_of(const void *env, int function);
+INLINE Engine *engine_of(const void *env, int function)
+{
+    Engine *self = entered;
+    if (likely(self != NULL) && likely(self->env == env)) {
+        return self;
+    }
+    intercepted |= 1ull << function;
+    return NULL;
+}
 
 /* boundary.c */
 EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot);
