@@ -492,10 +492,17 @@ static bool prepare(Engine *self, uint32_t intr_info)
     return true;
 }
 
+static void pack_exit(Engine *self)
+{
+    self->last_exit = self->rflags | (uint64_t)self->interruptibility << EXIT_INTERRUPTIBILITY_SHIFT |
+                      self->retired << EXIT_RETIRED_SHIFT;
+}
+
 /* As a VM entry fails that has no TSS in TR (SDM vol. 3C, 28.3.1.2). */
 static PyObject *refuse_entry(Engine *self)
 {
     self->retired = 0;
+    pack_exit(self);
     set_error(self, "TR holds no TSS");
     return PyLong_FromLong(EXIT_INTERNAL_ERROR);
 }
@@ -507,6 +514,7 @@ static PyObject *finish(Engine *self, int error)
     carry_over(self);
     self->rflags = compute_rflags(self->env);
     self->retired = self->started;
+    pack_exit(self);
     if (reason == EXIT_CALLBACK_FAILED || self->failed) {
         PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);
         self->exception[0] = self->exception[1] = self->exception[2] = NULL;
@@ -617,6 +625,7 @@ static PyMemberDef engine_members[] = {
     {"rflags", T_ULONGLONG, offsetof(Engine, rflags), 0, "RFLAGS at the last exit."},
     {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
     {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},
+    {"last_exit", T_ULONGLONG, offsetof(Engine, last_exit), READONLY, "All of these in one."},
     {"idt_vectoring_info", T_UINT, offsetof(Engine, idt_vectoring_info), 0, "Always 0."},
     {"entry_error_code", T_UINT, offsetof(Engine, entry_error_code), 0,
      "What an exception given to enter pushes."},

@@ -223,6 +223,7 @@ enum {
     EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
 };
 
+enum { EXIT_INTERRUPTIBILITY_SHIFT = 24, EXIT_RETIRED_SHIFT = 32 };
 enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2, SHADOW_NMI = 8 };
 enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_INT3_INTO };
 
@@ -450,6 +451,7 @@ struct Engine {
     unsigned int interruptibility;
     unsigned long long retired;
     unsigned int idt_vectoring_info;
+    unsigned long long last_exit;
     unsigned int entry_error_code; /* of the exception that `enter` is given */
     unsigned long long rounds;
     PyObject *error;
