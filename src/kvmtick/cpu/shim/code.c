@@ -276,8 +276,18 @@ EXPORTED void tlb_unprotect_code_x86_64(void *uc, uint64_t ram_address)
     }
 }
 
+/* `self` is going to store to what holds code of somebody. Does not return when the running block
+ * is rewritten: the library runs the instruction anew. */
+void forget_stored(Engine *self, const RamRange *range, char *host, unsigned size_bytes,
+                   uintptr_t return_address)
+{
+    uint64_t ram_address = range->ram_address + (uint64_t)(host - (char *)range->view.buf);
+    others_forget(self, host, size_bytes);
+    lib.genuine.invalidate_stored(self->uc, NULL, ram_address, (int)size_bytes, return_address);
+}
+
 /* A store to a page that is not dirty, whoever makes it: translated code, a helper, the delivery of
- * an event. The library's own does not return when the running block is rewritten. */
+ * an event. */
 EXPORTED void tb_invalidate_phys_page_fast_x86_64(void *uc, void *pages, uint64_t ram_address,
                                                   int size_bytes, uintptr_t return_address)
 {

@@ -446,14 +446,13 @@ static int classify(Engine *self, int error)
 
 static int run_guest(Engine *self)
 {
-    uint64_t begin = U64(self->env, ENV_EIP);
     Engine *outer = entered;
     entered = self;
     self->running = true;
     if (self->releases_gil) {
         self->released = PyEval_SaveThread();
     }
-    int error = lib.emu_start(self->uc, begin, 0, 0, 0);
+    int error = resume(self->uc);
     if (self->releases_gil) {
         PyEval_RestoreThread(self->released);
         self->released = NULL;

@@ -46,6 +46,7 @@ static const struct {
     {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
     {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
     {"helper_cc_compute_all_x86_64", offsetof(Library, cc_compute_all)},
+    {"resume_all_vcpus_x86_64", offsetof(Library, resume)},
     {"cpu_reset", offsetof(Library, cpu_reset)},
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
@@ -66,6 +67,18 @@ static const struct {
     {"tlb_vaddr_to_paddr_x86_64", offsetof(Library, tlb_vaddr_to_paddr)},
     {"tlb_vaddr_to_host_x86_64", offsetof(Library, tlb_vaddr_to_host)},
 };
+
+/* uc_emu_start from where RIP is, without what an entry does not need. */
+int resume(void *uc)
+{
+    BOOL(uc, UC_STOP_REQUEST) = false;
+    I32(uc, UC_NESTED_LEVEL) = 1;
+    lib.resume(uc);
+    I32(uc, UC_NESTED_LEVEL) = 0;
+    int error = I32(uc, UC_ERROR);
+    I32(uc, UC_ERROR) = 0;
+    return error;
+}
 
 /* ---- proving the layout ---------------------------------------------------------------------- */
 
@@ -195,6 +208,7 @@ static const char *wrong_register_field(void *uc, char *env)
 #define NOT_PROBED                                                                               \
     (1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
+#define PROBE_ERROR 77
 #define PROBE_HLT 0x5b
 #define PROBE_IRET (PROBE_HLT + 2)
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
@@ -238,6 +252,32 @@ static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void 
 static void probe_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user)
 {
     (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
+}
+
+/* Stops `resume` at once, with an error. */
+static bool probe_stop(void *cpu, int request)
+{
+    (void)request;
+    void *uc = POINTER(cpu, CPU_UC);
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    lib.emu_stop(uc);
+    if (I32(uc, UC_NESTED_LEVEL) == 1 && BOOL(uc, UC_STOP_REQUEST)) {
+        I32(uc, UC_ERROR) = PROBE_ERROR;
+    }
+    return false;
+}
+
+/* The fields of `resume` are those of uc_emu_start. */
+static bool resume_works(void *uc, char *cpu, char *env)
+{
+    bool idle = I32(uc, UC_NESTED_LEVEL) == 0 && !BOOL(uc, UC_STOP_REQUEST);
+    POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_stop;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
+    bool started = lib.emu_start(uc, PROBE_PAGE + PROBE_HLT, 0, 0, 0) == PROBE_ERROR;
+    BOOL(uc, UC_STOP_REQUEST) = false;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    bool resumed = resume(uc) == 0 && U32(cpu, CPU_HALTED) == 1;
+    return idle && started && resumed && U64(env, ENV_EIP) == PROBE_PAGE + PROBE_HLT + 1;
 }
 
 static bool stores_are_fast(char *env, bool expected)
@@ -300,6 +340,7 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
     if (!pages_are_found(env)) return "pages";
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
+    if (!resume_works(uc, cpu, env)) return "resume";
     if ((intercepted | NOT_PROBED) != (1ull << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     if (probed_instructions != PROBE_INSTRUCTIONS) return "instructions of a block";
     if (!probed_next_block || U32(cpu, CPU_NEXT_BLOCK) != NO_LIMIT) return "cflags_next_tb";

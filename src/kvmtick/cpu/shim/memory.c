@@ -172,13 +172,11 @@ static bool store_beside_code(const Access *access, uint64_t value)
         return false;
     }
     const RamRange *ram = ram_at(self, access->gpa[0]);
-    uint64_t offset = access->gpa[0] - ram->gpa;
-    char *host = (char *)ram->view.buf + offset;
+    char *host = (char *)ram->view.buf + (access->gpa[0] - ram->gpa);
     if (!anybody_has_code_at(self, ram, host)) {
         return false;
     }
-    tb_invalidate_phys_page_fast_x86_64(self->uc, NULL, ram->ram_address + offset,
-                                        (int)access->size_bytes, access->return_address);
+    forget_stored(self, ram, host, access->size_bytes, access->return_address);
     memcpy(host, &value, access->size_bytes);
     return true;
 }

@@ -67,6 +67,9 @@
 enum { /* uc_struct */
     UC_CPU = 440,
     UC_TCG = 768,
+    UC_STOP_REQUEST = 1389,
+    UC_ERROR = 1424,        /* invalid_error: what uc_emu_start returns */
+    UC_NESTED_LEVEL = 14840, /* how many uc_emu_start are under way */
 };
 
 enum { /* TCGContext, and the operations of the block being translated */
@@ -134,6 +137,7 @@ enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define U16(base, offset) (*(uint16_t *)((char *)(base) + (offset)))
+#define BOOL(base, offset) (*((bool *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
 #define U64(base, offset) (*(uint64_t *)((char *)(base) + (offset)))
 #define POINTER(base, offset) (*(void **)((char *)(base) + (offset)))
@@ -327,6 +331,7 @@ typedef struct {
     int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
     int (*mem_unmap)(void *, uint64_t, uint64_t);
     int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
+    void (*resume)(void *uc);
     void (*cpu_reset)(void *cpu);
     /* QEMU's own functions, exported with the target's suffix. */
     bool (*cpu_exec_interrupt)(void *cpu, int request);
@@ -465,6 +470,7 @@ extern __thread Engine *entered INITIAL_EXEC;
 /* ---- what each part gives the others ------------------------------------------------------- */
 
 /* library.c */
+int resume(void *uc);
 PyObject *shim_load(PyObject *module, PyObject *args);
 
 /* engine.c */
@@ -528,6 +534,8 @@ void share_memory(Engine *self, const Py_buffer *view);
 bool anybody_has_code_at(const Engine *self, const RamRange *range, const char *host);
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
+void forget_stored(Engine *self, const RamRange *range, char *host, unsigned size_bytes,
+                   uintptr_t return_address);
 void forget_range(Engine *self, const RamRange *range);
 void forget_changed(Engine *self);
 
