@@ -18,7 +18,9 @@ routes, APICv's inhibit reasons.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mypy_extensions import mypyc_attr, trait
 
 from kvmtick.irqchip.apicdef import (
     APIC_BROADCAST,
@@ -91,14 +93,20 @@ _X2APIC: Final = LogicalMode.X2APIC
 _MAP_DISABLED: Final = LogicalMode.MAP_DISABLED
 
 
-class EoiTarget(Protocol):
+@trait
+@mypyc_attr(allow_interpreted_subclasses=True)
+class EoiTarget:
     """The IOAPIC, as far as a local APIC's EOI is concerned."""
+
+    __slots__ = ()
 
     def update_eoi(self, lapic: Lapic, vector: int, trig_mode_level: bool) -> None:
         """`kvm_ioapic_update_eoi`: `lapic` has finished with `vector`."""
+        raise NotImplementedError
 
     def restore_rtc_tracking(self, lapic: Lapic) -> None:
         """`kvm_rtc_eoi_tracking_restore_one`: KVM_SET_LAPIC gave `lapic` another state."""
+        raise NotImplementedError
 
 
 class ApicMap:

@@ -37,7 +37,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.irqchip.delivery import IrqDelivery
-from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
@@ -106,24 +106,28 @@ def nominal_period_ns(count: int) -> int:
     return max(mul_u64_u32_div(count, NSEC_PER_SEC, KVM_PIT_FREQ_HZ), MIN_TIMER_PERIOD_NS)
 
 
+PIT_CHANNEL_FIELDS: Final = (
+    "bcd",
+    "count",
+    "count_latched",
+    "count_load_time",
+    "gate",
+    "latched_count",
+    "mode",
+    "read_state",
+    "rw_mode",
+    "status",
+    "status_latched",
+    "write_latch",
+    "write_state",
+)
+"""Those of struct kvm_pit_channel_state, but for what is reserved there."""
+
+
 class PitChannel:
     """One counter, under the names of struct kvm_pit_channel_state."""
 
-    __slots__ = (
-        "bcd",
-        "count",
-        "count_latched",
-        "count_load_time",
-        "gate",
-        "latched_count",
-        "mode",
-        "read_state",
-        "rw_mode",
-        "status",
-        "status_latched",
-        "write_latch",
-        "write_state",
-    )
+    __slots__ = PIT_CHANNEL_FIELDS
 
     def __init__(self, gate: int) -> None:
         self.count = MAX_COUNT
@@ -142,11 +146,11 @@ class PitChannel:
 
     def save(self) -> kvm_pit_channel_state:
         """All of it, as KVM_GET_PIT2 gives it."""
-        return kvm_pit_channel_state(**{name: getattr(self, name) for name in self.__slots__})
+        return kvm_pit_channel_state(**{name: getattr(self, name) for name in PIT_CHANNEL_FIELDS})
 
     def restore(self, state: kvm_pit_channel_state) -> None:
         """Take over every field, unchecked, as the kernel does."""
-        for name in self.__slots__:
+        for name in PIT_CHANNEL_FIELDS:
             setattr(self, name, getattr(state, name))
 
 
@@ -175,7 +179,7 @@ class PitBoard(Protocol):
         """`kvm_set_or_clear_apicv_inhibit`."""
 
 
-class Speaker:
+class Speaker(IoDevice):
     """Port 0x61 on the bus: counter 2's gate and output, speaker data, refresh clock."""
 
     __slots__ = ("_pit",)
@@ -192,7 +196,7 @@ class Speaker:
         self._pit.write_speaker(value & 0xFF)
 
 
-class Pit:
+class Pit(IoDevice):
     """struct kvm_pit with its kvm_kpit_state: counters, hrtimer, worker, reinjection.
 
     `pending` counts expiries not yet acknowledged, `irq_ack` says that the last pulse was; both

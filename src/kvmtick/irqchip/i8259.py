@@ -15,8 +15,9 @@ Not modelled: MCS-80/85 vectors, buffered mode, the contents of ICW3 (the slave 
 from collections.abc import Callable
 from typing import Final
 
-from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.trace.recorder import Recorder
 
 __all__ = ["CASCADE_PIN", "PIC_STATE_FIELDS", "Pic", "PicState"]
@@ -163,7 +164,7 @@ class PicState:
         return (priority + self.priority_add) & 7
 
 
-class Pic:
+class Pic(IoDevice, IrqTarget):
     """The master and slave pair; `output` is the INTR pin to the processor.
 
     `accepts_extint` says whether a vCPU would take ExtINT (`kvm_apic_accept_pic_intr`),

@@ -29,8 +29,9 @@ from kvmtick.abi.structs import (
     kvm_ioapic_state,
 )
 from kvmtick.irqchip.apicdef import DELIVERY_MODE_SHIFT
-from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
+from kvmtick.irqchip.delivery import EoiTarget, IrqDelivery, LapicIrq, SuppressEoiBroadcast
 from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.queue import EventQueue
 from kvmtick.trace.recorder import Recorder
@@ -120,7 +121,7 @@ def lapic_irq_of(entry: int) -> LapicIrq:
     )
 
 
-class Ioapic:
+class Ioapic(IrqTarget, EoiTarget):
     """24 pins, each with a redirection entry that says what message its interrupt is.
 
     `irr` holds the requests: of a level pin its line, of an edge pin a line that is high.

@@ -8,11 +8,14 @@ callback, worker run, VM entry and port access.
 
 import time
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.trace.recorder import Now
 
 __all__ = ["Clock", "MonotonicClock", "VirtualClock"]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Clock(Now):
     """What every chip reads: `now_ns`, nanoseconds on CLOCK_MONOTONIC or since power-on."""
 

@@ -14,6 +14,8 @@ somebody reads them.
 from collections.abc import Callable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 
 __all__ = [
@@ -65,6 +67,7 @@ _KVM_IOAPIC_DELAYED_EOI_INJ: Final = int(Event.KVM_IOAPIC_DELAYED_EOI_INJ)
 _KVM_INJ_NMI: Final = int(Event.KVM_INJ_NMI)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Now:
     """A clock, as far as the recorder is concerned."""
 

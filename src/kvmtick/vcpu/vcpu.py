@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.cpu.engine import (
     EXIT_EVENT_CUT,
     EXIT_INTERRUPTIBILITY,
@@ -31,6 +33,7 @@ from kvmtick.irqchip.lapic import Lapic, LapicBoard
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
+    InterruptSource,
     PendingEvents,
     complete_interrupts,
     inject_pending_event,
@@ -126,7 +129,8 @@ class VcpuBoard(LapicBoard, Protocol):
         """Whether an ioeventfd took the write."""
 
 
-class Vcpu:
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Vcpu(InterruptSource):
     """One vCPU over one engine."""
 
     __slots__ = (
@@ -158,8 +162,6 @@ class Vcpu:
         "single_step",
         "slept_from_ns",
         "task",
-        "tsc_khz",
-        "vcpu_id",
         "vmcs",
         "wants_window",
     )
@@ -170,12 +172,12 @@ class Vcpu:
         """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
         others wait for INIT and SIPI.
         """
+        super().__init__(vcpu_id, engine.tsc_khz)
         self._board = board
         self._clock = board.clock
         self._recorder = board.recorder
         # An irqchip comes before the first vCPU or never.
         self._pic = board.pic
-        self.vcpu_id = vcpu_id
         self.is_bsp = is_bsp
         self.engine = engine
         self.task = task
@@ -198,7 +200,6 @@ class Vcpu:
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
-        self.tsc_khz = engine.tsc_khz
         self._tsc_value = 0
         self._tsc_at_ns = 0
         self.cpuid = Cpuid()
