@@ -4,6 +4,7 @@ KVM's x86 tick-interrupt emulation in Python (i8254, its hrtimer and worker, the
 routing, vCPU kick and injection) under real guest code. `Kvm` is where programs start.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ __version__ = "0.1.0"
 __all__ = ["Kvm", "KvmError", "__version__", "guests"]
 
 _HOMES = {"Kvm": "kvmtick.kvm", "KvmError": "kvmtick.abi.errors"}
+
+if os.environ.get("KVMTICK_PURE"):
+    from kvmtick._pure import prefer_sources
+
+    prefer_sources()
 
 
 def __getattr__(name: str) -> object:
