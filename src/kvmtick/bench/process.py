@@ -24,13 +24,16 @@ class MeasureError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a process took, from its start to its end, and what it printed."""
+    """What a process took, from its start to its end."""
 
     wall_s: float
     cpu_s: float
     peak_rss_bytes: int
     code: int
     output: str
+    """What it printed on stdout."""
+    errors: str
+    """What it printed on stderr."""
 
 
 @contextlib.contextmanager
@@ -87,19 +90,18 @@ def run_process(
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
+        errors = err.read().decode(errors="replace").strip()
         printed = "" if output else out.read().decode(errors="replace")
         if process.returncode not in expected:
-            raise MeasureError(
-                _failure(command[0], process.returncode, wall_s, timeout_s, err.read())
-            )
+            raise MeasureError(_failure(command[0], process.returncode, wall_s, timeout_s, errors))
     cpu_s = usage.ru_utime + usage.ru_stime
-    return Spent(wall_s, cpu_s, usage.ru_maxrss * 1024, process.returncode, printed)
+    return Spent(wall_s, cpu_s, usage.ru_maxrss * 1024, process.returncode, printed, errors)
 
 
-def _failure(name: str, code: int, wall_s: float, timeout_s: float, err: bytes) -> str:
+def _failure(name: str, code: int, wall_s: float, timeout_s: float, errors: str) -> str:
     name = os.path.basename(name)
     if wall_s >= timeout_s:
         return f"{name} did not end within {timeout_s:g} s"
-    lines = err.decode(errors="replace").strip().splitlines()
+    lines = errors.splitlines()
     ended = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
     return f"{name} {ended}" + (f": {lines[-1].strip()}" if lines else "")
