@@ -27,11 +27,14 @@ def show_results(results: Sequence[Result], told: dict[str, Any]) -> None:
     console = ReportConsole()
     _show_machine(console, told)
     table = Table("figure", "best", "median", "+-", "unit", "mark", "", box=None, pad_edge=False)
-    for column in (1, 2, 3, 5):
-        table.columns[column].justify = "right"
+    for at in (1, 2, 3, 5):
+        table.columns[at].justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
     for result in results:
         _add_rows(table, result)
     console.print(table)
+    console.print()
     for result in results:
         _show_remarks(console, result)
 
@@ -65,11 +68,10 @@ def _add_rows(table: Table, result: Result) -> None:
     )
     for name, peer in told["peers"].items():
         if peer["absent"]:
-            table.add_row(f"  {name}", "", "", "", escape(peer["absent"]), "", "")
-        else:
-            ratio = f"{peer['ratio']:.2f} x" if peer["ratio"] is not None else ""
-            median = f" (median {peer['ratio_median']:.2f})" if peer["ratio_median"] else ""
-            table.add_row(f"  {name}", *_numbers(peer), "", ratio, median.strip())
+            continue
+        ratio = f"{peer['ratio']:.2f} x" if peer["ratio"] is not None else ""
+        median = f"(median {peer['ratio_median']:.2f})" if peer["ratio_median"] else ""
+        table.add_row(f"  {name}", *_numbers(peer), "", ratio, median)
 
 
 def _numbers(told: dict[str, Any]) -> tuple[str, str, str]:
@@ -85,12 +87,11 @@ def _number(value: float | None) -> str:
 
 def _show_remarks(console: Console, result: Result) -> None:
     told = result.as_dict()
-    remarks = [*told["faults"]]
-    if told["note"]:
-        remarks.append(told["note"])
+    remarks = [*told["faults"], *([told["note"]] if told["note"] else [])]
+    remarks += [f"{name}: {p['absent']}" for name, p in told["peers"].items() if p["absent"]]
     for stretch in told["stretch"]:
         if told["value"] is not None and stretch["mark"] is not None:
             word = "reached" if stretch["met"] else "not reached"
             remarks.append(f"stretch, {stretch['rule']}: {word}")
-    if remarks:
-        console.print(f"\n[bold]{result.figure.name}[/]: {escape('; '.join(remarks))}")
+    for remark in remarks:
+        console.print(f"[bold]{result.figure.name}[/]: {escape(remark)}")
