@@ -12,6 +12,8 @@ ends the service at once.
 Not modelled: MCS-80/85 vectors, buffered mode, the contents of ICW3 (the slave is on IR2).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Final
 

@@ -11,9 +11,12 @@ Not modelled: SMI, pending exceptions (those that KVM itself raises; the engine 
 """
 
 from enum import IntFlag
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
+
+from mypy_extensions import mypyc_attr
 
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, EventType, Interruptibility
+from kvmtick.irqchip.lapic import LapicVcpu
 from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.vmcs import Vmcs, intr_info, intr_type, intr_vector
 
@@ -46,16 +49,19 @@ _SHADOW: Final = int(Interruptibility.STI | Interruptibility.MOV_SS)
 _NMI_BLOCKED: Final = int(Interruptibility.NMI | Interruptibility.STI | Interruptibility.MOV_SS)
 
 
-class InterruptSource(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class InterruptSource(LapicVcpu):
     """Where the vCPU's external interrupts come from."""
 
-    vcpu_id: int
+    __slots__ = ()
 
     def has_interrupt(self) -> bool:
         """`kvm_cpu_has_injectable_intr`."""
+        raise NotImplementedError
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_interrupt`: acknowledge and return the vector; -1 if none waits."""
+        raise NotImplementedError
 
 
 class Injected(IntFlag):

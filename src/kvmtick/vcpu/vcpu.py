@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
@@ -21,6 +23,7 @@ from kvmtick.irqchip.lapic import Lapic, LapicBoard
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
+    InterruptSource,
     PendingEvents,
     complete_interrupts,
     inject_pending_event,
@@ -116,7 +119,8 @@ class VcpuBoard(LapicBoard, Protocol):
         """Whether an ioeventfd took the write."""
 
 
-class Vcpu:
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Vcpu(InterruptSource):
     """One vCPU over one engine."""
 
     __slots__ = (
@@ -148,8 +152,6 @@ class Vcpu:
         "single_step",
         "slept_from_ns",
         "task",
-        "tsc_khz",
-        "vcpu_id",
         "vmcs",
         "wants_window",
     )
@@ -160,12 +162,12 @@ class Vcpu:
         """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
         others wait for INIT and SIPI.
         """
+        super().__init__(vcpu_id, engine.tsc_khz)
         self._board = board
         self._clock = board.clock
         self._recorder = board.recorder
         # An irqchip comes before the first vCPU or never.
         self._pic = board.pic
-        self.vcpu_id = vcpu_id
         self.is_bsp = is_bsp
         self.engine = engine
         self.task = task
@@ -188,7 +190,6 @@ class Vcpu:
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
-        self.tsc_khz = engine.tsc_khz
         self._tsc_value = 0
         self._tsc_at_ns = 0
         self.cpuid = Cpuid()
