@@ -11,6 +11,8 @@ counter that tells the latency then says nothing about the timer.
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Final
 
 from kvmtick.guests import PARAMETERS, PIT_HZ, Parameters
@@ -23,7 +25,8 @@ SAMPLES_AT: Final = 0x10_0000
 _SAMPLE: Final = struct.Struct("<HHI")
 _ROUND: Final = 0x1_0000
 """Counts of channel 2 until it is back where it was, 55 ms."""
-_LEAST_SAMPLES: Final = 4
+_WAITS: Final = 8
+_LEAST_SAMPLES: Final = _WAITS + 4
 _TSC_WORD: Final = 1 << 32
 _NS_PER_S: Final = 1_000_000_000
 
@@ -80,13 +83,22 @@ def read(read_memory: Callable[[int, int], bytes], replays: bool) -> Latencies:
     if count < _LEAST_SAMPLES:
         raise ValueError("the guest has left no samples: run tick-latency until it is done")
     memory = read_memory(SAMPLES_AT, count * _SAMPLE.size)
-    began, ended, *timed = (_Sample(*each) for each in _SAMPLE.iter_unpack(memory))
-    waited = (began.channel2 - ended.channel2) % _ROUND
-    tsc_per_count = (ended.tsc - began.tsc) % _TSC_WORD / waited
-    *handlers, stop = _expiries(timed, block.divisor, tsc_per_count)
+    samples = [_Sample(*each) for each in _SAMPLE.iter_unpack(memory)]
+    tsc_per_count = _tsc_per_count(samples[: _WAITS + 1])
+    *handlers, stop = _expiries(samples[_WAITS + 1 :], block.divisor, tsc_per_count)
     counts = _replayed if replays else _merged
     late = counts(handlers, block.divisor)
     return Latencies(late, stop[0], len(handlers) + owed)
+
+
+def _tsc_per_count(samples: list[_Sample]) -> float:
+    """How fast the TSC runs: the median, for in a wait that the host makes long the counter may
+    have gone round.
+    """
+    return median(
+        (after.tsc - before.tsc) % _TSC_WORD / ((before.channel2 - after.channel2) % _ROUND)
+        for before, after in pairwise(samples)
+    )
 
 
 def _expiries(

@@ -9,7 +9,7 @@
 ; counts: it tells how many expiries lie between two samples, the TSC how often it went round.
 ; The samples are
 ;
-;   2     the beginning and the end of a wait: how fast the TSC runs
+;   9     with short waits between them: how fast the TSC runs
 ;   1     the timer has just been started
 ;   n     one a tick, its handler's first instruction
 ;   1     the timer has been stopped
@@ -23,7 +23,8 @@
 LATCH_0_AND_2   equ 0xda                ; read-back: the counts of channels 0 and 2, no status
 SAMPLES         equ 0x100000
 SAMPLES_END     equ 0x200000 - 16       ; room for the last tick's and the one behind it
-CALIBRATION     equ 1024                ; counts of channel 2, 0.9 ms
+WAITS           equ 8                   ; one or two of them may be disturbed
+WAIT_COUNTS     equ 256                 ; of channel 2, 0.2 ms
 QUIET           equ 23864               ; 20 ms: nothing is owed any more
 
 start:  SETUP
@@ -36,14 +37,18 @@ start:  SETUP
 
         call    channel2_start
         call    sample
+        mov     cx, WAITS
+calibrate:
         mov     si, dx
-.wait:  call    pause
+        add     edi, 8
+.until: call    pause
         call    sample
         mov     ax, si
         sub     ax, dx
-        cmp     ax, CALIBRATION
-        jb      .wait
-        mov     edi, SAMPLES + 16
+        cmp     ax, WAIT_COUNTS
+        jb      .until
+        loop    calibrate
+        add     edi, 8
 
 ; Both channels start together: who was held up for a tick or more in between tries again, for then
 ; it is not known how many ticks that was.
