@@ -52,7 +52,8 @@ calibrate:
 
 ; Both channels start together: who was held up for a tick or more in between tries again, for then
 ; it is not known how many ticks that was.
-again:  call    pic_init                ; also forgets the tick of a try before
+again:  call    pit_stop
+        call    pic_init                ; forgets the tick of a try before
         SET_VECTOR VECTOR_IRQ0, tick
         call    channel2_start
         mov     al, 0x34                ; channel 0, low then high byte, mode 2, binary
@@ -90,11 +91,7 @@ tick:   call    sample
 next:   OUTB    PIC1_COMMAND, EOI
         iret
 
-; Channel 0 loaded in mode 5 has no timer with KVM, and the ticks that are pending stay so.
-last:   OUTB    PIT_CONTROL, 0x3a       ; channel 0, low then high byte, mode 5, binary
-        xor     al, al
-        out     PIT_CH0, al
-        out     PIT_CH0, al
+last:   call    pit_stop
         call    sample
         add     edi, 8
         sub     edi, SAMPLES
@@ -157,6 +154,14 @@ channel2_start:
         xor     al, al
         out     PIT_CH2, al
         out     PIT_CH2, al
+        ret
+
+; Channel 0 loaded in mode 5 has no timer with KVM, and ticks that are pending stay so. Clobbers AL.
+pit_stop:
+        OUTB    PIT_CONTROL, 0x3a       ; channel 0, low then high byte, mode 5, binary
+        xor     al, al
+        out     PIT_CH0, al
+        out     PIT_CH0, al
         ret
 
 ; Some time without a port access. Clobbers nothing.

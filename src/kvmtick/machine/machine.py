@@ -518,6 +518,7 @@ class Machine:
             return vcpu.enter(UNLIMITED_INSTRUCTIONS)
         finally:
             self._entering = None
+            self._kicker.disarm()
 
     def meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
@@ -592,9 +593,12 @@ class Machine:
         # records does so now: a whole batch takes milliseconds, which the guest would be late by.
         self.recorder.flush()
         self.clock.refresh()
-        wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
-        if wait_ns > 0:
-            self._waker.sleep(wait_ns, self.board.irqfds.filenos())
+        most_ns = self.clock.now_ns + SLICE_REAL_NS
+        irqfds = self.board.irqfds.filenos()
+        if self.virtual:
+            self._waker.sleep(SLICE_REAL_NS, irqfds)
+        elif until_ns > self.clock.now_ns:
+            self._waker.sleep_until(min(until_ns, most_ns), irqfds)
         self.clock.refresh()
         self._slice_over = True
 
