@@ -1,8 +1,14 @@
-"""Builds the native shim over Unicorn; everything else about the package is in pyproject.toml."""
+"""Builds what is compiled: the native shim over Unicorn, and by mypyc the modules a tick passes
+through. Everything else about the package is in pyproject.toml.
+
+KVMTICK_PURE=1 leaves the modules as Python; the shim is needed all the same.
+"""
 
 import os
 import shutil
+import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -10,10 +16,25 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
 NEEDS = (
-    "kvmtick compiles a small C extension (kvmtick.cpu._shim): {missing}. "
+    "kvmtick compiles C (kvmtick.cpu._shim, and the modules that mypyc translates): {missing}. "
     "Install a C compiler and Python's headers, e.g. `apt-get install gcc python3-dev` "
     "or `dnf install gcc python3-devel`, and run the installation again."
 )
+SOURCES = Path("src")
+COMPILED = (
+    "timing/[!w]*.py",
+    "irqchip/*.py",
+    "vcpu/*.py",
+    "trace/events.py",
+    "trace/recorder.py",
+    "ticks/*.py",
+    "cpu/engine.py",
+    "machine/machine.py",
+    "machine/board.py",
+    "machine/ports.py",
+)
+"""Within the package; `doctor` says whether they are."""
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
 def missing_tool() -> str | None:
@@ -27,17 +48,70 @@ def missing_tool() -> str | None:
     return None
 
 
-class BuildShim(build_ext):
-    """Says in one sentence what is missing instead of a page of compiler output."""
+def compiled_modules() -> list[Extension]:
+    """What mypyc makes of `COMPILED`: one library, and a stub for each module."""
+    if os.environ.get("KVMTICK_PURE") or not BUILDING & set(sys.argv):
+        return []
+    from mypyc.build import mypycify
+
+    package = SOURCES / "kvmtick"
+    modules = sorted({str(path) for each in COMPILED for path in package.glob(each)})
+    options = ["--config-file=pyproject.toml", *modules]
+    return mypycify(options, opt_level="2", debug_level="0", multi_file=True, group_name="kvmtick")
+
+
+class Build(build_ext):
+    """Compiles on all cores, and says in one sentence what is missing instead of a page of compiler
+    output.
+    """
 
     def build_extensions(self) -> None:
         missing = missing_tool()
         if missing:
             raise SystemExit(NEEDS.format(missing=missing))
+        if self.inplace:
+            self.remove_old()
         try:
+            self.compile_at_once()
             super().build_extensions()
         except (BaseError, CompileError, LinkError) as error:
             raise SystemExit(NEEDS.format(missing=f"the compiler failed ({error})")) from None
+
+    def remove_old(self) -> None:
+        """What an earlier build compiled would be imported in place of the Python that it no longer
+        is.
+        """
+        for old in (*SOURCES.glob("kvmtick__mypyc*.so"), *SOURCES.glob("kvmtick/**/*.so")):
+            old.unlink()
+
+    def compile_at_once(self) -> None:
+        """The sources of an extension in as many processes as there are processors."""
+        compiler = self.compiler
+
+        def compile_sources(
+            sources,
+            output_dir=None,
+            macros=None,
+            include_dirs=None,
+            debug=0,
+            extra_preargs=None,
+            extra_postargs=None,
+            depends=None,
+        ):
+            macros, objects, extra_postargs, pp_opts, build = compiler._setup_compile(
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
+            cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+
+            def compile_one(target):
+                source, suffix = build[target]
+                compiler._compile(target, source, suffix, cc_args, extra_postargs, pp_opts)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, build))
+            return objects
+
+        compiler.compile = compile_sources
 
 
 setup(
@@ -48,7 +122,8 @@ setup(
             depends=["src/kvmtick/cpu/shim/shim.h"],
             libraries=["dl"],
             extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
-        )
+        ),
+        *compiled_modules(),
     ],
-    cmdclass={"build_ext": BuildShim},
+    cmdclass={"build_ext": Build},
 )

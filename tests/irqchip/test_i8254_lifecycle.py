@@ -17,14 +17,14 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.irqchip.i8254 import Pit, PitChannel
-from kvmtick.irqchip.iobus import NR_IOBUS_DEVS
+from kvmtick.irqchip.iobus import NR_IOBUS_DEVS, IoDevice
 from kvmtick.timing.kthread import KthreadWorker
 from kvmtick.trace.events import Event
 
 Fail = Callable[[Pc, pytest.MonkeyPatch], None]
 
 
-class Device:
+class Device(IoDevice):
     """Fills the bus."""
 
     def io_read(self, port: int, size_bytes: int, stale: int) -> int:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtick.abi.errors import KvmError
-from kvmtick.irqchip.iobus import NR_IOBUS_DEVS, IoBus
+from kvmtick.irqchip.iobus import NR_IOBUS_DEVS, IoBus, IoDevice
 
 
-class Device:
+class Device(IoDevice):
     def io_read(self, port: int, size_bytes: int, stale: int) -> int:
         return stale
 

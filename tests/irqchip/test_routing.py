@@ -16,6 +16,7 @@ from kvmtick.irqchip.routing import (
     USERSPACE_IRQ_SOURCE_ID,
     IrqRouting,
     IrqSourceIds,
+    IrqTarget,
 )
 from kvmtick.timing.clock import VirtualClock
 from kvmtick.trace.events import Event, Irqchip
@@ -85,7 +86,7 @@ def test_the_65th_source_id_is_refused_until_one_is_freed() -> None:
 # The table.
 
 
-class Chip:
+class Chip(IrqTarget):
     """A target of the routing table that notes how it was driven."""
 
     def __init__(self, name: str, chips: "Chips") -> None:

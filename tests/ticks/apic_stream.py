@@ -30,7 +30,7 @@ class ApicStream:
     """One PIT, some vCPUs with timers. Times are absolute, in ns."""
 
     def __init__(self, *, reinject: bool = True, vcpus: int = 2, keep: int = 1000) -> None:
-        self.clock = Now()
+        self.clock = Now(0)
         self.recorder = recorder = Recorder(self.clock)
         self.vmm = recorder.add_task("kvmtick-1000")
         self.worker = recorder.add_task("kvm-pit/1000-1001")

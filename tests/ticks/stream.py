@@ -5,18 +5,11 @@ from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.events import ApicvInhibitReason, Function
-from kvmtick.trace.recorder import Recorder
+from kvmtick.trace.recorder import Now, Recorder
 
 PERIOD_NS = 1_000_000
 TIMER, WORK, WORKER = 0x300, 0x200, 0x100
 PIT_FN, WORK_FN = int(Function.PIT_TIMER_FN), int(Function.PIT_DO_WORK)
-
-
-class Now:
-    """The time of the next record."""
-
-    def __init__(self) -> None:
-        self.now_ns = 0
 
 
 class Stream:
@@ -24,7 +17,7 @@ class Stream:
 
     def __init__(self, *, reinject: bool = True, period_ns: int | None = PERIOD_NS) -> None:
         """`period_ns` None: one shot."""
-        self.clock = Now()
+        self.clock = Now(0)
         self.recorder = Recorder(self.clock)
         self.assembler = TickAssembler()
         self.recorder.add_consumer(self.assembler)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
-from kvmtick.timing.queue import COMPACT_ABOVE, NEVER_NS, EventQueue
+from kvmtick.timing.queue import NEVER_NS, Deadline, EventQueue
 
 
 class Queue:
@@ -23,7 +23,7 @@ class Queue:
     def note(self, name: object) -> Callable[[], None]:
         return lambda: self.ran.append(name)
 
-    def add(self, due_ns: int, name: object) -> int:
+    def add(self, due_ns: int, name: object) -> Deadline:
         return self.queue.add(due_ns, self.note(name))
 
     def run(self, now_ns: int) -> None:
@@ -124,31 +124,21 @@ def test_next_ns_is_true_inside_a_callback() -> None:
     assert queue.ran == [9]
 
 
-def test_a_callback_that_compacts_the_queue_loses_nothing() -> None:
+def test_cancelling_what_is_not_queued_is_refused() -> None:
     queue = Queue()
+    once = queue.add(5, "once")
+    queue.queue.cancel(once)
+    with pytest.raises(ValueError, match="not in list"):
+        queue.queue.cancel(once)
 
-    def churn() -> None:
-        for _ in range(3 * COMPACT_ABOVE):
-            queue.queue.cancel(queue.add(100, "never"))
 
-    queue.queue.add(5, churn)
-    queue.add(5, "same")
-    queue.add(6, "next")
+def test_a_deadline_knows_whether_it_is_queued() -> None:
+    queue = Queue()
+    one, other = queue.add(5, "one"), queue.add(6, "other")
+    queue.queue.cancel(other)
+    assert (one.queued, other.queued) == (True, False)
     queue.run(5)
-    assert queue.ran == ["same"]
-    assert queue.queue.next_ns == 6
-    queue.run(100)
-    assert queue.ran == ["same", "next"]
-
-
-def test_cancelling_for_ever_does_not_make_the_queue_grow() -> None:
-    queue = Queue()
-    queue.add(1, "head")  # keeps the cancelled ones from coming up
-    for count in range(2000):
-        queue.queue.cancel(queue.add(1000 + count, "reprogrammed"))
-        assert len(queue.queue._heap) <= 2 * COMPACT_ABOVE + 2
-        assert len(queue.queue) == 1
-    assert queue.queue.next_ns == 1
+    assert not one.queued
 
 
 def test_a_real_clock_is_refreshed_before_every_callback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,21 +192,21 @@ def test_an_exception_passes_on_and_leaves_the_rest_queued() -> None:
 )
 def test_any_history_agrees_with_a_sorted_list(history: list[tuple[str, int]]) -> None:
     queue = Queue()
-    waiting: list[tuple[int, int]] = []  # (due, handle): the reference
-    names: list[int] = []
+    waiting: list[tuple[int, int]] = []  # (due, name): the reference
+    deadlines: list[Deadline] = []  # by name
     expected: list[object] = []
     for step, number in history:
         if step == "add":
-            due_ns, name = queue.clock.now_ns + number - 4, len(names)
-            names.append(name)
-            waiting.append((due_ns, queue.add(due_ns, name)))
+            due_ns, name = queue.clock.now_ns + number - 4, len(deadlines)
+            deadlines.append(queue.add(due_ns, name))
+            waiting.append((due_ns, name))
         elif step == "cancel" and waiting:
             entry = waiting.pop(number % len(waiting))
-            queue.queue.cancel(entry[1])
+            queue.queue.cancel(deadlines[entry[1]])
         elif step == "run":
             now_ns = queue.clock.now_ns + number
             due = sorted(entry for entry in waiting if entry[0] <= now_ns)
-            expected += [handle for _, handle in due]  # handles count up from 0, as the names do
+            expected += [name for _, name in due]  # names count up: ties by insertion
             waiting = [entry for entry in waiting if entry[0] > now_ns]
             queue.run(now_ns)
         assert queue.ran == expected

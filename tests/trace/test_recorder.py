@@ -7,20 +7,13 @@ import pytest
 from kvmtick import guests
 from kvmtick.kvm.model import ModelVm
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
-from kvmtick.trace.recorder import IDLE_TASK, Recorder
+from kvmtick.trace.recorder import IDLE_TASK, Now, Recorder
 
 TAIL = 32
 
 
-class Now:
-    """A clock that stands still."""
-
-    def __init__(self) -> None:
-        self.now_ns = 0
-
-
 def make(detail: bool = False) -> tuple[Now, Recorder]:
-    clock = Now()
+    clock = Now(0)
     return clock, Recorder(clock, detail)
 
 

@@ -4,10 +4,11 @@ import pytest
 
 from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, Interruptibility
 from kvmtick.trace.events import Event, Record, field
-from kvmtick.trace.recorder import Recorder
+from kvmtick.trace.recorder import Now, Recorder
 from kvmtick.vcpu.events import (
     RFLAGS_IF,
     Injected,
+    InterruptSource,
     PendingEvents,
     QueuedException,
     complete_interrupts,
@@ -21,12 +22,11 @@ NMI_INFO = INTR_INFO_VALID | EventType.NMI << 8 | 2
 STI, MOV_SS, NMI = Interruptibility.STI, Interruptibility.MOV_SS, Interruptibility.NMI
 
 
-class Source:
+class Source(InterruptSource):
     """External interrupts waiting, highest first."""
 
-    vcpu_id = 0
-
     def __init__(self, *vectors: int) -> None:
+        super().__init__(0)
         self.vectors = list(vectors)
 
     def has_interrupt(self) -> bool:
@@ -34,10 +34,6 @@ class Source:
 
     def get_interrupt(self) -> int:
         return self.vectors.pop(0) if self.vectors else -1
-
-
-class Now:
-    now_ns = 0
 
 
 class Entry:
@@ -49,7 +45,7 @@ class Entry:
         self.vmcs.guest_interruptibility = int(blocked)
         self.pending = PendingEvents()
         self.source = Source(*vectors)
-        self.recorder = Recorder(Now())
+        self.recorder = Recorder(Now(0))
         self.records: list[Record] = []
         self.recorder.add_consumer(self.records.extend)
 

@@ -60,7 +60,7 @@ from collections.abc import Callable, Collection, Mapping
 from ctypes import Array, c_char
 from enum import IntEnum, IntFlag
 from mmap import mmap
-from typing import Protocol
+from typing import Final, Protocol
 
 __all__ = [
     "CPU_MSRS",
@@ -83,10 +83,10 @@ __all__ = [
     "PortOut",
 ]
 
-INTR_INFO_DELIVER_CODE = 1 << 11
-INTR_INFO_VALID = 1 << 31
+INTR_INFO_DELIVER_CODE: Final = 1 << 11
+INTR_INFO_VALID: Final = 1 << 31
 
-CPU_MSRS = {
+CPU_MSRS: Final = {
     0x174: "sysenter_cs",
     0x175: "sysenter_esp",
     0x176: "sysenter_eip",
@@ -104,10 +104,10 @@ CPU_MSRS = {
 work with. The handlers answer all others."""
 
 
-_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
-_CODE_ACCESS = 0x9B
-_DATA_ACCESS = 0x93
-RESET_REGISTERS = {
+_SEGMENTS: Final = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
+_CODE_ACCESS: Final = 0x9B
+_DATA_ACCESS: Final = 0x93
+RESET_REGISTERS: Final = {
     **dict.fromkeys(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"), 0),
     **{f"r{number}": 0 for number in range(8, 16)},
     "rip": 0,

@@ -50,11 +50,21 @@ APICBASE_MODE_MASK: Final = MSR_IA32_APICBASE_ENABLE | X2APIC_ENABLE
 APICBASE_RESERVED: Final = 0x2FF
 
 # Delivery modes, as fields (not shifted).
-DM_FIXED, DM_LOWEST, DM_SMI, DM_REMRD, DM_NMI, DM_INIT, DM_STARTUP, DM_EXTINT = range(8)
+DM_FIXED: Final = 0
+DM_LOWEST: Final = 1
+DM_SMI: Final = 2
+DM_REMRD: Final = 3
+DM_NMI: Final = 4
+DM_INIT: Final = 5
+DM_STARTUP: Final = 6
+DM_EXTINT: Final = 7
 DELIVERY_MODE_SHIFT: Final = 8
 
 # Destination shorthands, as fields.
-DEST_NOSHORT, DEST_SELF, DEST_ALLINC, DEST_ALLBUT = range(4)
+DEST_NOSHORT: Final = 0
+DEST_SELF: Final = 1
+DEST_ALLINC: Final = 2
+DEST_ALLBUT: Final = 3
 
 APIC_BROADCAST: Final = 0xFF
 X2APIC_BROADCAST: Final = 0xFFFFFFFF

@@ -18,7 +18,7 @@ routes, APICv's inhibit reasons.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from kvmtick.irqchip.apicdef import (
     APIC_BROADCAST,
@@ -42,11 +42,11 @@ __all__ = [
     "SuppressEoiBroadcast",
 ]
 
-NOBODY = -1
-XAPIC_IDS = 0x100
-FLAT_MEMBERS = 8
-CLUSTER_MEMBERS = 4
-X2APIC_CLUSTER_MEMBERS = 16
+NOBODY: Final = -1
+XAPIC_IDS: Final = 0x100
+FLAT_MEMBERS: Final = 8
+CLUSTER_MEMBERS: Final = 4
+X2APIC_CLUSTER_MEMBERS: Final = 16
 
 
 class LapicIrq(NamedTuple):
@@ -84,11 +84,11 @@ class LogicalMode(IntEnum):
     MAP_DISABLED = 4
 
 
-_SW_DISABLED = LogicalMode.SW_DISABLED
-_XAPIC_CLUSTER = LogicalMode.XAPIC_CLUSTER
-_XAPIC_FLAT = LogicalMode.XAPIC_FLAT
-_X2APIC = LogicalMode.X2APIC
-_MAP_DISABLED = LogicalMode.MAP_DISABLED
+_SW_DISABLED: Final = LogicalMode.SW_DISABLED
+_XAPIC_CLUSTER: Final = LogicalMode.XAPIC_CLUSTER
+_XAPIC_FLAT: Final = LogicalMode.XAPIC_FLAT
+_X2APIC: Final = LogicalMode.X2APIC
+_MAP_DISABLED: Final = LogicalMode.MAP_DISABLED
 
 
 class EoiTarget(Protocol):

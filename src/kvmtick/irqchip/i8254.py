@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Final, Protocol
 
 from kvmtick.abi.structs import (
     KVM_PIT_FLAGS_HPET_LEGACY,
@@ -37,7 +37,7 @@ from kvmtick.abi.structs import (
     kvm_pit_state2,
 )
 from kvmtick.irqchip.delivery import IrqDelivery
-from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting, IrqSourceIds
 from kvmtick.timing.clock import Clock
@@ -57,40 +57,43 @@ __all__ = [
     "nominal_period_ns",
 ]
 
-KVM_PIT_FREQ_HZ = 1193181
-NSEC_PER_SEC = 1_000_000_000
-MIN_TIMER_PERIOD_NS = 200_000
+KVM_PIT_FREQ_HZ: Final = 1193181
+NSEC_PER_SEC: Final = 1_000_000_000
+MIN_TIMER_PERIOD_NS: Final = 200_000
 """Module parameter `min_timer_period_us` of kvm, 200 by default."""
 
-PIT_GSI = 0
-PIT_BASE_ADDRESS = 0x40
-PIT_MEM_LENGTH = 4
-PIT_COUNTER_MASK = 3
-CONTROL_REGISTER = 3
-SPEAKER_BASE_ADDRESS = 0x61
-SPEAKER_MEM_LENGTH = 4
-SPEAKER_CHANNEL = 2
-REFRESH_CLOCK_SHIFT = 14
+PIT_GSI: Final = 0
+PIT_BASE_ADDRESS: Final = 0x40
+PIT_MEM_LENGTH: Final = 4
+PIT_COUNTER_MASK: Final = 3
+CONTROL_REGISTER: Final = 3
+SPEAKER_BASE_ADDRESS: Final = 0x61
+SPEAKER_MEM_LENGTH: Final = 4
+SPEAKER_CHANNEL: Final = 2
+REFRESH_CLOCK_SHIFT: Final = 14
 """The refresh bit of port 0x61 toggles every 2^14 ns, near the PC's 15 us."""
 
-MAX_COUNT = 0x10000
-MODE_NONE = 0xFF
+MAX_COUNT: Final = 0x10000
+MODE_NONE: Final = 0xFF
 """No control word written yet."""
 
 # Access: what the next byte read from or written to a counter is (RW bits of the control word;
 # a word goes LSB first, and the state then says which half is next).
-RW_STATE_LSB, RW_STATE_MSB, RW_STATE_WORD0, RW_STATE_WORD1 = range(1, 5)
+RW_STATE_LSB: Final = 1
+RW_STATE_MSB: Final = 2
+RW_STATE_WORD0: Final = 3
+RW_STATE_WORD1: Final = 4
 
-READ_BACK = 3
-READ_BACK_NO_COUNT = 0x20
-READ_BACK_NO_STATUS = 0x10
+READ_BACK: Final = 3
+READ_BACK_NO_COUNT: Final = 0x20
+READ_BACK_NO_STATUS: Final = 0x10
 
-SPEAKER_GATE = 0x01
-SPEAKER_DATA = 0x02
-SPEAKER_REFRESH_SHIFT = 4
-SPEAKER_OUT_SHIFT = 5
+SPEAKER_GATE: Final = 0x01
+SPEAKER_DATA: Final = 0x02
+SPEAKER_REFRESH_SHIFT: Final = 4
+SPEAKER_OUT_SHIFT: Final = 5
 
-U64 = (1 << 64) - 1
+U64: Final = (1 << 64) - 1
 
 
 def mul_u64_u32_div(value: int, multiplier: int, divisor: int) -> int:
@@ -172,7 +175,7 @@ class PitBoard(Protocol):
         """`kvm_set_or_clear_apicv_inhibit`."""
 
 
-class Speaker:
+class Speaker(IoDevice):
     """Port 0x61 on the bus: counter 2's gate and output, speaker data, refresh clock."""
 
     __slots__ = ("_pit",)
@@ -189,7 +192,7 @@ class Speaker:
         self._pit.write_speaker(value & 0xFF)
 
 
-class Pit:
+class Pit(IoDevice):
     """struct kvm_pit with its kvm_kpit_state: counters, hrtimer, worker, reinjection.
 
     `pending` counts expiries not yet acknowledged, `irq_ack` says that the last pulse was; both

@@ -13,45 +13,47 @@ Not modelled: MCS-80/85 vectors, buffered mode, the contents of ICW3 (the slave 
 """
 
 from collections.abc import Callable
+from typing import Final
 
-from kvmtick.irqchip.iobus import IoBus
+from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.trace.recorder import Recorder
 
 __all__ = ["CASCADE_PIN", "PIC_STATE_FIELDS", "Pic", "PicState"]
 
-CASCADE_PIN = 2
-SPURIOUS_PIN = 7
-NO_PRIORITY = 8
-NO_IRQ = -1
+CASCADE_PIN: Final = 2
+SPURIOUS_PIN: Final = 7
+NO_PRIORITY: Final = 8
+NO_IRQ: Final = -1
 
-PORT_MASTER = 0x20
-PORT_SLAVE = 0xA0
-PORT_ELCR = 0x4D0
+PORT_MASTER: Final = 0x20
+PORT_SLAVE: Final = 0xA0
+PORT_ELCR: Final = 0x4D0
 
-ELCR_MASK_MASTER = 0xF8
+ELCR_MASK_MASTER: Final = 0xF8
 """IR0-IR2 (timer, keyboard, cascade) are always edge triggered."""
-ELCR_MASK_SLAVE = 0xDE
+ELCR_MASK_SLAVE: Final = 0xDE
 """IR8 (RTC) and IR13 (FPU) are always edge triggered."""
 
-ICW1_ICW4_NEEDED = 0x01
-ICW1_INIT = 0x10
-ICW4_AEOI = 0x02
-ICW4_SFNM = 0x10
+ICW1_ICW4_NEEDED: Final = 0x01
+ICW1_INIT: Final = 0x10
+ICW4_AEOI: Final = 0x02
+ICW4_SFNM: Final = 0x10
 
-OCW3_SELECT = 0x08
-OCW3_READ_ISR = 0x01
-OCW3_READ_REGISTER = 0x02
-OCW3_POLL = 0x04
-OCW3_SPECIAL_MASK = 0x20
-OCW3_SPECIAL_MASK_ENABLE = 0x40
+OCW3_SELECT: Final = 0x08
+OCW3_READ_ISR: Final = 0x01
+OCW3_READ_REGISTER: Final = 0x02
+OCW3_POLL: Final = 0x04
+OCW3_SPECIAL_MASK: Final = 0x20
+OCW3_SPECIAL_MASK_ENABLE: Final = 0x40
 
-POLL_INTERRUPT = 0x80
-POLL_NOTHING = 0x07
+POLL_INTERRUPT: Final = 0x80
+POLL_NOTHING: Final = 0x07
 
-MASKED = -1
+MASKED: Final = -1
 
-PRIORITY = tuple(
+PRIORITY: Final = tuple(
     tuple(
         next((step for step in range(8) if mask >> (step + add & 7) & 1), NO_PRIORITY)
         for mask in range(256)
@@ -61,9 +63,12 @@ PRIORITY = tuple(
 """`PRIORITY[priority_add][mask]`: 0 (highest) to 7 of the first set bit of `mask`, 8 if none."""
 
 # Initialisation states: what the next write to the odd port is.
-READY, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
+READY: Final = 0
+EXPECT_ICW2: Final = 1
+EXPECT_ICW3: Final = 2
+EXPECT_ICW4: Final = 3
 
-PIC_STATE_FIELDS = (
+PIC_STATE_FIELDS: Final = (
     "last_irr",
     "irr",
     "imr",
@@ -159,7 +164,7 @@ class PicState:
         return (priority + self.priority_add) & 7
 
 
-class Pic:
+class Pic(IoDevice, IrqTarget):
     """The master and slave pair; `output` is the INTR pin to the processor.
 
     `accepts_extint` says whether a vCPU would take ExtINT (`kvm_apic_accept_pic_intr`),

@@ -21,7 +21,7 @@ Not modelled: the lock, and the log lines that tell of odd access sizes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmtick.abi.structs import (
     KVM_IOAPIC_NUM_PINS,
@@ -31,6 +31,7 @@ from kvmtick.abi.structs import (
 from kvmtick.irqchip.apicdef import DELIVERY_MODE_SHIFT
 from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq, SuppressEoiBroadcast
 from kvmtick.irqchip.notifiers import Notifiers
+from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.queue import EventQueue
 from kvmtick.trace.recorder import Recorder
@@ -58,52 +59,52 @@ __all__ = [
     "lapic_irq_of",
 ]
 
-IOAPIC_DEFAULT_BASE_ADDRESS = 0xFEC0_0000
-IOAPIC_MEM_LENGTH = 0x100
-ADDRESS_MASK = (1 << 64) - 1
+IOAPIC_DEFAULT_BASE_ADDRESS: Final = 0xFEC0_0000
+IOAPIC_MEM_LENGTH: Final = 0x100
+ADDRESS_MASK: Final = (1 << 64) - 1
 
 # Offsets in the page.
-IOAPIC_REG_SELECT = 0x00
-IOAPIC_REG_WINDOW = 0x10
+IOAPIC_REG_SELECT: Final = 0x00
+IOAPIC_REG_WINDOW: Final = 0x10
 
 # What IOREGSEL selects.
-IOAPIC_REG_APIC_ID = 0x00
-IOAPIC_REG_VERSION = 0x01
-IOAPIC_REG_ARB_ID = 0x02
-IOAPIC_REG_REDIRECTION = 0x10
+IOAPIC_REG_APIC_ID: Final = 0x00
+IOAPIC_REG_VERSION: Final = 0x01
+IOAPIC_REG_ARB_ID: Final = 0x02
+IOAPIC_REG_REDIRECTION: Final = 0x10
 
-VERSION = (KVM_IOAPIC_NUM_PINS - 1) << 16 | 0x11
+VERSION: Final = (KVM_IOAPIC_NUM_PINS - 1) << 16 | 0x11
 
 # A redirection entry (IOREDTBL, datasheet 3.2.4).
-VECTOR = 0xFF
-DELIVERY_MODE = 7 << DELIVERY_MODE_SHIFT
-DEST_MODE_LOGICAL = 1 << 11
-DELIVERY_STATUS = 1 << 12
-POLARITY_LOW = 1 << 13
-REMOTE_IRR = 1 << 14
-TRIG_MODE_LEVEL = 1 << 15
-MASK = 1 << 16
-RESERVED = (1 << 56) - (1 << 17)
+VECTOR: Final = 0xFF
+DELIVERY_MODE: Final = 7 << DELIVERY_MODE_SHIFT
+DEST_MODE_LOGICAL: Final = 1 << 11
+DELIVERY_STATUS: Final = 1 << 12
+POLARITY_LOW: Final = 1 << 13
+REMOTE_IRR: Final = 1 << 14
+TRIG_MODE_LEVEL: Final = 1 << 15
+MASK: Final = 1 << 16
+RESERVED: Final = (1 << 56) - (1 << 17)
 """Bits 17-55: stored and read back, without meaning."""
-DEST_ID_SHIFT = 56
+DEST_ID_SHIFT: Final = 56
 
-READ_ONLY = DELIVERY_STATUS | REMOTE_IRR
-REDIRECTION_RESET = MASK
+READ_ONLY: Final = DELIVERY_STATUS | REMOTE_IRR
+REDIRECTION_RESET: Final = MASK
 """A redirection entry after reset: masked, everything else 0."""
 
-RTC_GSI = 8
-IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT = 10_000
-EOI_INJECT_DELAY_NS = 10_000_000
+RTC_GSI: Final = 8
+IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT: Final = 10_000
+EOI_INJECT_DELAY_NS: Final = 10_000_000
 """`schedule_delayed_work(..., HZ / 100)`."""
 
-KWORKER = "kworker/0:1-11"
+KWORKER: Final = "kworker/0:1-11"
 
-LOW_WORD = (1 << 32) - 1
-MASKED = -1
-COALESCED = 0
-IN_SERVICE = TRIG_MODE_LEVEL | REMOTE_IRR
+LOW_WORD: Final = (1 << 32) - 1
+MASKED: Final = -1
+COALESCED: Final = 0
+IN_SERVICE: Final = TRIG_MODE_LEVEL | REMOTE_IRR
 
-_SUPPRESS_DISABLED = SuppressEoiBroadcast.DISABLED
+_SUPPRESS_DISABLED: Final = SuppressEoiBroadcast.DISABLED
 
 
 def lapic_irq_of(entry: int) -> LapicIrq:
@@ -120,7 +121,7 @@ def lapic_irq_of(entry: int) -> LapicIrq:
     )
 
 
-class Ioapic:
+class Ioapic(IrqTarget):
     """24 pins, each with a redirection entry that says what message its interrupt is.
 
     `irr` holds the requests: of a level pin its line, of an edge pin a line that is high.

@@ -6,23 +6,31 @@ nothing leaves the guest with what was there before.
 """
 
 import errno
-from typing import Protocol
+from typing import Final
+
+from mypy_extensions import mypyc_attr, trait
 
 from kvmtick.abi.errors import KvmError
 
 __all__ = ["IoBus", "IoDevice"]
 
-NR_IOBUS_DEVS = 1000
+NR_IOBUS_DEVS: Final = 1000
 
 
-class IoDevice(Protocol):
+@trait
+@mypyc_attr(allow_interpreted_subclasses=True)
+class IoDevice:
     """A device on the bus."""
+
+    __slots__ = ()
 
     def io_read(self, port: int, size_bytes: int, stale: int) -> int:
         """The value read; `stale` is what the buffer held before."""
+        raise NotImplementedError
 
     def io_write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value`."""
+        raise NotImplementedError
 
 
 class IoBus:

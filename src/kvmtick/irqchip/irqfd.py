@@ -22,6 +22,7 @@ import os
 import re
 import select
 from collections.abc import Callable
+from typing import Final
 from weakref import WeakValueDictionary
 
 from kvmtick.abi.closing import Closing
@@ -43,12 +44,12 @@ from kvmtick.irqchip.routing import (
 
 __all__ = ["EventFd", "IoEventFds", "IrqFds"]
 
-KVM_IRQFD = "KVM_IRQFD"
-KVM_IOEVENTFD = "KVM_IOEVENTFD"
+KVM_IRQFD: Final = "KVM_IRQFD"
+KVM_IOEVENTFD: Final = "KVM_IOEVENTFD"
 
-IRQFD_FLAGS = KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE
-IOEVENTFD_FLAG_FAST_MMIO = 1 << 4
-IOEVENTFD_FLAGS = (
+IRQFD_FLAGS: Final = KVM_IRQFD_FLAG_DEASSIGN | KVM_IRQFD_FLAG_RESAMPLE
+IOEVENTFD_FLAG_FAST_MMIO: Final = 1 << 4
+IOEVENTFD_FLAGS: Final = (
     KVM_IOEVENTFD_FLAG_DATAMATCH
     | KVM_IOEVENTFD_FLAG_PIO
     | KVM_IOEVENTFD_FLAG_DEASSIGN
@@ -56,8 +57,8 @@ IOEVENTFD_FLAGS = (
     | IOEVENTFD_FLAG_FAST_MMIO
 )
 
-ADDRESS_END = 1 << 64
-COUNTER_BYTES = 8
+ADDRESS_END: Final = 1 << 64
+COUNTER_BYTES: Final = 8
 
 _bound: WeakValueDictionary[str, IrqFds] = WeakValueDictionary()
 """Eventfds that are the irqfd of some VM: one eventfd raises one GSI of one VM."""
@@ -350,7 +351,9 @@ class _IoEventFd:
         return size_bytes == self.length and self.datamatch in (None, value)
 
 
-MMIO_BUS, PIO_BUS, VIRTIO_CCW_NOTIFY_BUS = range(3)
+MMIO_BUS: Final = 0
+PIO_BUS: Final = 1
+VIRTIO_CCW_NOTIFY_BUS: Final = 2
 
 
 def _bus(flags: int) -> int:

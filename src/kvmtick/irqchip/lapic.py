@@ -127,12 +127,12 @@ __all__ = [
     "x2apic_ldr",
 ]
 
-NO_VECTOR = -1
-DEFAULT_MAXPHYADDR = 36
+NO_VECTOR: Final = -1
+DEFAULT_MAXPHYADDR: Final = 36
 """Bits of a guest-physical address as long as CPUID says nothing."""
 
-_QUIRKED = SuppressEoiBroadcast.QUIRKED
-_ENABLED = SuppressEoiBroadcast.ENABLED
+_QUIRKED: Final = SuppressEoiBroadcast.QUIRKED
+_ENABLED: Final = SuppressEoiBroadcast.ENABLED
 
 _LVT_MASKS: Final = {
     APIC_LVTTHMR: LVT_MASK | APIC_MODE_MASK,

@@ -21,7 +21,7 @@ due), posted timer interrupts, the log lines that tell of a clamp.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmtick.irqchip.apicdef import (
     APIC_LVT_TIMER_ONESHOT,
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GUEST_TSC_KHZ", "LapicTimer"]
 
-GUEST_TSC_KHZ = 1_000_000
+GUEST_TSC_KHZ: Final = 1_000_000
 """The guest's TSC counts nanoseconds, unless KVM_SET_TSC_KHZ says otherwise."""
 
-_NS_PER_MS = 1_000_000
+_NS_PER_MS: Final = 1_000_000
 
 
 class LapicTimer:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final
+
+from mypy_extensions import mypyc_attr, trait
 
 from kvmtick.abi.errors import NO_IRQCHIP, KvmError
 from kvmtick.abi.structs import (
@@ -48,36 +50,42 @@ __all__ = [
 ]
 
 
-class IrqTarget(Protocol):
+@trait
+@mypyc_attr(allow_interpreted_subclasses=True)
+class IrqTarget:
     """A chip that GSIs lead to, or a message."""
+
+    __slots__ = ()
 
     def set_irq(self, pin: int, irq_source_id: int, level: int, line_status: bool = False) -> int:
         """Drive a pin; negative masked, 0 coalesced, positive delivered."""
+        raise NotImplementedError
 
     def pulse(self, pin: int, irq_source_id: int) -> None:
         """`set_irq` to 1 and then to 0, with nothing in between."""
+        raise NotImplementedError
 
 
-USERSPACE_IRQ_SOURCE_ID = 0
-IRQFD_RESAMPLE_IRQ_SOURCE_ID = 1
-PIT_IRQ_SOURCE_ID = 2
+USERSPACE_IRQ_SOURCE_ID: Final = 0
+IRQFD_RESAMPLE_IRQ_SOURCE_ID: Final = 1
+PIT_IRQ_SOURCE_ID: Final = 2
 
-MAX_SOURCES = 64
-KVM_MAX_IRQ_ROUTES = 4096
-PIC_PINS = 16
-PIC_CHIP_PINS = 8
-UNROUTED = -1
+MAX_SOURCES: Final = 64
+KVM_MAX_IRQ_ROUTES: Final = 4096
+PIC_PINS: Final = 16
+PIC_CHIP_PINS: Final = 8
+UNROUTED: Final = -1
 
 # The address of a message; data as in a redirection entry.
-MSI_DEST_MODE_LOGICAL = 1 << 2
-MSI_REDIRECTION_HINT = 1 << 3
-MSI_DEST_ID_SHIFT = 12
-MSI_HIGH_DEST_ID = 0xFFFF_FF00
+MSI_DEST_MODE_LOGICAL: Final = 1 << 2
+MSI_REDIRECTION_HINT: Final = 1 << 3
+MSI_DEST_ID_SHIFT: Final = 12
+MSI_HIGH_DEST_ID: Final = 0xFFFF_FF00
 """Bits 8-31 of the destination, in the high address word (KVM_X2APIC_API_USE_32BIT_IDS)."""
-MSI_DATA_LEVEL = 1 << 15
+MSI_DATA_LEVEL: Final = 1 << 15
 
-SET_GSI_ROUTING = "KVM_SET_GSI_ROUTING"
-SIGNAL_MSI = "KVM_SIGNAL_MSI"
+SET_GSI_ROUTING: Final = "KVM_SET_GSI_ROUTING"
+SIGNAL_MSI: Final = "KVM_SIGNAL_MSI"
 
 
 def parse_msi(address_lo: int, address_hi: int, data: int, x2apic_format: bool) -> LapicIrq:
@@ -126,7 +134,7 @@ class IrqSourceIds:
         self._taken.discard(source)
 
 
-class _Msi:
+class _Msi(IrqTarget):
     """A message a GSI leads to (`kvm_set_msi`)."""
 
     __slots__ = ("_delivery", "_recorder", "address_hi", "address_lo", "data")
@@ -170,7 +178,17 @@ class _Msi:
         self.set_irq(pin, irq_source_id, 1)
 
 
-_Entries = dict[int, tuple[tuple[IrqTarget, int], ...]]
+class _Route:
+    """A GSI leads to `pin` of `target`."""
+
+    __slots__ = ("pin", "target")
+
+    def __init__(self, target: IrqTarget, pin: int) -> None:
+        self.target = target
+        self.pin = pin
+
+
+_NOWHERE: Final[list[_Route]] = []
 
 
 class IrqRouting:
@@ -182,18 +200,21 @@ class IrqRouting:
 
     __slots__ = (
         "_delivery",
-        "_entries",
         "_gsi_of_pin",
         "_ioapic",
+        "_is_default",
         "_pic",
         "_recorder",
+        "_routes",
         "nr_reserved_ioapic_pins",
     )
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._entries: _Entries = {}
+        self._routes: dict[int, list[_Route]] = {}
+        """Of the default table those that were asked for."""
         self._gsi_of_pin: dict[tuple[int, int], int] = {}
+        self._is_default = False
         self._pic: IrqTarget | None = None
         self._ioapic: IrqTarget | None = None
         self._delivery: IrqDelivery | None = None
@@ -219,22 +240,30 @@ class IrqRouting:
         self._delivery = delivery
         delivery.split = True
         self.nr_reserved_ioapic_pins = nr_reserved_ioapic_pins
-        self._entries = {}
+        self._routes = {}
         self._gsi_of_pin = {}
+        self._is_default = False
 
     def set_default(self, pic: IrqTarget, ioapic: IrqTarget) -> None:
         """`kvm_setup_default_irq_routing`. The IOAPIC comes first, as in the kernel's traces."""
         self._pic = pic
         self._ioapic = ioapic
-        self._entries = {}
+        self._routes = {}
         self._gsi_of_pin = {}
-        for gsi in range(KVM_IOAPIC_NUM_PINS):
-            self._entries[gsi] = ((ioapic, gsi),)
-            self._gsi_of_pin[KVM_IRQCHIP_IOAPIC, gsi] = gsi
-        for gsi in range(PIC_PINS):
-            self._entries[gsi] += ((pic, gsi),)
-            slave = gsi >= PIC_CHIP_PINS
-            self._gsi_of_pin[KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER, gsi] = gsi
+        self._is_default = True
+
+    def _routes_of(self, gsi: int) -> list[_Route]:
+        routes = self._routes.get(gsi)
+        if routes is not None:
+            return routes
+        if not self._is_default or not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
+            return _NOWHERE
+        assert self._ioapic is not None
+        assert self._pic is not None
+        routes = self._routes[gsi] = [_Route(self._ioapic, gsi)]
+        if gsi < PIC_PINS:
+            routes.append(_Route(self._pic, gsi))
+        return routes
 
     def set_table(self, entries: Sequence[kvm_irq_routing_entry], flags: int = 0) -> None:
         """KVM_SET_GSI_ROUTING: replace the whole table, or leave it as it is and raise.
@@ -247,7 +276,7 @@ class IrqRouting:
         if delivery is None:
             raise KvmError(errno.EINVAL, SET_GSI_ROUTING, NO_IRQCHIP)
         _check_table(entries, flags)
-        table: _Entries = {}
+        table: dict[int, list[_Route]] = {}
         chips: dict[int, set[int]] = {}
         gsi_of_pin: dict[tuple[int, int], int] = {}
         for index, entry in enumerate(entries):
@@ -265,9 +294,10 @@ class IrqRouting:
                 gsi_of_pin[irqchip, pin] = gsi
             else:
                 target, pin = self._msi_target(index, entry, delivery), 0
-            table[gsi] = (*table.get(gsi, ()), (target, pin))
-        self._entries = table
+            table.setdefault(gsi, []).append(_Route(target, pin))
+        self._routes = table
         self._gsi_of_pin = gsi_of_pin
+        self._is_default = False
         if self.split:
             delivery.request_scan_ioapic()
 
@@ -300,6 +330,12 @@ class IrqRouting:
 
     def gsi_of_pin(self, irqchip: int, pin: int) -> int:
         """`kvm_irq_map_chip_pin`: the GSI that leads to this pin (slave PIC: 8-15), -1 if none."""
+        if self._is_default:
+            # each pin of the IOAPIC, and of the PICs, has the GSI of its number
+            is_pic = irqchip != KVM_IRQCHIP_IOAPIC
+            chip = pin >> 3 if is_pic else KVM_IRQCHIP_IOAPIC
+            pins = PIC_PINS if is_pic else KVM_IOAPIC_NUM_PINS
+            return pin if chip == irqchip and 0 <= pin < pins else UNROUTED
         return self._gsi_of_pin.get((irqchip, pin), UNROUTED)
 
     def set_irq(self, irq_source_id: int, gsi: int, level: int, line_status: bool = False) -> int:
@@ -313,8 +349,8 @@ class IrqRouting:
         if level or recorder.detail or irq_source_id != PIT_IRQ_SOURCE_ID:
             recorder.kvm_set_irq(gsi, level, irq_source_id)
         result = -1
-        for target, pin in self._entries.get(gsi, ()):
-            delivered = target.set_irq(pin, irq_source_id, level, line_status)
+        for route in self._routes_of(gsi):
+            delivered = route.target.set_irq(route.pin, irq_source_id, level, line_status)
             if delivered >= 0:
                 result = delivered + (result if result > 0 else 0)
         return result
@@ -331,8 +367,8 @@ class IrqRouting:
             self.set_irq(irq_source_id, gsi, 0)
             return
         recorder.kvm_set_irq(gsi, 1, irq_source_id)
-        for target, pin in self._entries.get(gsi, ()):
-            target.pulse(pin, irq_source_id)
+        for route in self._routes_of(gsi):
+            route.target.pulse(route.pin, irq_source_id)
 
     # Messages.
 
@@ -360,18 +396,18 @@ class IrqRouting:
     def messages(self) -> list[LapicIrq]:
         """What the GSIs that lead to messages send."""
         return [
-            target.irq()
-            for entries in self._entries.values()
-            for target, _ in entries
-            if isinstance(target, _Msi)
+            route.target.irq()
+            for routes in self._routes.values()
+            for route in routes
+            if isinstance(route.target, _Msi)
         ]
 
     def set_irq_inatomic(self, gsi: int) -> bool:
         """`kvm_arch_set_irq_inatomic`: send the message `gsi` is; False: use `set_irq`."""
-        entries = self._entries.get(gsi, ())
-        if len(entries) != 1:
+        routes = self._routes_of(gsi)
+        if len(routes) != 1:
             return False
-        target = entries[0][0]
+        target = routes[0].target
         if not isinstance(target, _Msi):
             return False
         return target.invalid() or target.send() >= 0
@@ -383,7 +419,8 @@ class IrqRouting:
         """
         vectors = 0
         for gsi in range(self.nr_reserved_ioapic_pins):
-            for target, _ in self._entries.get(gsi, ()):
+            for route in self._routes_of(gsi):
+                target = route.target
                 if not isinstance(target, _Msi):
                     continue
                 irq = target.irq()

@@ -7,6 +7,7 @@ in the kernel (KVM_CAP_SPLIT_IRQCHIP), `create_pit` makes the PIT (kvm_create_pi
 
 import errno
 from collections.abc import Callable
+from typing import Final
 
 from kvmtick.abi.errors import KvmError
 from kvmtick.irqchip.apicdef import DM_INIT, DM_NMI
@@ -31,10 +32,10 @@ from kvmtick.vcpu.vcpu import Vcpu
 
 __all__ = ["VMM_PID", "Board"]
 
-VMM_PID = 1000
+VMM_PID: Final = 1000
 """The process id every machine's VMM has: nothing of the host enters a trace."""
 
-FIRST_ADDRESS = 0xFFFF_8880_0000_1000
+FIRST_ADDRESS: Final = 0xFFFF_8880_0000_1000
 
 
 class Board:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
@@ -40,26 +40,26 @@ if TYPE_CHECKING:
 
 __all__ = ["QUANTUM_NS", "Exit", "Machine"]
 
-SLICE_INSTRUCTIONS = 1_000_000
+SLICE_INSTRUCTIONS: Final = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
 second of nothing but port accesses."""
-SLICE_REAL_NS = 100_000_000
-LEAST_SLICE_REAL_NS = 20_000
-BLOCK_PASSES = 16
+SLICE_REAL_NS: Final = 100_000_000
+LEAST_SLICE_REAL_NS: Final = 20_000
+BLOCK_PASSES: Final = 16
 """How many deadlines may pass over a halted vCPU before the loop looks up."""
-UNLIMITED_INSTRUCTIONS = 1 << 40
-QUANTUM_NS = 100_000
+UNLIMITED_INSTRUCTIONS: Final = 1 << 40
+QUANTUM_NS: Final = 100_000
 """How long a vCPU runs while another one could, at most: two that compute get through 1,650 million
 instructions a second (not exact) with 100 us, 750 with 10 us, 160 with 1 us."""
-SHORT_QUANTUM_NS = 1_000
+SHORT_QUANTUM_NS: Final = 1_000
 """The same, when something has come up for another vCPU. kvm-unit-tests' apic on two vCPUs, which
 send each other over a million messages, takes 31 s of CPU time with 500 ns, 33 with 1 us, 45 with
 5 us."""
 
-_EXIT_HLT = int(ExitReason.HLT)
-_EXIT_PAUSE = int(ExitReason.PAUSE)
-_HALTED = int(MpState.HALTED)
-_RUNNABLE = int(MpState.RUNNABLE)
+_EXIT_HLT: Final = int(ExitReason.HLT)
+_EXIT_PAUSE: Final = int(ExitReason.PAUSE)
+_HALTED: Final = int(MpState.HALTED)
+_RUNNABLE: Final = int(MpState.RUNNABLE)
 
 
 @dataclass(frozen=True, slots=True)

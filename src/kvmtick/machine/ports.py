@@ -15,7 +15,7 @@ Not modelled: UART interrupts, modem lines, FIFOs.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 __all__ = ["PORT_DEBUG_EXIT", "PORT_HOST_SLEEP", "PortHandler", "PortMap"]
 
@@ -25,18 +25,24 @@ PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
 The result answers a read (None: all ones) and is ignored for a write.
 """
 
-PORT_HOST_SLEEP = 0xD8
-PORT_DEBUG_CONSOLE = 0xE9
-PORT_DEBUG_EXIT = 0xF4
-PORT_SERIAL = 0x3F8
+PORT_HOST_SLEEP: Final = 0xD8
+PORT_DEBUG_CONSOLE: Final = 0xE9
+PORT_DEBUG_EXIT: Final = 0xF4
+PORT_SERIAL: Final = 0x3F8
 
-UART_DATA, UART_INTERRUPT_ENABLE, UART_INTERRUPT_ID, UART_LINE_CONTROL = range(4)
-UART_MODEM_CONTROL, UART_LINE_STATUS, UART_MODEM_STATUS, UART_SCRATCH = range(4, 8)
-LCR_DIVISOR_LATCH = 0x80
-LSR_TRANSMITTER_EMPTY = 0x60
-IIR_NONE_PENDING = 0x01
+UART_DATA: Final = 0
+UART_INTERRUPT_ENABLE: Final = 1
+UART_INTERRUPT_ID: Final = 2
+UART_LINE_CONTROL: Final = 3
+UART_MODEM_CONTROL: Final = 4
+UART_LINE_STATUS: Final = 5
+UART_MODEM_STATUS: Final = 6
+UART_SCRATCH: Final = 7
+LCR_DIVISOR_LATCH: Final = 0x80
+LSR_TRANSMITTER_EMPTY: Final = 0x60
+IIR_NONE_PENDING: Final = 0x01
 
-CONSOLE_LIMIT_BYTES = 1 << 20
+CONSOLE_LIMIT_BYTES: Final = 1 << 20
 
 
 class PortMap:

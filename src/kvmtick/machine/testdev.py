@@ -8,13 +8,14 @@ memory at 0xff000000.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from kvmtick.machine.ports import PortHandler
 
 __all__ = ["PcTestdev"]
 
-IRQ_LINES = range(0x2000, 0x2000 + 24)
-STORAGE = range(0xE0, 0xE4)
+IRQ_LINES: Final = range(0x2000, 0x2000 + 24)
+STORAGE: Final = range(0xE0, 0xE4)
 
 
 class PcTestdev:

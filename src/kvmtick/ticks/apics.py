@@ -14,6 +14,7 @@ a message (KVM_NMI).
 
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Claim, Tick
@@ -21,22 +22,25 @@ from kvmtick.ticks.verdict import Path, Where
 
 __all__ = ["DM_FIXED", "DM_INIT", "DM_LOWEST", "DM_NMI", "LocalApics"]
 
-DM_FIXED, DM_LOWEST, DM_NMI, DM_INIT = 0x000, 0x100, 0x400, 0x500
+DM_FIXED: Final = 0x000
+DM_LOWEST: Final = 0x100
+DM_NMI: Final = 0x400
+DM_INIT: Final = 0x500
 """Delivery modes as kvm_apic_accept_irq has them."""
 
-NMI_LIMIT = 2
+NMI_LIMIT: Final = 2
 """How many NMIs can wait: one for the handler that runs, one more."""
 
-NMI_VECTOR = 2
+NMI_VECTOR: Final = 2
 
-POSTED = "posted to the hardware (APICv): no event tells of its injection"
-POSTED_LIMIT = 2
+POSTED: Final = "posted to the hardware (APICv): no event tells of its injection"
+POSTED_LIMIT: Final = 2
 """A vector can be in service and requested."""
 
-NMI = 256
+NMI: Final = 256
 """Stands for the vector of an NMI in `_known`: its own 2 can be an interrupt's as well."""
 
-STRIDE = 512
+STRIDE: Final = 512
 
 
 class LocalApics:

@@ -3,16 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import add, rshift
+from typing import Final
 
 __all__ = ["Histogram"]
 
-SUB_BITS = 7
+SUB_BITS: Final = 7
 """Values below 2^7 are exact; above, a bucket spans less than 1/64 of its value."""
 
-_FIRST_BITS = (1 << SUB_BITS) - 1
-_SHIFTS = [max(0, bits - SUB_BITS) for bits in range(256)]
+_FIRST_BITS: Final = (1 << SUB_BITS) - 1
+_SHIFTS: Final = [max(0, bits - SUB_BITS) for bits in range(256)]
 """By how much a value of so many bits is shifted right."""
-_TAGS = [shift << SUB_BITS for shift in _SHIFTS]
+_TAGS: Final = [shift << SUB_BITS for shift in _SHIFTS]
 
 
 class Histogram:

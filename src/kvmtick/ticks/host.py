@@ -9,6 +9,7 @@ with open_trace(path) as trace:
 
 from collections.abc import Callable
 from operator import itemgetter
+from typing import Final
 
 from kvmtick.ticks.life import KEEP, TickAssembler
 from kvmtick.ticks.missing import missing_of_lapic, missing_of_pit, sees_masks, sees_nmis
@@ -30,15 +31,15 @@ FIRST_RECORDS, FIRST_NS = 30_000, 1_000_000_000
 learnt from it.
 """
 
-_EVENT_OF = itemgetter(1)
-_LOST_EVENTS = int(Event.LOST_EVENTS)
-_NOBODYS = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP))
+_EVENT_OF: Final = itemgetter(1)
+_LOST_EVENTS: Final = int(Event.LOST_EVENTS)
+_NOBODYS: Final = frozenset((Event.SCHED_SWITCH, Event.SCHED_WAKING, Event.KVM_VCPU_WAKEUP))
 """What no verdict needs."""
-_NOT_JUDGED = _NOBODYS | {Event.KVM_ENTRY, Event.KVM_EXIT}
+_NOT_JUDGED: Final = _NOBODYS | {Event.KVM_ENTRY, Event.KVM_EXIT}
 """What the assembler need not see: from entries others learn who is which vCPU, and of NMIs."""
 
 
-_PART = "no record tells which thread runs its vCPU"
+_PART: Final = "no record tells which thread runs its vCPU"
 
 
 class VmTicks:

@@ -16,6 +16,7 @@ timer that runs as the VMX preemption timer, have no expiry; their interrupts ar
 """
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from kvmtick.ticks.apics import DM_FIXED, LocalApics
 from kvmtick.ticks.messages import Messages
@@ -26,23 +27,23 @@ from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
 
 __all__ = ["HOST_TICK", "LapicTicks", "LapicTimers"]
 
-HOST_TICK = b"%c%c%c%c%c?%c" % (
+HOST_TICK: Final = b"%c%c%c%c%c?%c" % (
     *(Event.HRTIMER_EXPIRE_ENTRY, Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ),
     *(Event.KVM_INJ_VIRQ, Event.KVM_MMIO, Event.KVM_EOI),
 )
 """The events of a periodic timer's tick that nothing disturbs, as a kernel has them: a pattern."""
 
-NO_TASK = -1
-APIC_SPIV = 0xF0
-APIC_LVTT = 0x320
-APIC_SPIV_APIC_ENABLED = 1 << 8
-APIC_LVT_MASKED = 1 << 16
+NO_TASK: Final = -1
+APIC_SPIV: Final = 0xF0
+APIC_LVTT: Final = 0x320
+APIC_SPIV_APIC_ENABLED: Final = 1 << 8
+APIC_LVT_MASKED: Final = 1 << 16
 
-_OPEN = Verdict.OUTSTANDING
-_LAPIC = Path.LAPIC
-_MASKED_DETAIL = "the timer's LVT entry was masked"
-_MASK_UNKNOWN = "no record tells whether the timer's LVT entry was masked"
-_MERGED_DETAIL = "merged with an expiry that the vCPU had not delivered yet"
+_OPEN: Final = Verdict.OUTSTANDING
+_LAPIC: Final = Path.LAPIC
+_MASKED_DETAIL: Final = "the timer's LVT entry was masked"
+_MASK_UNKNOWN: Final = "no record tells whether the timer's LVT entry was masked"
+_MERGED_DETAIL: Final = "merged with an expiry that the vCPU had not delivered yet"
 
 
 class LapicTicks(Source):

@@ -8,6 +8,7 @@ requests that wait for their injection, who is in service.
 import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
+from typing import Final
 
 from kvmtick.ticks.apics import DM_FIXED, DM_INIT, DM_LOWEST, LocalApics
 from kvmtick.ticks.lapic import HOST_TICK as HOST_LAPIC_TICK
@@ -21,15 +22,15 @@ from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
 from kvmtick.trace.inferred import is_creation
 from kvmtick.trace.vms import vcpu_of_name
 
-KEEP = 16_384
+KEEP: Final = 16_384
 """Lives kept of each source for looking at; the counts and latencies cover all."""
 
-_EVENT_OF = itemgetter(1)
-_HOST_TICK = re.compile(HOST_PIT_TICK + b"|" + HOST_LAPIC_TICK, re.DOTALL)
+_EVENT_OF: Final = itemgetter(1)
+_HOST_TICK: Final = re.compile(HOST_PIT_TICK + b"|" + HOST_LAPIC_TICK, re.DOTALL)
 
-_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
-_PIT_DO_WORK = int(Function.PIT_DO_WORK)
-_APIC_TIMER_FN = int(Function.APIC_TIMER_FN)
+_PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
+_PIT_DO_WORK: Final = int(Function.PIT_DO_WORK)
+_APIC_TIMER_FN: Final = int(Function.APIC_TIMER_FN)
 
 
 def _ignore(record: Record) -> None:

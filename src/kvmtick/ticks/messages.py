@@ -6,14 +6,15 @@ the acceptance tells which.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from kvmtick.trace.events import IRQ_CONTEXT, Record
 
 __all__ = ["Messages"]
 
-VECTOR = 0xFF
-MODE = 0x700
-ANY = -1
+VECTOR: Final = 0xFF
+MODE: Final = 0x700
+ANY: Final = -1
 
 Message = tuple[int, int]
 """Vector and delivery mode; ANY if the record does not say."""

@@ -5,13 +5,14 @@ event never happens to a guest; so of a text only what comes with every tick is 
 """
 
 from collections.abc import Collection
+from typing import Final
 
 from kvmtick.trace.events import TRACEPOINTS, Event
 from kvmtick.trace.inferred import BackEnd
 
 __all__ = ["missing_of_lapic", "missing_of_pit", "sees_masks", "sees_nmis"]
 
-_PIT_ALWAYS = (
+_PIT_ALWAYS: Final = (
     Event.HRTIMER_START,
     Event.WORK_QUEUE,
     Event.WORK_START,
@@ -20,9 +21,9 @@ _PIT_ALWAYS = (
     Event.KVM_IOAPIC_SET_IRQ,
     Event.KVM_ACK_IRQ,
 )
-_PIT = (*_PIT_ALWAYS, Event.KVM_APIC_ACCEPT_IRQ, Event.KVM_PIO, Event.KVM_MMIO)
-_LAPIC_ALWAYS = (Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ)
-_LAPIC = (*_LAPIC_ALWAYS, Event.KVM_SET_IRQ, Event.KVM_MSI_SET_IRQ, Event.KVM_APIC_IPI)
+_PIT: Final = (*_PIT_ALWAYS, Event.KVM_APIC_ACCEPT_IRQ, Event.KVM_PIO, Event.KVM_MMIO)
+_LAPIC_ALWAYS: Final = (Event.HRTIMER_START, Event.KVM_APIC_ACCEPT_IRQ)
+_LAPIC: Final = (*_LAPIC_ALWAYS, Event.KVM_SET_IRQ, Event.KVM_MSI_SET_IRQ, Event.KVM_APIC_IPI)
 
 
 def missing_of_pit(events: Collection[Event], is_told: bool, back_end: BackEnd) -> str:

@@ -8,6 +8,8 @@ Not told apart, for no record tells: what user space sets with KVM_SET_IRQCHIP, 
 another source held high before the records began.
 """
 
+from typing import Final
+
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
@@ -15,24 +17,31 @@ from kvmtick.trace.events import Record
 
 __all__ = ["COALESCED", "DOUBTFUL", "HELD", "LATCHED", "MASKED", "PicPin"]
 
-LATCHED, MASKED, COALESCED, HELD, DOUBTFUL = range(5)
+LATCHED: Final = 0
+MASKED: Final = 1
+COALESCED: Final = 2
+HELD: Final = 3
+DOUBTFUL: Final = 4
 """What became of a pulse; HELD: another source holds the line high, so there was no edge; DOUBTFUL:
 it was masked, and latched already or not.
 """
 
-NO_VECTOR = -1
+NO_VECTOR: Final = -1
 """Of an injection of the PIC whose base is not known."""
 
-PORT_COMMAND = 0x20
-PORT_DATA = 0x21
-SLAVE_PORTS = 0x80
-ICW1 = 0x10
-OCW3 = 0x08
-NO_COMMAND = -1
-ICW1_ICW4_NEEDED = 0x01
-READY, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
+PORT_COMMAND: Final = 0x20
+PORT_DATA: Final = 0x21
+SLAVE_PORTS: Final = 0x80
+ICW1: Final = 0x10
+OCW3: Final = 0x08
+NO_COMMAND: Final = -1
+ICW1_ICW4_NEEDED: Final = 0x01
+READY: Final = 0
+EXPECT_ICW2: Final = 1
+EXPECT_ICW3: Final = 2
+EXPECT_ICW4: Final = 3
 
-_PIC = Path.PIC
+_PIC: Final = Path.PIC
 
 
 class PicPin:

@@ -16,6 +16,7 @@ entry, and by the NMI watchdog, which comes last. What they gave is weighed when
 
 import re
 from collections import deque
+from typing import Final
 
 from kvmtick.ticks import pic
 from kvmtick.ticks.apics import DM_FIXED, DM_LOWEST, DM_NMI, LocalApics
@@ -27,7 +28,7 @@ from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Functio
 
 __all__ = ["PLAIN_TICK", "PitTicks"]
 
-PLAIN_TICK = bytes(
+PLAIN_TICK: Final = bytes(
     (
         Event.HRTIMER_EXPIRE_ENTRY,
         Event.WORK_QUEUE,
@@ -42,7 +43,7 @@ PLAIN_TICK = bytes(
 )
 """The events of a tick by way of the PIC that nothing disturbs, as a simulated run has them."""
 
-HOST_TICK = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
+HOST_TICK: Final = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
     *PLAIN_TICK[:4],
     *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
     *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
@@ -51,37 +52,37 @@ HOST_TICK = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
 )
 """The same with what a kernel writes beside: a pattern; its groups are the edges of the pulse."""
 
-PIT_GSI = 0
-PIT_SOURCE_ID = 2
-NO_GSI = -1
-NO_PIN = -1
-NO_TASK = -1
-IMR_IRQ0 = 1
-NOT_END_OF_INTERRUPT = pic.ICW1 | pic.OCW3
-IOAPIC_MASKED = 1 << 16
-MSI_MODE = 0x700
+PIT_GSI: Final = 0
+PIT_SOURCE_ID: Final = 2
+NO_GSI: Final = -1
+NO_PIN: Final = -1
+NO_TASK: Final = -1
+IMR_IRQ0: Final = 1
+NOT_END_OF_INTERRUPT: Final = pic.ICW1 | pic.OCW3
+IOAPIC_MASKED: Final = 1 << 16
+MSI_MODE: Final = 0x700
 
-QUEUED_NS = 50_000
+QUEUED_NS: Final = 50_000
 """So long after an acknowledgement the work that it calls for is queued at the latest."""
 
-REINJECT_UNKNOWN = "whether ticks are reinjected was not known yet"
+REINJECT_UNKNOWN: Final = "whether ticks are reinjected was not known yet"
 
-_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
-_PIT_DO_WORK = int(Function.PIT_DO_WORK)
-_OPEN = Verdict.OUTSTANDING
-_DELIVERED = Verdict.DELIVERED
-_LATE = Verdict.LATE
-_IOAPIC = int(Irqchip.IOAPIC)
-_PIC = Path.PIC
-_LAPIC = Path.LAPIC
+_PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
+_PIT_DO_WORK: Final = int(Function.PIT_DO_WORK)
+_OPEN: Final = Verdict.OUTSTANDING
+_DELIVERED: Final = Verdict.DELIVERED
+_LATE: Final = Verdict.LATE
+_IOAPIC: Final = int(Irqchip.IOAPIC)
+_PIC: Final = Path.PIC
+_LAPIC: Final = Path.LAPIC
 
-_DEPTH = {Where.WORKER: 0, Where.PIC: 1, Where.IOAPIC: 2, Where.LAPIC: 3}
-_NOT_RUN = "the worker had not run yet"
-_NO_PIN = (Where.IOAPIC, "no pin it leads to was open")
-_NOBODY = (Where.LAPIC, "no local APIC took the message")
-_DOUBTFUL = "IRQ 0 was masked, and whether its request was latched already is not known"
-_NMI_UNSEEN = "this host writes no event when it injects an NMI"
-_PIC_LOSSES = {
+_DEPTH: Final = {Where.WORKER: 0, Where.PIC: 1, Where.IOAPIC: 2, Where.LAPIC: 3}
+_NOT_RUN: Final = "the worker had not run yet"
+_NO_PIN: Final = (Where.IOAPIC, "no pin it leads to was open")
+_NOBODY: Final = (Where.LAPIC, "no local APIC took the message")
+_DOUBTFUL: Final = "IRQ 0 was masked, and whether its request was latched already is not known"
+_NMI_UNSEEN: Final = "this host writes no event when it injects an NMI"
+_PIC_LOSSES: Final = {
     pic.MASKED: (Where.PIC, "IRQ 0 was masked and its request latched already"),
     pic.COALESCED: (Where.PIC, "the PIC's request was still set"),
     pic.HELD: (Where.PIC, "another source holds the line high: no edge"),

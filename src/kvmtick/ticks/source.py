@@ -5,7 +5,7 @@ the latencies cover all.
 """
 
 from collections import Counter, deque
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.tick import Claim, PlainTick, Tick
@@ -13,17 +13,23 @@ from kvmtick.ticks.verdict import Path, Verdict, Where
 
 __all__ = ["HOPS", "Keep", "Source"]
 
-HOPS = ("expiry_to_work", "work_to_accept", "accept_to_inject", "inject_to_eoi", "expiry_to_eoi")
-_END_HOPS = HOPS[3:]
+HOPS: Final = (
+    "expiry_to_work",
+    "work_to_accept",
+    "accept_to_inject",
+    "inject_to_eoi",
+    "expiry_to_eoi",
+)
+_END_HOPS: Final = HOPS[3:]
 
-MANY_ROWS = 512
+MANY_ROWS: Final = 512
 
-_OPEN = Verdict.OUTSTANDING
-_DELIVERED = Verdict.DELIVERED
-_LATE = Verdict.LATE
-_DROPPED = Verdict.DROPPED
-_COALESCED = Verdict.COALESCED
-_UNKNOWN = Verdict.UNKNOWN
+_OPEN: Final = Verdict.OUTSTANDING
+_DELIVERED: Final = Verdict.DELIVERED
+_LATE: Final = Verdict.LATE
+_DROPPED: Final = Verdict.DROPPED
+_COALESCED: Final = Verdict.COALESCED
+_UNKNOWN: Final = Verdict.UNKNOWN
 
 
 class Keep(NamedTuple):

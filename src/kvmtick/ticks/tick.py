@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmtick.ticks.verdict import Path, Verdict, Where
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Claim", "PlainTick", "Tick"]
 
-_OPEN = Verdict.OUTSTANDING
+_OPEN: Final = Verdict.OUTSTANDING
 
 
 class Tick:

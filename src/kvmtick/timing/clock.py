@@ -8,19 +8,24 @@ callback, worker run, VM entry and port access.
 
 import time
 
+from mypy_extensions import mypyc_attr
+
+from kvmtick.trace.recorder import Now
+
 __all__ = ["Clock", "MonotonicClock", "VirtualClock"]
 
 
-class Clock:
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Clock(Now):
     """What every chip reads: `now_ns`, nanoseconds on CLOCK_MONOTONIC or since power-on."""
 
-    __slots__ = ("live", "now_ns")
+    __slots__ = ("live",)
 
     name = "abstract"
 
     def __init__(self, now_ns: int, live: bool) -> None:
         """`live`: time goes on by itself, so hot code has to `refresh`."""
-        self.now_ns = now_ns
+        super().__init__(now_ns)
         self.live = live
 
     def refresh(self) -> None:

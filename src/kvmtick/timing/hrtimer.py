@@ -10,16 +10,15 @@ Not modelled: soft-irq expiry, slack (soft and hard expiry are the same), severa
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Final
 
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.host import HostModel
-from kvmtick.timing.queue import EventQueue
+from kvmtick.timing.queue import Deadline, EventQueue
 from kvmtick.trace.events import Function
 from kvmtick.trace.recorder import Recorder
 
 __all__ = ["NORESTART", "RESTART", "HrTimer", "HrTimerRestart"]
-
-_IDLE = -1
 
 
 class HrTimerRestart(IntEnum):
@@ -30,16 +29,15 @@ class HrTimerRestart(IntEnum):
 
 
 # Names of their own: looking up an enum's member costs more than running a timer callback.
-NORESTART = HrTimerRestart.NORESTART
-RESTART = HrTimerRestart.RESTART
+NORESTART: Final = HrTimerRestart.NORESTART
+RESTART: Final = HrTimerRestart.RESTART
 
 
-class HrTimer:
+class HrTimer(Deadline):
     """One timer on the machine's clock, HRTIMER_MODE_ABS."""
 
     __slots__ = (
         "_clock",
-        "_handle",
         "_host",
         "_queue",
         "_recorder",
@@ -60,6 +58,7 @@ class HrTimer:
         callback: Callable[[], HrTimerRestart],
     ) -> None:
         """`function` and `address` are what the trace calls the callback and the timer."""
+        super().__init__()
         self._clock = clock
         self._queue = queue
         self._host = host
@@ -68,27 +67,25 @@ class HrTimer:
         self.address = address
         self.callback = callback
         self.expires_ns = 0
-        self._handle = _IDLE
 
     @property
     def enqueued(self) -> bool:
         """Started, and the callback has not run since."""
-        return self._handle != _IDLE
+        return self.queued
 
     def start(self, expires_ns: int) -> None:
         """`hrtimer_start(HRTIMER_MODE_ABS)`: expire at `expires_ns`, whatever was set before."""
-        was_armed = self._handle != _IDLE
+        was_armed = self.queued
         if was_armed:
-            self._queue.cancel(self._handle)
+            self._queue.cancel(self)
         self.expires_ns = expires_ns
         self._enqueue(was_armed)
 
     def cancel(self) -> bool:
         """`hrtimer_cancel`: True if it was enqueued (even when already past its expiry)."""
-        if self._handle == _IDLE:
+        if not self.queued:
             return False
-        self._queue.cancel(self._handle)
-        self._handle = _IDLE
+        self._queue.cancel(self)
         self._recorder.hrtimer_cancel(self.address)
         return True
 
@@ -109,7 +106,7 @@ class HrTimer:
         late_ns = now_ns - self.expires_ns
         if late_ns < 0:
             return 0
-        if self._handle != _IDLE:
+        if self.queued:
             raise ValueError("hrtimer forward: the timer is enqueued; cancel it first")
         if interval_ns <= 0:
             raise ValueError(f"hrtimer forward: interval {interval_ns} ns is not positive")
@@ -126,14 +123,13 @@ class HrTimer:
         due_ns = self.expires_ns
         if not self._host.on_time:
             due_ns += self._host.delay_ns("late_expiry")
-        self._handle = self._queue.add(due_ns, self._expire)
+        self._queue.enqueue(self, due_ns)
 
-    def _expire(self) -> None:
+    def on_due(self) -> None:
         """`__run_hrtimer`."""
-        self._handle = _IDLE
         recorder = self._recorder
         task = recorder.enter_irq()
         recorder.hrtimer_expire_entry(self.address, self.function, self._clock.now_ns)
-        if self.callback() is RESTART and self._handle == _IDLE:
+        if self.callback() is RESTART and not self.queued:
             self._enqueue(False)
         recorder.task = task

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.host import HostModel
-from kvmtick.timing.queue import EventQueue
+from kvmtick.timing.queue import Deadline, EventQueue
 from kvmtick.trace.events import Function
 from kvmtick.trace.recorder import Recorder
 
@@ -31,7 +31,7 @@ class KthreadWork:
         self.queued = False
 
 
-class KthreadWorker:
+class KthreadWorker(Deadline):
     """One worker thread, for example `kvm-pit/1000`."""
 
     __slots__ = (
@@ -39,7 +39,6 @@ class KthreadWorker:
         "_host",
         "_queue",
         "_recorder",
-        "_woken",
         "_works",
         "address",
         "destroyed",
@@ -56,6 +55,7 @@ class KthreadWorker:
         recorder: Recorder,
         address: int,
     ) -> None:
+        super().__init__()
         self.name = name
         self._clock = clock
         self._queue = queue
@@ -64,7 +64,6 @@ class KthreadWorker:
         self.address = address
         self.task = recorder.add_task(name)
         self._works: deque[KthreadWork] = deque()
-        self._woken = -1
         self.destroyed = False
 
     def queue_work(self, work: KthreadWork) -> bool:
@@ -76,11 +75,11 @@ class KthreadWorker:
         self._recorder.sched_kthread_work_queue_work(work.address, work.function, self.address)
         work.queued = True
         self._works.append(work)
-        if self._woken < 0:
+        if not self.queued:
             due_ns = self._clock.now_ns
             if not self._host.on_time:
                 due_ns += self._host.delay_ns("worker_delay")
-            self._woken = self._queue.add(due_ns, self._wake)
+            self._queue.enqueue(self, due_ns)
         return True
 
     def flush_work(self, work: KthreadWork) -> None:
@@ -107,13 +106,11 @@ class KthreadWorker:
         self.destroyed = True
 
     def _sleep(self) -> None:
-        if self._woken >= 0:
-            self._queue.cancel(self._woken)
-            self._woken = -1
+        if self.queued:
+            self._queue.cancel(self)
 
-    def _wake(self) -> None:
+    def on_due(self) -> None:
         """`kthread_worker_fn`: one pass over the queue; work queued meanwhile gets its own wake."""
-        self._woken = -1
         for _ in range(len(self._works)):
             self._run_one()
 

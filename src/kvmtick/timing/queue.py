@@ -1,54 +1,86 @@
 """The one event queue of a machine: what is due when, ties by insertion."""
 
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush
+from typing import Final
+
+from mypy_extensions import mypyc_attr
 
 from kvmtick.timing.clock import Clock
 
-__all__ = ["NEVER_NS", "EventQueue"]
+__all__ = ["NEVER_NS", "Deadline", "EventQueue"]
 
-NEVER_NS = 1 << 62
+NEVER_NS: Final = (1 << 62) - 1
 """Later than any deadline: what `next_ns` reads when nothing is queued."""
 
-COMPACT_ABOVE = 64
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Deadline:
+    """What is due at `due_ns`, while it is `queued`; the same object is queued again and again."""
+
+    __slots__ = ("due_ns", "queued")
+
+    def __init__(self) -> None:
+        self.due_ns = 0
+        self.queued = False
+
+    def on_due(self) -> None:
+        """The time has come; it is not queued any more."""
+        raise NotImplementedError
+
+
+class _Callback(Deadline):
+    """A function to call once."""
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        super().__init__()
+        self._callback = callback
+
+    def on_due(self) -> None:
+        self._callback()
 
 
 class EventQueue:
-    """Callbacks ordered by their due time in ns, and by insertion among equals.
+    """Deadlines ordered by their due time in ns, and by insertion among equals.
 
-    `next_ns` is the due time of the head, kept up to date so that a port access can see at the
-    price of one comparison whether it created an earlier deadline. Cancelled entries are dropped
-    when they come up, or all at once when they outnumber the live ones, so that a guest that
-    reprograms its timer for ever does not make the queue grow.
+    `next_ns` is the due time of the first, kept up to date so that a port access can see at the
+    price of one comparison whether it created an earlier deadline. A machine has a handful of
+    them, and most are due soon: a sorted list beats a heap.
     """
 
-    __slots__ = ("_cancelled", "_heap", "_seq", "next_ns")
+    __slots__ = ("_waiting", "next_ns")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
-        self._cancelled: set[int] = set()
-        self._seq = 0
+        self._waiting: list[Deadline] = []
+        """The latest first, so that the next one is taken off the end."""
         self.next_ns = NEVER_NS
 
     def __len__(self) -> int:
-        return len(self._heap) - len(self._cancelled)
+        return len(self._waiting)
 
-    def add(self, due_ns: int, callback: Callable[[], None]) -> int:
+    def add(self, due_ns: int, callback: Callable[[], object]) -> Deadline:
         """Queue `callback` for `due_ns` (the past is due at once); the result is for `cancel`."""
-        seq = self._seq
-        self._seq = seq + 1
-        heappush(self._heap, (due_ns, seq, callback))
+        deadline = _Callback(callback)
+        self.enqueue(deadline, due_ns)
+        return deadline
+
+    def enqueue(self, deadline: Deadline, due_ns: int) -> None:
+        """Queue what is not queued for `due_ns`; the past is due at once."""
+        deadline.due_ns = due_ns
+        deadline.queued = True
+        waiting = self._waiting
+        at = len(waiting)
+        while at > 0 and waiting[at - 1].due_ns <= due_ns:
+            at -= 1
+        waiting.insert(at, deadline)
         if due_ns < self.next_ns:
             self.next_ns = due_ns
-        return seq
 
-    def cancel(self, handle: int) -> None:
-        """Take back an entry that has not run. Each handle may be cancelled once."""
-        self._cancelled.add(handle)
-        if len(self._cancelled) > COMPACT_ABOVE and len(self._cancelled) * 2 > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[1] not in self._cancelled]
-            heapify(self._heap)
-            self._cancelled.clear()
+    def cancel(self, deadline: Deadline) -> None:
+        """Take back what is queued; ValueError if it is not."""
+        self._waiting.remove(deadline)
+        deadline.queued = False
         self._settle()
 
     def run_due(self, clock: Clock) -> None:
@@ -59,19 +91,13 @@ class EventQueue:
         """
         now_ns = clock.now_ns
         while self.next_ns <= now_ns:
-            # The head is live: `cancel` and this loop keep it so.
-            callback = heappop(self._heap)[2]
-            if self._cancelled:
-                self._settle()
-            else:
-                heap = self._heap
-                self.next_ns = heap[0][0] if heap else NEVER_NS
+            deadline = self._waiting.pop()
+            deadline.queued = False
+            self._settle()
             if clock.live:
                 clock.refresh()
-            callback()
+            deadline.on_due()
 
     def _settle(self) -> None:
-        heap = self._heap
-        while heap and heap[0][1] in self._cancelled:
-            self._cancelled.remove(heappop(heap)[1])
-        self.next_ns = heap[0][0] if heap else NEVER_NS
+        waiting = self._waiting
+        self.next_ns = waiting[-1].due_ns if waiting else NEVER_NS

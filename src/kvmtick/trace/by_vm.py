@@ -16,47 +16,48 @@ APIC timers of several VMs that were armed before the trace began and fire in st
 """
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
 from kvmtick.trace.vms import VmInfo, vcpu_of_name
 
 __all__ = ["ByVm", "Share"]
 
-HELD = 65_536
+HELD: Final = 65_536
 """So many records wait until somebody claims them."""
 
-TAIL = 64
+TAIL: Final = 64
 """So many records of the last batch are looked at again with the next: a callback's run lies in
 between."""
 
-PATIENCE = 256
+PATIENCE: Final = 256
 """In so many batches it is looked for which vCPU a thread runs."""
 
-IN_STEP = 4
+IN_STEP: Final = 4
 """A timer and a thread's acceptances that took turns so often belong together."""
 
-_START = int(Event.HRTIMER_START)
-_EXPIRE = int(Event.HRTIMER_EXPIRE_ENTRY)
-_QUEUE = int(Event.WORK_QUEUE)
-_WORK_START = int(Event.WORK_START)
-_ACCEPT = int(Event.KVM_APIC_ACCEPT_IRQ)
-_EOI = int(Event.KVM_EOI)
-_ENTRY = int(Event.KVM_ENTRY)
-_EXIT = int(Event.KVM_EXIT)
-_WAKING = int(Event.SCHED_WAKING)
-_SWITCH = int(Event.SCHED_SWITCH)
-_LOST = int(Event.LOST_EVENTS)
-_APIC_TIMER_FN = int(Function.APIC_TIMER_FN)
-_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
+_START: Final = int(Event.HRTIMER_START)
+_EXPIRE: Final = int(Event.HRTIMER_EXPIRE_ENTRY)
+_QUEUE: Final = int(Event.WORK_QUEUE)
+_WORK_START: Final = int(Event.WORK_START)
+_ACCEPT: Final = int(Event.KVM_APIC_ACCEPT_IRQ)
+_EOI: Final = int(Event.KVM_EOI)
+_ENTRY: Final = int(Event.KVM_ENTRY)
+_EXIT: Final = int(Event.KVM_EXIT)
+_WAKING: Final = int(Event.SCHED_WAKING)
+_SWITCH: Final = int(Event.SCHED_SWITCH)
+_LOST: Final = int(Event.LOST_EVENTS)
+_APIC_TIMER_FN: Final = int(Function.APIC_TIMER_FN)
+_PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
 
-_OF_TIMERS = (_START, int(Event.HRTIMER_CANCEL), _EXPIRE, _QUEUE)
+_OF_TIMERS: Final = (_START, int(Event.HRTIMER_CANCEL), _EXPIRE, _QUEUE)
 """What these are about says whose they are; of all others the thread does."""
-_SENDS = frozenset(map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ)))
+_SENDS: Final = frozenset(map(int, (Event.KVM_APIC_IPI, Event.KVM_MSI_SET_IRQ, Event.KVM_SET_IRQ)))
 """What a local APIC may accept right after them is not its timer's."""
-_TELLING = frozenset((_START, _EXPIRE, _QUEUE, _WORK_START, _ACCEPT, _WAKING, *_SENDS))
-_OF_VCPUS = frozenset((_EOI, _ENTRY, _EXIT))
+_TELLING: Final = frozenset((_START, _EXPIRE, _QUEUE, _WORK_START, _ACCEPT, _WAKING, *_SENDS))
+_OF_VCPUS: Final = frozenset((_EOI, _ENTRY, _EXIT))
 _ADDRESS, _TASK, _EVENT = 3, 2, 1
-_NEVER = -1
+_NEVER: Final = -1
 
 Append = Callable[[Record], None]
 

@@ -13,7 +13,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final
 
 from kvmtick.trace.events import (
     BY_NAME,
@@ -29,40 +29,40 @@ from kvmtick.trace.pages import UNKNOWN_COUNT, PageLayout
 
 __all__ = ["Decoder", "Merge", "TaskNames", "pid_of"]
 
-_MAY_LACK = frozenset({"was_armed", "intr_info", "info1", "inhibits"})
+_MAY_LACK: Final = frozenset({"was_armed", "intr_info", "info1", "inhibits"})
 """Fields that came with later kernels, and that nobody is judged by."""
 
-_CPU = "cpu"
+_CPU: Final = "cpu"
 """Not in the record: the CPU whose buffer it was in."""
 
-_COMMS = {
+_COMMS: Final = {
     Event.SCHED_SWITCH: {"prev_comm": "prev_pid", "next_comm": "next_pid"},
     Event.SCHED_WAKING: {"comm": "pid"},
 }
 """Names of threads in an event, and whose they are."""
 
-_IN_INTERRUPT = 0x08 | 0x10 | 0x40
+_IN_INTERRUPT: Final = 0x08 | 0x10 | 0x40
 """`common_flags`: in a hard interrupt, a soft one, an NMI (the h, s and z of ftrace text)."""
 
-_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
-_LAST_BYTE = 4096
+_CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_LAST_BYTE: Final = 4096
 """No field of an event lies behind it."""
 
-_WORD_AND_COMMON = struct.Struct("<IQ")
+_WORD_AND_COMMON: Final = struct.Struct("<IQ")
 """The word before an event, and what all events begin with."""
-_COMMON_BYTES = 8
-_WORD = 4
-_U32 = struct.Struct("<I")
-_LENGTH_BITS = 5
-_LENGTH_MASK = (1 << _LENGTH_BITS) - 1
+_COMMON_BYTES: Final = 8
+_WORD: Final = 4
+_U32: Final = struct.Struct("<I")
+_LENGTH_BITS: Final = 5
+_LENGTH_MASK: Final = (1 << _LENGTH_BITS) - 1
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
-_DELTA_BITS = 27
-_STAMP_BITS = 59
+_DELTA_BITS: Final = 27
+_STAMP_BITS: Final = 59
 """What a time stamp holds; the bits above are those of the time before it."""
-_MOST_KNOWN = 1 << 16
+_MOST_KNOWN: Final = 1 << 16
 
-_LOST_EVENTS = int(Event.LOST_EVENTS)
-_BY_TIME = itemgetter(0)
+_LOST_EVENTS: Final = int(Event.LOST_EVENTS)
+_BY_TIME: Final = itemgetter(0)
 
 _Values = tuple[int, ...]
 _Unpack = Callable[[bytes, int], _Values]

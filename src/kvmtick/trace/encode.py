@@ -19,7 +19,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import FUNCTION_AT, IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
@@ -28,41 +28,41 @@ from kvmtick.trace.vms import VmInfo, vcpu_of_name
 
 __all__ = ["MODEL_EVENTS", "KtraceEncoder"]
 
-MODEL_EVENTS = frozenset(Event) - {
+MODEL_EVENTS: Final = frozenset(Event) - {
     Event.KVM_APICV_ACCEPT_IRQ,
     Event.SCHED_WAKING,
     Event.SCHED_SWITCH,
 }
 """What a simulated run records."""
 
-_HEADER_PAGE = """\
+_HEADER_PAGE: Final = """\
 	field: u64 timestamp;	offset:0;	size:8;	signed:0;
 	field: local_t commit;	offset:8;	size:8;	signed:1;
 	field: char data;	offset:16;	size:4080;	signed:0;
 """
-_COMMON = """\
+_COMMON: Final = """\
 	field:unsigned short common_type;	offset:0;	size:2;	signed:0;
 	field:unsigned char common_flags;	offset:2;	size:1;	signed:0;
 	field:unsigned char common_preempt_count;	offset:3;	size:1;	signed:0;
 	field:int common_pid;	offset:4;	size:4;	signed:1;
 """
-_UNSIGNED = frozenset(
+_UNSIGNED: Final = frozenset(
     ("hrtimer", "function", "work", "worker", "e", "rip", "guest_rip", "info1", "intr_info")
 ) | frozenset(("val", "gpa", "address", "data", "inhibits"))
 _FIRST_FIELD, _FIELD_BYTES = 8, 8
-_HARD_INTERRUPT = 0x08
-_DATA_BYTES = 4080
-_MOST_DELTA_NS = (1 << 27) - 1
-_WORD = 4
-_LENGTH_BITS = 5
-_PAGE_HEAD = struct.Struct("<QQ")
-_PAGES_A_MARK = 32
-_CPU = 0
-_FUNCTIONS = {function: 1 + int(function) for function in Function}
+_HARD_INTERRUPT: Final = 0x08
+_DATA_BYTES: Final = 4080
+_MOST_DELTA_NS: Final = (1 << 27) - 1
+_WORD: Final = 4
+_LENGTH_BITS: Final = 5
+_PAGE_HEAD: Final = struct.Struct("<QQ")
+_PAGES_A_MARK: Final = 32
+_CPU: Final = 0
+_FUNCTIONS: Final = {function: 1 + int(function) for function in Function}
 """Their addresses."""
-_LOST_EVENTS = int(Event.LOST_EVENTS)
-_IDLE = "<idle>-0"
-_UNNAMED = "<...>"
+_LOST_EVENTS: Final = int(Event.LOST_EVENTS)
+_IDLE: Final = "<idle>-0"
+_UNNAMED: Final = "<...>"
 
 
 def _id(event: int) -> int:

@@ -7,7 +7,7 @@ machine's clock, `task` an index into the recorder's tasks, with `IRQ_CONTEXT` s
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 __all__ = [
     "BY_NAME",
@@ -27,10 +27,10 @@ __all__ = [
 
 Record = tuple[int, ...]
 
-IRQ_CONTEXT = 1 << 22
+IRQ_CONTEXT: Final = 1 << 22
 """Set in a record's task when the event happened in an interrupt on that task's CPU."""
 
-HEADER_FIELDS = 3
+HEADER_FIELDS: Final = 3
 
 
 class Function(IntEnum):
@@ -170,7 +170,7 @@ BY_NAME: dict[str, Event] = {tracepoint.name: event for event, tracepoint in TRA
 FUNCTIONS: dict[str, Function] = {function.name.lower(): function for function in Function}
 """Functions by the kernel's name, in order."""
 
-FUNCTION_AT = HEADER_FIELDS + 1
+FUNCTION_AT: Final = HEADER_FIELDS + 1
 """Where records of `HAS_FUNCTION` have their function."""
 HAS_FUNCTION: frozenset[int] = frozenset(
     int(event) for event, tracepoint in TRACEPOINTS.items() if "function" in tracepoint.fields

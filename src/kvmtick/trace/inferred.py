@@ -24,34 +24,35 @@ a thread (PREEMPT_RT).
 import re
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Final
 
 from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Record
 
 __all__ = ["BackEnd", "Inferred", "is_creation"]
 
-_PIT_TIMER_FN = int(Function.PIT_TIMER_FN)
-_PIT_GSI = 0
+_PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
+_PIT_GSI: Final = 0
 _PIC_COMMAND, _PIC_DATA, _PIT_COUNTER_0 = 0x20, 0x21, 0x40
 _ICW1, _ICW1_ICW4_NEEDED, _ICW2_BASE = 0x10, 0x01, 0xF8
-_IRQ0 = 1
+_IRQ0: Final = 1
 _IOAPIC_SELECT, _IOAPIC_WINDOW = 0xFEC0_0000, 0xFEC0_0010
-_IOAPIC_REDIRECTION = 0x10
-_IOAPIC_MASKED = 1 << 16
-_APIC_EOI = 0xB0
-_PAGE = 0xFFF
-_MMIO_WRITE = 2
+_IOAPIC_REDIRECTION: Final = 0x10
+_IOAPIC_MASKED: Final = 1 << 16
+_APIC_EOI: Final = 0xB0
+_PAGE: Final = 0xFFF
+_MMIO_WRITE: Final = 2
 _APIC_BASE_MSR, _X2APIC_ENABLED = 0x1B, 1 << 10
 _INTR_TYPE, _INTR_NMI, _INTR_VALID = 0x700, 0x200, 1 << 31
-_MOST_NMIS = 2
-_NOTHING = -1
-_PERHAPS = -1
+_MOST_NMIS: Final = 2
+_NOTHING: Final = -1
+_PERHAPS: Final = -1
 
-_KVM_INJ_VIRQ = int(Event.KVM_INJ_VIRQ)
-_EVENT_OF = itemgetter(1)
-_KVM_SET_IRQ = int(Event.KVM_SET_IRQ)
-_IOAPIC_PIN = bytes((Event.KVM_IOAPIC_SET_IRQ,))
-_PIC_PIN = bytes((Event.KVM_PIC_SET_IRQ,))
-_MOST_MESSAGES = 8
+_KVM_INJ_VIRQ: Final = int(Event.KVM_INJ_VIRQ)
+_EVENT_OF: Final = itemgetter(1)
+_KVM_SET_IRQ: Final = int(Event.KVM_SET_IRQ)
+_IOAPIC_PIN: Final = bytes((Event.KVM_IOAPIC_SET_IRQ,))
+_PIC_PIN: Final = bytes((Event.KVM_PIC_SET_IRQ,))
+_MOST_MESSAGES: Final = 8
 """Between kvm_set_irq and kvm_ioapic_set_irq are the local APICs that accept the message."""
 
 

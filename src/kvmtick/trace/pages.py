@@ -8,20 +8,21 @@ Not modelled: pages of a machine of the other byte order.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from kvmtick.trace.formats import FormatError, parse_fields
 
 __all__ = ["COUNT_STORED", "MISSED", "UNKNOWN_COUNT", "Page", "PageLayout"]
 
-UNKNOWN_COUNT = -1
+UNKNOWN_COUNT: Final = -1
 """Events are missing before a page, nobody says how many."""
 
-MISSED = 1 << 31
+MISSED: Final = 1 << 31
 """In a page's length: events were lost before it."""
-COUNT_STORED = 1 << 30
+COUNT_STORED: Final = 1 << 30
 """In a page's length: how many were lost stands behind its events, in 8 bytes."""
-_LENGTH = (1 << 27) - 1
-_COUNT_BYTES = 8
+_LENGTH: Final = (1 << 27) - 1
+_COUNT_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from kvmtick.trace.events import Event, Record
 from kvmtick.trace.formats import FormatError
@@ -23,9 +23,9 @@ from kvmtick.trace.vms import VmInfo
 
 __all__ = ["Trace", "TraceFile", "open_trace"]
 
-_GZIP = b"\x1f\x8b"
-_START_BYTES = 1 << 16
-_BINARY = {
+_GZIP: Final = b"\x1f\x8b"
+_START_BYTES: Final = 1 << 16
+_BINARY: Final = {
     b"\x17\x08\x44tracing": "a file of trace-cmd: run trace-cmd report -t -i",
     b"PERFILE2": "a file of perf: run perf script --ns -F comm,pid,tid,cpu,time,event,trace -i",
 }

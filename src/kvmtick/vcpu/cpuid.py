@@ -17,7 +17,7 @@ paravirtual features.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvmtick.irqchip.lapic import DEFAULT_MAXPHYADDR
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
@@ -33,37 +33,37 @@ __all__ = [
     "vendor_registers",
 ]
 
-LEAF_VENDOR = 0
-LEAF_FEATURES = 1
-LEAF_EXTENDED_FEATURES = 7
-LEAF_TOPOLOGY = 0xB
-LEAVES_TOPOLOGY = (LEAF_TOPOLOGY, 0x1F)
-LEAF_CRYSTAL_CLOCK = 0x15
-LEAF_HYPERVISOR = 0x4000_0000
-LEAF_HYPERVISOR_CLOCKS = 0x4000_0010
-LEAF_EXTENDED = 0x8000_0000
-LEAF_BRAND = 0x8000_0002
-LEAF_INVARIANT_TSC = 0x8000_0007
-LEAF_ADDRESS_SIZES = 0x8000_0008
-LEAF_CENTAUR = 0xC000_0000
+LEAF_VENDOR: Final = 0
+LEAF_FEATURES: Final = 1
+LEAF_EXTENDED_FEATURES: Final = 7
+LEAF_TOPOLOGY: Final = 0xB
+LEAVES_TOPOLOGY: Final = (LEAF_TOPOLOGY, 0x1F)
+LEAF_CRYSTAL_CLOCK: Final = 0x15
+LEAF_HYPERVISOR: Final = 0x4000_0000
+LEAF_HYPERVISOR_CLOCKS: Final = 0x4000_0010
+LEAF_EXTENDED: Final = 0x8000_0000
+LEAF_BRAND: Final = 0x8000_0002
+LEAF_INVARIANT_TSC: Final = 0x8000_0007
+LEAF_ADDRESS_SIZES: Final = 0x8000_0008
+LEAF_CENTAUR: Final = 0xC000_0000
 
-ECX_X2APIC = 1 << 21
-ECX_TSC_DEADLINE = 1 << 24
-ECX_HYPERVISOR = 1 << 31
-EDX_APIC = 1 << 9
-EBX_TSC_ADJUST = 1 << 1
-EDX_INVARIANT_TSC = 1 << 8
+ECX_X2APIC: Final = 1 << 21
+ECX_TSC_DEADLINE: Final = 1 << 24
+ECX_HYPERVISOR: Final = 1 << 31
+EDX_APIC: Final = 1 << 9
+EBX_TSC_ADJUST: Final = 1 << 1
+EDX_INVARIANT_TSC: Final = 1 << 8
 
 # What the engine executes (`kvmtick.cpu.unicorn.FEATURES`), but for XSAVE, PKU and LA57.
-_CPU_1_ECX = 0x42D8_2203  # SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES RDRAND
-_CPU_1_EDX = 0x078A_A9FD  # FPU to SSE2, CLFSH; those of the board are below
-_CPU_7_EBX = 0x019C_0389  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT CLWB
-_CPU_EXT_ECX = 0x0000_0121  # LAHF in 64-bit mode, LZCNT, PREFETCHW
-_CPU_EXT_EDX = 0x2C10_0800  # SYSCALL NX 1-GiB-pages RDTSCP long-mode
-_BOARD_1_ECX = ECX_X2APIC | ECX_TSC_DEADLINE | ECX_HYPERVISOR
-_BOARD_1_EDX = EDX_APIC | 1 << 12 | 1 << 14 | 1 << 16  # MTRR, MCA, PAT
+_CPU_1_ECX: Final = 0x42D8_2203  # SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES RDRAND
+_CPU_1_EDX: Final = 0x078A_A9FD  # FPU to SSE2, CLFSH; those of the board are below
+_CPU_7_EBX: Final = 0x019C_0389  # FSGSBASE BMI1 SMEP BMI2 ERMS RDSEED ADX SMAP CLFLUSHOPT CLWB
+_CPU_EXT_ECX: Final = 0x0000_0121  # LAHF in 64-bit mode, LZCNT, PREFETCHW
+_CPU_EXT_EDX: Final = 0x2C10_0800  # SYSCALL NX 1-GiB-pages RDTSCP long-mode
+_BOARD_1_ECX: Final = ECX_X2APIC | ECX_TSC_DEADLINE | ECX_HYPERVISOR
+_BOARD_1_EDX: Final = EDX_APIC | 1 << 12 | 1 << 14 | 1 << 16  # MTRR, MCA, PAT
 
-BOARD_FEATURES = {
+BOARD_FEATURES: Final = {
     (LEAF_FEATURES, "ecx"): _BOARD_1_ECX,
     (LEAF_FEATURES, "edx"): _BOARD_1_EDX,
     (LEAF_EXTENDED_FEATURES, "ebx"): EBX_TSC_ADJUST,
@@ -71,10 +71,10 @@ BOARD_FEATURES = {
 """The bits that chips and MSRs of the model are behind, by leaf and register; whoever executes
 the guest has the others."""
 
-SANDY_BRIDGE = 0x206A1
-CLFLUSH_64_BYTES = 0x800
-BRAND = "kvmtick virtual CPU @ 1.00GHz"
-AMD_OR_HYGON = ("Auth", "AMDi", "Hygo")
+SANDY_BRIDGE: Final = 0x206A1
+CLFLUSH_64_BYTES: Final = 0x800
+BRAND: Final = "kvmtick virtual CPU @ 1.00GHz"
+AMD_OR_HYGON: Final = ("Auth", "AMDi", "Hygo")
 """How the vendors' names begin whose CPUs answer a leaf out of range with 0."""
 
 
@@ -97,7 +97,7 @@ class Feature(NamedTuple):
     mask: int
 
 
-FEATURES = {
+FEATURES: Final = {
     "x2apic": Feature(LEAF_FEATURES, "ecx", ECX_X2APIC),
     "tsc_deadline": Feature(LEAF_FEATURES, "ecx", ECX_TSC_DEADLINE),
     "tsc_adjust": Feature(LEAF_EXTENDED_FEATURES, "ebx", EBX_TSC_ADJUST),

@@ -11,7 +11,9 @@ Not modelled: SMI, pending exceptions (those that KVM itself raises; the engine 
 """
 
 from enum import IntFlag
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple
+
+from mypy_extensions import mypyc_attr
 
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, EventType, Interruptibility
 from kvmtick.trace.recorder import Recorder
@@ -31,30 +33,37 @@ __all__ = [
     "nmi_allowed",
 ]
 
-RFLAGS_IF = 1 << 9
-NMI_VECTOR = 2
-NMI_LIMIT = 2
+RFLAGS_IF: Final = 1 << 9
+NMI_VECTOR: Final = 2
+NMI_LIMIT: Final = 2
 """One NMI in service and one pending: more are merged (`process_nmi`)."""
 
-BP_VECTOR, OF_VECTOR = 3, 4
-ERROR_CODE_MASK = 0xFFFF
+BP_VECTOR: Final = 3
+OF_VECTOR: Final = 4
+ERROR_CODE_MASK: Final = 0xFFFF
 """What VMX delivers of an error code."""
 
-_EXTERNAL_INTERRUPT = intr_info(EventType.EXTERNAL, 0)
-_SHADOW = int(Interruptibility.STI | Interruptibility.MOV_SS)
-_NMI_BLOCKED = int(Interruptibility.NMI | Interruptibility.STI | Interruptibility.MOV_SS)
+_EXTERNAL_INTERRUPT: Final = intr_info(EventType.EXTERNAL, 0)
+_SHADOW: Final = int(Interruptibility.STI | Interruptibility.MOV_SS)
+_NMI_BLOCKED: Final = int(Interruptibility.NMI | Interruptibility.STI | Interruptibility.MOV_SS)
 
 
-class InterruptSource(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class InterruptSource:
     """Where the vCPU's external interrupts come from."""
 
-    vcpu_id: int
+    __slots__ = ("vcpu_id",)
+
+    def __init__(self, vcpu_id: int) -> None:
+        self.vcpu_id = vcpu_id
 
     def has_interrupt(self) -> bool:
         """`kvm_cpu_has_injectable_intr`."""
+        raise NotImplementedError
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_interrupt`: acknowledge and return the vector; -1 if none waits."""
+        raise NotImplementedError
 
 
 class Injected(IntFlag):
@@ -65,7 +74,9 @@ class Injected(IntFlag):
     INTERRUPT = 1 << 2
 
 
-_EXCEPTION, _NMI, _INTERRUPT = int(Injected.EXCEPTION), int(Injected.NMI), int(Injected.INTERRUPT)
+_EXCEPTION: Final = int(Injected.EXCEPTION)
+_NMI: Final = int(Injected.NMI)
+_INTERRUPT: Final = int(Injected.INTERRUPT)
 
 
 class QueuedException(NamedTuple):

@@ -16,7 +16,7 @@ instruction (an access over the end of a page is two; a read-modify-write, too).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvmtick.vcpu.hypercalls import emulate_hypercall
 
@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["ExitHandlers", "UserSpace"]
 
 # Basic exit reasons (SDM appendix C); engines report none of these.
-EXIT_VMCALL = 18
-EXIT_IO_INSTRUCTION = 30
-EXIT_MSR_READ = 31
-EXIT_MSR_WRITE = 32
-EXIT_EPT_MISCONFIG = 49
+EXIT_VMCALL: Final = 18
+EXIT_IO_INSTRUCTION: Final = 30
+EXIT_MSR_READ: Final = 31
+EXIT_MSR_WRITE: Final = 32
+EXIT_EPT_MISCONFIG: Final = 49
 
-CR8_RESERVED = ~0xF
+CR8_RESERVED: Final = ~0xF
 
-MMIO_READ_UNSATISFIED, MMIO_READ, MMIO_WRITE = range(3)
+MMIO_READ_UNSATISFIED: Final = 0
+MMIO_READ: Final = 1
+MMIO_WRITE: Final = 2
 
-RAX_BYTES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
+RAX_BYTES: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 
 
 class UserSpace(Protocol):
@@ -123,8 +125,6 @@ class ExitHandlers:
     def _record_entry(self) -> None:
         vcpu, recorder = self._vcpu, self._recorder
         recorder.kvm_entry(vcpu.vcpu_id, vcpu.engine.rip, 0)
-        if recorder.full:
-            recorder.flush()
 
     # Ports.
 
@@ -226,12 +226,8 @@ class ExitHandlers:
     def _after_access(self, deadline_ns: int) -> None:
         if self._queue.next_ns < deadline_ns:
             self._vcpu.engine.kick()
-        recorder = self._recorder
-        if recorder.detail:
+        if self._recorder.detail:
             self._record_entry()
-        # A guest can write registers for ever within one entry.
-        if recorder.full:
-            recorder.flush()
 
     # Model-specific registers.
 

@@ -9,6 +9,7 @@ exits to user space (KVM_CAP_EXIT_HYPERCALL); Hyper-V's and Xen's; the tracepoin
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 from kvmtick.cpu.mode import code_bits
 from kvmtick.irqchip.apicdef import (
@@ -27,16 +28,16 @@ from kvmtick.irqchip.delivery import IrqDelivery, LapicIrq
 
 __all__ = ["emulate_hypercall"]
 
-KVM_HC_VAPIC_POLL_IRQ = 1
-KVM_HC_KICK_CPU = 5
-KVM_HC_CLOCK_PAIRING = 9
-KVM_HC_SEND_IPI = 10
-KVM_HC_SCHED_YIELD = 11
+KVM_HC_VAPIC_POLL_IRQ: Final = 1
+KVM_HC_KICK_CPU: Final = 5
+KVM_HC_CLOCK_PAIRING: Final = 9
+KVM_HC_SEND_IPI: Final = 10
+KVM_HC_SCHED_YIELD: Final = 11
 
 KVM_EPERM, KVM_EINVAL, KVM_EOPNOTSUPP, KVM_ENOSYS = 1, 22, 95, 1000
 
-DEST_MASK = APIC_DEST_LOGICAL
-SHORT_MASK = 3 << APIC_SHORT_SHIFT
+DEST_MASK: Final = APIC_DEST_LOGICAL
+SHORT_MASK: Final = 3 << APIC_SHORT_SHIFT
 
 
 def emulate_hypercall(registers: Mapping[str, int], delivery: IrqDelivery) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
-from typing import Protocol
+from typing import Final, Protocol
 
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
@@ -21,6 +21,7 @@ from kvmtick.irqchip.lapic import Lapic, LapicBoard
 from kvmtick.timing.queue import EventQueue
 from kvmtick.vcpu.cpuid import Cpuid
 from kvmtick.vcpu.events import (
+    InterruptSource,
     PendingEvents,
     complete_interrupts,
     inject_pending_event,
@@ -33,12 +34,12 @@ from kvmtick.vcpu.vmcs import Vmcs
 
 __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 
-NO_VECTOR = -1
-NS_PER_MS = 1_000_000
-RESET_CS_IP = (0xF000, 0xFFF0)
+NO_VECTOR: Final = -1
+NS_PER_MS: Final = 1_000_000
+RESET_CS_IP: Final = (0xF000, 0xFFF0)
 """Where a processor starts after RESET and INIT (SDM table 11-1), but for CS's base: there is no
 firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
-SIPI_PAGE_SHIFT = 8
+SIPI_PAGE_SHIFT: Final = 8
 """A SIPI vector is the number of the 4 KiB page to start at: CS is vector << 8."""
 
 
@@ -66,25 +67,25 @@ class Request(IntFlag):
 
 
 # Plain integers: arithmetic on enum members costs more than a port access.
-_REQ_EVENT = int(Request.EVENT)
-_REQ_MIGRATE_TIMER = int(Request.MIGRATE_TIMER)
-_REQ_UNBLOCK = int(Request.UNBLOCK)
-_REQ_SCAN_IOAPIC = int(Request.SCAN_IOAPIC)
-_REQ_IOAPIC_EOI_EXIT = int(Request.IOAPIC_EOI_EXIT)
-_REQ_NMI = int(Request.NMI)
-_RUNNABLE = int(MpState.RUNNABLE)
-_HALTED = int(MpState.HALTED)
-_INIT_RECEIVED = int(MpState.INIT_RECEIVED)
-_UNINITIALIZED = int(MpState.UNINITIALIZED)
-_SIPI_RECEIVED = int(MpState.SIPI_RECEIVED)
-_AWAIT_SIPI = (_UNINITIALIZED, _INIT_RECEIVED)
-_EXIT_BREAKPOINT = int(ExitReason.BREAKPOINT)
-_EXIT_EXTERNAL_INTERRUPT = int(ExitReason.EXTERNAL_INTERRUPT)
-_EXIT_HLT = int(ExitReason.HLT)
-_EXIT_INTERRUPT_WINDOW = int(ExitReason.INTERRUPT_WINDOW)
-_EXIT_NMI_WINDOW = int(ExitReason.NMI_WINDOW)
-_EXIT_PREEMPTION_TIMER = int(ExitReason.PREEMPTION_TIMER)
-_FATAL_EXITS = (int(ExitReason.TRIPLE_FAULT), int(ExitReason.INTERNAL_ERROR))
+_REQ_EVENT: Final = int(Request.EVENT)
+_REQ_MIGRATE_TIMER: Final = int(Request.MIGRATE_TIMER)
+_REQ_UNBLOCK: Final = int(Request.UNBLOCK)
+_REQ_SCAN_IOAPIC: Final = int(Request.SCAN_IOAPIC)
+_REQ_IOAPIC_EOI_EXIT: Final = int(Request.IOAPIC_EOI_EXIT)
+_REQ_NMI: Final = int(Request.NMI)
+_RUNNABLE: Final = int(MpState.RUNNABLE)
+_HALTED: Final = int(MpState.HALTED)
+_INIT_RECEIVED: Final = int(MpState.INIT_RECEIVED)
+_UNINITIALIZED: Final = int(MpState.UNINITIALIZED)
+_SIPI_RECEIVED: Final = int(MpState.SIPI_RECEIVED)
+_AWAIT_SIPI: Final = (_UNINITIALIZED, _INIT_RECEIVED)
+_EXIT_BREAKPOINT: Final = int(ExitReason.BREAKPOINT)
+_EXIT_EXTERNAL_INTERRUPT: Final = int(ExitReason.EXTERNAL_INTERRUPT)
+_EXIT_HLT: Final = int(ExitReason.HLT)
+_EXIT_INTERRUPT_WINDOW: Final = int(ExitReason.INTERRUPT_WINDOW)
+_EXIT_NMI_WINDOW: Final = int(ExitReason.NMI_WINDOW)
+_EXIT_PREEMPTION_TIMER: Final = int(ExitReason.PREEMPTION_TIMER)
+_FATAL_EXITS: Final = (int(ExitReason.TRIPLE_FAULT), int(ExitReason.INTERNAL_ERROR))
 
 
 class VcpuBoard(LapicBoard, Protocol):
@@ -116,7 +117,7 @@ class VcpuBoard(LapicBoard, Protocol):
         """Whether an ioeventfd took the write."""
 
 
-class Vcpu:
+class Vcpu(InterruptSource):
     """One vCPU over one engine."""
 
     __slots__ = (
@@ -149,7 +150,6 @@ class Vcpu:
         "slept_from_ns",
         "task",
         "tsc_khz",
-        "vcpu_id",
         "vmcs",
         "wants_window",
     )
@@ -160,12 +160,12 @@ class Vcpu:
         """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
         others wait for INIT and SIPI.
         """
+        super().__init__(vcpu_id)
         self._board = board
         self._clock = board.clock
         self._recorder = board.recorder
         # An irqchip comes before the first vCPU or never.
         self._pic = board.pic
-        self.vcpu_id = vcpu_id
         self.is_bsp = is_bsp
         self.engine = engine
         self.task = task

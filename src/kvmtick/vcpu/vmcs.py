@@ -3,13 +3,15 @@
 Not modelled: everything else of a VMCS; guest state lives in the engine.
 """
 
+from typing import Final
+
 from kvmtick.cpu.engine import INTR_INFO_VALID, EventType
 
 __all__ = ["INTR_INFO_TYPE_SHIFT", "Vmcs", "intr_info", "intr_type", "intr_vector"]
 
-INTR_INFO_TYPE_SHIFT = 8
-INTR_INFO_VECTOR_MASK = 0xFF
-INTR_INFO_TYPE_MASK = 7
+INTR_INFO_TYPE_SHIFT: Final = 8
+INTR_INFO_VECTOR_MASK: Final = 0xFF
+INTR_INFO_TYPE_MASK: Final = 7
 
 
 def intr_info(event_type: EventType, vector: int) -> int:
