@@ -86,9 +86,7 @@ def read(read_memory: Callable[[int, int], bytes], replays: bool) -> Latencies:
     samples = [_Sample(*each) for each in _SAMPLE.iter_unpack(memory)]
     tsc_per_count = _tsc_per_count(samples[: _WAITS + 1])
     *handlers, stop = _expiries(samples[_WAITS + 1 :], block.divisor, tsc_per_count)
-    counts = _replayed if replays else _merged
-    late = counts(handlers, block.divisor)
-    return Latencies(late, stop[0], len(handlers) + owed)
+    return Latencies(_late(handlers, block.divisor, replays), stop[0], len(handlers) + owed)
 
 
 def _tsc_per_count(samples: list[_Sample]) -> float:
@@ -124,21 +122,14 @@ def _expiries(
     return expiries
 
 
-def _replayed(handlers: list[tuple[int, int]], divisor: int) -> list[int]:
-    """What each handler was late by, if the n-th takes the n-th expiry."""
-    return [
-        (expired - number) * divisor + phase
-        for number, (expired, phase) in enumerate(handlers, start=1)
-    ]
-
-
-def _merged(handlers: list[tuple[int, int]], divisor: int) -> list[int]:
-    """The same, if each takes the first expiry since the one before."""
+def _late(handlers: list[tuple[int, int]], divisor: int, replays: bool) -> list[int]:
+    """What each handler was late by, in PIT counts; `read` says after which expiry."""
     late: list[int] = []
-    seen = 0
+    done = 0
     for expired, phase in handlers:
-        # none since then: it came between that handler's start and its look at the counter
-        taken = min(seen + 1, expired)
+        # With none since then it is one that came between that handler's start and its look at the
+        # counter, or one too many.
+        taken = min(done + 1, expired)
         late.append((expired - taken) * divisor + phase)
-        seen = expired
+        done = taken if replays else expired
     return late

@@ -2,8 +2,8 @@
 
 The loop is: fire what is due, look after a halted or descheduled vCPU, enter the guest up to the
 next deadline. In virtual time the clock moves by the instructions the guest retired and jumps over
-the time it sleeps; in real time the guest is kicked at the deadline by a thread, and a halted one
-sleeps.
+the time it sleeps; in real time the guest leaves at the deadline by the clock, or a thread kicks it,
+and a halted one sleeps.
 
 Several vCPUs share the machine's one host CPU: each runs for a quantum, round robin, and gives up
 the rest of it when it halts, or with PAUSE while another one could run. So at any moment only one
@@ -164,7 +164,7 @@ class Machine:
         self.board.vcpus.append(vcpu)
         if not self.virtual:
             engine.release_gil(True)
-            if self._kicker is None:
+            if self._kicker is None and not engine.has_deadline:
                 self._kicker = Kicker(self._kick_entering)
         if self.loaded:
             self._place(vcpu)
@@ -501,7 +501,7 @@ class Machine:
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
         if deadline_ns <= now_ns:
-            if self._kicker is None:
+            if self.virtual:
                 # Serving the requests made something due: deliver the event, then look after it.
                 vcpu.engine.kick()
                 deadline_ns = now_ns + 1
@@ -509,11 +509,18 @@ class Machine:
                 # A host that is always behind its timers has to let the guest do something all the
                 # same.
                 deadline_ns = now_ns + LEAST_SLICE_REAL_NS
-        if self._kicker is None:
+        if self.virtual:
             budget = deadline_ns - now_ns
             return vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
+        return self._enter_until(vcpu, min(deadline_ns, now_ns + SLICE_REAL_NS))
+
+    def _enter_until(self, vcpu: Vcpu, end_ns: int) -> int:
+        """In real time."""
+        if self._kicker is None:
+            vcpu.engine.deadline_ns = end_ns
+            return vcpu.enter(UNLIMITED_INSTRUCTIONS)
         self._entering = vcpu
-        self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
+        self._kicker.arm(end_ns)
         try:
             return vcpu.enter(UNLIMITED_INSTRUCTIONS)
         finally:
