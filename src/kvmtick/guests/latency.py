@@ -99,9 +99,7 @@ def _tsc_per_count(samples: list[_Sample]) -> float:
     )
 
 
-def _expiries(
-    samples: list[_Sample], divisor: int, tsc_per_count: float
-) -> list[tuple[int, int]]:
+def _expiries(samples: list[_Sample], divisor: int, tsc_per_count: float) -> list[tuple[int, int]]:
     """For each sample but the first: how often the timer had expired, and counts since then.
 
     The counters drift against each other, for a timer's period is whole nanoseconds: by less than a

@@ -2,8 +2,8 @@
 
 The loop is: fire what is due, look after a halted or descheduled vCPU, enter the guest up to the
 next deadline. In virtual time the clock moves by the instructions the guest retired and jumps over
-the time it sleeps; in real time the guest leaves at the deadline by the clock, or a thread kicks it,
-and a halted one sleeps.
+the time it sleeps; in real time the guest leaves at the deadline by the clock, or is kicked by a
+thread where its CPU cannot, and a halted one sleeps.
 
 Several vCPUs share the machine's one host CPU: each runs for a quantum, round robin, and gives up
 the rest of it when it halts, or with PAUSE while another one could run. So at any moment only one
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
@@ -86,9 +87,11 @@ class Machine:
         detail: bool = False,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
+        min_timer_period_ns: int = MIN_TIMER_PERIOD_NS,
     ) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need;
-        `quantum_ns` is the longest turn of one of several vCPUs.
+        `quantum_ns` is the longest turn of one of several vCPUs; no periodic timer of a chip is
+        faster than `min_timer_period_ns`.
         """
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
@@ -103,7 +106,7 @@ class Machine:
         self.host = HostModel(seed)
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
         self.ports.on_unknown_msr = self._unknown_msr
-        self.board = Board(self.clock, self.host, self.recorder, self.ports)
+        self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
         self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
         self.strict = False
