@@ -16,18 +16,18 @@ def test_every_tick_is_taken() -> None:
 
 
 def test_a_tick_that_does_not_reach_the_guest_is_found() -> None:
-    with pytest.raises(MeasureError, match="tick-if0 took 9 of 9 ticks: .*'reinjected': "):
+    with pytest.raises(MeasureError, match=r"tick-if0 took 9 of 9 ticks: .*'reinjected': "):
         run_ticks("tick-if0", 9, "--hold", "5ms")
 
 
 def test_a_guest_that_is_not_done_is_found(tmp_path: Path) -> None:
     path = tmp_path / "loop.bin"
     path.write_bytes(loop("registers", 1000).image)
-    with pytest.raises(MeasureError, match="ended with .*'time'"):
+    with pytest.raises(MeasureError, match=r"ended with .*'time'"):
         run_guest(str(path), "--for", "1us")
     assert run_guest(str(path), "--fast")[1]["exit"]["reason"] == "done"
 
 
 def test_a_run_that_fails_says_why() -> None:
-    with pytest.raises(MeasureError, match="ended with exit code 2: kvmtick: .*tick-pick"):
+    with pytest.raises(MeasureError, match=r"ended with exit code 2: kvmtick: .*tick-pick"):
         run_guest("tick-pick")

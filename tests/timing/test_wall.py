@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, Waker, sleep_ns, wait_for_any
+from kvmtick.timing.wall import Kicker, Stopwatch, TimerFd, Waker, sleep_ns
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -137,20 +137,47 @@ def test_sleeping_for_nothing_returns_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert slept == [1.0]
 
 
-def test_a_descriptor_that_can_be_read_ends_the_sleep() -> None:
+@pytest.fixture
+def timer() -> Iterator[TimerFd]:
+    timer = TimerFd()
+    yield timer
+    timer.close()
+
+
+def test_a_timer_is_not_early_and_one_that_has_passed_is_not_waited_for(timer: TimerFd) -> None:
+    due_ns = time.monotonic_ns() + 2_000_000
+    timer.arm(due_ns)
+    assert not timer.wait()
+    assert time.monotonic_ns() >= due_ns
+    for passed_ns in (due_ns, 1, 0, -5):
+        timer.arm(passed_ns)
+        assert not timer.wait()
+
+
+def test_the_time_a_timer_was_armed_for_last_counts(timer: TimerFd) -> None:
+    timer.arm(1)
+    due_ns = time.monotonic_ns() + 2_000_000
+    timer.arm(due_ns)
+    timer.wait()
+    assert time.monotonic_ns() >= due_ns
+
+
+def test_a_descriptor_that_can_be_read_ends_the_wait(timer: TimerFd) -> None:
     signalled = os.eventfd(1)
     try:
-        assert wait_for_any([signalled], 3600 * 10**9)
+        timer.arm(NEVER_NS)
+        assert timer.wait([signalled])
     finally:
         os.close(signalled)
 
 
-def test_a_descriptor_above_what_select_can_take_works_too() -> None:
+def test_a_descriptor_above_what_select_can_take_works_too(timer: TimerFd) -> None:
     # 1024 is FD_SETSIZE; the duplicate needs no room below it.
     signalled = os.eventfd(1)
     high = fcntl.fcntl(signalled, fcntl.F_DUPFD, 1024)
     try:
-        assert wait_for_any([high], 3600 * 10**9)
+        timer.arm(NEVER_NS)
+        assert timer.wait([high])
     finally:
         os.close(high)
         os.close(signalled)

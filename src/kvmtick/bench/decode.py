@@ -24,7 +24,7 @@ __all__ = ["FIGURES"]
 EVENTS: Final = 1_000_000
 LEAST_RAW: Final = 2.0
 TIMES_TRACE_CMD: Final = 1.5
-UNIT: Final = "million events/s"
+UNIT: Final = "M events/s"
 
 
 def main() -> None:

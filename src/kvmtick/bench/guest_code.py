@@ -68,7 +68,7 @@ def _figure(name: str, loop_name: str, what: str) -> Figure:
     return Figure(
         name,
         what,
-        "million instructions/s",
+        "MIPS",
         take,
         (Demand(5.0, "bochs"), Demand(1 / 3, "qemu")),
     )
