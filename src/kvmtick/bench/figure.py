@@ -69,6 +69,8 @@ class Figure:
     """What is reported beside the mark."""
     at_most: bool = False
     """The value should be small, not large."""
+    pinned: bool = True
+    """It is taken on one core."""
 
     def best(self, values: list[float]) -> float:
         """The run that was disturbed least."""
