@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from apic_board import FEATURES, ApicBoard, VcpuStub
 
 from kvmtick.irqchip.apicdef import APIC_SPIV, APIC_SPIV_APIC_ENABLED
-from kvmtick.irqchip.delivery import EoiTarget, LapicIrq
+from kvmtick.irqchip.delivery import LapicIrq
 from kvmtick.irqchip.lapic import Lapic
 from kvmtick.irqchip.lapic_registers import page_register, set_page_register
 from kvmtick.trace.events import Event
@@ -23,7 +23,7 @@ NOBODY = -1
 MS = 1_000_000
 
 
-class IoapicStub(EoiTarget):
+class IoapicStub:
     """Remembers the EOIs it is told of."""
 
     def __init__(self) -> None:
