@@ -85,8 +85,16 @@ class Build(build_ext):
             old.unlink()
 
     def compile_at_once(self) -> None:
-        """The sources of an extension in as many processes as there are processors."""
+        """The sources of an extension in as many processes as there are processors, and only those
+        that changed: mypyc leaves a file as it is when it would write the same.
+        """
         compiler = self.compiler
+        headers = [path.stat().st_mtime for path in Path("build").glob("*.h")]
+
+        def is_old(target: str, source: str) -> bool:
+            if not Path(target).exists():
+                return True
+            return Path(target).stat().st_mtime < max(Path(source).stat().st_mtime, *headers, 0)
 
         def compile_sources(
             sources,
@@ -103,9 +111,10 @@ class Build(build_ext):
             )
             cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
 
-            def compile_one(target):
+            def compile_one(target: str) -> None:
                 source, suffix = build[target]
-                compiler._compile(target, source, suffix, cc_args, extra_postargs, pp_opts)
+                if "_shim" in target or is_old(target, source):
+                    compiler._compile(target, source, suffix, cc_args, extra_postargs, pp_opts)
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(compile_one, build))

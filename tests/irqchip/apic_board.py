@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
-from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.lapic import Lapic, LapicVcpu
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import Clock, VirtualClock
 from kvmtick.timing.host import HostModel
@@ -18,12 +18,12 @@ from kvmtick.trace.recorder import Recorder
 FEATURES = ("x2apic", "tsc_deadline")
 
 
-class VcpuStub:
+class VcpuStub(LapicVcpu):
     """A vCPU, as far as its local APIC and the IOAPIC can tell."""
 
     def __init__(self, clock: Clock, vcpu_id: int, features: Iterable[str]) -> None:
+        super().__init__(vcpu_id, GUEST_TSC_KHZ)
         self._clock = clock
-        self.vcpu_id = vcpu_id
         self.features = frozenset(features)
         self.events = 0
         self.unblocks = 0
@@ -31,8 +31,6 @@ class VcpuStub:
         self.scan_wanted = False
         self.eoi_exits: list[int] = []
         self.nmis = 0
-
-    tsc_khz = GUEST_TSC_KHZ
 
     def request_event(self) -> None:
         self.events += 1

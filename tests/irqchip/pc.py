@@ -1,7 +1,5 @@
 """A PC of real parts for the chip tests: a board, a virtual clock, and a guest's hands on it."""
 
-from typing import cast
-
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.machine.board import Board
@@ -31,7 +29,7 @@ def interval_ns(count: int) -> int:
     return count * 1_000_000_000 // HZ
 
 
-class VcpuStub:
+class VcpuStub(Vcpu):
     """Counts how often it was asked to look at its events."""
 
     def __init__(self, accepts_extint: bool = True) -> None:
@@ -64,7 +62,7 @@ class Pc:
             self.board.create_pit(pit)
 
     def add_vcpu(self, vcpu: VcpuStub) -> None:
-        self.board.vcpus.append(cast(Vcpu, vcpu))
+        self.board.vcpus.append(vcpu)
 
     @property
     def pit(self) -> Pit:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ctypes import sizeof
 
 import pytest
+from attributes import attributes
 from hypothesis import given
 from hypothesis import strategies as st
 from pc import Pc
@@ -193,12 +194,12 @@ def test_a_pit_may_be_created_again_after_it_was_freed() -> None:
 
 def distinct(channel: PitChannel) -> dict[str, int]:
     """A different value in every field."""
-    return {name: index + 1 for index, name in enumerate(type(channel).__slots__)}
+    return {name: index + 1 for index, name in enumerate(attributes(type(channel)))}
 
 
 def test_save_and_restore_walk_every_field() -> None:
     names = [name for name, *_ in kvm_pit_channel_state._fields_]
-    assert sorted(names) == sorted(PitChannel.__slots__)
+    assert sorted(names) == sorted(attributes(PitChannel))
     channel = PitChannel(gate=0)
     values = distinct(channel)
     for name, value in values.items():

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from attributes import attributes
 from hypothesis import given
 from hypothesis import strategies as st
 from pc import CONTROL, SPEAKER, Pc, clocks
@@ -16,7 +17,7 @@ CHANNELS = (0, 1, 2)
 
 def fields(pc: Pc, channel: int) -> dict[str, int]:
     state = pc.pit.channels[channel]
-    return {name: getattr(state, name) for name in type(state).__slots__}
+    return {name: getattr(state, name) for name in attributes(type(state))}
 
 
 @pytest.fixture
@@ -461,5 +462,5 @@ def test_no_sequence_of_port_accesses_leaves_the_byte_range(
         assert channel.mode in (0, 1, 2, 3, 4, 5, MODE_NONE)
         saved = channel.save()
         assert all(
-            getattr(saved, name) == getattr(channel, name) for name in type(channel).__slots__
+            getattr(saved, name) == getattr(channel, name) for name in attributes(type(channel))
         )

@@ -1,6 +1,7 @@
 """The PIC pair, rule by rule."""
 
 import pytest
+from attributes import attributes
 from pc import (
     ELCR1,
     ELCR2,
@@ -48,7 +49,7 @@ def test_after_reset_everything_is_0_but_the_elcr_mask() -> None:
 
 def test_the_state_is_the_kernels_struct_and_no_field_is_forgotten() -> None:
     assert tuple(name for name, *_ in kvm_pic_state._fields_) == PIC_STATE_FIELDS
-    assert set(PicState.__slots__) == {*PIC_STATE_FIELDS, "first_pin"}
+    assert set(attributes(PicState)) == {*PIC_STATE_FIELDS, "first_pin"}
 
 
 def test_save_and_restore_walk_every_field() -> None:

@@ -26,7 +26,7 @@ class Source(InterruptSource):
     """External interrupts waiting, highest first."""
 
     def __init__(self, *vectors: int) -> None:
-        super().__init__(0)
+        super().__init__(0, 1_000_000)
         self.vectors = list(vectors)
 
     def has_interrupt(self) -> bool:

@@ -107,24 +107,28 @@ def nominal_period_ns(count: int) -> int:
     return max(mul_u64_u32_div(count, NSEC_PER_SEC, KVM_PIT_FREQ_HZ), MIN_TIMER_PERIOD_NS)
 
 
+PIT_CHANNEL_FIELDS: Final = (
+    "bcd",
+    "count",
+    "count_latched",
+    "count_load_time",
+    "gate",
+    "latched_count",
+    "mode",
+    "read_state",
+    "rw_mode",
+    "status",
+    "status_latched",
+    "write_latch",
+    "write_state",
+)
+"""Those of struct kvm_pit_channel_state, but for what is reserved there."""
+
+
 class PitChannel:
     """One counter, under the names of struct kvm_pit_channel_state."""
 
-    __slots__ = (
-        "bcd",
-        "count",
-        "count_latched",
-        "count_load_time",
-        "gate",
-        "latched_count",
-        "mode",
-        "read_state",
-        "rw_mode",
-        "status",
-        "status_latched",
-        "write_latch",
-        "write_state",
-    )
+    __slots__ = PIT_CHANNEL_FIELDS
 
     def __init__(self, gate: int) -> None:
         self.count = MAX_COUNT
@@ -143,11 +147,11 @@ class PitChannel:
 
     def save(self) -> kvm_pit_channel_state:
         """All of it, as KVM_GET_PIT2 gives it."""
-        return kvm_pit_channel_state(**{name: getattr(self, name) for name in self.__slots__})
+        return kvm_pit_channel_state(**{name: getattr(self, name) for name in PIT_CHANNEL_FIELDS})
 
     def restore(self, state: kvm_pit_channel_state) -> None:
         """Take over every field, unchecked, as the kernel does."""
-        for name in self.__slots__:
+        for name in PIT_CHANNEL_FIELDS:
             setattr(self, name, getattr(state, name))
 
 

@@ -12,6 +12,8 @@ ends the service at once.
 Not modelled: MCS-80/85 vectors, buffered mode, the contents of ICW3 (the slave is on IR2).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Final
 
@@ -164,7 +166,22 @@ class PicState:
         return (priority + self.priority_add) & 7
 
 
-class Pic(IoDevice, IrqTarget):
+class PicPorts(IoDevice):
+    """The pair on the port bus (`picdev_master_ops`, `picdev_slave_ops`, `picdev_elcr_ops`)."""
+
+    __slots__ = ("_pic",)
+
+    def __init__(self, pic: Pic) -> None:
+        self._pic = pic
+
+    def io_read(self, port: int, size_bytes: int, stale: int) -> int:
+        return self._pic.io_read(port, size_bytes)
+
+    def io_write(self, port: int, size_bytes: int, value: int) -> None:
+        self._pic.io_write(port, size_bytes, value)
+
+
+class Pic(IrqTarget):
     """The master and slave pair; `output` is the INTR pin to the processor.
 
     `accepts_extint` says whether a vCPU would take ExtINT (`kvm_apic_accept_pic_intr`),
@@ -204,8 +221,9 @@ class Pic(IoDevice, IrqTarget):
 
     def register(self, bus: IoBus) -> None:
         """Put the pair and the ELCR on the port bus (`kvm_pic_init`)."""
+        ports = PicPorts(self)
         for port in (PORT_MASTER, PORT_SLAVE, PORT_ELCR):
-            bus.register(port, 2, self)
+            bus.register(port, 2, ports)
 
     def set_irq(self, pin: int, irq_source_id: int, level: int, line_status: bool = False) -> int:
         """`kvm_pic_set_irq`: drive pin 0-15; the result is `PicState.set_line`'s."""
@@ -280,7 +298,7 @@ class Pic(IoDevice, IrqTarget):
             self.output = True
             self._raise_intr()
 
-    def io_read(self, port: int, size_bytes: int, stale: int) -> int:
+    def io_read(self, port: int, size_bytes: int) -> int:
         """`picdev_read`. Anything but a byte reads 0."""
         if size_bytes != 1:
             return 0

@@ -8,7 +8,7 @@ nothing leaves the guest with what was there before.
 import errno
 from typing import Final
 
-from mypy_extensions import mypyc_attr, trait
+from mypy_extensions import mypyc_attr
 
 from kvmtick.abi.errors import KvmError
 
@@ -17,7 +17,6 @@ __all__ = ["IoBus", "IoDevice"]
 NR_IOBUS_DEVS: Final = 1000
 
 
-@trait
 @mypyc_attr(allow_interpreted_subclasses=True)
 class IoDevice:
     """A device on the bus."""

@@ -28,6 +28,8 @@ import errno
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.abi.errors import KvmError
 from kvmtick.irqchip.apicdef import (
     APIC_BASE_MSR,
@@ -166,34 +168,44 @@ def x2apic_ldr(x2apic_id: int) -> int:
     return (x2apic_id >> 4) << 16 | 1 << (x2apic_id & 0xF)
 
 
-class LapicVcpu(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class LapicVcpu:
     """What a local APIC asks of its vCPU."""
 
-    vcpu_id: int
+    __slots__ = ("tsc_khz", "vcpu_id")
+
+    def __init__(self, vcpu_id: int, tsc_khz: int) -> None:
+        """`tsc_khz`: what the guest's TSC counts a millisecond."""
+        self.vcpu_id = vcpu_id
+        self.tsc_khz = tsc_khz
 
     def request_event(self) -> None:
         """KVM_REQ_EVENT and a kick."""
+        raise NotImplementedError
 
     def request_unblock(self) -> None:
         """KVM_REQ_UNBLOCK and a kick: the timer is pending."""
+        raise NotImplementedError
 
     def request_scan_ioapic(self) -> None:
         """KVM_REQ_SCAN_IOAPIC: set `Lapic.handled_vectors` anew."""
+        raise NotImplementedError
 
     def request_ioapic_eoi_exit(self, vector: int) -> None:
         """KVM_REQ_IOAPIC_EOI_EXIT: tell user space's IOAPIC."""
+        raise NotImplementedError
 
     def queue_nmi(self) -> None:
         """`kvm_inject_nmi` and a kick."""
-
-    tsc_khz: int
-    """What the guest's TSC counts a millisecond."""
+        raise NotImplementedError
 
     def guest_tsc(self) -> int:
         """The guest's TSC now, in its cycles."""
+        raise NotImplementedError
 
     def has_cpuid(self, feature: str) -> bool:
         """Whether KVM_SET_CPUID2 gave the guest "x2apic" or "tsc_deadline"."""
+        raise NotImplementedError
 
 
 class LapicBoard(Protocol):

@@ -18,7 +18,7 @@ import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from mypy_extensions import mypyc_attr, trait
+from mypy_extensions import mypyc_attr
 
 from kvmtick.abi.errors import NO_IRQCHIP, KvmError
 from kvmtick.abi.structs import (
@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 
-@trait
 @mypyc_attr(allow_interpreted_subclasses=True)
 class IrqTarget:
     """A chip that GSIs lead to, or a message."""

@@ -28,7 +28,7 @@ from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
 from kvmtick.machine.ports import PortMap
 from kvmtick.machine.testdev import PcTestdev
-from kvmtick.timing.clock import MonotonicClock, VirtualClock
+from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import Kicker, Stopwatch, Waker
@@ -99,7 +99,7 @@ class Machine:
             raise ValueError(f"quantum_ns={quantum_ns}: give more than 0")
         check_ram_bytes(ram_bytes)
         self.virtual = clock == "virtual"
-        self.clock = VirtualClock() if self.virtual else MonotonicClock()
+        self.clock: Clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
         self.recorder = Recorder(self.clock, detail)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")

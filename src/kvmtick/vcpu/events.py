@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from mypy_extensions import mypyc_attr
 
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, EventType, Interruptibility
+from kvmtick.irqchip.lapic import LapicVcpu
 from kvmtick.trace.recorder import Recorder
 from kvmtick.vcpu.vmcs import Vmcs, intr_info, intr_type, intr_vector
 
@@ -49,13 +50,10 @@ _NMI_BLOCKED: Final = int(Interruptibility.NMI | Interruptibility.STI | Interrup
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class InterruptSource:
+class InterruptSource(LapicVcpu):
     """Where the vCPU's external interrupts come from."""
 
-    __slots__ = ("vcpu_id",)
-
-    def __init__(self, vcpu_id: int) -> None:
-        self.vcpu_id = vcpu_id
+    __slots__ = ()
 
     def has_interrupt(self) -> bool:
         """`kvm_cpu_has_injectable_intr`."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
@@ -117,6 +119,7 @@ class VcpuBoard(LapicBoard, Protocol):
         """Whether an ioeventfd took the write."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Vcpu(InterruptSource):
     """One vCPU over one engine."""
 
@@ -149,7 +152,6 @@ class Vcpu(InterruptSource):
         "single_step",
         "slept_from_ns",
         "task",
-        "tsc_khz",
         "vmcs",
         "wants_window",
     )
@@ -160,7 +162,7 @@ class Vcpu(InterruptSource):
         """`task` is the vCPU thread's index in the recorder; `is_bsp`: it boots the machine, the
         others wait for INIT and SIPI.
         """
-        super().__init__(vcpu_id)
+        super().__init__(vcpu_id, engine.tsc_khz)
         self._board = board
         self._clock = board.clock
         self._recorder = board.recorder
@@ -188,7 +190,6 @@ class Vcpu(InterruptSource):
         self._step_over = False
         self._eoi_exit_vector = NO_VECTOR
         self._exits_on_pause = False
-        self.tsc_khz = engine.tsc_khz
         self._tsc_value = 0
         self._tsc_at_ns = 0
         self.cpuid = Cpuid()
