@@ -2,13 +2,15 @@
 
 import fcntl
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, TimerFd, Waker, sleep_ns
+from kvmtick.timing.wall import Kicker, Stopwatch, TimerFd, Waker, short_slices, sleep_ns
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -208,3 +210,19 @@ def test_a_descriptor_ends_the_sleep_of_a_waker() -> None:
     finally:
         os.close(signalled)
         waker.close()
+
+
+def slice_ns() -> int:
+    """This thread's time slice, as the kernel tells it; 0 where it tells none."""
+    found = re.search(r"se\.slice\s*:\s*(\d+)", Path("/proc/self/sched").read_text())
+    return int(found[1]) if found else 0
+
+
+def test_time_slices_are_short_for_a_while_and_then_as_before() -> None:
+    before_ns = slice_ns()
+    with short_slices():
+        within_ns = slice_ns()
+    assert slice_ns() == before_ns
+    if not before_ns:
+        pytest.skip("this kernel tells no time slices")
+    assert within_ns == 100_000

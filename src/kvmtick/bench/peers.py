@@ -18,9 +18,10 @@ from kvmtick.bench.process import MeasureError, Spent, run_process
 from kvmtick.bench.rom import exit_and_count, rom_of
 from kvmtick.guests import LOAD_AT, PARAMETERS, Guest
 
-__all__ = ["BOCHS", "BOCHS_IPS", "PEERS", "QEMU", "QEMU_EXIT_CODES", "Peer"]
+__all__ = ["BOCHS", "BOCHS_IPS", "PEERS", "QEMU", "QEMU_EXIT_CODES", "QEMU_RAM", "Peer"]
 
 BOCHS_IPS: Final = 10_000_000
+QEMU_RAM: Final = "16M"
 QEMU_EXIT_CODES: Final = tuple(range(1, 256, 2))
 """isa-debug-exit gives twice what is written, and 1."""
 _PERIOD_AT: Final = PARAMETERS.period_ns - LOAD_AT
@@ -92,7 +93,7 @@ class Qemu(Peer):
     def command(self, rom: Path, com1: Path) -> list[str]:
         """A PC under TCG, in real time."""
         return [
-            *(self.program, "-accel", "tcg", "-m", "16", "-nodefaults", "-no-user-config"),
+            *(self.program, "-accel", "tcg", "-m", QEMU_RAM, "-nodefaults", "-no-user-config"),
             *("-display", "none", "-bios", str(rom), "-serial", f"file:{com1}"),
             *("-device", "isa-debug-exit,iobase=0x501,iosize=1"),
         ]

@@ -8,6 +8,7 @@ Not modelled: a period other than the count asked for, as KVM's floor for short 
 counter that tells the latency then says nothing about the timer.
 """
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,10 +49,18 @@ class Latencies:
         return self.expired - self.taken
 
     def percentile_ns(self, percent: float) -> int:
-        """The latency in ns that so many of the ticks do not exceed; 100 is the maximum."""
-        ordered = sorted(self.counts)
-        rank = max(1, -(-len(ordered) * percent // 100))
-        return ordered[int(rank) - 1] * _NS_PER_S // PIT_HZ
+        """The latency in ns that so many of the ticks taken do not exceed; 100 is the maximum."""
+        return self._ranked_ns(percent, len(self.counts)) or 0
+
+    def percentile_of_expired_ns(self, percent: float) -> int | None:
+        """The same of all expiries; None where that one never reached the guest."""
+        return self._ranked_ns(percent, len(self.counts) + max(0, self.lost))
+
+    def _ranked_ns(self, percent: float, of: int) -> int | None:
+        rank = max(1, math.ceil(of * percent / 100))
+        if rank > len(self.counts):
+            return None
+        return sorted(self.counts)[rank - 1] * _NS_PER_S // PIT_HZ
 
 
 @dataclass(frozen=True, slots=True)

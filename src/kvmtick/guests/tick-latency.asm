@@ -105,9 +105,9 @@ drain:  mov     esi, [counter]
         call    channel2
         mov     cx, dx
 .wait:  call    pause
-        cmp     esi, [counter]
-        jne     drain
         call    channel2
+        cmp     esi, [counter]          ; behind it: who was held up after may have had a tick
+        jne     drain
         mov     ax, cx
         sub     ax, dx
         cmp     ax, QUIET
@@ -166,7 +166,7 @@ pit_stop:
 
 ; Some time without a port access. Clobbers nothing.
 pause:  push    cx
-        mov     cx, 1000
+        mov     cx, 5000
         loop    $
         pop     cx
         ret
