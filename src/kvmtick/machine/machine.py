@@ -31,7 +31,7 @@ from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import Kicker, Stopwatch, Waker
-from kvmtick.trace.recorder import IDLE_TASK, Recorder
+from kvmtick.trace.recorder import IDLE_TASK, Recorder, Ring
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
@@ -86,9 +86,11 @@ class Machine:
         detail: bool = False,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
+        ring: Ring | None = None,
     ) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need;
-        `quantum_ns` is the longest turn of one of several vCPUs.
+        `quantum_ns` is the longest turn of one of several vCPUs; `ring`: the recorder's, of several
+        machines that run in turn.
         """
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
@@ -98,7 +100,7 @@ class Machine:
         self.virtual = clock == "virtual"
         self.clock: Clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
-        self.recorder = Recorder(self.clock, detail)
+        self.recorder = Recorder(self.clock, detail, ring)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
         self.ports = PortMap(self._guest_exit, self._guest_sleep)
@@ -273,6 +275,12 @@ class Machine:
                 self.runs_all = False
                 if self.closed:
                     self.close()
+
+    def run_alone(self, for_ns: int) -> Exit:
+        """As `run`, in virtual time and for the only thread that knows the machine: nobody calls it
+        out.
+        """
+        return self._run(for_ns, None, None)
 
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
