@@ -22,7 +22,7 @@ from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.trace.recorder import Ring
-from kvmtick.vcpu.cpuid import CpuidLeaf, supported
+from kvmtick.vcpu.cpuid import Cpuid, supported
 
 __all__ = ["SLICE_NS", "Fleet", "MachineTicks", "listing_of", "total"]
 
@@ -80,7 +80,7 @@ class Member:
     __slots__ = ("assembler", "exit", "index", "machine")
 
     def __init__(
-        self, index: int, guest: Listing, seed: int, ring: Ring, leaves: list[CpuidLeaf], keep: int
+        self, index: int, guest: Listing, seed: int, ring: Ring, cpuid: Cpuid, keep: int
     ) -> None:
         machine = Machine(seed=seed, ram_bytes=0, ring=ring)
         self.index = index
@@ -92,7 +92,7 @@ class Member:
         machine.board.create_irqchip()
         machine.board.create_pit(KVM_PIT_SPEAKER_DUMMY)
         vcpu = machine.create_vcpu(ListedEngine(guest))
-        vcpu.cpuid.set(leaves)
+        vcpu.cpuid.set_same(cpuid)
         assert vcpu.lapic is not None
         vcpu.lapic.after_set_cpuid(vcpu.cpuid.maxphyaddr(), vcpu.cpuid.has_leaf(_LEAF_FEATURES))
         machine.recorder.flush()
@@ -153,11 +153,12 @@ class Fleet:
         """
         if not 0 < count <= MOST_MACHINES:
             raise ValueError(f"count={count}: give 1 to {MOST_MACHINES} machines")
-        listing, ring, leaves = listing_of(guest), Ring(), supported()
+        listing, ring, cpuid = listing_of(guest), Ring(), Cpuid()
+        cpuid.set(supported())
         self.members: list[Member] = []
         self._closed = False
         for index in range(first, first + count):
-            member = Member(index, listing, seed + index, ring, leaves, keep)
+            member = Member(index, listing, seed + index, ring, cpuid, keep)
             for name, delay in (faults or {}).items():
                 member.fault(name, delay)
             pit = member.machine.board.pit

@@ -25,7 +25,7 @@ from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
-from kvmtick.machine.ports import PortMap
+from kvmtick.machine.ports import PortHandler, PortMap
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
@@ -103,11 +103,9 @@ class Machine:
         self.recorder = Recorder(self.clock, detail, ring)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
-        self.ports = PortMap(self._guest_exit, self._guest_sleep)
+        self.ports = PortMap(self._guest_exit, self._guest_sleep, self._port_devices)
         self.ports.on_unknown_msr = self._unknown_msr
         self.board = Board(self.clock, self.host, self.recorder, self.ports)
-        self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
-        self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
@@ -139,6 +137,10 @@ class Machine:
         """In real time, the vCPU that the kicker is armed for."""
 
     # Putting it together.
+
+    def _port_devices(self) -> dict[int, PortHandler]:
+        fw_cfg = FwCfg(len(self.ram), lambda: len(self.board.vcpus))
+        return fw_cfg.ports() | PcTestdev(self.board.set_irq_line).ports()
 
     @property
     def vcpu(self) -> Vcpu | None:
