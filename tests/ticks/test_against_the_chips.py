@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from attributes import attributes
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from oracle import HANDLERS, Rig, Step
@@ -63,7 +64,7 @@ def drive(
 
 
 def facts(tick: Tick) -> dict[str, object]:
-    return {name: getattr(tick, name) for name in Tick.__slots__}
+    return {name: getattr(tick, name) for name in attributes(Tick)}
 
 
 def check_numbers(rig: Rig) -> None:

@@ -3,6 +3,7 @@ what its records one by one give.
 """
 
 import pytest
+from attributes import attributes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream import PERIOD_NS
@@ -119,7 +120,7 @@ def timed(records: list[Record], steps: list[int]) -> list[Record]:
 def all_facts(assembler: TickAssembler) -> object:
     def of(source: Source) -> object:
         lives = [
-            {name: getattr(tick, name) for name in tick.__slots__ if name != "claims"}
+            {name: getattr(tick, name) for name in attributes(type(tick)) if name != "claims"}
             for tick in source.lives
         ]
         return source.name, source.vcpu, source.path, source.extra, source.reached, lives

@@ -5,6 +5,7 @@ like it and are not, each with every state that may come before.
 """
 
 import pytest
+from attributes import attributes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream import PERIOD_NS, PIT_FN, TIMER, WORK, WORK_FN, Stream
@@ -106,7 +107,7 @@ steps: st.SearchStrategy[Step] = st.one_of(
 def facts(assembler: TickAssembler) -> object:
     assembler.settle()
     main = assembler.main
-    lives = [{name: getattr(tick, name) for name in Tick.__slots__} for tick in main.lives]
+    lives = [{name: getattr(tick, name) for name in attributes(Tick)} for tick in main.lives]
     counts = {verdict: main.count(verdict) for verdict in Verdict}
     hops = {hop: (len(h), h.summary()) for hop, h in main.latency_ns().items()}
     return lives, counts, hops, main.expired, main.extra, main.reached

@@ -2,6 +2,7 @@
 
 import pytest
 from apic_stream import TIMER_VECTOR, ApicStream
+from attributes import attributes
 from stream import PERIOD_NS, Stream
 
 from kvmtick.ticks.life import KEEP, TickAssembler
@@ -18,7 +19,7 @@ def elements(thing: object, seen: set[int]) -> int:
         return len(thing) + sum(elements(value, seen) for value in thing)  # type: ignore[arg-type, attr-defined]
     if not type(thing).__module__.startswith("kvmtick.ticks"):
         return 0
-    names = getattr(thing, "__dict__", None) or getattr(thing, "__slots__", ())
+    names = getattr(thing, "__dict__", None) or attributes(type(thing))
     return sum(elements(getattr(thing, name), seen) for name in names if name != "_kept")
 
 

@@ -31,8 +31,9 @@ to the next VM exit:
 * memory accesses have any address and 1 to 8 bytes: one that crosses the end of a page comes as its
   two parts, in the order of their addresses;
 * CPUID answers what the handler says;
-* every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date;
-  in a handler `interruptibility` is that behind the access.
+* every exit leaves `rflags`, `interruptibility`, `retired` and `idt_vectoring_info` up to date, and
+  `last_exit`, which holds them in one number (`pack_exit`): reading an attribute is what an entry
+  costs most. In a handler `interruptibility` is that behind the access.
 
 Instructions are the unit of virtual time: one instruction is 1 ns (each iteration of a REP string
 instruction counts as one). The machine's own TSC counts these, from what was given to `enter` on,
@@ -64,6 +65,11 @@ from typing import Final, Protocol
 
 __all__ = [
     "CPU_MSRS",
+    "EXIT_EVENT_CUT",
+    "EXIT_INTERRUPTIBILITY",
+    "EXIT_INTERRUPTIBILITY_SHIFT",
+    "EXIT_RETIRED_SHIFT",
+    "EXIT_RFLAGS",
     "INTR_INFO_DELIVER_CODE",
     "INTR_INFO_VALID",
     "RESET_REGISTERS",
@@ -81,6 +87,7 @@ __all__ = [
     "MsrWrite",
     "PortIn",
     "PortOut",
+    "pack_exit",
 ]
 
 INTR_INFO_DELIVER_CODE: Final = 1 << 11
@@ -131,6 +138,22 @@ RESET_REGISTERS: Final = {
     **dict.fromkeys(CPU_MSRS.values(), 0),
 }
 """All but RFLAGS, after RESET (SDM vol. 3A, table 11-1)."""
+
+
+EXIT_RFLAGS: Final = 0xFF_FFFF
+EXIT_INTERRUPTIBILITY_SHIFT: Final = 24
+EXIT_INTERRUPTIBILITY: Final = 0xF
+EXIT_EVENT_CUT: Final = 1 << 28
+EXIT_RETIRED_SHIFT: Final = 32
+"""Fields of `Engine.last_exit`. EVENT_CUT: `idt_vectoring_info` is valid."""
+
+
+def pack_exit(rflags: int, interruptibility: int, retired: int, idt_vectoring_info: int) -> int:
+    """`Engine.last_exit`."""
+    state = rflags & EXIT_RFLAGS | interruptibility << EXIT_INTERRUPTIBILITY_SHIFT
+    if idt_vectoring_info:
+        state |= EXIT_EVENT_CUT
+    return state | retired << EXIT_RETIRED_SHIFT
 
 
 class EventType(IntEnum):
@@ -217,6 +240,10 @@ class Engine(Protocol):
     error: str
     rounds: int
     """After `ACCESS`: how many the REP INS at RIP has left; 1 for any other instruction."""
+
+    @property
+    def last_exit(self) -> int:
+        """What the last exit left, packed as `pack_exit` does."""
 
     @property
     def rip(self) -> int:

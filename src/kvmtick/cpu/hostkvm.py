@@ -94,6 +94,7 @@ from kvmtick.cpu.engine import (
     EventType,
     ExitReason,
     Interruptibility,
+    pack_exit,
 )
 from kvmtick.host.kvmdev import KVM_PATH, VcpuFile, VmFile, open_kvm
 from kvmtick.irqchip.apicdef import U64
@@ -258,6 +259,11 @@ class HostKvmEngine:
         self._on_cpuid: contract.Cpuid | None = None
         self._on_cr8_write: contract.Cr8Write | None = None
         self._on_cr8_read: contract.Cr8Read | None = None
+
+    @property
+    def last_exit(self) -> int:
+        """`pack_exit` of what the last exit left."""
+        return pack_exit(self.rflags, self.interruptibility, self.retired, self.idt_vectoring_info)
 
     def attach(
         self,

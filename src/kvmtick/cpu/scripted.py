@@ -45,6 +45,7 @@ from kvmtick.cpu.engine import (
     Interruptibility,
     PortIn,
     PortOut,
+    pack_exit,
 )
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import MonotonicClock
@@ -324,6 +325,11 @@ class ScriptedEngine:
         self._tsc = 0
         self._guest_tsc = (GUEST_TSC_KHZ, 0, 0, False)
         self._frames = [_Frame(guest(), FLAGS_FIXED)]
+
+    @property
+    def last_exit(self) -> int:
+        """`pack_exit` of what the last exit left."""
+        return pack_exit(self.rflags, self.interruptibility, self.retired, self.idt_vectoring_info)
 
     def attach(
         self,

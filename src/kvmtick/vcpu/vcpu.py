@@ -15,7 +15,17 @@ from typing import Final, Protocol
 
 from mypy_extensions import mypyc_attr
 
-from kvmtick.cpu.engine import INTR_INFO_DELIVER_CODE, Engine, ExitReason, Interruptibility
+from kvmtick.cpu.engine import (
+    EXIT_EVENT_CUT,
+    EXIT_INTERRUPTIBILITY,
+    EXIT_INTERRUPTIBILITY_SHIFT,
+    EXIT_RETIRED_SHIFT,
+    EXIT_RFLAGS,
+    INTR_INFO_DELIVER_CODE,
+    Engine,
+    ExitReason,
+    Interruptibility,
+)
 from kvmtick.irqchip.apicdef import KVM_APIC_INIT, KVM_APIC_SIPI, MSR_IA32_APICBASE_BSP, U64
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.iobus import IoBus
@@ -441,17 +451,9 @@ class Vcpu(InterruptSource):
                 reason = self._enter_guest(vmcs.entry_intr_info, budget)
             else:
                 reason = self._enter_debugged(vmcs.entry_intr_info, budget, on_debug)
-        except BaseException:
-            # a handler's: the guest has gone on up to its access
-            vmcs.guest_rflags = engine.rflags
-            vmcs.guest_interruptibility = engine.interruptibility
+        finally:
             vmcs.entry_intr_info = 0
-            raise
         vmcs.exit_reason = reason
-        vmcs.guest_rflags = engine.rflags
-        vmcs.guest_interruptibility = engine.interruptibility
-        vmcs.entry_intr_info = 0
-        vmcs.idt_vectoring_info = engine.idt_vectoring_info
         if recorder.detail:
             self.record_exit(reason, 0)
         if reason == _EXIT_HLT:
@@ -468,14 +470,12 @@ class Vcpu(InterruptSource):
         """`complete_userspace_io`: the instruction at RIP, or so many rounds of a REP, now that
         user space has answered its accesses, and no event before it; returns the `ExitReason`.
         """
-        vmcs, engine = self.vmcs, self.engine
+        vmcs = self.vmcs
         self._recorder.task = self.task
         windows = vmcs.intr_window_exiting, vmcs.nmi_window_exiting
         vmcs.intr_window_exiting = vmcs.nmi_window_exiting = False
         reason = self._enter_guest(0, rounds)
         vmcs.intr_window_exiting, vmcs.nmi_window_exiting = windows
-        vmcs.guest_rflags = engine.rflags
-        vmcs.guest_interruptibility = engine.interruptibility
         return reason
 
     def may_take_interrupt(self) -> bool:
@@ -499,9 +499,15 @@ class Vcpu(InterruptSource):
                 budget,
                 entered_ns,
             )
-        finally:
+        finally:  # of an exception, too: the guest has gone on up to the handler's access
             self.in_guest = False
-            retired = engine.retired
+            state = engine.last_exit
+            vmcs.guest_rflags = state & EXIT_RFLAGS
+            vmcs.guest_interruptibility = (
+                state >> EXIT_INTERRUPTIBILITY_SHIFT & EXIT_INTERRUPTIBILITY
+            )
+            vmcs.idt_vectoring_info = engine.idt_vectoring_info if state & EXIT_EVENT_CUT else 0
+            retired = state >> EXIT_RETIRED_SHIFT
             self.instructions += retired
             if clock.live:
                 clock.refresh()

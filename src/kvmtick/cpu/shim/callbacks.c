@@ -108,42 +108,67 @@ static void leave_before_access(Engine *self, uintptr_t return_address)
     lib.loop_exit(self->cpu);
 }
 
-void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine)
+/* RIP and the flags are put where they were before the access only when somebody asks for them:
+ * few handlers do. */
+void settle_registers(Engine *self)
 {
-    (void)uc;
-    Engine *self = engine;
-    unsigned long long values[] = {port, (unsigned)size_bytes, value, self->started - 1};
-    take_gil(self);
-    tell(self, ON_OUT, values, COUNT(values));
-    give_gil(self);
-    if (unlikely(self->refused)) {
-        leave_before_access(self, 0);
+    uintptr_t return_address = self->port_return_address;
+    self->port_return_address = 0;
+    if (return_address != 0) {
+        lib.restore_state(self->cpu, return_address, false);
     }
 }
 
-/* How many rounds the instruction at RIP has left, if it is a REP INS; else 1. */
-static uint64_t rounds_of_ins(Engine *self)
+/* Without the GIL other threads may ask, and at any time: they find them there. */
+static void begin_port_access(Engine *self, uintptr_t return_address)
+{
+    self->port_return_address = return_address;
+    if (self->released != NULL) {
+        settle_registers(self);
+    }
+    take_gil(self);
+}
+
+static void end_port_access(Engine *self)
+{
+    self->port_return_address = 0;
+    give_gil(self);
+}
+
+void write_port(Engine *self, uint32_t port, unsigned size_bytes, uint32_t value,
+                uintptr_t return_address)
+{
+    unsigned long long values[] = {port, size_bytes, value, self->started - 1};
+    begin_port_access(self, return_address);
+    tell(self, ON_OUT, values, COUNT(values));
+    end_port_access(self);
+    if (unlikely(self->refused)) {
+        leave_before_access(self, return_address);
+    }
+}
+
+/* How many rounds the instruction has left, if it is a REP INS; else 1. */
+static uint64_t rounds_of_ins(Engine *self, uintptr_t return_address)
 {
     Prefixes prefixes;
-    uint8_t opcode = opcode_at(self, linear_rip(self->env), &prefixes);
+    uint8_t opcode = opcode_at(self, running_instruction(self, return_address), &prefixes);
     bool is_ins = opcode == 0x6c || opcode == 0x6d;
     uint64_t mask = count_mask(self, prefixes.address_size);
     return is_ins && prefixes.rep ? REGISTER(self->env, RCX) & mask : 1;
 }
 
-uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine)
+/* The caller cuts the answer to the size of the access. */
+uint64_t read_port(Engine *self, uint32_t port, unsigned size_bytes, uintptr_t return_address)
 {
-    (void)uc;
-    Engine *self = engine;
-    unsigned long long values[] = {port, (unsigned)size_bytes, self->started - 1};
-    take_gil(self);
-    uint32_t value = (uint32_t)ask(self, ON_IN, values, COUNT(values));
-    give_gil(self);
+    unsigned long long values[] = {port, size_bytes, self->started - 1};
+    begin_port_access(self, return_address);
+    uint64_t value = ask(self, ON_IN, values, COUNT(values));
+    end_port_access(self);
     if (unlikely(self->refused)) {
-        self->rounds = rounds_of_ins(self);
-        leave_before_access(self, 0);
+        self->rounds = rounds_of_ins(self, return_address);
+        leave_before_access(self, return_address);
     }
-    return size_bytes == 4 ? value : value & ((1u << (8 * size_bytes)) - 1);
+    return value;
 }
 
 /* VMCALL and VMMCALL: what RAX becomes. */

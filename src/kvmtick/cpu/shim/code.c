@@ -101,23 +101,26 @@ static char *host_of(Engine *self, uint64_t ram_address)
     return NULL;
 }
 
+static uint8_t *mark_in(const RamRange *range, const char *host)
+{
+    return &range->code[(host - (char *)range->view.buf) / PAGE_BYTES];
+}
+
 static uint8_t *code_mark(Engine *self, const char *host)
 {
     RamRange *range = range_of(self, host);
-    return range == NULL ? NULL : &range->code[(host - (char *)range->view.buf) / PAGE_BYTES];
+    return range == NULL ? NULL : mark_in(range, host);
 }
 
-static bool anybody_has_code_at(Engine *self, const char *host)
+/* `range` is the one of `self` that `host` is in. */
+bool anybody_has_code_at(const Engine *self, const RamRange *range, const char *host)
 {
-    Engine *other = self;
-    do {
+    bool found = *mark_in(range, host);
+    for (Engine *other = self->sharing; other != self && !found; other = other->sharing) {
         const uint8_t *mark = code_mark(other, host);
-        if (mark != NULL && *mark) {
-            return true;
-        }
-        other = other->sharing;
-    } while (other != self);
-    return false;
+        found = mark != NULL && *mark;
+    }
+    return found;
 }
 
 /* Translated code may from now on store to the page of `linear`, to which the library has just
@@ -125,7 +128,8 @@ static bool anybody_has_code_at(Engine *self, const char *host)
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi)
 {
     const char *host = lib.tlb_vaddr_to_host(self->env, linear, ACCESS_LOAD, OI_MMU_INDEX(oi));
-    if (host != NULL && !anybody_has_code_at(self, host)) {
+    const RamRange *range = host != NULL ? range_of(self, host) : NULL;
+    if (range != NULL && !anybody_has_code_at(self, range, host)) {
         lib.tlb_set_dirty(self->cpu, linear);
     }
 }
@@ -272,8 +276,18 @@ EXPORTED void tlb_unprotect_code_x86_64(void *uc, uint64_t ram_address)
     }
 }
 
+/* `self` is going to store to what holds code of somebody. Does not return when the running block
+ * is rewritten: the library runs the instruction anew. */
+void forget_stored(Engine *self, const RamRange *range, char *host, unsigned size_bytes,
+                   uintptr_t return_address)
+{
+    uint64_t ram_address = range->ram_address + (uint64_t)(host - (char *)range->view.buf);
+    others_forget(self, host, size_bytes);
+    lib.genuine.invalidate_stored(self->uc, NULL, ram_address, (int)size_bytes, return_address);
+}
+
 /* A store to a page that is not dirty, whoever makes it: translated code, a helper, the delivery of
- * an event. The library's own does not return when the running block is rewritten. */
+ * an event. */
 EXPORTED void tb_invalidate_phys_page_fast_x86_64(void *uc, void *pages, uint64_t ram_address,
                                                   int size_bytes, uintptr_t return_address)
 {

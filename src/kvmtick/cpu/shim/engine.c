@@ -76,8 +76,6 @@ int add_hooks(Engine *self)
     if ((self->exact && (error = add_hook(self, UC_HOOK_CODE, on_instruction))) ||
         (error = add_hook(self, UC_HOOK_INTR, on_exception)) ||
         (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
-        (error = add_instruction_hook(self, UC_INS_IN, on_port_in)) ||
-        (error = add_instruction_hook(self, UC_INS_OUT, on_port_out)) ||
         (error = add_instruction_hook(self, UC_INS_CPUID, on_cpuid)) ||
         (error = add_instruction_hook(self, UC_INS_RDTSC, on_rdtsc))) {
         return error;
@@ -448,14 +446,13 @@ static int classify(Engine *self, int error)
 
 static int run_guest(Engine *self)
 {
-    uint64_t begin = U64(self->env, ENV_EIP);
     Engine *outer = entered;
     entered = self;
     self->running = true;
     if (self->releases_gil) {
         self->released = PyEval_SaveThread();
     }
-    int error = lib.emu_start(self->uc, begin, 0, 0, 0);
+    int error = resume(self->uc);
     if (self->releases_gil) {
         PyEval_RestoreThread(self->released);
         self->released = NULL;
@@ -494,10 +491,17 @@ static bool prepare(Engine *self, uint32_t intr_info)
     return true;
 }
 
+static void pack_exit(Engine *self)
+{
+    self->last_exit = self->rflags | (uint64_t)self->interruptibility << EXIT_INTERRUPTIBILITY_SHIFT |
+                      self->retired << EXIT_RETIRED_SHIFT;
+}
+
 /* As a VM entry fails that has no TSS in TR (SDM vol. 3C, 28.3.1.2). */
 static PyObject *refuse_entry(Engine *self)
 {
     self->retired = 0;
+    pack_exit(self);
     set_error(self, "TR holds no TSS");
     return PyLong_FromLong(EXIT_INTERNAL_ERROR);
 }
@@ -509,6 +513,7 @@ static PyObject *finish(Engine *self, int error)
     carry_over(self);
     self->rflags = compute_rflags(self->env);
     self->retired = self->started;
+    pack_exit(self);
     if (reason == EXIT_CALLBACK_FAILED || self->failed) {
         PyErr_Restore(self->exception[0], self->exception[1], self->exception[2]);
         self->exception[0] = self->exception[1] = self->exception[2] = NULL;
@@ -619,6 +624,7 @@ static PyMemberDef engine_members[] = {
     {"rflags", T_ULONGLONG, offsetof(Engine, rflags), 0, "RFLAGS at the last exit."},
     {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
     {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},
+    {"last_exit", T_ULONGLONG, offsetof(Engine, last_exit), READONLY, "All of these in one."},
     {"idt_vectoring_info", T_UINT, offsetof(Engine, idt_vectoring_info), 0, "Always 0."},
     {"entry_error_code", T_UINT, offsetof(Engine, entry_error_code), 0,
      "What an exception given to enter pushes."},
@@ -631,8 +637,12 @@ static PyMemberDef engine_members[] = {
 static PyObject *engine_rip(PyObject *object, void *unused)
 {
     (void)unused;
-    const Engine *self = (const Engine *)object;
-    return check_open(self) ? PyLong_FromUnsignedLongLong(U64(self->env, ENV_EIP)) : NULL;
+    Engine *self = (Engine *)object;
+    if (!check_open(self)) {
+        return NULL;
+    }
+    settle_registers(self);
+    return PyLong_FromUnsignedLongLong(U64(self->env, ENV_EIP));
 }
 
 static PyGetSetDef engine_properties[] = {

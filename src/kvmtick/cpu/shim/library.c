@@ -46,6 +46,7 @@ static const struct {
     {"x86_cpu_do_interrupt_x86_64", offsetof(Library, do_interrupt)},
     {"do_interrupt_x86_hardirq_x86_64", offsetof(Library, do_interrupt_hardirq)},
     {"helper_cc_compute_all_x86_64", offsetof(Library, cc_compute_all)},
+    {"resume_all_vcpus_x86_64", offsetof(Library, resume)},
     {"cpu_reset", offsetof(Library, cpu_reset)},
     {"cpu_x86_update_cr4_x86_64", offsetof(Library, update_cr4)},
     {"cpu_x86_update_dr7_x86_64", offsetof(Library, update_dr7)},
@@ -67,15 +68,16 @@ static const struct {
     {"tlb_vaddr_to_host_x86_64", offsetof(Library, tlb_vaddr_to_host)},
 };
 
-/* The engine whose guest runs in `env`, or NULL: somebody else's does. */
-Engine *engine_of(const void *env, int function)
+/* uc_emu_start from where RIP is, without what an entry does not need. */
+int resume(void *uc)
 {
-    Engine *self = entered;
-    if (self != NULL && self->env == env) {
-        return self;
-    }
-    intercepted |= 1ull << function;
-    return NULL;
+    BOOL(uc, UC_STOP_REQUEST) = false;
+    I32(uc, UC_NESTED_LEVEL) = 1;
+    lib.resume(uc);
+    I32(uc, UC_NESTED_LEVEL) = 0;
+    int error = I32(uc, UC_ERROR);
+    I32(uc, UC_ERROR) = 0;
+    return error;
 }
 
 /* ---- proving the layout ---------------------------------------------------------------------- */
@@ -204,13 +206,14 @@ static const char *wrong_register_field(void *uc, char *env)
  * that rewrites its own block. Those for instructions of protected mode stand in the same table of
  * the library, filled by the same loader. */
 #define NOT_PROBED                                                                               \
-    (1ull << IRET_REAL | 1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER |            \
-     1ull << SYSEXIT | 1ull << LTR)
+    (1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
-#define PROBE_HLT 0x48
+#define PROBE_ERROR 77
+#define PROBE_HLT 0x5b
+#define PROBE_IRET (PROBE_HLT + 2)
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
  * it, are in two. */
-#define PROBE_INSTRUCTIONS (27 + 4 + 2)
+#define PROBE_INSTRUCTIONS (27 + 7 + 4 + 2)
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
@@ -228,10 +231,14 @@ static const uint8_t PROBE_CODE[] = {
     0x66, 0xa1, 0x00, 0x20, 0x66, 0xa3, 0x00, 0x20, /* eax */
     0x0f, 0x6f, 0x06, 0x00, 0x20,                   /* movq mm0, [0x2000] */
     0x0f, 0x7f, 0x06, 0x00, 0x20,                   /* movq [0x2000], mm0 */
+    0xbc, 0x00, 0x1f,                               /* mov sp, 0x1f00 */
+    0x9c, 0x9a, PROBE_IRET, 0x10, 0x00, 0x00,       /* pushf; call 0:0x1000 + PROBE_IRET */
+    0x66, 0x9c, 0x66, 0x9a, PROBE_IRET - 1, 0x10, 0x00, 0x00, 0x00, 0x00, /* the same, 32 bits */
     0xc6, 0x06, PROBE_HLT, 0x10, 0xf4,              /* mov byte [0x1000 + PROBE_HLT], 0xf4 */
     0xf4,                                           /* hlt */
+    0x66, 0xcf,                                     /* iretd, and iret behind its prefix */
 };
-_Static_assert(sizeof PROBE_CODE == PROBE_HLT + 1, "the code rewrites its hlt");
+_Static_assert(sizeof PROBE_CODE == PROBE_IRET + 1, "the code rewrites its hlt, calls its iret");
 
 static _Alignas(PAGE_BYTES) uint8_t probe_page[PAGE_BYTES];
 
@@ -245,6 +252,32 @@ static uint64_t probe_read(void *uc, uint64_t offset, unsigned size_bytes, void 
 static void probe_write(void *uc, uint64_t offset, unsigned size_bytes, uint64_t value, void *user)
 {
     (void)uc, (void)offset, (void)size_bytes, (void)value, (void)user;
+}
+
+/* Stops `resume` at once, with an error. */
+static bool probe_stop(void *cpu, int request)
+{
+    (void)request;
+    void *uc = POINTER(cpu, CPU_UC);
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    lib.emu_stop(uc);
+    if (I32(uc, UC_NESTED_LEVEL) == 1 && BOOL(uc, UC_STOP_REQUEST)) {
+        I32(uc, UC_ERROR) = PROBE_ERROR;
+    }
+    return false;
+}
+
+/* The fields of `resume` are those of uc_emu_start. */
+static bool resume_works(void *uc, char *cpu, char *env)
+{
+    bool idle = I32(uc, UC_NESTED_LEVEL) == 0 && !BOOL(uc, UC_STOP_REQUEST);
+    POINTER(POINTER(cpu, CPU_CLASS), lib.class_slot) = probe_stop;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = CPU_INTERRUPT_HARD;
+    bool started = lib.emu_start(uc, PROBE_PAGE + PROBE_HLT, 0, 0, 0) == PROBE_ERROR;
+    BOOL(uc, UC_STOP_REQUEST) = false;
+    U32(cpu, CPU_INTERRUPT_REQUEST) = 0;
+    bool resumed = resume(uc) == 0 && U32(cpu, CPU_HALTED) == 1;
+    return idle && started && resumed && U64(env, ENV_EIP) == PROBE_PAGE + PROBE_HLT + 1;
 }
 
 static bool stores_are_fast(char *env, bool expected)
@@ -303,10 +336,11 @@ static const char *wrong_execution_field(void *uc, char *cpu, char *env)
     probing = false;
     if (error || probe.right != 2) return "exception state";
     if (probe_request != CPU_INTERRUPT_HARD) return "interrupt_request";
-    uint64_t end = PROBE_PAGE + sizeof PROBE_CODE;
+    uint64_t end = PROBE_PAGE + PROBE_HLT + 1;
     if (U32(cpu, CPU_HALTED) != 1 || U64(env, ENV_EIP) != end) return "halted";
     if (!pages_are_found(env)) return "pages";
     if (!dirty_pages_work(uc, cpu, env)) return "dirty pages";
+    if (!resume_works(uc, cpu, env)) return "resume";
     if ((intercepted | NOT_PROBED) != (1ull << INTERPOSED_COUNT) - 1) return CALLS_PASS_BY;
     if (probed_instructions != PROBE_INSTRUCTIONS) return "instructions of a block";
     if (!probed_next_block || U32(cpu, CPU_NEXT_BLOCK) != NO_LIMIT) return "cflags_next_tb";
@@ -382,6 +416,10 @@ static const struct {
     [STORES + WORD] = STANDS_IN(helper_le_stw_mmu_x86_64, store[WORD]),
     [STORES + LONG] = STANDS_IN(helper_le_stl_mmu_x86_64, store[LONG]),
     [STORES + QUAD] = STANDS_IN(helper_le_stq_mmu_x86_64, store[QUAD]),
+    [HELPER_LOADS + WORD] = STANDS_IN(cpu_lduw_mmuidx_ra_x86_64, helper_load[WORD]),
+    [HELPER_LOADS + LONG] = STANDS_IN(cpu_ldl_mmuidx_ra_x86_64, helper_load[LONG]),
+    [HELPER_STORES + WORD] = STANDS_IN(cpu_stw_mmuidx_ra_x86_64, helper_store[WORD]),
+    [HELPER_STORES + LONG] = STANDS_IN(cpu_stl_mmuidx_ra_x86_64, helper_store[LONG]),
     [RDMSR] = STANDS_IN(helper_rdmsr_x86_64, rdmsr),
     [WRMSR] = STANDS_IN(helper_wrmsr_x86_64, wrmsr),
     [RAISE_INTERRUPT] = STANDS_IN(helper_raise_interrupt_x86_64, raise_interrupt),

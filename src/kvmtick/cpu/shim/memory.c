@@ -9,6 +9,17 @@
  * (emulator_read_write) splits them where a page ends and nowhere else; so does this. The first
  * store to a page and all stores to pages with code come here, too. */
 
+static bool has_paging(const char *env)
+{
+    return U64(env, ENV_CR) & CR0_PG;
+}
+
+/* Whether the guest may watch accesses to memory (SDM vol. 3B, 18.2.4). */
+static bool has_watchpoints(const char *env)
+{
+    return U64(env, ENV_DR + 8 * 7) & DR7_ENABLED;
+}
+
 /* Where an access of translated code goes: to one page or to two. */
 typedef struct {
     Engine *self;
@@ -20,16 +31,6 @@ typedef struct {
     unsigned first_bytes; /* on the first page */
     uint64_t gpa[2];
 } Access;
-
-const RamRange *ram_at(const Engine *self, uint64_t gpa)
-{
-    for (int i = 0; i < self->ram_count; i++) {
-        if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {
-            return &self->ram[i];
-        }
-    }
-    return NULL;
-}
 
 /* Stores to RAM that is read-only go where no RAM is. */
 static bool takes_access(const Engine *self, uint64_t gpa, int access)
@@ -49,6 +50,9 @@ static uint64_t linear_at(const Access *access, unsigned offset)
 static uint64_t find_gpa(const Access *access, uint64_t linear)
 {
     char *env = access->self->env;
+    if (!has_paging(env)) {
+        return (uint32_t)linear;
+    }
     int index = OI_MMU_INDEX(access->oi);
     uint64_t gpa = 0;
     lib.probe_access(env, linear, 0, access->access, index, access->return_address);
@@ -123,7 +127,7 @@ static void store_around_ram(const Access *access, uint64_t value)
     }
 }
 
-static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
+INLINE uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)
 {
     Engine *self = engine_of(env, LOADS + size);
     Access access = {self, linear, 1u << size, ACCESS_LOAD, oi, return_address, 0, {0, 0}};
@@ -134,18 +138,50 @@ static uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_
     return load_around_ram(&access);
 }
 
+/* What INS stores before it reads: a 0 at ES:DI, of which 16 bits are in each address size. */
+static bool may_be_trial_of_ins(const Access *access, uint64_t value)
+{
+    const char *env = access->self->env;
+    uint64_t offset = access->linear - U64(SEGMENT(env, ES), SEG_BASE);
+    return value == 0 && (uint16_t)offset == (uint16_t)REGISTER(env, RDI);
+}
+
 /* QEMU's INS stores a 0 before it reads the port, to find out whether the store faults. Where no
  * RAM is a device would see it. */
-static bool is_trial_of_ins(Engine *self, uintptr_t return_address)
+static bool is_trial_of_ins(const Access *access, uint64_t value)
 {
-    Prefixes prefixes;
-    uint8_t opcode = opcode_at(self, running_instruction(self, return_address), &prefixes);
-    bool is_ins = opcode == 0x6c || opcode == 0x6d;
+    Engine *self = access->self;
+    bool is_ins = false;
+    if (may_be_trial_of_ins(access, value)) {
+        Prefixes prefixes;
+        uint64_t running = running_instruction(self, access->return_address);
+        uint8_t opcode = opcode_at(self, running, &prefixes);
+        is_ins = opcode == 0x6c || opcode == 0x6d;
+    }
     self->ins_has_tried = is_ins && !self->ins_has_tried;
     return self->ins_has_tried;
 }
 
-static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
+/* Where there is code the library looks for the memory region, twice, and for a page it may not
+ * make dirty. A store to such data (aligned, as the library's bitmap of code is made for) needs no
+ * more than that the translations are forgotten; it does not return when it rewrites its block. */
+static bool store_beside_code(const Access *access, uint64_t value)
+{
+    Engine *self = access->self;
+    if (access->linear % access->size_bytes != 0 || has_watchpoints(self->env)) {
+        return false;
+    }
+    const RamRange *ram = ram_at(self, access->gpa[0]);
+    char *host = (char *)ram->view.buf + (access->gpa[0] - ram->gpa);
+    if (!anybody_has_code_at(self, ram, host)) {
+        return false;
+    }
+    forget_stored(self, ram, host, access->size_bytes, access->return_address);
+    memcpy(host, &value, access->size_bytes);
+    return true;
+}
+
+INLINE void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t oi,
                   uintptr_t return_address)
 {
     Engine *self = engine_of(env, STORES + size);
@@ -153,13 +189,16 @@ static void store(int size, void *env, uint64_t linear, uint64_t value, uint32_t
     if (self == NULL) {
         lib.genuine.store[size](env, linear, value, oi, return_address);
     } else if (goes_to_ram(&access)) {
-        lib.genuine.store[size](env, linear, value, oi, return_address);
-        let_stores_be_fast(self, linear, oi);
-    } else if (!is_trial_of_ins(self, return_address)) {
+        if (!store_beside_code(&access, value)) {
+            lib.genuine.store[size](env, linear, value, oi, return_address);
+            let_stores_be_fast(self, linear, oi);
+        }
+    } else if (!is_trial_of_ins(&access, low_bytes(value, 1u << size))) {
         store_around_ram(&access, value);
     }
 }
 
+/* One function for each size, which is a constant in it. */
 #define STAND_IN_FOR_LOAD(name, size)                                                            \
     EXPORTED uint64_t name(void *env, uint64_t linear, uint32_t oi, uintptr_t return_address)    \
     {                                                                                            \
@@ -181,6 +220,66 @@ STAND_IN_FOR_STORE(helper_ret_stb_mmu_x86_64, BYTE)
 STAND_IN_FOR_STORE(helper_le_stw_mmu_x86_64, WORD)
 STAND_IN_FOR_STORE(helper_le_stl_mmu_x86_64, LONG)
 STAND_IN_FOR_STORE(helper_le_stq_mmu_x86_64, QUAD)
+
+/* ---- accesses of helpers ----------------------------------------------------------------------
+ *
+ * To the IVT, the IDT and the stack: of the delivery of an event, of IRET and the like. The library
+ * looks for the memory region each time. Without paging linear addresses are physical ones, and
+ * what is on one page of RAM is found at once. */
+
+/* NULL: the access has to be the library's. */
+INLINE const RamRange *plain_ram(const Engine *self, uint32_t gpa, unsigned size_bytes)
+{
+    bool on_one_page = gpa % PAGE_BYTES <= PAGE_BYTES - size_bytes;
+    if (!on_one_page || has_paging(self->env) || has_watchpoints(self->env)) {
+        return NULL;
+    }
+    return ram_at(self, gpa);
+}
+
+INLINE uint32_t helper_load(int size, void *env, uint64_t linear, int mmu_index,
+                            uintptr_t return_address)
+{
+    Engine *self = engine_of(env, HELPER_LOADS + size);
+    const RamRange *ram = self != NULL ? plain_ram(self, (uint32_t)linear, 1u << size) : NULL;
+    uint32_t value = 0;
+    if (ram == NULL) {
+        return lib.genuine.helper_load[size](env, linear, mmu_index, return_address);
+    }
+    memcpy(&value, (const char *)ram->view.buf + ((uint32_t)linear - ram->gpa), 1u << size);
+    return value;
+}
+
+INLINE void helper_store(int size, void *env, uint64_t linear, uint32_t value, int mmu_index,
+                         uintptr_t return_address)
+{
+    Engine *self = engine_of(env, HELPER_STORES + size);
+    const RamRange *ram = self != NULL ? plain_ram(self, (uint32_t)linear, 1u << size) : NULL;
+    char *host = ram != NULL ? (char *)ram->view.buf + ((uint32_t)linear - ram->gpa) : NULL;
+    if (host == NULL || !ram->writable || anybody_has_code_at(self, ram, host)) {
+        lib.genuine.helper_store[size](env, linear, value, mmu_index, return_address);
+    } else {
+        memcpy(host, &value, 1u << size);
+    }
+}
+
+#define STAND_IN_FOR_HELPER_LOAD(name, size)                                                     \
+    EXPORTED uint32_t name(void *env, uint64_t linear, int mmu_index, uintptr_t return_address)  \
+    {                                                                                            \
+        return helper_load(size, env, linear, mmu_index, return_address);                        \
+    }
+
+#define STAND_IN_FOR_HELPER_STORE(name, size)                                                    \
+    EXPORTED void name(void *env, uint64_t linear, uint32_t value, int mmu_index,                \
+                       uintptr_t return_address)                                                 \
+    {                                                                                            \
+        helper_store(size, env, linear, value, mmu_index, return_address);                       \
+    }
+
+STAND_IN_FOR_HELPER_LOAD(cpu_lduw_mmuidx_ra_x86_64, WORD)
+STAND_IN_FOR_HELPER_LOAD(cpu_ldl_mmuidx_ra_x86_64, LONG)
+STAND_IN_FOR_HELPER_STORE(cpu_stw_mmuidx_ra_x86_64, WORD)
+STAND_IN_FOR_HELPER_STORE(cpu_stl_mmuidx_ra_x86_64, LONG)
 
 /* ---- memory --------------------------------------------------------------------------------- */
 

@@ -1,4 +1,4 @@
-/* Who may use I/O ports (SDM vol. 1, 19.5): the library lets everybody. */
+/* Accesses to I/O ports, and who may make them (SDM vol. 1, 19.5): the library lets everybody. */
 
 #include "shim.h"
 
@@ -20,30 +20,35 @@ static void check_permission(Engine *self, Check *check, uint32_t port, void *re
     }
 }
 
-/* The library's own wants the return address into translated code: these end in a jump to it. */
-#define STAND_IN_FOR_IN(name, size)                                                              \
+/* For others the library's own wants the return address into translated code: that is a jump. */
+#define STAND_IN_FOR_IN(name, size, type)                                                        \
     EXPORTED uint64_t name(void *env, uint32_t port)                                             \
     {                                                                                            \
         Engine *self = engine_of(env, INS + size);                                               \
-        if (self != NULL) {                                                                      \
-            check_permission(self, lib.check_port[size], port, __builtin_return_address(0));     \
+        void *return_address = __builtin_return_address(0);                                      \
+        if (self == NULL) {                                                                      \
+            return lib.genuine.in[size](env, port);                                              \
         }                                                                                        \
-        return lib.genuine.in[size](env, port);                                                  \
+        check_permission(self, lib.check_port[size], port, return_address);                      \
+        return (type)read_port(self, port, sizeof(type), (uintptr_t)return_address);             \
     }
 
-#define STAND_IN_FOR_OUT(name, size)                                                             \
+#define STAND_IN_FOR_OUT(name, size, type)                                                       \
     EXPORTED void name(void *env, uint32_t port, uint32_t value)                                 \
     {                                                                                            \
         Engine *self = engine_of(env, OUTS + size);                                              \
-        if (self != NULL) {                                                                      \
-            check_permission(self, lib.check_port[size], port, __builtin_return_address(0));     \
+        void *return_address = __builtin_return_address(0);                                      \
+        if (self == NULL) {                                                                      \
+            lib.genuine.out[size](env, port, value);                                             \
+            return;                                                                              \
         }                                                                                        \
-        lib.genuine.out[size](env, port, value);                                                 \
+        check_permission(self, lib.check_port[size], port, return_address);                      \
+        write_port(self, port, sizeof(type), (type)value, (uintptr_t)return_address);            \
     }
 
-STAND_IN_FOR_IN(helper_inb_x86_64, BYTE)
-STAND_IN_FOR_IN(helper_inw_x86_64, WORD)
-STAND_IN_FOR_IN(helper_inl_x86_64, LONG)
-STAND_IN_FOR_OUT(helper_outb_x86_64, BYTE)
-STAND_IN_FOR_OUT(helper_outw_x86_64, WORD)
-STAND_IN_FOR_OUT(helper_outl_x86_64, LONG)
+STAND_IN_FOR_IN(helper_inb_x86_64, BYTE, uint8_t)
+STAND_IN_FOR_IN(helper_inw_x86_64, WORD, uint16_t)
+STAND_IN_FOR_IN(helper_inl_x86_64, LONG, uint32_t)
+STAND_IN_FOR_OUT(helper_outb_x86_64, BYTE, uint8_t)
+STAND_IN_FOR_OUT(helper_outw_x86_64, WORD, uint16_t)
+STAND_IN_FOR_OUT(helper_outl_x86_64, LONG, uint32_t)

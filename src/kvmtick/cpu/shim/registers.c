@@ -243,7 +243,11 @@ PyObject *engine_registers(PyObject *object, PyObject *unused)
 {
     (void)unused;
     Engine *self = (Engine *)object;
-    return check_open(self) ? register_dict(self->env) : NULL;
+    if (!check_open(self)) {
+        return NULL;
+    }
+    settle_registers(self);
+    return register_dict(self->env);
 }
 
 /* ---- writing registers --------------------------------------------------------------------- */

@@ -23,6 +23,7 @@
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+#define INLINE static inline __attribute__((always_inline))
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 /* ---- Unicorn's public API: the values we use --------------------------------------------- */
@@ -41,8 +42,6 @@
 #define UC_ERR_FETCH_UNMAPPED 8
 #define UC_ERR_FETCH_PROT 14
 #define UC_INS_CPUID 113
-#define UC_INS_IN 218
-#define UC_INS_OUT 500
 #define UC_INS_RDTSC 608
 #define UC_INS_RDTSCP 609
 #define UC_REG_CS 11
@@ -68,6 +67,9 @@
 enum { /* uc_struct */
     UC_CPU = 440,
     UC_TCG = 768,
+    UC_STOP_REQUEST = 1389,
+    UC_ERROR = 1424,        /* invalid_error: what uc_emu_start returns */
+    UC_NESTED_LEVEL = 14840, /* how many uc_emu_start are under way */
 };
 
 enum { /* TCGContext, and the operations of the block being translated */
@@ -131,10 +133,11 @@ enum { /* CPUX86State; a segment is selector, base, limit, flags */
 
 enum { SEGMENT_BYTES = 24, SEG_SELECTOR = 0, SEG_BASE = 8, SEG_LIMIT = 16, SEG_FLAGS = 20 };
 enum { ES, CS, SS, DS, FS, GS };
-enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
+enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 
 #define U32(base, offset) (*(uint32_t *)((char *)(base) + (offset)))
 #define U16(base, offset) (*(uint16_t *)((char *)(base) + (offset)))
+#define BOOL(base, offset) (*((bool *)(base) + (offset)))
 #define I32(base, offset) (*(int32_t *)((char *)(base) + (offset)))
 #define U64(base, offset) (*(uint64_t *)((char *)(base) + (offset)))
 #define POINTER(base, offset) (*(void **)((char *)(base) + (offset)))
@@ -186,6 +189,7 @@ enum { RAX, RCX, RDX, RBX, RSP, R11 = 11 };
 #define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
+#define DR7_ENABLED 0xffu /* any of the four, locally or globally */
 #define XCR0_X87 1u
 #define DEBUG_EXCEPTION 1
 #define INVALID_OPCODE 6
@@ -223,6 +227,7 @@ enum {
     EXIT_CALLBACK_FAILED = -1, /* never returned: enter raises */
 };
 
+enum { EXIT_INTERRUPTIBILITY_SHIFT = 24, EXIT_RETIRED_SHIFT = 32 };
 enum { SHADOW_STI = 1, SHADOW_MOV_SS = 2, SHADOW_NMI = 8 };
 enum { TYPE_EXTERNAL, TYPE_NMI = 2, TYPE_HARDWARE, TYPE_INT_N, TYPE_ICEBP, TYPE_INT3_INTO };
 
@@ -264,6 +269,10 @@ typedef uint64_t Load(void *env, uint64_t linear, uint32_t oi, uintptr_t return_
 typedef void Store(void *env, uint64_t linear, uint64_t value, uint32_t oi,
                    uintptr_t return_address);
 #define OI_MMU_INDEX(oi) ((oi) & 15)
+/* The same for the library's own helpers. */
+typedef uint32_t HelperLoad(void *env, uint64_t linear, int mmu_index, uintptr_t return_address);
+typedef void HelperStore(void *env, uint64_t linear, uint32_t value, int mmu_index,
+                         uintptr_t return_address);
 #define MMU_KERNEL 2 /* without SMAP */
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_FETCH };
 
@@ -277,6 +286,8 @@ typedef struct {
     void (*wrmsr)(void *env);
     Load *load[SIZES];
     Store *store[SIZES];
+    HelperLoad *helper_load[QUAD]; /* of words and dwords */
+    HelperStore *helper_store[QUAD];
     void (*raise_interrupt)(void *env, int vector, int size_bytes);
     void (*into)(void *env, int size_bytes);
     void (*iret_real)(void *env, int shift);
@@ -320,6 +331,7 @@ typedef struct {
     int (*mem_map_ptr)(void *, uint64_t, uint64_t, uint32_t, void *);
     int (*mem_unmap)(void *, uint64_t, uint64_t);
     int (*mmio_map)(void *, uint64_t, uint64_t, void *, void *, void *, void *);
+    void (*resume)(void *uc);
     void (*cpu_reset)(void *cpu);
     /* QEMU's own functions, exported with the target's suffix. */
     bool (*cpu_exec_interrupt)(void *cpu, int request);
@@ -416,6 +428,7 @@ struct Engine {
     unsigned software_interrupt_bytes; /* of the last INT n, INT3 or INTO */
     uint64_t iret_at;                  /* `started` at the last IRET */
     uintptr_t iret_return_address;     /* 0 outside of IRET */
+    uintptr_t port_return_address;     /* 0: RIP and the flags are in their places */
     uint64_t sti_at;                   /* the same of STI */
     uint64_t random;                   /* state of the generator behind RDRAND */
     uint64_t tsc; /* the machine's, at the entry */
@@ -443,6 +456,7 @@ struct Engine {
     unsigned int interruptibility;
     unsigned long long retired;
     unsigned int idt_vectoring_info;
+    unsigned long long last_exit;
     unsigned int entry_error_code; /* of the exception that `enter` is given */
     unsigned long long rounds;
     PyObject *error;
@@ -456,6 +470,7 @@ extern __thread Engine *entered INITIAL_EXEC;
 /* ---- what each part gives the others ------------------------------------------------------- */
 
 /* library.c */
+int resume(void *uc);
 PyObject *shim_load(PyObject *module, PyObject *args);
 
 /* engine.c */
@@ -500,8 +515,10 @@ void take_gil(Engine *self);
 void give_gil(Engine *self);
 void keep_exception(Engine *self);
 PyObject *call_handler(Engine *self, int which, const unsigned long long *values, size_t count);
-void on_port_out(void *uc, uint32_t port, int size_bytes, uint32_t value, void *engine);
-uint32_t on_port_in(void *uc, uint32_t port, int size_bytes, void *engine);
+void settle_registers(Engine *self);
+void write_port(Engine *self, uint32_t port, unsigned size_bytes, uint32_t value,
+                uintptr_t return_address);
+uint64_t read_port(Engine *self, uint32_t port, unsigned size_bytes, uintptr_t return_address);
 void write_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uint64_t value,
                 uintptr_t return_address);
 uint64_t read_mmio(Engine *self, uint64_t gpa, unsigned size_bytes, uintptr_t return_address);
@@ -514,13 +531,25 @@ void join_engines(Engine *self);
 void leave_engines(Engine *self);
 bool maps_memory(const Engine *self, const Py_buffer *view);
 void share_memory(Engine *self, const Py_buffer *view);
+bool anybody_has_code_at(const Engine *self, const RamRange *range, const char *host);
 void let_stores_be_fast(Engine *self, uint64_t linear, uint32_t oi);
 void forget_written(Engine *self, uint64_t gpa, uint64_t size_bytes);
+void forget_stored(Engine *self, const RamRange *range, char *host, unsigned size_bytes,
+                   uintptr_t return_address);
 void forget_range(Engine *self, const RamRange *range);
 void forget_changed(Engine *self);
 
 /* memory.c */
-const RamRange *ram_at(const Engine *self, uint64_t gpa);
+/* The range that holds the byte at `gpa`, or NULL. */
+INLINE const RamRange *ram_at(const Engine *self, uint64_t gpa)
+{
+    for (int i = 0; i < self->ram_count; i++) {
+        if (gpa - self->ram[i].gpa < self->ram[i].size_bytes) {
+            return &self->ram[i];
+        }
+    }
+    return NULL;
+}
 int unmap_gaps(Engine *self);
 int map_gaps(Engine *self);
 void free_range(RamRange *range);
@@ -553,7 +582,9 @@ PyObject *engine_set_registers(PyObject *object, PyObject *values);
 enum {
     LOADS = 0,
     STORES = SIZES,
-    RDMSR = 2 * SIZES,
+    HELPER_LOADS = 2 * SIZES - WORD, /* of words and dwords */
+    HELPER_STORES = HELPER_LOADS + QUAD - WORD,
+    RDMSR = HELPER_STORES + QUAD,
     WRMSR,
     RAISE_INTERRUPT,
     INTO,
@@ -583,14 +614,22 @@ enum {
 };
 
 /* Which of them were called for engines that are not ours; for prove_layout. */
-extern __thread uint64_t intercepted;
+extern __thread uint64_t intercepted INITIAL_EXEC;
 extern __thread bool probing INITIAL_EXEC;
 extern __thread uint64_t probed_instructions INITIAL_EXEC; /* in the blocks begun */
 extern __thread bool probed_next_block INITIAL_EXEC;       /* CPU_NEXT_BLOCK is there */
-extern __thread uintptr_t probed_access;                   /* where the last load came from */
+extern __thread uintptr_t probed_access INITIAL_EXEC;      /* where the last load came from */
 
 /* The engine whose guest runs in `env`, or NULL: somebody else's does. */
-Engine *engine_of(const void *env, int function);
+INLINE Engine *engine_of(const void *env, int function)
+{
+    Engine *self = entered;
+    if (likely(self != NULL) && likely(self->env == env)) {
+        return self;
+    }
+    intercepted |= 1ull << function;
+    return NULL;
+}
 
 /* boundary.c */
 EXPORTED void helper_check_exit_request_x86_64(void *uc, uint32_t in_delay_slot);
@@ -604,6 +643,8 @@ EXPORTED Load helper_ret_ldub_mmu_x86_64, helper_le_lduw_mmu_x86_64, helper_le_l
     helper_le_ldq_mmu_x86_64;
 EXPORTED Store helper_ret_stb_mmu_x86_64, helper_le_stw_mmu_x86_64, helper_le_stl_mmu_x86_64,
     helper_le_stq_mmu_x86_64;
+EXPORTED HelperLoad cpu_lduw_mmuidx_ra_x86_64, cpu_ldl_mmuidx_ra_x86_64;
+EXPORTED HelperStore cpu_stw_mmuidx_ra_x86_64, cpu_stl_mmuidx_ra_x86_64;
 
 /* events.c */
 EXPORTED void helper_raise_interrupt_x86_64(void *env, int vector, int size_bytes);
