@@ -1,12 +1,15 @@
 """Fleets: every machine does what it does alone, and is counted for itself."""
 
+import multiprocessing
 import os
 import re
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY
 from kvmtick.cpu.listed import ListedEngine, Listing
 from kvmtick.cpu.scripted import Cli, Hlt, Out, Rdtsc, ScriptedEngine, Spin, Sti
@@ -14,6 +17,7 @@ from kvmtick.kvm.model import ModelVm
 from kvmtick.kvm.setup import cpuid_of
 from kvmtick.machine.fleet import Fleet, MachineTicks, total
 from kvmtick.machine.fleet_guests import GUESTS, tick_lapic, tick_pic
+from kvmtick.machine.fleet_pool import run_fleet
 from kvmtick.trace.events import Record
 
 MS = 1_000_000
@@ -170,3 +174,55 @@ def test_a_guest_that_computes_keeps_its_time_over_the_turns() -> None:
         k: v for k, v in alone.report.as_dict().items() if k != "source"
     }
     assert results[0].instructions > 28_000_000
+
+
+# Over several processes.
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_pool_gives_what_one_process_gives(processes: int) -> None:
+    progress: list[int] = []
+    results = run_fleet(
+        25, 60 * MS, seed=5, faults=FAULTS, processes=processes, on_progress=progress.append
+    )
+    with Fleet(25, seed=5, faults=FAULTS) as fleet:
+        fleet.run(60 * MS)
+    assert results == fleet.results()
+    assert [each.index for each in results] == list(range(25))
+    assert progress == sorted(progress)
+    assert progress[-1] == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"processes": 0}, "processes=0: give 1 or more, or None for one per core"),
+        ({"count": 0}, "count=0: give 1 to 1000000 machines"),
+        ({"for_ns": -1}, "for_ns=-1 is negative: give 0 or more"),
+        ({"faults": {"vcpu_off": "soon"}}, "'soon' is not a duration: give a number and a unit"),
+    ],
+)
+def test_a_pool_is_not_begun_for_damaged_use(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        run_fleet(**{"count": 4, "for_ns": MS, "processes": 2, **arguments})
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_told_in_one_line() -> None:
+    def kill_one(done: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(HostError, match=r"^a worker process of the fleet died") as error:
+        run_fleet(100, 100 * MS, processes=2, on_progress=kill_one)
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupt_ends_the_workers() -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fleet(100, 100 * MS, processes=2, on_progress=interrupt)
+    assert not multiprocessing.active_children()
