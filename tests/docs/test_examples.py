@@ -44,6 +44,7 @@ HOST_KEYS = ("wall_s",)
 RUN_BLOCKS = {
     "README.md": 8,
     "debugger.md": 2,
+    "fleet.md": 6,
     "walkthrough.md": 35,
     "json.md": 3,
     "reporting.md": 1,
