@@ -129,6 +129,7 @@ class UnicornEngine(_shim.Engine):
 
     name = "unicorn"
     real_time = False
+    has_deadline = True
     tsc_khz = GUEST_TSC_KHZ
     read_tsc = None
     # VME to OSXMMEXCPT (VME and PVI do nothing), LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE

@@ -214,6 +214,7 @@ class LapicBoard(Protocol):
     clock: Clock
     recorder: Recorder
     delivery: IrqDelivery
+    min_timer_period_ns: int
 
     def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
         """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""

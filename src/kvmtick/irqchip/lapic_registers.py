@@ -94,6 +94,9 @@ X2APIC_ABSENT: Final = frozenset({APIC_ARBPRI, APIC_DFR, APIC_ICR2})
 """Of these, the ones an x2APIC has not."""
 
 
+_NO_PADDING: Final = bytes(APIC_REGS_BYTES)
+
+
 class LapicRegisters(LapicTimer):
     """`struct kvm_lapic.regs`, under the names of asm/apicdef.h.
 
@@ -145,7 +148,7 @@ class LapicRegisters(LapicTimer):
         self.lvt0 = 0
         self.lvt1 = 0
         self.lvterr = 0
-        self._padding = bytes(APIC_REGS_BYTES)
+        self._padding = _NO_PADDING
 
     @property
     def irr(self) -> int:
