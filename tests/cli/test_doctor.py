@@ -169,7 +169,9 @@ def test_a_host_like_this_one_is_examined_without_failing(kvmtick: Terminal) -> 
 def test_whether_the_modules_are_compiled_is_told(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, pure: str | None, origin: str, found: str
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: ModuleSpec(name, None, origin=origin))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: ModuleSpec(name, None, origin=origin)
+    )
     monkeypatch.setenv("KVMTICK_PURE", pure) if pure else monkeypatch.delenv(
         "KVMTICK_PURE", raising=False
     )
