@@ -142,7 +142,7 @@ class TickAssembler(EntryConsumer):
         """Which ticks may be plain until something else comes."""
         pit = self._pit
         may_be = self._timers.look() and self._apics.sees_nmis()
-        pit.look(may_be and self._vcpu_of(pit.worker) is None)
+        pit.look(may_be and pit.worker >= 0 and self._vcpu_of(pit.worker) is None)
         self._timers_may_be_plain = may_be and pit.is_out_of_the_way
         self._has_looked = True
 
