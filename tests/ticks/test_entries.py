@@ -72,14 +72,16 @@ def assert_same(at_once: TickAssembler, singly: TickAssembler) -> None:
     assert arrivals == [dict(source.arrivals()) for source in singly.sources()]
 
 
+RING_FIELDS = 5
+simulated = any_record().filter(lambda record: len(record) <= 3 + RING_FIELDS)
 pieces = st.lists(
     st.one_of(
         st.sampled_from([*ROWS.values()]),
         st.tuples(st.sampled_from([*ROWS.values()]), st.integers(1, 4)).map(lambda x: x[0] * x[1]),
         st.sampled_from(OTHERS),
-        any_record().map(lambda record: [record]),
+        simulated.map(lambda record: [record]),
         st.tuples(
-            st.sampled_from([*ROWS.values()]), st.integers(0, 10), st.integers(1, 3), any_record()
+            st.sampled_from([*ROWS.values()]), st.integers(0, 10), st.integers(1, 3), simulated
         ).map(lambda x: [*x[0][: x[1]], *[x[3]][: x[2] - 1], *x[0][x[1] + 1 :]]),
     ),
     max_size=20,
@@ -88,7 +90,7 @@ times = st.lists(st.sampled_from((0, 1, 1, 400_000, 1_500_000)), min_size=1, max
 
 
 @given(pieces, times, st.lists(st.integers(0, 150), max_size=6))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_plain_and_disturbed_ticks_in_any_order(
     script: list[list[Record]], steps: list[int], cuts: list[int]
 ) -> None:
