@@ -20,7 +20,8 @@ lint: $(VENV)/.developed
 	$(BIN)/mypy
 
 bench: $(VENV)/.developed
-	@for name in first_light read_raw read_text report_ticks record_vms; do \
+	@$(BIN)/kvmtick bench
+	@for name in report_ticks record_vms; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit; done
 
 $(VENV)/.installed: $(SOURCES)
@@ -31,7 +32,7 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@for tool in nasm gdb trace-cmd chromium chromedriver; do command -v $$tool >/dev/null || { \
+	@for tool in nasm gdb trace-cmd valgrind chromium chromedriver; do command -v $$tool >/dev/null || { \
 		echo "installing $$tool, which some tests need"; \
 		package=$$(echo $$tool | sed s/chromedriver/chromium-driver/); \
 		{ apt-get update -qq && apt-get install --yes -qq --no-install-recommends $$package; } \

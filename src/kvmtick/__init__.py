@@ -4,6 +4,7 @@ KVM's x86 tick-interrupt emulation in Python (i8254, its hrtimer and worker, the
 routing, vCPU kick and injection) under real guest code. `Kvm` is where programs start.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ _HOMES = {
     "KvmError": "kvmtick.abi.errors",
     "run_fleet": "kvmtick.machine.fleet_pool",
 }
+
+if os.environ.get("KVMTICK_PURE"):
+    from kvmtick._pure import prefer_sources
+
+    prefer_sources()
 
 
 def __getattr__(name: str) -> object:

@@ -49,6 +49,7 @@ RUN_BLOCKS = {
     "json.md": 3,
     "reporting.md": 1,
     "conformance.md": 5,
+    "benchmarks.md": 1,
     "reading-traces.md": 1,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""

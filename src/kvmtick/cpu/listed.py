@@ -203,9 +203,11 @@ class ListedEngine:
         "_spin_left",
         "_steps",
         "cr4_bits",
+        "deadline_ns",
         "entry_error_code",
         "error",
         "exact",
+        "has_deadline",
         "idt_vectoring_info",
         "interruptibility",
         "listing",
@@ -223,6 +225,8 @@ class ListedEngine:
         self.cr4_bits = (1 << 64) - 1
         self.exact = True
         self.real_time = False
+        self.has_deadline = False
+        self.deadline_ns = 0
         self.tsc_khz = GUEST_TSC_KHZ
         self.rflags = FLAGS_FIXED
         self.interruptibility = 0
