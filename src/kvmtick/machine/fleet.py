@@ -134,7 +134,7 @@ class Member:
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """What is made meanwhile stays: to look through it again and again would take most of the time."""
+    """What is made meanwhile stays: looking through it again and again takes most of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
