@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,11 @@ NEEDS = (
     "kvmtick compiles C (kvmtick.cpu._shim, and the modules that mypyc translates): {missing}. "
     "Install a C compiler and Python's headers, e.g. `apt-get install gcc python3-dev` "
     "or `dnf install gcc python3-devel`, and run the installation again."
+)
+NEEDS_MYPYC = (
+    "kvmtick's modules are translated to C by mypyc, which cannot be imported ({missing}). "
+    "Run `pip install 'mypy>=2.1' 'setuptools>=77'` and the build again, "
+    "or leave them as Python with KVMTICK_PURE=1 (slower)."
 )
 SOURCES = Path("src")
 COMPILED = (
@@ -34,6 +40,7 @@ COMPILED = (
     "machine/ports.py",
 )
 """Within the package; `doctor` says whether they are."""
+BEGAN = time.time()
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -52,7 +59,10 @@ def compiled_modules() -> list[Extension]:
     """What mypyc makes of `COMPILED`: one library, and a stub for each module."""
     if os.environ.get("KVMTICK_PURE") or not BUILDING & set(sys.argv):
         return []
-    from mypyc.build import mypycify
+    try:
+        from mypyc.build import mypycify
+    except ImportError as error:
+        raise SystemExit(NEEDS_MYPYC.format(missing=error)) from None
 
     package = SOURCES / "kvmtick"
     modules = sorted({str(path) for each in COMPILED for path in package.glob(each)})
@@ -65,12 +75,21 @@ class Build(build_ext):
     output.
     """
 
+    def run(self) -> None:
+        if self.inplace:
+            self.remove_old()
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for built in self.built_in_place():
+            # Newer than its source says up to date, also where nothing had to be linked anew.
+            os.utime(built, (BEGAN, BEGAN))
+
     def build_extensions(self) -> None:
         missing = missing_tool()
         if missing:
             raise SystemExit(NEEDS.format(missing=missing))
-        if self.inplace:
-            self.remove_old()
         try:
             self.compile_at_once()
             super().build_extensions()
@@ -81,8 +100,11 @@ class Build(build_ext):
         """What an earlier build compiled would be imported in place of the Python that it no longer
         is.
         """
-        for old in (*SOURCES.glob("kvmtick__mypyc*.so"), *SOURCES.glob("kvmtick/**/*.so")):
+        for old in self.built_in_place():
             old.unlink()
+
+    def built_in_place(self) -> list[Path]:
+        return [*SOURCES.glob("kvmtick__mypyc*.so"), *SOURCES.glob("kvmtick/**/*.so")]
 
     def compile_at_once(self) -> None:
         """The sources of an extension in as many processes as there are processors, and only those

@@ -8,7 +8,7 @@ from peer_programs import SAYS, only
 
 from kvmtick import guests
 from kvmtick.bench.guest_code import loop
-from kvmtick.bench.peers import PEERS, Bochs, Peer, Qemu
+from kvmtick.bench.peers import BOCHS, PEERS, QEMU, Peer
 from kvmtick.bench.process import MeasureError
 from kvmtick.bench.session import NOT_INSTALLED, Session
 
@@ -74,14 +74,14 @@ def test_a_qemu_that_fails(
 ) -> None:
     only(monkeypatch, tmp_path, qemu=script)
     with pytest.raises(MeasureError, match=told) as error:
-        Qemu("qemu", "qemu-system-x86_64").run(guests.load("tick-pic", ticks=5), 5)
+        QEMU.run(guests.load("tick-pic", ticks=5), 5)
     assert "\n" not in str(error.value)
 
 
 def test_a_bochs_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     only(monkeypatch, tmp_path, bochs="echo no display >&2; exit 4")
     with pytest.raises(MeasureError, match="bochs ended with exit code 4: no display"):
-        Bochs("bochs", "bochs").run(guests.load("tick-pic", ticks=5), 5)
+        BOCHS.run(guests.load("tick-pic", ticks=5), 5)
 
 
 def test_a_peer_that_fails_is_left_out_and_we_go_on(

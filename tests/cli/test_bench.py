@@ -55,7 +55,7 @@ def test_what_cannot_be_is_told_in_one_line(
 def test_the_list_names_every_figure_with_its_mark(kvmtick: Terminal) -> None:
     lines = kvmtick("bench", "--list").out.splitlines()
     assert lines[::2] == list(FIGURES)
-    assert lines[1].endswith("at least 10 x qemu")
+    assert lines[1].endswith("at least 10 x QEMU")
     told = json.loads(kvmtick("bench", "--list", "--json", "memory").out)
     assert [figure["name"] for figure in told["figures"]] == ["memory"]
     assert told["figures"][0]["mark"] == "at most 150 MB"

@@ -1,7 +1,10 @@
 """`kvmtick doctor` on hosts that have everything, and on hosts that lack something."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
@@ -65,7 +68,7 @@ def test_a_host_that_has_everything(doctor: Doctor) -> None:
     assert told["ready"] is True
     assert {check["name"] for check in told["checks"]} == {
         *("Python", "C compiler", "unicorn", "native shim", "/dev/kvm", "in-kernel irqchip"),
-        *("tracefs", "trace events"),
+        *("tracefs", "trace events", "modules"),
     }
     assert (told["kernel"], told["cpus"], told["backends"]) == ("6.18.0", 2, ["kvm_intel"])
     assert told["capabilities"] == CAPS
@@ -153,3 +156,38 @@ def test_a_host_like_this_one_is_examined_without_failing(kvmtick: Terminal) -> 
     assert result.code == 0
     told = json.loads(result.out)
     assert told["ready"] is True, "these tests run, so kvmtick run does"
+
+
+@pytest.mark.parametrize(
+    ("pure", "origin", "found"),
+    [
+        (None, "i8254.cpython-311-x86_64-linux-gnu.so", "compiled by mypyc"),
+        (None, "i8254.py", "Python, slower than compiled"),
+        ("1", "i8254.py", "Python, slower than compiled: KVMTICK_PURE is set"),
+    ],
+)
+def test_whether_the_modules_are_compiled_is_told(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, pure: str | None, origin: str, found: str
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: ModuleSpec(name, None, origin=origin)
+    )
+    monkeypatch.setenv("KVMTICK_PURE", pure) if pure else monkeypatch.delenv(
+        "KVMTICK_PURE", raising=False
+    )
+    assert doctor.json()["compiled"] is (found == "compiled by mypyc")
+    check = doctor.check("modules")
+    assert (check["ok"], check["found"]) == (True, found)
+    assert bool(check["remedy"]) is (found == "Python, slower than compiled")
+
+
+def test_with_kvmtick_pure_the_sources_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled modules may stand beside them; the shim has no source."""
+    monkeypatch.setenv("KVMTICK_PURE", "1")
+    script = (
+        "import kvmtick.cpu._shim as shim; from kvmtick.irqchip import i8254; import kvmtick.timing;"
+        "print(i8254.__file__, kvmtick.timing.__file__, shim.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    chip, room, shim = run.stdout.split()
+    assert (chip[-8:], room[-11:], shim[-3:]) == ("i8254.py", "__init__.py", ".so")

@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 __all__ = ["Demand", "Figure", "Result", "Taken", "spread"]
 
 
+NAMES = {"qemu": "QEMU", "bochs": "Bochs", "one": "one machine's x cores"}
+"""Of peers, in sentences."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a figure should be: `factor`, or `factor` times what a peer gives."""
 
     factor: float
     peer: str = ""
-    basis: str = ""
-    """Of whose figure the peer's is, if not of the same."""
 
     def of(self, peers: dict[str, float]) -> float | None:
         """In the figure's unit; None if the peer was not measured."""
@@ -31,7 +33,7 @@ class Demand:
         """For people."""
         if not self.peer:
             return f"{self.factor:,.10g} {unit}"
-        return f"{self.factor:.4g} x {self.peer}"
+        return f"{self.factor:.4g} x {NAMES.get(self.peer, self.peer)}"
 
 
 @dataclass(slots=True)
@@ -69,6 +71,8 @@ class Figure:
     """What is reported beside the mark."""
     at_most: bool = False
     """The value should be small, not large."""
+    pinned: bool = True
+    """It is taken on one core."""
 
     def best(self, values: list[float]) -> float:
         """The run that was disturbed least."""

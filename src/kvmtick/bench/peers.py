@@ -18,10 +18,11 @@ from kvmtick.bench.process import MeasureError, Spent, run_process
 from kvmtick.bench.rom import exit_and_count, rom_of
 from kvmtick.guests import LOAD_AT, PARAMETERS, Guest
 
-__all__ = ["BOCHS_IPS", "PEERS", "Bochs", "Peer", "Qemu"]
+__all__ = ["BOCHS", "BOCHS_IPS", "PEERS", "QEMU", "QEMU_EXIT_CODES", "QEMU_RAM", "Peer"]
 
 BOCHS_IPS: Final = 10_000_000
-_QEMU_EXIT_CODES: Final = tuple(range(1, 256, 2))
+QEMU_RAM: Final = "16M"
+QEMU_EXIT_CODES: Final = tuple(range(1, 256, 2))
 """isa-debug-exit gives twice what is written, and 1."""
 _PERIOD_AT: Final = PARAMETERS.period_ns - LOAD_AT
 _NS_PER_S: Final = 1_000_000_000
@@ -89,13 +90,17 @@ class Qemu(Peer):
     def _version_options(self) -> tuple[str, ...]:
         return ("--version",)
 
-    def _run(self, rom: Path, com1: Path) -> Spent:
-        command = [
-            *(self.program, "-accel", "tcg", "-icount", "shift=0,sleep=off", "-m", "16"),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-bios", str(rom)),
-            *("-serial", f"file:{com1}", "-device", "isa-debug-exit,iobase=0x501,iosize=1"),
+    def command(self, rom: Path, com1: Path) -> list[str]:
+        """A PC under TCG, in real time."""
+        return [
+            *(self.program, "-accel", "tcg", "-m", QEMU_RAM, "-nodefaults", "-no-user-config"),
+            *("-display", "none", "-bios", str(rom), "-serial", f"file:{com1}"),
+            *("-device", "isa-debug-exit,iobase=0x501,iosize=1"),
         ]
-        return run_process(command, expected=_QEMU_EXIT_CODES)
+
+    def _run(self, rom: Path, com1: Path) -> Spent:
+        command = [*self.command(rom, com1), "-icount", "shift=0,sleep=off"]
+        return run_process(command, expected=QEMU_EXIT_CODES)
 
 
 class Bochs(Peer):
@@ -132,7 +137,6 @@ class Bochs(Peer):
         return run_process(command, expected=(0, 1), environment={"TERM": "vt100"})
 
 
-PEERS: Final[dict[str, Peer]] = {
-    "qemu": Qemu("qemu", "qemu-system-x86_64"),
-    "bochs": Bochs("bochs", "bochs"),
-}
+QEMU: Final = Qemu("qemu", "qemu-system-x86_64")
+BOCHS: Final = Bochs("bochs", "bochs")
+PEERS: Final[dict[str, Peer]] = {peer.name: peer for peer in (QEMU, BOCHS)}

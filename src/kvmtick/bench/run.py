@@ -1,5 +1,6 @@
 """Taking figures: each in turn, so that one that fails does not end the others."""
 
+import contextlib
 import os
 import platform
 import re
@@ -25,15 +26,20 @@ def take_figures(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Result]:
     """Take figures, each `runs` times, and give each as it is there."""
-    with tempfile.TemporaryDirectory(prefix="kvmtick-bench-") as folder, pinned():
+    with tempfile.TemporaryDirectory(prefix="kvmtick-bench-") as folder:
         session = Session(runs, quick, Path(folder), cpu_time)
         for at, figure in enumerate(figures, 1):
             session.progress = _progress(progress, f"{at}/{len(figures)} {figure.name}")
             session.progress("")
-            try:
-                yield Result(figure, figure.take(session))
-            except MeasureError as error:
-                yield Result(figure, Taken(failed=True, note=str(error)))
+            yield Result(figure, _take(figure, session))
+
+
+def _take(figure: Figure, session: Session) -> Taken:
+    with pinned() if figure.pinned else contextlib.nullcontext():
+        try:
+            return figure.take(session)
+        except MeasureError as error:
+            return Taken(failed=True, note=str(error))
 
 
 def _progress(progress: Callable[[str], None], figure: str) -> Callable[[str], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import sys
@@ -54,10 +55,16 @@ def main(argv: list[str]) -> int:
         _compiler(),
         _unicorn(),
         _shim(),
+        _modules(),
         *_kvm(host.kvm),
         *_tracefs(host.tracefs),
     ]
-    facts = {"kernel": host.kernel, "cpus": host.cpus, "backends": list(host.backends)}
+    facts = {
+        "compiled": is_compiled(),
+        "kernel": host.kernel,
+        "cpus": host.cpus,
+        "backends": list(host.backends),
+    }
     if options.json:
         print(json.dumps(_as_dict(checks, facts, host.kvm, host.tracefs, host.parameters)))
         return EXIT_OK
@@ -106,6 +113,21 @@ def _shim() -> Check:
     except (ImportError, RuntimeError) as error:
         return Check("native shim", False, str(error), remedy, needed=True)
     return Check("native shim", True, "loaded; libunicorn is the build it knows", needed=True)
+
+
+def is_compiled() -> bool:
+    """Whether the modules a tick passes through are those that mypyc compiled."""
+    spec = importlib.util.find_spec("kvmtick.irqchip.i8254")
+    return spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
+
+
+def _modules() -> Check:
+    if is_compiled():
+        return Check("modules", True, "compiled by mypyc")
+    if os.environ.get("KVMTICK_PURE"):
+        return Check("modules", True, "Python, slower than compiled: KVMTICK_PURE is set")
+    remedy = "install kvmtick without KVMTICK_PURE=1 in the environment"
+    return Check("modules", True, "Python, slower than compiled", remedy)
 
 
 def _kvm(probe: KvmProbe) -> list[Check]:

@@ -26,13 +26,13 @@ from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
-from kvmtick.machine.ports import PortMap
+from kvmtick.machine.ports import PortHandler, PortMap
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
 from kvmtick.timing.wall import Kicker, Stopwatch, Waker, collections_held_back, short_slices
-from kvmtick.trace.recorder import IDLE_TASK, Recorder
+from kvmtick.trace.recorder import IDLE_TASK, Recorder, Ring
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
@@ -88,10 +88,12 @@ class Machine:
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
         min_timer_period_ns: int = MIN_TIMER_PERIOD_NS,
+        ring: Ring | None = None,
     ) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need;
         `quantum_ns` is the longest turn of one of several vCPUs; no periodic timer of a chip is
-        faster than `min_timer_period_ns`.
+        faster than `min_timer_period_ns`; `ring`: the recorder's, of several machines that run in
+        turn.
         """
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
@@ -101,14 +103,12 @@ class Machine:
         self.virtual = clock == "virtual"
         self.clock: Clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
-        self.recorder = Recorder(self.clock, detail)
+        self.recorder = Recorder(self.clock, detail, ring)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
-        self.ports = PortMap(self._guest_exit, self._guest_sleep)
+        self.ports = PortMap(self._guest_exit, self._guest_sleep, self._port_devices)
         self.ports.on_unknown_msr = self._unknown_msr
         self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
-        self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
-        self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
@@ -140,6 +140,10 @@ class Machine:
         """In real time, the vCPU that the kicker is armed for."""
 
     # Putting it together.
+
+    def _port_devices(self) -> dict[int, PortHandler]:
+        fw_cfg = FwCfg(len(self.ram), lambda: len(self.board.vcpus))
+        return fw_cfg.ports() | PcTestdev(self.board.set_irq_line).ports()
 
     @property
     def vcpu(self) -> Vcpu | None:
@@ -276,6 +280,12 @@ class Machine:
                 self.runs_all = False
                 if self.closed:
                     self.close()
+
+    def run_alone(self, for_ns: int) -> Exit:
+        """As `run`, in virtual time and for the only thread that knows the machine: nobody calls it
+        out.
+        """
+        return self._run(for_ns, None, None)
 
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None

@@ -189,7 +189,6 @@ enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 #define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
-#define DR7_ENABLED 0xffu /* any of the four, locally or globally */
 #define XCR0_X87 1u
 #define DEBUG_EXCEPTION 1
 #define INVALID_OPCODE 6
