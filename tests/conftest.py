@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import compiled
 import pytest
 from eventfds import EventFd, MakeEventFd
 from hypothesis import settings
@@ -12,6 +13,25 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("explore" if os.environ.get("KVMTICK_EXPLORE") else "steady")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing is tested with compiled modules that are not what their sources say."""
+    stale = compiled.of_this_run()
+    if stale is not None:
+        raise pytest.UsageError(stale)
+
+
+def pytest_report_header() -> str:
+    return f"modules of kvmtick: {compiled.modules()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A compiled class or module cannot be patched."""
+    if compiled.is_compiled():
+        for item in items:
+            if item.get_closest_marker("patches_compiled"):
+                item.add_marker(pytest.mark.skip(reason=compiled.PATCHES))
 
 
 @pytest.fixture

@@ -59,7 +59,12 @@ def main(argv: list[str]) -> int:
         *_kvm(host.kvm),
         *_tracefs(host.tracefs),
     ]
-    facts = {"compiled": is_compiled(), "kernel": host.kernel, "cpus": host.cpus, "backends": list(host.backends)}
+    facts = {
+        "compiled": is_compiled(),
+        "kernel": host.kernel,
+        "cpus": host.cpus,
+        "backends": list(host.backends),
+    }
     if options.json:
         print(json.dumps(_as_dict(checks, facts, host.kvm, host.tracefs, host.parameters)))
         return EXIT_OK
