@@ -40,6 +40,6 @@ def modules() -> str:
 
 
 def skip_where_patching_fails() -> None:
-    """For what changes a class or a module; a whole test has the marker `patches_compiled`."""
+    """For what changes a class, a module or what a chip refers to; the pure pass does it."""
     if is_compiled():
         pytest.skip(PATCHES)

@@ -26,14 +26,6 @@ def pytest_report_header() -> str:
     return f"modules of kvmtick: {compiled.modules()}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A compiled class or module cannot be patched."""
-    if compiled.is_compiled():
-        for item in items:
-            if item.get_closest_marker("patches_compiled"):
-                item.add_marker(pytest.mark.skip(reason=compiled.PATCHES))
-
-
 @pytest.fixture
 def eventfd() -> Iterator[MakeEventFd]:
     """Makes eventfds, which are closed after the test."""
