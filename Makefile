@@ -23,7 +23,8 @@ lint: $(VENV)/.developed $(VENV)/.compiled
 	$(BIN)/mypy
 
 bench: $(VENV)/.developed $(VENV)/.compiled
-	@for name in first_light read_raw read_text report_ticks record_vms; do \
+	@$(BIN)/kvmtick bench
+	@for name in report_ticks record_vms; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit; done
 
 $(VENV)/.installed: pyproject.toml setup.py
@@ -40,7 +41,7 @@ $(VENV)/.compiled: $(VENV)/.installed $(SOURCES)
 
 $(VENV)/.developed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check 'kvmtick[dev]'
-	@for tool in nasm gdb trace-cmd chromium chromedriver; do command -v $$tool >/dev/null || { \
+	@for tool in nasm gdb trace-cmd valgrind chromium chromedriver; do command -v $$tool >/dev/null || { \
 		echo "installing $$tool, which some tests need"; \
 		package=$$(echo $$tool | sed s/chromedriver/chromium-driver/); \
 		{ apt-get update -qq && apt-get install --yes -qq --no-install-recommends $$package; } \

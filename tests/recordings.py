@@ -10,13 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kvmtick import bench
 from kvmtick.cli import main
 from kvmtick.trace.decoder import Decoder
 from kvmtick.trace.events import Function
 from kvmtick.trace.ktrace import Header, KtraceWriter
 from kvmtick.trace.vms import VmInfo
 
-RECORDED = Path(__file__).with_name("trace") / "recorded.json"
+RECORDED = Path(bench.__file__).with_name("recorded.json")
 GUESTS = (
     "tick-pic",
     "tick-ioapic",

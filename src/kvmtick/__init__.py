@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from kvmtick import guests
     from kvmtick.abi.errors import KvmError
     from kvmtick.kvm import Kvm
+    from kvmtick.machine.fleet import Fleet
+    from kvmtick.machine.fleet_pool import run_fleet
 
 __version__ = "0.1.0"
-__all__ = ["Kvm", "KvmError", "__version__", "guests"]
+__all__ = ["Fleet", "Kvm", "KvmError", "__version__", "guests", "run_fleet"]
 
-_HOMES = {"Kvm": "kvmtick.kvm", "KvmError": "kvmtick.abi.errors"}
+_HOMES = {
+    "Fleet": "kvmtick.machine.fleet",
+    "Kvm": "kvmtick.kvm",
+    "KvmError": "kvmtick.abi.errors",
+    "run_fleet": "kvmtick.machine.fleet_pool",
+}
 
 if os.environ.get("KVMTICK_PURE"):
     from kvmtick._pure import prefer_sources

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -40,11 +41,16 @@ class Terminal:
         return Result(code, captured.out, captured.err)
 
 
-def process(*arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+def process(
+    *arguments: str,
+    stdout: int = subprocess.PIPE,
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[str]":
     """Starts a command as a process."""
     return subprocess.Popen(
         [sys.executable, "-c", START, *arguments],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment,
     )

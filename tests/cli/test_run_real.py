@@ -151,6 +151,7 @@ REFUSED: list[tuple[list[str], str, str]] = [
     (["--chips", "kernel", "--quantum", "1ms"], "--quantum", "use --chips model"),
     (["--chips", "kernel", "--seed", "1"], "--seed", "use --chips model"),
     (["--chips", "kernel", "--story", "1"], "--story", "use --chips model"),
+    (["--chips", "kernel", "--no-clamp"], "--no-clamp: there min_timer_", "use --chips model"),
     (["--chips", "kernel", "--strict"], "--strict", "use --chips model"),
     (["--cpu", "xen"], "'xen'", "see kvmtick run --help"),
 ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from mmap import mmap
 from typing import Any, NamedTuple
 
-from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason
+from kvmtick.cpu.engine import INTR_INFO_VALID, EventType, ExitReason, pack_exit
 from kvmtick.cpu.hostkvm import HostKvmEngine
 from kvmtick.cpu.scripted import Hlt, Program, Routine, ScriptedEngine
 from kvmtick.cpu.unicorn import UnicornEngine
@@ -156,7 +156,13 @@ class Machine:
         budget: int = PLENTY,
         tsc: int = 0,
     ) -> ExitReason:
-        return ExitReason(self.engine.enter(intr_info, irq_window, nmi_window, budget, tsc))
+        """One entry; whatever ends it, `last_exit` says what the attributes say."""
+        engine = self.engine
+        reason = engine.enter(intr_info, irq_window, nmi_window, budget, tsc)
+        assert engine.last_exit == pack_exit(
+            engine.rflags, engine.interruptibility, engine.retired, engine.idt_vectoring_info
+        )
+        return ExitReason(reason)
 
     def counted(self, instructions: int) -> int:
         """What `retired` is after so many."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from mmap import mmap
 
 import pytest
-from engine_machine import CODE, RAM_BYTES, Cpu, write_code
+from engine_machine import CODE, HANDLERS, IRQ, RAM_BYTES, VECTOR, Cpu, write_code
 
 from kvmtick.cpu.engine import ExitReason
 
@@ -19,6 +19,7 @@ ROUNDS = 1000
 PLENTY = 100_000
 PORT = 0x10
 
+SSE_ON = "b800020000 0f22e0 0f20c0 83e0fb 0f22c0"  # the same without PG
 PAGING_ON = (
     "b800900000 0f22d8"  # mov eax, PAGE_DIRECTORY; mov cr3, eax
     "b810020000 0f22e0"  # mov eax, PSE | OSFXSR; mov cr4, eax
@@ -58,12 +59,12 @@ STORES: dict[str, Callable[[int], str]] = {
 """Store ECX at an address; behind it is RET."""
 
 
-def rewriting_cpu(store: str, target: int, alias: int) -> Cpu:
+def rewriting_cpu(store: str, target: int, alias: int, mode: str = PAGING_ON) -> Cpu:
     """Rewrites TARGET's number ROUNDS times and adds up in EBX what TARGET then answers.
 
     There are data on TARGET's page too, and writing begins before it holds translated code.
     """
-    prologue = PAGING_ON + f"b9{dword(ROUNDS)} 31db ff05{dword(target + 0x40)}"
+    prologue = mode + f"b9{dword(ROUNDS)} 31db ff05{dword(target + 0x40)}"
     body = STORES[store](target + 1 + alias) + f"ff05{dword(target + 0x40)}"
     body += call(CODE + length(prologue) + length(body), target) + "01c3 49"
     cpu = Cpu(prologue + body + f"75{256 - length(body) - 2:02x} f4")
@@ -90,6 +91,30 @@ def test_every_kind_of_store_is_seen(store: str, target: int, alias: int) -> Non
     assert cpu.enter(budget=PLENTY) is ExitReason.HLT
     assert cpu.register("rbx") == sum(range(ROUNDS + 1))
     assert cpu.long(target + 0x40) == ROUNDS + 1
+
+
+@pytest.mark.parametrize("target", [TARGET, TARGET + 1, OVER_PAGES])
+@pytest.mark.parametrize("store", STORES)
+def test_every_kind_of_store_is_seen_without_paging(store: str, target: int) -> None:
+    cpu = rewriting_cpu(store, target, 0, mode=SSE_ON)
+    assert cpu.enter(budget=PLENTY) is ExitReason.HLT
+    assert cpu.register("rbx") == sum(range(ROUNDS + 1))
+    assert cpu.long(target + 0x40) == ROUNDS + 1
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_an_event_s_frame_rewrites_code(exact: bool) -> None:
+    """FLAGS and CS become `nop; mov ax, FLAGS`, which the handler jumps to."""
+    to_target = (TARGET - HANDLERS - 3).to_bytes(2, "little").hex()
+    cpu = Cpu("f4", {VECTOR: "e9" + to_target}, exact=exact)
+    write_code(cpu.ram, TARGET, "90 b83412 f4")
+    cpu.engine.reset(0, TARGET)
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.register("rax") == 0x1234
+    cpu.set_registers(rip=CODE, cs=0xB890, cs_base=0, rsp=TARGET + 4, rflags=0x246)
+    assert cpu.enter(IRQ) is ExitReason.HLT
+    assert cpu.register("rax") == 0x246
+    assert cpu.word(TARGET - 2) == CODE
 
 
 WRITER = CODE

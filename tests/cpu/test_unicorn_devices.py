@@ -47,6 +47,32 @@ def test_read_modify_write_is_done_once(code: str, written: int, eax: int) -> No
     ]
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@pytest.mark.parametrize("code", ["e620", "e420", "6e", "f36e"], ids=["out", "in", "outsb", "rep"])
+def test_a_handler_of_a_port_finds_the_registers_before_the_access(exact: bool, code: str) -> None:
+    """cmp eax, eax leaves ZF and PF; nop; the access; cmp eax, ebx, which it must not disturb."""
+    cpu = Cpu(f"39c0 90 {code} 39d8 f4", exact=exact)
+    cpu.reset_protected(CODE)
+    cpu.set_registers(rax=5, rbx=9, rcx=1, rdx=0x20, rsi=0x5000)
+    seen: list[tuple[int, int, int]] = []
+
+    def look(_: int) -> None:
+        registers = cpu.engine.registers()
+        seen.append((cpu.engine.rip, registers["rip"], registers["rflags"]))
+
+    cpu.on_out = look
+    cpu.input = 5
+    assert cpu.enter() is ExitReason.HLT
+    assert seen == [(CODE + 3, CODE + 3, 0x46)]
+    assert cpu.engine.rflags & 0x41 == 1  # below: CF, not ZF
+
+
+def test_a_zero_where_ins_would_store_is_a_store_all_the_same() -> None:
+    cpu = protected("c70700000000 c70700000000 f4", rdi=LAPIC)  # mov dword [edi], 0, twice
+    assert cpu.enter() is ExitReason.HLT
+    assert cpu.accesses == [("mmio write", LAPIC, 4, 0, 0), ("mmio write", LAPIC, 4, 0, 1)]
+
+
 def test_rep_stos_to_mmio_and_kicks_between_its_rounds() -> None:
     cpu = protected("f3ab f4", rdi=LAPIC, rax=7, rcx=3)  # rep stosd; hlt
     cpu.on_out = lambda gpa: cpu.engine.kick()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -512,3 +513,38 @@ def test_both_kinds_of_engine_run_side_by_side() -> None:
             assert machine.enter(budget=2) is (
                 ExitReason.PREEMPTION_TIMER if machine is cpu else ExitReason.HLT
             )
+
+
+# --- real time: a deadline of CLOCK_MONOTONIC -----------------------------------------------------
+
+LOOPS = {
+    "registers": "40 ebfd",  # inc ax; jmp
+    "ports": "e640 ebfc",  # out 0x40, al; jmp
+    "rep": "bf0020 b9ffff f3aa ebf6",  # mov di; mov cx; rep stosb; jmp
+}
+
+
+@pytest.mark.parametrize("code", LOOPS.values(), ids=LOOPS)
+def test_a_deadline_ends_an_entry_and_not_early(exact: bool, code: str) -> None:
+    cpu = Cpu(code, exact=exact)
+    due_ns = time.monotonic_ns() + 3_000_000
+    cpu.engine.deadline_ns = due_ns
+    assert cpu.enter(budget=1 << 40) is ExitReason.EXTERNAL_INTERRUPT
+    assert time.monotonic_ns() >= due_ns
+    assert cpu.engine.retired > 0
+
+
+def test_a_deadline_that_has_passed_lets_the_guest_do_little(exact: bool) -> None:
+    cpu = Cpu(LOOPS["registers"], exact=exact)
+    cpu.engine.deadline_ns = 1
+    assert cpu.enter(budget=1 << 40) is ExitReason.EXTERNAL_INTERRUPT
+    assert 1 <= cpu.engine.retired <= 2
+
+
+def test_a_budget_and_a_kick_count_with_a_deadline_too(exact: bool) -> None:
+    cpu = Cpu(LOOPS["ports"], exact=exact)
+    cpu.engine.deadline_ns = time.monotonic_ns() + 3600 * 10**9
+    assert cpu.enter(budget=1001) is ExitReason.PREEMPTION_TIMER
+    assert 1001 <= cpu.engine.retired <= 1002
+    cpu.on_out = lambda port: cpu.engine.kick()
+    assert cpu.enter(budget=1 << 40) is ExitReason.EXTERNAL_INTERRUPT

@@ -44,10 +44,12 @@ HOST_KEYS = ("wall_s",)
 RUN_BLOCKS = {
     "README.md": 8,
     "debugger.md": 2,
+    "fleet.md": 6,
     "walkthrough.md": 35,
     "json.md": 3,
     "reporting.md": 1,
     "conformance.md": 5,
+    "benchmarks.md": 1,
     "reading-traces.md": 1,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""

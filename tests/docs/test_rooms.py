@@ -29,6 +29,7 @@ ROOMS = (
     "machine",
     "kvm",
     "conform",
+    "bench",
     "cli",
 )
 """From the bottom up: a room imports itself and rooms before it."""
@@ -44,6 +45,7 @@ CLOCK_READERS = {
     "timing": "the machine's clock in real time, the stopwatch, the kicker",
     "host": "deadlines of KVM_RUN",
     "record": "which of the kernel's records are complete, how long to record",
+    "bench": "what it measures",
     "cli": "what people are shown",
     "kvm.kernel_run": "a guest's sleep on the real kernel",
     "kvm.kernel_trace": "which of the kernel's records are complete",

@@ -5,6 +5,7 @@ that note what they are asked for.
 from collections.abc import Callable, Iterable
 
 from kvmtick.irqchip.delivery import IrqDelivery
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.irqchip.lapic import Lapic, LapicVcpu
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.timing.clock import Clock, VirtualClock
@@ -65,6 +66,7 @@ class ApicBoard:
         self._records: list[Record] = []
         self.recorder.add_consumer(self._records.extend)
         self.delivery = IrqDelivery()
+        self.min_timer_period_ns = MIN_TIMER_PERIOD_NS
         self.stubs: list[VcpuStub] = []
 
     def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:

@@ -82,12 +82,17 @@ def test_eoi_lets_the_next_one_in(rig: LapicRig) -> None:
     assert rig.lapic.has_interrupt() == 0x45
 
 
-def test_an_eoi_has_the_vcpu_look_even_if_nothing_waits(rig: LapicRig) -> None:
+@pytest.mark.parametrize(("waiting", "looks"), [(None, 0), (0x31, 1), (0x46, 1)])
+def test_an_eoi_has_the_vcpu_look_if_it_lets_a_request_through(
+    rig: LapicRig, waiting: int | None, looks: int
+) -> None:
     rig.accept(0x45)
     rig.lapic.get_interrupt()
+    if waiting is not None:
+        rig.accept(waiting)
     rig.vcpu.events = 0
     rig.write(0xB0, 0)
-    assert rig.vcpu.events == 1
+    assert rig.vcpu.events == looks
 
 
 def test_tpr_holds_back_its_class_and_lower(rig: LapicRig) -> None:

@@ -16,6 +16,7 @@ from kvmtick.irqchip.lapic_registers import (
     page_register,
     set_page_register,
 )
+from kvmtick.irqchip.lapic_timer import LapicTimer
 
 PAGE_BYTES = 1024
 TMICT, TMCCT, PPR, LVR = 0x380, 0x390, 0xA0, 0x30
@@ -56,8 +57,10 @@ def test_every_field_makes_the_round_trip() -> None:
 def test_every_register_is_a_field_of_the_page() -> None:
     """A register that is added shows up here, and in the round trip above."""
     registers = {*FIELDS.values(), *VECTOR_FIELDS.values()}
-    assert set(attributes(LapicRegisters)) - {"_padding"} <= registers
-    assert registers - set(attributes(LapicRegisters)) == {"lvtt", "tmict", "tdcr"}
+    own = {name.removeprefix("_") for name in attributes(LapicRegisters)} - {"padding"}
+    inherited = {name.removeprefix("_") for name in attributes(LapicTimer)}
+    assert own - inherited <= registers
+    assert registers <= own | inherited
 
 
 def test_each_field_is_at_its_place() -> None:

@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kvmtick import bench
 from kvmtick.host.tracefs import Lost
 
-RECORDED = json.loads((Path(__file__).parents[1] / "trace" / "recorded.json").read_text())
+RECORDED = json.loads(Path(bench.__file__).with_name("recorded.json").read_text())
 FORMATS = {text.split()[1]: text for text in RECORDED["formats"]}
 
 

@@ -2,13 +2,15 @@
 
 import fcntl
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, Waker, sleep_ns, wait_for_any
+from kvmtick.timing.wall import Kicker, Stopwatch, TimerFd, Waker, short_slices, sleep_ns
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -137,20 +139,47 @@ def test_sleeping_for_nothing_returns_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert slept == [1.0]
 
 
-def test_a_descriptor_that_can_be_read_ends_the_sleep() -> None:
+@pytest.fixture
+def timer() -> Iterator[TimerFd]:
+    timer = TimerFd()
+    yield timer
+    timer.close()
+
+
+def test_a_timer_is_not_early_and_one_that_has_passed_is_not_waited_for(timer: TimerFd) -> None:
+    due_ns = time.monotonic_ns() + 2_000_000
+    timer.arm(due_ns)
+    assert not timer.wait()
+    assert time.monotonic_ns() >= due_ns
+    for passed_ns in (due_ns, 1, 0, -5):
+        timer.arm(passed_ns)
+        assert not timer.wait()
+
+
+def test_the_time_a_timer_was_armed_for_last_counts(timer: TimerFd) -> None:
+    timer.arm(1)
+    due_ns = time.monotonic_ns() + 2_000_000
+    timer.arm(due_ns)
+    timer.wait()
+    assert time.monotonic_ns() >= due_ns
+
+
+def test_a_descriptor_that_can_be_read_ends_the_wait(timer: TimerFd) -> None:
     signalled = os.eventfd(1)
     try:
-        assert wait_for_any([signalled], 3600 * 10**9)
+        timer.arm(NEVER_NS)
+        assert timer.wait([signalled])
     finally:
         os.close(signalled)
 
 
-def test_a_descriptor_above_what_select_can_take_works_too() -> None:
+def test_a_descriptor_above_what_select_can_take_works_too(timer: TimerFd) -> None:
     # 1024 is FD_SETSIZE; the duplicate needs no room below it.
     signalled = os.eventfd(1)
     high = fcntl.fcntl(signalled, fcntl.F_DUPFD, 1024)
     try:
-        assert wait_for_any([high], 3600 * 10**9)
+        timer.arm(NEVER_NS)
+        assert timer.wait([high])
     finally:
         os.close(high)
         os.close(signalled)
@@ -181,3 +210,19 @@ def test_a_descriptor_ends_the_sleep_of_a_waker() -> None:
     finally:
         os.close(signalled)
         waker.close()
+
+
+def slice_ns() -> int:
+    """This thread's time slice, as the kernel tells it; 0 where it tells none."""
+    found = re.search(r"se\.slice\s*:\s*(\d+)", Path("/proc/self/sched").read_text())
+    return int(found[1]) if found else 0
+
+
+def test_time_slices_are_short_for_a_while_and_then_as_before() -> None:
+    before_ns = slice_ns()
+    with short_slices():
+        within_ns = slice_ns()
+    assert slice_ns() == before_ns
+    if not before_ns:
+        pytest.skip("this kernel tells no time slices")
+    assert within_ns == 100_000

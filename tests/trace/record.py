@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python tests/trace/record.py
 
-writes tests/trace/recorded.json. Needs /dev/kvm and tracefs, as root. A run is taken when the host
-was on time: when the verdicts are those of recorded.py.
+writes src/kvmtick/bench/recorded.json, which `kvmtick bench` reads too. Needs /dev/kvm and tracefs,
+as root. A run is taken when the host was on time: when the verdicts are those of recorded.py.
 """
 
 import json

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kvmtick import bench
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.trace.by_vm import ByVm
@@ -13,7 +14,7 @@ from kvmtick.trace.events import ApicvInhibitReason, Event, Function, Record
 from kvmtick.trace.inferred import Inferred
 from kvmtick.trace.vms import VmInfo
 
-RECORDED = Path(__file__).with_name("recorded.json")
+RECORDED = Path(bench.__file__).with_name("recorded.json")
 REINJECT = (0, int(Event.KVM_APICV_INHIBIT_CHANGED), 0, int(ApicvInhibitReason.PIT_REINJ), 1, 0)
 
 RUNS: dict[str, dict[str, int]] = {

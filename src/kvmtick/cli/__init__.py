@@ -35,6 +35,7 @@ VERBS = {
     "compare": "run a guest on the model and on the kernel: does the same happen?",
     "conform": "run the conformance suite on the model or on /dev/kvm",
     "fuzz": "look for a difference between the model and /dev/kvm",
+    "bench": "how fast it is, beside QEMU and Bochs in the same run",
     "doctor": "what this machine offers, what it lacks, what to do about it",
 }
 

@@ -127,6 +127,7 @@ def _build(
         ram_bytes=guest.needs.ram_bytes,
         quantum_ns=duration_ns("--quantum", options.quantum) or QUANTUM_NS,
         fast=fast,
+        min_timer_period_us=0 if options.no_clamp else None,
     )
     stack.callback(vm.close)
     vm.machine.strict = options.strict

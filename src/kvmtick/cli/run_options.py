@@ -195,6 +195,11 @@ def _add_how(p: Parser) -> None:
     )
     add_reinject(group)
     add(
+        "--no-clamp",
+        action="store_true",
+        help="periodic timers may be faster than 200 us (kvm's min_timer_period_us=0)",
+    )
+    add(
         "--fault",
         metavar="NAME=DELAY",
         action="append",

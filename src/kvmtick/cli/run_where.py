@@ -14,6 +14,8 @@ _NEED_UNICORN: Final = {
 }
 _NEED_MODEL: Final = {
     "fault": "the kernel is as late as it is",
+    "no_clamp": "there min_timer_period_us is a parameter of the module kvm, which the host's"
+    " administrator sets",
     "quantum": "each vCPU has a thread of its own there, and Linux lets them run",
     "seed": "nothing is random there",
     "story": "it shows the state of chips from event to event, the kernel's cannot be seen",
@@ -59,4 +61,4 @@ def _refuse(options: argparse.Namespace, refused: dict[str, str], remedy: str) -
     for name, why in refused.items():
         value = vars(options)[name]
         if value not in (None, False, []):
-            raise UsageError(f"--{name}: {why}; {remedy}, or leave it out")
+            raise UsageError(f"--{name.replace('_', '-')}: {why}; {remedy}, or leave it out")

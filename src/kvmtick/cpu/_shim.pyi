@@ -27,6 +27,7 @@ def load(path: str, /) -> None:
 class Engine:
     """One x86 CPU; `load` first. The attributes report the last exit."""
 
+    deadline_ns: int
     rflags: int
     interruptibility: int
     retired: int

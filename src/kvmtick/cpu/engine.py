@@ -232,6 +232,10 @@ class Engine(Protocol):
     real_time: bool
     tsc_khz: int
     cr4_bits: int
+    has_deadline: bool
+    """It looks at `deadline_ns`; another has to be kicked."""
+    deadline_ns: int
+    """When CLOCK_MONOTONIC is there the guest leaves by itself, as if kicked; 0: it does not."""
     rflags: int
     interruptibility: int
     retired: int

@@ -235,6 +235,8 @@ class HostKvmEngine:
     name = "kvm"
     exact = False
     real_time = True
+    has_deadline = False
+    deadline_ns = 0
     cr4_bits = CR4_BITS
 
     def __init__(self, host: HostKvm, vcpu: VcpuFile) -> None:

@@ -293,6 +293,8 @@ class ScriptedEngine:
         self.cr4_bits = (1 << 64) - 1
         self.exact = True
         self.real_time = False
+        self.has_deadline = False
+        self.deadline_ns = 0
         self.tsc_khz = GUEST_TSC_KHZ
         self.read_tsc = None
         self.rflags = FLAGS_FIXED

@@ -49,6 +49,7 @@ Not modelled:
 * IRET in virtual-8086 mode that faults for IOPL leaves NMIs blocked;
 * an instruction breakpoint (DR0 to DR3) behind the instruction that IRET set RF for, when both are
   in one block; RF in the flags that an interrupt between the rounds of a REP pushes;
+* breakpoints on data (DR0 to DR3) never match;
 * INS in ring 3 to a port that it may not use has already written zeros when it gets #GP;
 * AVX code does not get #UD, though there is no AVX; UMIP, PCID, VME, MPX and CET are absent;
 * STI with IF already set casts a shadow here and none on the processor;
@@ -128,6 +129,7 @@ class UnicornEngine(_shim.Engine):
 
     name = "unicorn"
     real_time = False
+    has_deadline = True
     tsc_khz = GUEST_TSC_KHZ
     read_tsc = None
     # VME to OSXMMEXCPT (VME and PVI do nothing), LA57, FSGSBASE, OSXSAVE, SMEP, SMAP, PKE

@@ -18,7 +18,8 @@ offset field      meaning
 0x24   period_ns  period of the local APIC's timer in ns; 0 in guests that do not use it
 0x28   reserved   1 word
 0x2c   snapshot   8 words: values of ``counter`` at moments a guest names; in tick-long the local
-                  APIC's ticks, in exceptions what its source says
+                  APIC's ticks, in exceptions what its source says, in tick-latency how many samples
+                  it took and how many ticks it was owed in the end
 ====== ========== ================================================================================
 
 A guest leaves by writing to port 0xf4: 0 = done, anything else = its error code. What it prints
@@ -117,6 +118,7 @@ _DESCRIPTIONS: Final = {
     "ipi-tick": "two vCPUs: the first takes the PIT's tick and sends it to the second by IPI",
     "tick-long": "64-bit mode: the PIT's ticks by IOAPIC and the local APIC's, on interrupt stacks",
     "exceptions": "64-bit mode: every exception from rings 0 and 3, while the PIT ticks",
+    "tick-latency": "tick-pic that measures how late its handler is, by the PIT's own count",
     "pit-registers": "prints what a program can read back from the PIT; takes no tick",
 }
 _UNLISTED: Final = ("scenario",)

@@ -9,14 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["HERE", "assemble", "main", "sources"]
+__all__ = ["FOLDERS", "HERE", "assemble", "main", "sources"]
 
 HERE = Path(__file__).parent
+FOLDERS = (HERE, HERE.parent / "bench")
+"""The guests, and those that only `kvmtick bench` runs, with the ROM that starts them elsewhere."""
 
 
-def sources() -> list[Path]:
-    """The guests' sources, in order of their names."""
-    return sorted(HERE.glob("*.asm"))
+def sources(folder: Path = HERE) -> list[Path]:
+    """The sources of a folder, in order of their names."""
+    return sorted(folder.glob("*.asm"))
 
 
 def assemble(source: Path) -> bytes:
@@ -43,7 +45,7 @@ def assemble(source: Path) -> bytes:
 
 def main() -> int:
     """Assemble every source; say what changed. Returns the exit code."""
-    for source in sources():
+    for source in [source for folder in FOLDERS for source in sources(folder)]:
         target = source.with_suffix(".bin")
         try:
             image = assemble(source)

@@ -14,7 +14,8 @@ Where KVM differs from the silicon, KVM's way is kept:
 * a control word alone stops nothing; only a completed count does;
 * counter 0 is read off its timer: in mode 5, which has none, it stands still, or goes on from where
   an earlier mode's timer left it;
-* a periodic interval below 200 us is raised to 200 us, except for the first expiry.
+* a periodic interval below 200 us (`min_timer_period_us`) is raised to that, except for the first
+  expiry.
 
 After the pulse the worker is the NMI watchdog: while any vCPU's LVT0 is in NMI mode, it delivers
 the LVT0 of every vCPU.
@@ -60,7 +61,7 @@ __all__ = [
 KVM_PIT_FREQ_HZ: Final = 1193181
 NSEC_PER_SEC: Final = 1_000_000_000
 MIN_TIMER_PERIOD_NS: Final = 200_000
-"""Module parameter `min_timer_period_us` of kvm, 200 by default."""
+"""Module parameter `min_timer_period_us` of kvm: its default, for PIT and local APIC."""
 
 PIT_GSI: Final = 0
 PIT_BASE_ADDRESS: Final = 0x40
@@ -165,6 +166,7 @@ class PitBoard(Protocol):
     source_ids: IrqSourceIds
     delivery: IrqDelivery
     pid: int
+    min_timer_period_ns: int
 
     def new_address(self) -> int:
         """A made-up kernel address, for the trace to name an object by."""
@@ -368,8 +370,8 @@ class Pit(IoDevice):
         self.period_ns = interval_ns
         self.is_periodic = periodic
         self.reset_reinject()
-        if periodic and self.period_ns < MIN_TIMER_PERIOD_NS:
-            self.period_ns = MIN_TIMER_PERIOD_NS
+        if periodic and self.period_ns < self._board.min_timer_period_ns:
+            self.period_ns = self._board.min_timer_period_ns
         self.timer.start(self._clock.now_ns + interval_ns)
 
     def _stop_timer(self) -> None:

@@ -115,6 +115,7 @@ from kvmtick.irqchip.lapic_registers import (
     page_register,
     set_page_register,
 )
+from kvmtick.irqchip.vectors import NO_VECTOR
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.hrtimer import HrTimer, HrTimerRestart
 from kvmtick.trace.events import Function
@@ -129,7 +130,6 @@ __all__ = [
     "x2apic_ldr",
 ]
 
-NO_VECTOR: Final = -1
 DEFAULT_MAXPHYADDR: Final = 36
 """Bits of a guest-physical address as long as CPUID says nothing."""
 
@@ -214,6 +214,7 @@ class LapicBoard(Protocol):
     clock: Clock
     recorder: Recorder
     delivery: IrqDelivery
+    min_timer_period_ns: int
 
     def create_timer(self, function: Function, callback: Callable[[], HrTimerRestart]) -> HrTimer:
         """`hrtimer_setup` on CLOCK_MONOTONIC, absolute."""
@@ -432,9 +433,11 @@ class Lapic(LapicRegisters):
                 return 0
             if dest_map is not None:
                 dest_map[vcpu.vcpu_id] = vector
-            mask = 1 << vector
-            self.tmr = self.tmr | mask if trig_mode_level else self.tmr & ~mask
-            self.irr |= mask
+            if trig_mode_level:
+                self._tmr.add(vector)
+            else:
+                self._tmr.discard(vector)
+            self._irr.add(vector)
             vcpu.request_event()
             return 1
         if delivery_mode == DM_NMI:
@@ -457,7 +460,7 @@ class Lapic(LapicRegisters):
 
     def local_deliver(self, lvt_register: int) -> int:
         """`kvm_apic_local_deliver`: what the LVT at that offset says; 1 if taken, else 0."""
-        lvt: int = getattr(self, FIELDS[lvt_register])
+        lvt = self.lvtt if lvt_register == APIC_LVTT else self.read_register(lvt_register)
         if not self.hw_enabled or lvt & APIC_LVT_MASKED:
             return 0
         taken = self.accept_irq(
@@ -504,27 +507,26 @@ class Lapic(LapicRegisters):
             return NO_VECTOR
         if self.ppr_stale:
             self._set_ppr()
-        vector = self.irr.bit_length() - 1
+        vector = self._irr.highest
         return vector if vector >= 0 and vector & 0xF0 > self.procpri else NO_VECTOR
 
     def get_interrupt(self) -> int:
         """`kvm_get_apic_interrupt`: that request goes into service; -1 if there is none."""
         vector = self.has_interrupt()
         if vector >= 0:
-            mask = 1 << vector
-            self.irr &= ~mask
-            self.isr |= mask
+            self._irr.discard(vector)
+            self._isr.add(vector)
             self._isr_cached = True
             self._set_ppr()
         return vector
 
     def pending_eoi(self, vector: int) -> bool:
         """`kvm_apic_pending_eoi`: requested or in service."""
-        return (self.isr | self.irr) >> vector & 1 != 0
+        return self._isr.has(vector) or self._irr.has(vector)
 
     def is_level(self, vector: int) -> bool:
         """Its bit in TMR: the last message of that vector was level triggered."""
-        return self.tmr >> vector & 1 != 0
+        return self._tmr.has(vector)
 
     @property
     def directed_eoi(self) -> bool:
@@ -538,19 +540,20 @@ class Lapic(LapicRegisters):
         return suppress is _ENABLED or (suppress is _QUIRKED and not self.delivery.split)
 
     def eoi(self) -> None:
-        """`apic_set_eoi`: the highest interrupt in service is done; a spurious EOI does nothing."""
-        isr = self.isr
-        vector = isr.bit_length() - 1
+        """`apic_set_eoi`: the highest interrupt in service is done; a spurious EOI does nothing.
+
+        The kernel has the vCPU look for events in any case; here that would be an exit of its own,
+        so it looks when a lower PPR lets a request through.
+        """
+        vector = self._isr.highest
         self._recorder.kvm_eoi(self.vcpu.vcpu_id, vector)
         if vector < 0:
             return
-        mask = 1 << vector
-        self.isr = isr ^ mask
+        self._isr.discard(vector)
         self._isr_cached = False
         self._update_ppr()
-        if self.handled_vectors & mask:
+        if self.handled_vectors >> vector & 1:
             self._send_eoi(vector)
-        self.vcpu.request_event()
 
     def _send_eoi(self, vector: int) -> None:
         """`kvm_ioapic_send_eoi`."""
@@ -576,9 +579,7 @@ class Lapic(LapicRegisters):
     def _set_ppr(self) -> int:
         """`__apic_update_ppr`: PPR from TPR and what is in service; returns it."""
         self.ppr_stale = False
-        isr, taskpri = self.isr, self.taskpri
-        # Nothing in service and TPR 0 is what a tick leaves.
-        ppr = self.procpri = _priority(taskpri, isr) if isr or taskpri else 0
+        ppr = self.procpri = _priority(self.taskpri, self._isr.highest)
         return ppr
 
     def _update_ppr(self) -> None:
@@ -808,7 +809,7 @@ class Lapic(LapicRegisters):
             )
         # The kernel counts what is in service after it has made PPR. Until then it goes by the
         # count of before, and if it has the highest vector at hand, by that.
-        in_service = self.isr
+        in_service = self._isr.highest
         self.load_page(state)
         if self.x2apic_mode:
             self.id = self.vcpu.vcpu_id
@@ -817,8 +818,8 @@ class Lapic(LapicRegisters):
         self.delivery.apic_map_dirty = True
         self.delivery.recalculate_map()
         self.update_version()
-        if in_service and not self._isr_cached:
-            in_service = self.isr
+        if in_service != NO_VECTOR and not self._isr_cached:
+            in_service = self._isr.highest
         self.procpri = _priority(self.taskpri, in_service)
         self.ppr_stale = True
         self._isr_cached = False
@@ -833,6 +834,6 @@ class Lapic(LapicRegisters):
 
 
 def _priority(taskpri: int, in_service: int) -> int:
-    """PPR: TPR, or the class of the highest bit of `in_service` if that is higher."""
-    highest = in_service.bit_length() - 1 & 0xF0 if in_service else 0
+    """PPR: TPR, or the class of the vector `in_service` if that is higher."""
+    highest = in_service & 0xF0 if in_service != NO_VECTOR else 0
     return taskpri & 0xFF if taskpri & 0xF0 >= highest else highest

@@ -37,6 +37,7 @@ from kvmtick.irqchip.apicdef import (
     U32,
 )
 from kvmtick.irqchip.lapic_timer import LapicTimer
+from kvmtick.irqchip.vectors import VectorSet
 
 if TYPE_CHECKING:
     from kvmtick.irqchip.lapic import LapicBoard, LapicVcpu
@@ -93,23 +94,26 @@ X2APIC_ABSENT: Final = frozenset({APIC_ARBPRI, APIC_DFR, APIC_ICR2})
 """Of these, the ones an x2APIC has not."""
 
 
+_NO_PADDING: Final = bytes(APIC_REGS_BYTES)
+
+
 class LapicRegisters(LapicTimer):
     """`struct kvm_lapic.regs`, under the names of asm/apicdef.h.
 
-    `irr`, `isr` and `tmr` are one number of 256 bits each; `icr2` is the xAPIC's destination
-    register, `icr_high` bits 63:32 of the x2APIC's ICR.
+    `icr2` is the xAPIC's destination register, `icr_high` bits 63:32 of the x2APIC's ICR.
     """
 
     __slots__ = (
+        "_irr",
+        "_isr",
         "_padding",
+        "_tmr",
         "dfr",
         "esr",
         "icr",
         "icr2",
         "icr_high",
         "id",
-        "irr",
-        "isr",
         "ldr",
         "lvr",
         "lvt0",
@@ -120,7 +124,6 @@ class LapicRegisters(LapicTimer):
         "procpri",
         "spiv",
         "taskpri",
-        "tmr",
     )
 
     def __init__(self, board: LapicBoard, vcpu: LapicVcpu) -> None:
@@ -133,9 +136,9 @@ class LapicRegisters(LapicTimer):
         self.ldr = 0
         self.dfr = 0
         self.spiv = 0
-        self.isr = 0
-        self.tmr = 0
-        self.irr = 0
+        self._isr = VectorSet()
+        self._tmr = VectorSet()
+        self._irr = VectorSet()
         self.esr = 0
         self.icr = 0
         self.icr_high = 0
@@ -145,7 +148,34 @@ class LapicRegisters(LapicTimer):
         self.lvt0 = 0
         self.lvt1 = 0
         self.lvterr = 0
-        self._padding = bytes(APIC_REGS_BYTES)
+        self._padding = _NO_PADDING
+
+    @property
+    def irr(self) -> int:
+        """The vectors requested, as one number of 256 bits."""
+        return self._irr.bits
+
+    @irr.setter
+    def irr(self, bits: int) -> None:
+        self._irr.load(bits)
+
+    @property
+    def isr(self) -> int:
+        """The vectors in service."""
+        return self._isr.bits
+
+    @isr.setter
+    def isr(self, bits: int) -> None:
+        self._isr.load(bits)
+
+    @property
+    def tmr(self) -> int:
+        """The vectors whose last message was level triggered."""
+        return self._tmr.bits
+
+    @tmr.setter
+    def tmr(self, bits: int) -> None:
+        self._tmr.load(bits)
 
     def read_register(self, offset: int) -> int:
         """`__apic_read` of a `READABLE` register."""

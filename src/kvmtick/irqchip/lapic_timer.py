@@ -31,7 +31,7 @@ from kvmtick.irqchip.apicdef import (
     U32,
     U64,
 )
-from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, mul_u64_u32_div
+from kvmtick.irqchip.i8254 import mul_u64_u32_div
 from kvmtick.timing.hrtimer import NORESTART, RESTART, HrTimerRestart
 from kvmtick.trace.events import Function
 
@@ -57,6 +57,7 @@ class LapicTimer:
     __slots__ = (
         "_bus_cycle_ns",
         "_clock",
+        "_min_period_ns",
         "divide_count",
         "lvtt",
         "pending_timer",
@@ -74,6 +75,7 @@ class LapicTimer:
     def __init__(self, board: LapicBoard, vcpu: LapicVcpu) -> None:
         self._clock = board.clock
         self._bus_cycle_ns = board.delivery.apic_bus_cycle_ns
+        self._min_period_ns = board.min_timer_period_ns
         self.vcpu = vcpu
         self.timer = board.create_timer(Function.APIC_TIMER_FN, self.timer_fn)
         self.lvtt = 0
@@ -207,8 +209,8 @@ class LapicTimer:
 
     def _limit_period(self) -> None:
         """`limit_periodic_timer_frequency`."""
-        if self.is_periodic and 0 < self.period_ns < MIN_TIMER_PERIOD_NS:
-            self.period_ns = MIN_TIMER_PERIOD_NS
+        if self.is_periodic and 0 < self.period_ns < self._min_period_ns:
+            self.period_ns = self._min_period_ns
 
     def _set_target(self, count: int | None) -> bool:
         """`set_target_expiration`; False: the initial count is 0, so nothing shall run."""

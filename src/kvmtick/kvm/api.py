@@ -123,12 +123,15 @@ class System(Ioctls):
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         clock: str | None = None,
         seed: int = 0,
+        min_timer_period_us: int | None = None,
     ) -> "Vm[Any]":
         """KVM_CREATE_VM: a VM with `ram_bytes` of RAM at guest-physical 0 in slot 0 (0: none).
 
         `clock` is `virtual` or `real`, None what the back end has (model: virtual); `seed` is for
-        what is random in the model. EINVAL: no such machine type. ValueError: no such clock here,
-        or `ram_bytes` not in pages or above 3 GiB.
+        what is random in the model; `min_timer_period_us` is the module parameter of kvm (None:
+        200), 0 lets periodic timers run as fast as the guest asks. EINVAL: no such machine type.
+        ValueError: no such clock here, `ram_bytes` not in pages or above 3 GiB, or a
+        `min_timer_period_us` for the kernel, whose administrator sets it.
         """
 
     def get_api_version(self) -> int:

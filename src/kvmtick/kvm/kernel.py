@@ -70,10 +70,16 @@ class KernelSystem(System):
         ram_bytes: int = DEFAULT_RAM_BYTES,
         clock: str | None = None,
         seed: int = 0,
+        min_timer_period_us: int | None = None,
     ) -> "KernelVm":
         """KVM_CREATE_VM, as `System.create_vm`; nothing here is random, so `seed` is not used."""
         if clock not in (None, "real"):
             raise ValueError(f"clock {clock!r}: the kernel's is real; leave it out")
+        if min_timer_period_us is not None:
+            raise ValueError(
+                f"min_timer_period_us={min_timer_period_us}: the host's administrator sets it, a"
+                " parameter of the module kvm; leave it out"
+            )
         return KernelVm(ram_bytes=ram_bytes, machine_type=machine_type, device=self.device.again())
 
     def close(self) -> None:

@@ -68,9 +68,9 @@ class UserSpace:
 
     def __init__(self, vm: "KernelVm", ram_bytes: int) -> None:
         self.lock = threading.RLock()
-        self.ports = PortMap(self._exit, self._sleep)
-        self.ports.devices |= FwCfg(ram_bytes, lambda: len(vm.vcpus)).ports()
-        self.ports.devices |= PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level)).ports()
+        fw_cfg = FwCfg(ram_bytes, lambda: len(vm.vcpus))
+        testdev = PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level))
+        self.ports = PortMap(self._exit, self._sleep, lambda: fw_cfg.ports() | testdev.ports())
         self.exit_code: int | None = None
         self._sleep_us = 0
 

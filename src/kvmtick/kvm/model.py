@@ -17,6 +17,7 @@ from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.engine import Engine
 from kvmtick.cpu.hostkvm import HostKvm
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Parameters
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.irqchip.lapic_timer import GUEST_TSC_KHZ
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S, Arg, System, Vm
 from kvmtick.kvm.dev_ioctl import DEV_IOCTLS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, cpuid_entries
@@ -55,11 +56,17 @@ class ModelSystem(ModelFile, System):
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         clock: str | None = None,
         seed: int = 0,
+        min_timer_period_us: int | None = None,
     ) -> "ModelVm":
         self.check_usable(ioctls.KVM_CREATE_VM)
         if machine_type:
             raise KvmError(errno.EINVAL, "KVM_CREATE_VM")
-        return ModelVm(clock=clock or "virtual", seed=seed, ram_bytes=ram_bytes)
+        return ModelVm(
+            clock=clock or "virtual",
+            seed=seed,
+            ram_bytes=ram_bytes,
+            min_timer_period_us=min_timer_period_us,
+        )
 
 
 class ModelVm(MachineFile, Vm[ModelVcpu]):
@@ -80,6 +87,7 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
         fast: bool | None = None,
+        min_timer_period_us: int | None = None,
     ) -> None:
         """`clock`: `virtual` or `real`. `seed`: for the host model's faults and the CPU's random
         numbers. `detail`: record the events that only traces need. `engine`: who executes the
@@ -87,11 +95,17 @@ class ModelVm(MachineFile, Vm[ModelVcpu]):
         real time. `ram_bytes`: a multiple of 4096, `Guest.needs` says how many. `quantum_ns`: how
         long a vCPU runs at most while another one waits. `fast`: interrupts come where the next
         basic block begins, not at the next instruction; None: in real time. An `engine` of yours
-        decides that itself.
+        decides that itself. `min_timer_period_us`: kvm's module parameter, the least period of
+        periodic timers, PIT and local APIC, None: 200; 0 lets them run as fast as the guest asks.
         """
         if engine is not None and fast is not None:
             raise ValueError(f"fast={fast}: your engine decides that itself, leave it out")
-        super().__init__(Machine(clock, seed, detail, ram_bytes, quantum_ns))
+        least_ns = MIN_TIMER_PERIOD_NS
+        if min_timer_period_us is not None:
+            if min_timer_period_us < 0:
+                raise ValueError(f"min_timer_period_us={min_timer_period_us}: give 0 or more")
+            least_ns = min_timer_period_us * 1000
+        super().__init__(Machine(clock, seed, detail, ram_bytes, quantum_ns, least_ns))
         self.told = Told()
         self.kvmclock = KvmClock(self.machine.clock)
         self.host_tsc_khz = engine.tsc_khz if isinstance(engine, HostKvm) else GUEST_TSC_KHZ

@@ -12,7 +12,7 @@ from typing import Final
 from kvmtick.abi.errors import KvmError
 from kvmtick.irqchip.apicdef import DM_INIT, DM_NMI
 from kvmtick.irqchip.delivery import IrqDelivery
-from kvmtick.irqchip.i8254 import Pit, create_pit
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS, Pit, create_pit
 from kvmtick.irqchip.i8259 import Pic
 from kvmtick.irqchip.ioapic import Ioapic
 from kvmtick.irqchip.iobus import IoBus
@@ -49,10 +49,12 @@ class Board:
         host: HostModel,
         recorder: Recorder,
         ports: UserSpace,
+        min_timer_period_ns: int = MIN_TIMER_PERIOD_NS,
     ) -> None:
         self.clock = clock
         self.host = host
         self.recorder = recorder
+        self.min_timer_period_ns = min_timer_period_ns
         self.queue = EventQueue()
         self.bus = IoBus()
         self.ports = ports

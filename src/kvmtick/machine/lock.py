@@ -9,12 +9,11 @@ All of the state is a queue of tickets, one a thread. What holds at any moment:
 - Who asks is in the queue before he looks at who has the machine. Who gets it later than that sees
   `wanted`; who has it at that moment is called out by `on_urgent`.
 
-The queue needs no lock of its own: append, remove and the look at the first of a deque are atomic.
+The queue needs no lock of its own: append, remove and the look at the first of a list are atomic.
 So a signal's handler may ask, too, whatever its thread does; while that waits, they share a ticket.
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -50,7 +49,7 @@ class MachineLock:
 
     def __init__(self, on_urgent: Callable[[int], None]) -> None:
         self._on_urgent = on_urgent
-        self._queue: deque[Ticket] = deque()
+        self._queue: list[Ticket] = []
 
     @property
     def wanted(self) -> bool:

@@ -2,8 +2,8 @@
 
 The loop is: fire what is due, look after a halted or descheduled vCPU, enter the guest up to the
 next deadline. In virtual time the clock moves by the instructions the guest retired and jumps over
-the time it sleeps; in real time the guest is kicked at the deadline by a thread, and a halted one
-sleeps.
+the time it sleeps; in real time the guest leaves at the deadline by the clock, or is kicked by a
+thread where its CPU cannot, and a halted one sleeps.
 
 Several vCPUs share the machine's one host CPU: each runs for a quantum, round robin, and gives up
 the rest of it when it halts, or with PAUSE while another one could run. So at any moment only one
@@ -15,23 +15,25 @@ quantum short, and quanta grow back as long as none comes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
 from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
+from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
-from kvmtick.machine.ports import PortMap
+from kvmtick.machine.ports import PortHandler, PortMap
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import Kicker, Stopwatch, Waker
-from kvmtick.trace.recorder import IDLE_TASK, Recorder
+from kvmtick.timing.wall import Kicker, Stopwatch, Waker, short_slices
+from kvmtick.trace.recorder import IDLE_TASK, Recorder, Ring
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
 
@@ -86,9 +88,13 @@ class Machine:
         detail: bool = False,
         ram_bytes: int = DEFAULT_NEEDS.ram_bytes,
         quantum_ns: int = QUANTUM_NS,
+        min_timer_period_ns: int = MIN_TIMER_PERIOD_NS,
+        ring: Ring | None = None,
     ) -> None:
         """`clock` is `virtual` or `real`; `detail` records the events only traces need;
-        `quantum_ns` is the longest turn of one of several vCPUs.
+        `quantum_ns` is the longest turn of one of several vCPUs; no periodic timer of a chip is
+        faster than `min_timer_period_ns`; `ring`: the recorder's, of several machines that run in
+        turn.
         """
         if clock not in ("virtual", "real"):
             raise ValueError(f"clock {clock!r}: choose virtual or real")
@@ -98,14 +104,12 @@ class Machine:
         self.virtual = clock == "virtual"
         self.clock: Clock = VirtualClock() if self.virtual else MonotonicClock()
         self.started_ns = NEVER_NS
-        self.recorder = Recorder(self.clock, detail)
+        self.recorder = Recorder(self.clock, detail, ring)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
-        self.ports = PortMap(self._guest_exit, self._guest_sleep)
+        self.ports = PortMap(self._guest_exit, self._guest_sleep, self._port_devices)
         self.ports.on_unknown_msr = self._unknown_msr
-        self.board = Board(self.clock, self.host, self.recorder, self.ports)
-        self.ports.devices |= FwCfg(ram_bytes, lambda: len(self.board.vcpus)).ports()
-        self.ports.devices |= PcTestdev(self.board.set_irq_line).ports()
+        self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
@@ -138,6 +142,10 @@ class Machine:
 
     # Putting it together.
 
+    def _port_devices(self) -> dict[int, PortHandler]:
+        fw_cfg = FwCfg(len(self.ram), lambda: len(self.board.vcpus))
+        return fw_cfg.ports() | PcTestdev(self.board.set_irq_line).ports()
+
     @property
     def vcpu(self) -> Vcpu | None:
         """The first vCPU that was created; None before that."""
@@ -164,7 +172,7 @@ class Machine:
         self.board.vcpus.append(vcpu)
         if not self.virtual:
             engine.release_gil(True)
-            if self._kicker is None:
+            if self._kicker is None and not engine.has_deadline:
                 self._kicker = Kicker(self._kick_entering)
         if self.loaded:
             self._place(vcpu)
@@ -274,6 +282,12 @@ class Machine:
                 if self.closed:
                     self.close()
 
+    def run_alone(self, for_ns: int) -> Exit:
+        """As `run`, in virtual time and for the only thread that knows the machine: nobody calls it
+        out.
+        """
+        return self._run(for_ns, None, None)
+
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
     ) -> Exit:
@@ -283,7 +297,8 @@ class Machine:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
-            return self._loop(end_ns, limit_s, until, stopwatch)
+            with nullcontext() if self.virtual else short_slices():
+                return self._loop(end_ns, limit_s, until, stopwatch)
         except KeyboardInterrupt:
             return Exit("interrupted")
         finally:
@@ -501,7 +516,7 @@ class Machine:
         next_ns = self.board.queue.next_ns
         deadline_ns = next_ns if next_ns < end_ns else end_ns
         if deadline_ns <= now_ns:
-            if self._kicker is None:
+            if self.virtual:
                 # Serving the requests made something due: deliver the event, then look after it.
                 vcpu.engine.kick()
                 deadline_ns = now_ns + 1
@@ -509,15 +524,23 @@ class Machine:
                 # A host that is always behind its timers has to let the guest do something all the
                 # same.
                 deadline_ns = now_ns + LEAST_SLICE_REAL_NS
-        if self._kicker is None:
+        if self.virtual:
             budget = deadline_ns - now_ns
             return vcpu.enter(budget if budget < SLICE_INSTRUCTIONS else SLICE_INSTRUCTIONS)
+        return self._enter_until(vcpu, min(deadline_ns, now_ns + SLICE_REAL_NS))
+
+    def _enter_until(self, vcpu: Vcpu, end_ns: int) -> int:
+        """In real time."""
+        if self._kicker is None:
+            vcpu.engine.deadline_ns = end_ns
+            return vcpu.enter(UNLIMITED_INSTRUCTIONS)
         self._entering = vcpu
-        self._kicker.arm(min(deadline_ns, now_ns + SLICE_REAL_NS))
+        self._kicker.arm(end_ns)
         try:
             return vcpu.enter(UNLIMITED_INSTRUCTIONS)
         finally:
             self._entering = None
+            self._kicker.disarm()
 
     def meet_busy_host(self, vcpu: Vcpu) -> None:
         """A kicked or woken vCPU thread may find its CPU busy (`vcpu_off`)."""
@@ -592,9 +615,12 @@ class Machine:
         # records does so now: a whole batch takes milliseconds, which the guest would be late by.
         self.recorder.flush()
         self.clock.refresh()
-        wait_ns = min(until_ns - self.clock.now_ns, SLICE_REAL_NS)
-        if wait_ns > 0:
-            self._waker.sleep(wait_ns, self.board.irqfds.filenos())
+        most_ns = self.clock.now_ns + SLICE_REAL_NS
+        irqfds = self.board.irqfds.filenos()
+        if self.virtual:
+            self._waker.sleep(SLICE_REAL_NS, irqfds)
+        elif until_ns > self.clock.now_ns:
+            self._waker.sleep_until(min(until_ns, most_ns), irqfds)
         self.clock.refresh()
         self._slice_over = True
 

@@ -55,13 +55,20 @@ class PortMap:
 
     defers = False
 
-    def __init__(self, on_exit: Callable[[int], None], on_sleep: Callable[[int], None]) -> None:
-        """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us)."""
+    def __init__(
+        self,
+        on_exit: Callable[[int], None],
+        on_sleep: Callable[[int], None],
+        make_devices: Callable[[], dict[int, PortHandler]] = dict,
+    ) -> None:
+        """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us).
+        `make_devices`: the board's own, by port; asked for when a port is first accessed.
+        """
         self._on_exit = on_exit
         self._on_sleep = on_sleep
         self.handlers: Mapping[int, PortHandler] = {}
-        self.devices: dict[int, PortHandler] = {}
-        """The board's own, by port."""
+        self._make_devices = make_devices
+        self._devices: dict[int, PortHandler] | None = None
         self.on_ioapic_eoi: Callable[[int], None] | None = None
         self.on_text: Callable[[int], None] | None = None
         self.on_unknown_msr: Callable[[int, str, int, int], None] | None = None
@@ -73,7 +80,7 @@ class PortMap:
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
         ones = (1 << 8 * size_bytes) - 1
-        if handler := self.handlers.get(port) or self.devices.get(port):
+        if handler := self._handler(port):
             answer = handler(port, size_bytes, None)
             return ones if answer is None else answer & ones
         if size_bytes == 1:
@@ -85,7 +92,7 @@ class PortMap:
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """The guest wrote `value`."""
-        if handler := self.handlers.get(port) or self.devices.get(port):
+        if handler := self._handler(port):
             handler(port, size_bytes, value)
         elif port == PORT_DEBUG_EXIT:
             self._on_exit(value)
@@ -95,6 +102,14 @@ class PortMap:
             self._print(self.console, value & 0xFF)
         elif port & ~7 == PORT_SERIAL:
             self._write_uart(port & 7, value & 0xFF)
+
+    def _handler(self, port: int) -> PortHandler | None:
+        handler = self.handlers.get(port)
+        if handler is not None:
+            return handler
+        if self._devices is None:
+            self._devices = self._make_devices()
+        return self._devices.get(port)
 
     def mmio_read(self, gpa: int, size_bytes: int) -> int:
         """Memory that is no RAM and no device reads all ones."""

@@ -111,7 +111,8 @@ class HostModel:
         self.seed = seed
         self.on_time = True
         self._delays: dict[str, Delay] = {}
-        self._randoms = {name: Random(f"{seed}:{name}") for name in FAULTS}
+        self._randoms: dict[str, Random] = {}
+        """Made when a fault first draws: one is larger than a chip."""
 
     def set_fault(self, name: str, delay: str | None) -> None:
         """Make the host late in one way, or (`None`) on time again; ValueError if misspelt."""
@@ -130,4 +131,9 @@ class HostModel:
     def delay_ns(self, name: str) -> int:
         """How late the host is this time; 0 without that fault."""
         delay = self._delays.get(name)
-        return delay.draw_ns(self._randoms[name]) if delay else 0
+        if delay is None:
+            return 0
+        random = self._randoms.get(name)
+        if random is None:
+            random = self._randoms[name] = Random(f"{self.seed}:{name}")
+        return delay.draw_ns(random)

@@ -7,7 +7,6 @@ business (`worker_delay`).
 Not modelled: delayed work, several workers a thread, affinity and priority.
 """
 
-from collections import deque
 from collections.abc import Callable
 
 from kvmtick.timing.clock import Clock
@@ -63,7 +62,7 @@ class KthreadWorker(Deadline):
         self._recorder = recorder
         self.address = address
         self.task = recorder.add_task(name)
-        self._works: deque[KthreadWork] = deque()
+        self._works: list[KthreadWork] = []
         self.destroyed = False
 
     def queue_work(self, work: KthreadWork) -> bool:
@@ -115,7 +114,7 @@ class KthreadWorker(Deadline):
             self._run_one()
 
     def _run_one(self) -> KthreadWork:
-        work = self._works.popleft()
+        work = self._works.pop(0)
         if not self._works:
             self._sleep()
         recorder = self._recorder

@@ -117,6 +117,10 @@ class Cpuid:
         """KVM_SET_CPUID2: these leaves and no others."""
         self._leaves = {(leaf.function, leaf.subleaf): leaf for leaf in leaves}
 
+    def set_same(self, other: "Cpuid") -> None:
+        """Those of another vCPU, whose table serves both."""
+        self._leaves = other._leaves
+
     def leaves(self) -> list[CpuidLeaf]:
         """KVM_GET_CPUID2."""
         return list(self._leaves.values())

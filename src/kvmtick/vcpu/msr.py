@@ -154,8 +154,8 @@ class Msrs:
         if vcpu.is_bsp:
             self._apic_base |= MSR_IA32_APICBASE_BSP
         self.tsc_adjust = 0
-        self.values = dict(_STORED)
-        """By index."""
+        self.values = _STORED
+        """By index; `_STORED` itself until one is written."""
 
     @staticmethod
     def is_known(index: int) -> bool:
@@ -279,6 +279,8 @@ class Msrs:
                 return False
         elif not self._mtrr_valid(index, value):
             return False
+        if self.values is _STORED:
+            self.values = dict(_STORED)
         self.values[index] = value
         return True
 

@@ -310,7 +310,7 @@ class Vcpu(InterruptSource):
         waits = self.pending_external_vector != NO_VECTOR if pic is None else pic.output
         if waits and lapic.accepts_pic_intr():
             return True
-        return (lapic.irr != 0 or lapic.ppr_stale) and lapic.has_interrupt() != NO_VECTOR
+        return lapic.has_interrupt() != NO_VECTOR
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_interrupt`: the INTA cycle, else IRR to ISR in the local APIC; -1: none."""

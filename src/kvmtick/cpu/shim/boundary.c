@@ -2,12 +2,19 @@
 
 #include "shim.h"
 
+enum {
+    LOOK_NS = 5000,        /* between two looks at the clock, about */
+    LEAST_UNWATCHED = 16,  /* instructions */
+    MOST_UNWATCHED = 2048,
+};
+
 /* `kick` sets its flag, then watch_from; here it is the other way round: no kick gets lost. */
 void set_watch(Engine *self)
 {
     bool now = self->irq_window || self->nmi_window || self->failed || self->breakpoint_count > 0 ||
                (U64(self->env, ENV_EFLAGS) & FLAGS_RF);
-    __atomic_store_n(&self->watch_from, now ? 0 : self->budget, __ATOMIC_SEQ_CST);
+    uint64_t first = self->budget < self->look_at ? self->budget : self->look_at;
+    __atomic_store_n(&self->watch_from, now ? 0 : first, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&self->kicked, __ATOMIC_SEQ_CST)) {
         __atomic_store_n(&self->watch_from, 0, __ATOMIC_SEQ_CST);
     }
@@ -25,6 +32,23 @@ static bool is_breakpoint(const Engine *self, uint64_t address)
         }
     }
     return low < self->breakpoint_count && self->breakpoints[low] == address;
+}
+
+/* In real time `look_at` is when to look at the clock again: after some microseconds of what the
+ * guest does now. */
+static bool is_past_deadline(Engine *self)
+{
+    if (self->started < self->look_at) {
+        return false;
+    }
+    uint64_t now_ns = monotonic_ns();
+    uint64_t step = self->started - self->looked_at;
+    step = now_ns - self->looked_ns > LOOK_NS ? step / 2 : step * 2;
+    step = step < LEAST_UNWATCHED ? LEAST_UNWATCHED : step > MOST_UNWATCHED ? MOST_UNWATCHED : step;
+    self->looked_ns = now_ns;
+    self->looked_at = self->started;
+    self->look_at = self->started + step;
+    return now_ns >= self->deadline_ns;
 }
 
 /* What ends the execution before the instruction at `address`, in the contract's order. */
@@ -45,6 +69,9 @@ int boundary_reason(Engine *self, uint64_t address)
     }
     if (self->started >= self->budget) {
         return EXIT_PREEMPTION_TIMER;
+    }
+    if (is_past_deadline(self)) {
+        return EXIT_EXTERNAL_INTERRUPT;
     }
     return is_breakpoint(self, address) ? EXIT_BREAKPOINT : EXIT_NONE;
 }

@@ -543,6 +543,9 @@ static PyObject *enter_guest(Engine *self, PyObject *const *values)
     self->irq_window = irq_window;
     self->nmi_window = nmi_window;
     self->budget = budget;
+    self->look_at = self->deadline_ns ? 1 : UINT64_MAX;
+    self->looked_at = 0;
+    self->looked_ns = tsc;
     self->tsc = tsc;
     if (!prepare(self, (uint32_t)intr_info)) {
         return NULL;
@@ -621,6 +624,7 @@ static PyMethodDef engine_methods[] = {
 };
 
 static PyMemberDef engine_members[] = {
+    {"deadline_ns", T_ULONGLONG, offsetof(Engine, deadline_ns), 0, "Of CLOCK_MONOTONIC; 0: none."},
     {"rflags", T_ULONGLONG, offsetof(Engine, rflags), 0, "RFLAGS at the last exit."},
     {"interruptibility", T_UINT, offsetof(Engine, interruptibility), 0, "Shadow at the last exit."},
     {"retired", T_ULONGLONG, offsetof(Engine, retired), 0, "Instructions in the last entry."},

@@ -14,12 +14,6 @@ static bool has_paging(const char *env)
     return U64(env, ENV_CR) & CR0_PG;
 }
 
-/* Whether the guest may watch accesses to memory (SDM vol. 3B, 18.2.4). */
-static bool has_watchpoints(const char *env)
-{
-    return U64(env, ENV_DR + 8 * 7) & DR7_ENABLED;
-}
-
 /* Where an access of translated code goes: to one page or to two. */
 typedef struct {
     Engine *self;
@@ -168,7 +162,7 @@ static bool is_trial_of_ins(const Access *access, uint64_t value)
 static bool store_beside_code(const Access *access, uint64_t value)
 {
     Engine *self = access->self;
-    if (access->linear % access->size_bytes != 0 || has_watchpoints(self->env)) {
+    if (access->linear % access->size_bytes != 0) {
         return false;
     }
     const RamRange *ram = ram_at(self, access->gpa[0]);
@@ -231,10 +225,7 @@ STAND_IN_FOR_STORE(helper_le_stq_mmu_x86_64, QUAD)
 INLINE const RamRange *plain_ram(const Engine *self, uint32_t gpa, unsigned size_bytes)
 {
     bool on_one_page = gpa % PAGE_BYTES <= PAGE_BYTES - size_bytes;
-    if (!on_one_page || has_paging(self->env) || has_watchpoints(self->env)) {
-        return NULL;
-    }
-    return ram_at(self, gpa);
+    return on_one_page && !has_paging(self->env) ? ram_at(self, gpa) : NULL;
 }
 
 INLINE uint32_t helper_load(int size, void *env, uint64_t linear, int mmu_index,

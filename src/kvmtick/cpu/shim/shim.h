@@ -189,7 +189,6 @@ enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 #define PHYSICAL_ADDRESS_BITS 40
 #define DR6_FIXED 0xffff0ff0u
 #define DR7_FIXED 0x400u
-#define DR7_ENABLED 0xffu /* any of the four, locally or globally */
 #define XCR0_X87 1u
 #define DEBUG_EXCEPTION 1
 #define INVALID_OPCODE 6
@@ -412,6 +411,10 @@ struct Engine {
 
     /* Looked at closer. */
     uint64_t budget;
+    uint64_t deadline_ns; /* of CLOCK_MONOTONIC; 0: none */
+    uint64_t look_at;     /* `started` at the next look at the clock, */
+    uint64_t looked_at;   /* and at the last one, */
+    uint64_t looked_ns;   /* and when that was */
     int kicked;  /* atomic; set by any thread */
     bool failed; /* a callback raised; the exception is in `exception` */
     bool refused; /* a handler does not answer the access now */
@@ -561,6 +564,7 @@ PyObject *engine_ram_written(PyObject *object, PyObject *args, PyObject *kwargs)
 bool is_canonical(const char *env, uint64_t address);
 uint32_t cpuid_vendor(Engine *self);
 int on_cpuid(void *uc, void *engine);
+uint64_t monotonic_ns(void);
 int on_rdtsc(void *uc, void *engine);
 int on_rdtscp(void *uc, void *engine);
 

@@ -373,14 +373,19 @@ EXPORTED uint64_t helper_rdrand_x86_64(void *env)
 
 __extension__ typedef unsigned __int128 Product;
 
+uint64_t monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)(now.tv_sec * 1000000000ll + now.tv_nsec);
+}
+
 static uint64_t machine_tsc(const Engine *self)
 {
     if (!self->live_tsc) {
         return self->tsc + self->started - 1;
     }
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)(now.tv_sec * 1000000000ll + now.tv_nsec);
+    return monotonic_ns();
 }
 
 static uint64_t read_tsc(const Engine *self)

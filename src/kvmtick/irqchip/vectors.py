@@ -1,0 +1,59 @@
+"""A set of interrupt vectors, as the local APIC's IRR, ISR and TMR are one (Intel SDM vol. 3A,
+12.8.4): eight registers of 32 bits, of which the highest bit set counts most.
+"""
+
+from typing import Final
+
+__all__ = ["NO_VECTOR", "VectorSet"]
+
+NO_VECTOR: Final = -1
+REGISTERS: Final = 8
+REGISTER_BITS: Final = 32
+U32: Final = (1 << REGISTER_BITS) - 1
+
+
+class VectorSet:
+    """Vectors 0 to 255; `highest` is kept up to date, `NO_VECTOR` while there is none."""
+
+    __slots__ = ("highest", "registers")
+
+    def __init__(self) -> None:
+        self.highest = NO_VECTOR
+        self.registers = [0] * REGISTERS
+
+    def add(self, vector: int) -> None:
+        """Set its bit."""
+        self.registers[vector >> 5] |= 1 << (vector & 31)
+        if vector > self.highest:
+            self.highest = vector
+
+    def discard(self, vector: int) -> None:
+        """Clear its bit."""
+        self.registers[vector >> 5] &= ~(1 << (vector & 31))
+        if vector == self.highest:
+            self._find_highest()
+
+    def has(self, vector: int) -> bool:
+        """Whether its bit is set."""
+        return self.registers[vector >> 5] >> (vector & 31) & 1 != 0
+
+    @property
+    def bits(self) -> int:
+        """All of it as one number of 256 bits."""
+        bits = 0
+        for register in reversed(self.registers):
+            bits = bits << REGISTER_BITS | register
+        return bits
+
+    def load(self, bits: int) -> None:
+        """All of it from one number of 256 bits."""
+        for at in range(REGISTERS):
+            self.registers[at] = bits >> REGISTER_BITS * at & U32
+        self._find_highest()
+
+    def _find_highest(self) -> None:
+        at = REGISTERS - 1
+        while at > 0 and not self.registers[at]:
+            at -= 1
+        # NO_VECTOR where the last one is 0 as well
+        self.highest = at * REGISTER_BITS + self.registers[at].bit_length() - 1
