@@ -29,9 +29,11 @@ def stale(package: Path = PACKAGE, *, pure: bool = False) -> str | None:
     return None
 
 
-def of_this_run() -> str | None:
-    """`stale` of what these tests import."""
-    return stale(pure=bool(os.environ.get("KVMTICK_PURE")))
+def refuse_stale(package: Path = PACKAGE) -> None:
+    """Ends pytest with that line, before a test tells of code that is no more."""
+    found = stale(package, pure=bool(os.environ.get("KVMTICK_PURE")))
+    if found is not None:
+        raise pytest.UsageError(found)
 
 
 def modules() -> str:

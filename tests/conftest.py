@@ -15,11 +15,9 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("explore" if os.environ.get("KVMTICK_EXPLORE") else "steady")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Nothing is tested with compiled modules that are not what their sources say."""
-    stale = compiled.of_this_run()
-    if stale is not None:
-        raise pytest.UsageError(stale)
+    compiled.refuse_stale()
 
 
 def pytest_report_header() -> str:
