@@ -1,37 +1,46 @@
 # make run: set up .venv once, then boot the built-in guest and show the life of its ticks.
-# make test: set up what the tests need, then lint, type-check and run them all.
+# make test: set up what the tests need, then lint, type-check and run them all, with the modules
+# that mypyc compiled and once more as Python.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard src/kvmtick/cpu/shim/*)
+ROOMS := timing irqchip vcpu trace ticks cpu machine
+SOURCES := $(wildcard src/kvmtick/cpu/shim/*) $(foreach room,$(ROOMS),$(wildcard src/kvmtick/$(room)/*.py))
 
 .PHONY: run test bench lint clean
 
-run: $(VENV)/.installed
+run: $(VENV)/.compiled
 	@$(BIN)/kvmtick run
 
 test: lint
 	$(BIN)/python -m pytest
+	KVMTICK_PURE=1 $(BIN)/python -m pytest
 
-lint: $(VENV)/.developed
+lint: $(VENV)/.developed $(VENV)/.compiled
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.developed
+bench: $(VENV)/.developed $(VENV)/.compiled
 	@$(BIN)/kvmtick bench
 	@for name in report_ticks record_vms; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit; done
 
-$(VENV)/.installed: $(SOURCES)
+$(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"kvmtick needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environment: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'mypy>=2.1'
+	@KVMTICK_PURE=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@touch $@
+
+# What was compiled before is kept in build, so that a change takes seconds.
+$(VENV)/.compiled: $(VENV)/.installed $(SOURCES)
+	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check 'kvmtick[dev]'
 	@for tool in nasm gdb trace-cmd valgrind chromium chromedriver; do command -v $$tool >/dev/null || { \
 		echo "installing $$tool, which some tests need"; \
 		package=$$(echo $$tool | sed s/chromedriver/chromium-driver/); \
@@ -40,4 +49,4 @@ $(VENV)/.developed: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/kvmtick/cpu/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build src/*.egg-info src/*.so src/kvmtick/*/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

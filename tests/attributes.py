@@ -8,7 +8,7 @@ def attributes(kind: type) -> tuple[str, ...]:
     """
     compiled = getattr(kind, "__mypyc_attrs__", None)
     if compiled is None:
-        return kind.__slots__
+        return getattr(kind, "__slots__", ())
     inherited = {name for base in kind.__mro__[1:] for name in attributes_of_base(base)}
     return tuple(name for name in compiled if name not in inherited)
 

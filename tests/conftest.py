@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import compiled
 import pytest
 from eventfds import EventFd, MakeEventFd
 from hypothesis import settings
@@ -12,6 +13,15 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("explore" if os.environ.get("KVMTICK_EXPLORE") else "steady")
+
+
+def pytest_configure() -> None:
+    """Nothing is tested with compiled modules that are not what their sources say."""
+    compiled.refuse_stale()
+
+
+def pytest_report_header() -> str:
+    return f"modules of kvmtick: {compiled.modules()}"
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ ROOMS = (
 )
 """From the bottom up: a room imports itself and rooms before it."""
 
-ON_TOP = ("testing", "pytest_plugin", "__main__")
+ON_TOP = ("testing", "pytest_plugin", "__main__", "_pure")
 """Modules beside the rooms, for tests of guests and `python -m`; no room imports them."""
 
 FACADE = "__init__"

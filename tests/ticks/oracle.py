@@ -26,6 +26,7 @@ from kvmtick.cpu.scripted import (
 )
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic
+from kvmtick.irqchip.routing import IrqTarget
 from kvmtick.kvm.model import ModelVm
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.tick import Tick
@@ -90,7 +91,7 @@ class Seen:
 
 
 @dataclass
-class Oracle:
+class Oracle(IrqTarget):
     """Watches the board of `vm`; `seen` holds all expiries in order."""
 
     vm: ModelVm

@@ -366,7 +366,7 @@ class Machine:
                     return Exit("deadlock", detail=self._deadlock_detail())
                 elif self._block(vcpu, end_ns, block_passes):
                     self._enter(vcpu, end_ns)
-            if until is not None and self._exit is None and until():
+            if until is not None and not self._is_over() and until():
                 return Exit("until")
         return self._exit
 
@@ -647,6 +647,10 @@ class Machine:
         for vcpu in self.board.vcpus:
             if vcpu.in_guest:
                 vcpu.engine.kick()
+
+    def _is_over(self) -> bool:
+        # mypyc takes `_exit` for None all through a loop `while self._exit is None`.
+        return self._exit is not None
 
     def _end(self, exit_: Exit) -> None:
         """The run is over; what the guest still does on its way out changes nothing any more."""
