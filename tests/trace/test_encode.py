@@ -142,7 +142,7 @@ def test_every_guest_s_run_is_judged_alike_from_its_recording(tmp_path: Path, na
             recorder = vm.machine.recorder
             encoder = KtraceEncoder(file, recorder.tasks, VmInfo(1000, name))
             recorder.add_consumer(written.extend)
-            recorder.add_consumer(encoder)
+            recorder.add_entry_consumer(encoder)
             guest = guests.load(name, ticks=4)
             vm.prepare(guest.needs)
             vm.load(guest)
