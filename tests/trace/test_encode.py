@@ -128,7 +128,7 @@ def test_many_records_fill_pages_and_are_marked(tmp_path: Path) -> None:
 
 def test_a_field_that_is_too_large_is_told() -> None:
     encoder = KtraceEncoder(io.BytesIO(), TASKS, VmInfo(1, ""))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="too large"):
         encoder([(1, int(Event.KVM_MMIO), 0, 1, 2, 3, 1 << 64)])
 
 
