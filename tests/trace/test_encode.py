@@ -118,7 +118,9 @@ def test_what_is_told_of_the_vm(tmp_path: Path) -> None:
 
 
 def test_many_records_fill_pages_and_are_marked(tmp_path: Path) -> None:
-    records = [(n * 10, int(Event.KVM_PIO), 1, 1, 0x20, 1, 1, n) for n in range(10_000)]
+    records: list[Record] = [
+        (n * 10, int(Event.KVM_PIO), 1, 1, 0x20, 1, 1, n) for n in range(10_000)
+    ]
     with stored(records, tmp_path / "a.ktrace") as trace:
         batches = list(trace.batches())
     assert [record[7] for batch in batches for record in batch] == list(range(10_000))
