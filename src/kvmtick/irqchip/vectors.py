@@ -33,7 +33,7 @@ class VectorSet:
         registers, at = self.registers, vector >> 5
         registers[at] = registers[at] & ~(1 << (vector & 31))
         if vector == self.highest:
-            self._find_highest()
+            self._find_highest(at)
 
     def has(self, vector: int) -> bool:
         """Whether its bit is set."""
@@ -51,10 +51,10 @@ class VectorSet:
         """All of it from one number of 256 bits."""
         for at in range(REGISTERS):
             self.registers[at] = bits >> REGISTER_BITS * at & U32
-        self._find_highest()
+        self._find_highest(REGISTERS - 1)
 
-    def _find_highest(self) -> None:
-        at = REGISTERS - 1
+    def _find_highest(self, at: int) -> None:
+        """All registers above `at` are 0."""
         while at > 0 and not self.registers[at]:
             at -= 1
         # NO_VECTOR where the last one is 0 as well
