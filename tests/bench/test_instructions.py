@@ -19,8 +19,8 @@ from kvmtick.bench.instructions import VALGRIND, instructions_per_tick
 from kvmtick.bench.run import is_compiled
 
 BASELINE = Path(__file__).with_name("baseline.json")
-GUESTS = ("tick-pic", "tick-ioapic", "tick-lapic")
-TICKS = 200
+GUESTS = ("tick-pic", "tick-ioapic")
+TICKS = 100
 MARGIN = 1.3
 """Compilers and libraries differ by less; what is worth a look does not."""
 

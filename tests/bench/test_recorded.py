@@ -36,4 +36,4 @@ def test_trace_cmd_makes_text_of_as_many(tmp_path: Path) -> None:
 
 def test_the_scripted_guest_takes_every_tick() -> None:
     verdicts = run_ticks(100)
-    assert (verdicts["expired"], verdicts["delivered"]) == (100, 100)
+    assert 100 <= verdicts["expired"] == verdicts["delivered"]

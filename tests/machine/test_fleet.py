@@ -1,9 +1,11 @@
 """Fleets: every machine does what it does alone, and is counted for itself."""
 
+import gc
 import multiprocessing
 import os
 import re
 import threading
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,8 @@ from kvmtick.trace.events import Record
 MS = 1_000_000
 FAULTS = {"worker_delay": "exp:400us", "vcpu_off": "5%:3ms", "late_expiry": "uniform:0us..90us"}
 RUN_NS = 300 * MS
+MOST_TRACED_BYTES = 40_000
+"""Of a machine, the recorder's ring and all: this is to notice what grows by a half."""
 
 
 class Alone:
@@ -174,6 +178,21 @@ def test_a_guest_that_computes_keeps_its_time_over_the_turns() -> None:
         k: v for k, v in alone.report.as_dict().items() if k != "source"
     }
     assert results[0].instructions > 28_000_000
+
+
+def test_a_machine_stays_small() -> None:
+    count = 50
+    with Fleet(1) as fleet:  # what all share
+        fleet.run(5 * MS)
+    tracemalloc.start(1)
+    try:
+        with Fleet(count) as fleet:
+            fleet.run(5 * MS)
+            gc.collect()
+            traced_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert traced_bytes < count * MOST_TRACED_BYTES
 
 
 # Over several processes.

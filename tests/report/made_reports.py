@@ -13,8 +13,9 @@ from kvmtick.report.data import (
     WorstTick,
 )
 from kvmtick.ticks import verdict
+from kvmtick.ticks.lives import Keep
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Keep, Source
+from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict, Where
 
@@ -34,14 +35,6 @@ VERDICTS = {
     29: Verdict.OUTSTANDING,
 }
 """Of each 50 ticks these, counted from 0, were not delivered."""
-
-
-class MadeSource(Source):
-    """A timer that does as it is told."""
-
-    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
-        assert tick.work_ns is not None
-        return tick.work_ns - tick.expiry_ns, accept_ns - tick.work_ns, inject_ns - accept_ns
 
 
 def made_report(ticks: int = 200, vms: int = 1, words: Words = str) -> Report:
@@ -81,7 +74,7 @@ def made_report(ticks: int = 200, vms: int = 1, words: Words = str) -> Report:
 
 def made_source(ticks: int = 200, words: Words = str) -> SourceReport:
     """A PIT at 1 kHz; tick 8, of those that came late, is the worst, tick 14 was merged."""
-    source = MadeSource("pit", verdict.Path.PIC, Keep(ticks))
+    source = Source("pit", verdict.Path.PIC, Keep(ticks), has_worker=True)
     for number in range(ticks):
         make_tick(source, number, words)
     source.fold()

@@ -4,6 +4,7 @@ what its records one by one give.
 
 import pytest
 from attributes import attributes
+from entries import take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream import PERIOD_NS
@@ -218,18 +219,6 @@ def test_a_batch_of_a_kernel_s_records_and_one_by_one(
     check_sums(at_once, lost=True)
 
 
-@given(pieces, times)
-@settings(max_examples=600, deadline=None)
-def test_a_batch_and_its_records_one_by_one(script: list[list[Record]], steps: list[int]) -> None:
-    records = [record for piece in script for record in piece]
-    records = timed([*START, *PLAIN, *records, *PLAIN * 2], steps)
-    at_once, singly = TickAssembler(tasks=TASKS), TickAssembler(tasks=TASKS)
-    at_once(records)
-    for record in records:
-        singly([record])
-    assert all_facts(at_once) == all_facts(singly)
-
-
 OTHER_VCPU = VCPU_0 + 1
 BEFORE: dict[str, list[Record]] = {
     "an ipi": [(0, Event.KVM_APIC_IPI, VCPU_0, 0x4050, 9)],
@@ -283,7 +272,7 @@ AFTER: dict[str, list[Record]] = {
 def test_plain_ticks_between_everything_else(before: str, rows: int, after: str) -> None:
     records = timed([*START, *PLAIN, *BEFORE[before], *PLAIN * rows, *AFTER[after]], [1])
     at_once, singly = TickAssembler(tasks=TASKS), TickAssembler(tasks=TASKS)
-    at_once(records)
+    take(at_once, records)
     for record in records:
         singly([record])
     assert all_facts(at_once) == all_facts(singly)

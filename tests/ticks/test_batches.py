@@ -6,6 +6,7 @@ like it and are not, each with every state that may come before.
 
 import pytest
 from attributes import attributes
+from entries import take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream import PERIOD_NS, PIT_FN, TIMER, WORK, WORK_FN, Stream
@@ -125,7 +126,7 @@ def both_ways(script: list[Step], reinject: bool) -> tuple[object, object]:
             before(s, what)
     s.recorder.flush()
     at_once, singly = TickAssembler(), TickAssembler()
-    at_once(records)
+    take(at_once, records)
     for record in records:
         singly([record])
     return facts(at_once), facts(singly)

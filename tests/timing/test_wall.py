@@ -1,16 +1,26 @@
 """The kicker thread and the stopwatch. Nothing here sleeps: the tests wait for events."""
 
 import fcntl
+import gc
 import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvmtick.timing.wall import Kicker, Stopwatch, TimerFd, Waker, short_slices, sleep_ns
+from kvmtick.timing.wall import (
+    Kicker,
+    Stopwatch,
+    TimerFd,
+    Waker,
+    collections_held_back,
+    short_slices,
+    sleep_ns,
+)
 
 SOON_S = 10.0
 """How long a test waits before it fails; never how long it takes."""
@@ -210,6 +220,30 @@ def test_a_descriptor_ends_the_sleep_of_a_waker() -> None:
     finally:
         os.close(signalled)
         waker.close()
+
+
+def test_the_collector_is_held_back_for_a_while_and_works_before_a_long_sleep() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    waker = Waker()
+    waker.open()
+    assert gc.isenabled()
+    with collections_held_back():
+        assert not gc.isenabled()
+        gone = weakref.ref(Cycle())
+        waker.sleep_until(time.monotonic_ns() + 3_000_000)
+        assert gone() is not None, "a few objects are not worth a collection"
+        cycles = [Cycle() for _ in range(20_000)]
+        del cycles
+        waker.sleep_until(1)
+        assert gone() is not None, "there was no time"
+        waker.wake()
+        waker.sleep_until(NEVER_NS)
+        assert gone() is None
+    assert gc.isenabled()
+    waker.close()
 
 
 def slice_ns() -> int:

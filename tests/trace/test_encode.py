@@ -1,7 +1,6 @@
 """Records that were encoded as pages are read as the same records."""
 
 import io
-import struct
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,9 @@ def test_what_is_told_of_the_vm(tmp_path: Path) -> None:
 
 
 def test_many_records_fill_pages_and_are_marked(tmp_path: Path) -> None:
-    records = [(n * 10, int(Event.KVM_PIO), 1, 1, 0x20, 1, 1, n) for n in range(10_000)]
+    records: list[Record] = [
+        (n * 10, int(Event.KVM_PIO), 1, 1, 0x20, 1, 1, n) for n in range(10_000)
+    ]
     with stored(records, tmp_path / "a.ktrace") as trace:
         batches = list(trace.batches())
     assert [record[7] for batch in batches for record in batch] == list(range(10_000))
@@ -129,7 +130,7 @@ def test_many_records_fill_pages_and_are_marked(tmp_path: Path) -> None:
 
 def test_a_field_that_is_too_large_is_told() -> None:
     encoder = KtraceEncoder(io.BytesIO(), TASKS, VmInfo(1, ""))
-    with pytest.raises(struct.error):
+    with pytest.raises(ValueError, match="too large"):
         encoder([(1, int(Event.KVM_MMIO), 0, 1, 2, 3, 1 << 64)])
 
 
@@ -143,7 +144,7 @@ def test_every_guest_s_run_is_judged_alike_from_its_recording(tmp_path: Path, na
             recorder = vm.machine.recorder
             encoder = KtraceEncoder(file, recorder.tasks, VmInfo(1000, name))
             recorder.add_consumer(written.extend)
-            recorder.add_consumer(encoder)
+            recorder.add_entry_consumer(encoder)
             guest = guests.load(name, ticks=4)
             vm.prepare(guest.needs)
             vm.load(guest)

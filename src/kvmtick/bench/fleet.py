@@ -58,6 +58,8 @@ def ticks_per_second(session: Session) -> Taken:
 
 def _rate(session: Session, machines: int, processes: int) -> float:
     few, many = LENGTHS.get(machines, FLEET_LENGTHS)
+    if machines in LENGTHS:  # a quick session has a smaller fleet instead
+        many = session.scaled(many)
     return session.rate(partial(_run, machines, processes), few, few + many) * machines
 
 

@@ -154,8 +154,8 @@ def _build(
         )
     )
     if writer is not None:
-        recorder.add_consumer(writer)
-        traced.callback(recorder.remove_consumer, writer)
+        recorder.add_entry_consumer(writer)
+        traced.callback(recorder.remove_entry_consumer, writer)
     vm.prepare(guest.needs, options.reinject is not False)
     vm.load(guest)
     if host is not None and guest.parameters is not None:

@@ -20,16 +20,78 @@ from kvmtick.trace.encode import KtraceEncoder
 from kvmtick.trace.events import Record
 from kvmtick.trace.ftrace import FtraceWriter
 from kvmtick.trace.ktrace import SUFFIX
+from kvmtick.trace.recorder import Entry, EntryConsumer
 
 if TYPE_CHECKING:
     from kvmtick.machine.crash import CrashReport
 
-__all__ = ["live_text", "reinject_of", "report", "trace_writer"]
+BUFFER_BYTES = 1 << 16
+"""Of a trace file: a tick with all its events has about 1 kB."""
+
+__all__ = ["TraceFile", "live_text", "reinject_of", "report", "trace_writer"]
 
 
 def reinject_of(options: argparse.Namespace, guest: Guest) -> bool:
     """What the PIT's reinjection is set to when the guest starts."""
     return options.reinject is not False if guest.needs.reinject is None else guest.needs.reinject
+
+
+class TraceFile(EntryConsumer):
+    """Writes records to the trace file `name`: a recording (`encoder` makes it) if it ends in
+    .ktrace, else ftrace text. `tasks` and `encoder` are asked at the first records.
+
+    Raises UsageError where the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tasks: Callable[[], list[str]],
+        encoder: Callable[[BinaryIO], KtraceEncoder],
+        *,
+        simulated: bool,
+    ) -> None:
+        self._name = name
+        self._tasks = tasks
+        self._encoder = encoder
+        self._simulated = simulated
+        with _is_trace_file(name):
+            self._file = Path(name).open("wb", BUFFER_BYTES)  # noqa: SIM115 - closed below
+            self._text = io.TextIOWrapper(self._file, encoding="utf-8")
+        self._writer: KtraceEncoder | FtraceWriter | None = None
+
+    def take(self, entries: list[Entry], begin: int, end: int) -> None:
+        """The next of a recorder's entries."""
+        with _is_trace_file(self._name):
+            writer = self._writer = self._writer or self._make()
+            if isinstance(writer, KtraceEncoder):
+                writer.take(entries, begin, end)
+            else:
+                writer([entry.record() for entry in entries[begin:end]])
+
+    def __call__(self, batch: list[Record]) -> None:
+        """The next records."""
+        with _is_trace_file(self._name):
+            self._writer = self._writer or self._make()
+            self._writer(batch)
+
+    def _make(self) -> KtraceEncoder | FtraceWriter:
+        if self._name.endswith(SUFFIX):
+            return self._encoder(self._file)
+        return FtraceWriter(self._text, self._tasks(), self._simulated)
+
+    def end(self) -> None:
+        """All records were written: a recording is whole."""
+        if isinstance(self._writer, KtraceEncoder):
+            with _is_trace_file(self._name):
+                self._writer.end()
+
+    def close(self) -> None:
+        """Write what there is, and close the file."""
+        with _is_trace_file(self._name):
+            if isinstance(self._writer, KtraceEncoder):
+                self._writer.flush()
+            self._text.close()
 
 
 @contextlib.contextmanager
@@ -39,39 +101,17 @@ def trace_writer(
     encoder: Callable[[BinaryIO], KtraceEncoder],
     *,
     simulated: bool,
-) -> Iterator[Callable[[list[Record]], None] | None]:
-    """A consumer that writes records to the trace file `name`: a recording (`encoder` makes it) if
-    it ends in .ktrace, else ftrace text. `tasks` and `encoder` are asked at the first batch.
-
-    None if there is no file to write.
-    """
+) -> Iterator[TraceFile | None]:
+    """The trace file `name` (see `TraceFile`), ended and closed; None if there is none to write."""
     if name is None:
         yield None
         return
-    as_text = not name.endswith(SUFFIX)
-    with _is_trace_file(name):
-        file = Path(name).open("wb")  # noqa: SIM115 - closed below
-        text = io.TextIOWrapper(file, encoding="utf-8")
-    writer: KtraceEncoder | FtraceWriter | None = None
-
-    def write(batch: list[Record]) -> None:
-        nonlocal writer
-        with _is_trace_file(name):
-            writer = writer or (
-                FtraceWriter(text, tasks(), simulated) if as_text else encoder(file)
-            )
-            writer(batch)
-
+    file = TraceFile(name, tasks, encoder, simulated=simulated)
     try:
-        yield write
-        if isinstance(writer, KtraceEncoder):
-            with _is_trace_file(name):
-                writer.end()
+        yield file
+        file.end()
     finally:
-        with _is_trace_file(name):
-            if isinstance(writer, KtraceEncoder):
-                writer.flush()
-            text.close()
+        file.close()
 
 
 @contextlib.contextmanager

@@ -95,7 +95,10 @@ def read(read_memory: Callable[[int, int], bytes], replays: bool) -> Latencies:
     samples = [_Sample(*each) for each in _SAMPLE.iter_unpack(memory)]
     tsc_per_count = _tsc_per_count(samples[: _WAITS + 1])
     *handlers, stop = _expiries(samples[_WAITS + 1 :], block.divisor, tsc_per_count)
-    return Latencies(_late(handlers, block.divisor, replays), stop[0], len(handlers) + owed)
+    taken = len(handlers) + owed
+    # What fell due while the guest was stopping the timer may have expired, or been too late to.
+    expired = min(max(taken, handlers[-1][0]), stop[0])
+    return Latencies(_late(handlers, block.divisor, replays), expired, taken)
 
 
 def _tsc_per_count(samples: list[_Sample]) -> float:

@@ -40,6 +40,7 @@ class IoBus:
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int, int, IoDevice]] = []
         self._byte_ports: dict[int, IoDevice] = {}
+        """Of single bytes, those that were accessed."""
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -55,24 +56,21 @@ class IoBus:
                 errno.ENOSPC, "kvm_io_bus_register_dev", f"{NR_IOBUS_DEVS} devices on the bus"
             )
         self._ranges.append((port, length, decoded or length, device))
-        self._index(port, decoded or length, device)
 
     def unregister(self, device: IoDevice) -> None:
         """Take a device off the bus, with all its ranges; harmless if it is not there."""
         self._ranges = [entry for entry in self._ranges if entry[3] is not device]
         self._byte_ports = {}
-        for first, _, decoded, other in self._ranges:
-            self._index(first, decoded, other)
 
     def find(self, port: int, size_bytes: int) -> IoDevice | None:
         """The device that takes an access of `size_bytes` at `port`."""
         if size_bytes == 1:
-            return self._byte_ports.get(port)
+            known = self._byte_ports.get(port)
+            if known is not None:
+                return known
         for first, length, decoded, device in self._ranges:
             if first <= port < first + decoded and port + size_bytes <= first + length:
+                if size_bytes == 1:
+                    self._byte_ports[port] = device
                 return device
         return None
-
-    def _index(self, first: int, decoded: int, device: IoDevice) -> None:
-        for port in range(first, first + decoded):
-            self._byte_ports.setdefault(port, device)

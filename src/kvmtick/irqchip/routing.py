@@ -115,22 +115,23 @@ class IrqSourceIds:
     __slots__ = ("_taken",)
 
     def __init__(self) -> None:
-        self._taken = {USERSPACE_IRQ_SOURCE_ID, IRQFD_RESAMPLE_IRQ_SOURCE_ID}
+        # `irq_sources_bitmap`
+        self._taken = 1 << USERSPACE_IRQ_SOURCE_ID | 1 << IRQFD_RESAMPLE_IRQ_SOURCE_ID
 
     def __len__(self) -> int:
-        return len(self._taken)
+        return self._taken.bit_count()
 
     def request(self) -> int:
         """The lowest free id; KvmError EFAULT when none is left."""
         for source in range(MAX_SOURCES):
-            if source not in self._taken:
-                self._taken.add(source)
+            if not self._taken >> source & 1:
+                self._taken |= 1 << source
                 return source
         raise KvmError(errno.EFAULT, "kvm_request_irq_source_id", "all 64 irq source ids are taken")
 
     def free(self, source: int) -> None:
         """`kvm_free_irq_source_id`."""
-        self._taken.discard(source)
+        self._taken &= ~(1 << source)
 
 
 class _Msi(IrqTarget):

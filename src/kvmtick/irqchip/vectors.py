@@ -23,13 +23,15 @@ class VectorSet:
 
     def add(self, vector: int) -> None:
         """Set its bit."""
-        self.registers[vector >> 5] |= 1 << (vector & 31)
+        registers, at = self.registers, vector >> 5
+        registers[at] = registers[at] | 1 << (vector & 31)
         if vector > self.highest:
             self.highest = vector
 
     def discard(self, vector: int) -> None:
         """Clear its bit."""
-        self.registers[vector >> 5] &= ~(1 << (vector & 31))
+        registers, at = self.registers, vector >> 5
+        registers[at] = registers[at] & ~(1 << (vector & 31))
         if vector == self.highest:
             self._find_highest()
 

@@ -23,7 +23,7 @@ class GuestRun:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.assembler = TickAssembler(tasks=machine.recorder.tasks)
-        machine.recorder.add_consumer(self.assembler)
+        machine.recorder.add_entry_consumer(self.assembler)
 
     def run(
         self,

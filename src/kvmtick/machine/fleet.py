@@ -9,7 +9,9 @@ another machine has its turn: a machine does what it would do alone.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -130,6 +132,18 @@ class Member:
         )
 
 
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """What is made meanwhile stays: looking through it again and again takes most of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Fleet:
     """`count` machines with irqchip, PIT and one vCPU each. A context manager.
 
@@ -153,13 +167,28 @@ class Fleet:
         """
         if not 0 < count <= MOST_MACHINES:
             raise ValueError(f"count={count}: give 1 to {MOST_MACHINES} machines")
-        listing, ring, cpuid = listing_of(guest), Ring(), Cpuid()
-        cpuid.set(supported())
+        listing = listing_of(guest)
         self.members: list[Member] = []
         self._closed = False
-        for index in range(first, first + count):
-            member = Member(index, listing, seed + index, ring, cpuid, keep)
-            for name, delay in (faults or {}).items():
+        with _without_gc():
+            self._make(
+                range(first, first + count), listing, seed, dict(faults or {}), reinject, keep
+            )
+
+    def _make(
+        self,
+        indexes: range,
+        guest: Listing,
+        seed: int,
+        faults: dict[str, str],
+        reinject: bool,
+        keep: int,
+    ) -> None:
+        ring, cpuid = Ring(), Cpuid()
+        cpuid.set(supported())
+        for index in indexes:
+            member = Member(index, guest, seed + index, ring, cpuid, keep)
+            for name, delay in faults.items():
                 member.fault(name, delay)
             pit = member.machine.board.pit
             if pit is not None:

@@ -15,7 +15,6 @@ quantum short, and quanta grow back as long as none comes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from mmap import mmap
 from typing import TYPE_CHECKING, Final
@@ -32,7 +31,7 @@ from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import Kicker, Stopwatch, Waker, short_slices
+from kvmtick.timing.wall import Kicker, Stopwatch, Waker, collections_held_back, short_slices
 from kvmtick.trace.recorder import IDLE_TASK, Recorder, Ring
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
@@ -297,7 +296,9 @@ class Machine:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
         try:
-            with nullcontext() if self.virtual else short_slices():
+            if self.virtual:
+                return self._loop(end_ns, limit_s, until, stopwatch)
+            with short_slices(), collections_held_back():
                 return self._loop(end_ns, limit_s, until, stopwatch)
         except KeyboardInterrupt:
             return Exit("interrupted")

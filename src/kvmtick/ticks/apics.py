@@ -95,14 +95,14 @@ class LocalApics:
         key = vcpu * STRIDE + vector
         return "" if key in self._sure or key in self._irr else self._begun
 
-    def is_free(self, vcpu: int, vector: int) -> bool:
-        """The vector is neither requested nor in service, for sure."""
+    def is_free(self, vcpu: int, vector: int, source: Source) -> bool:
+        """The vector is neither requested nor in service, for sure, and `source` used it last."""
         key = vcpu * STRIDE + vector
         return (
             key not in self._irr
             and key not in self._isr
             and (not self._begun or key in self._sure)
-            and key in self._known
+            and self._known.get(key) is source
         )
 
     def accept_doubtful(self, vcpu: int, mode: int, vector: int, source: Source) -> None:

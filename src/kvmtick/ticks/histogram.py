@@ -1,8 +1,6 @@
 """Latencies in constant memory: a histogram with a bounded relative error."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from operator import add, rshift
+from collections.abc import Iterable
 from typing import Final
 
 __all__ = ["Histogram"]
@@ -10,42 +8,49 @@ __all__ = ["Histogram"]
 SUB_BITS: Final = 7
 """Values below 2^7 are exact; above, a bucket spans less than 1/64 of its value."""
 
-_FIRST_BITS: Final = (1 << SUB_BITS) - 1
-_SHIFTS: Final = [max(0, bits - SUB_BITS) for bits in range(256)]
-"""By how much a value of so many bits is shifted right."""
-_TAGS: Final = [shift << SUB_BITS for shift in _SHIFTS]
+_EXACT: Final = 1 << SUB_BITS
+_FIRST_BITS: Final = _EXACT - 1
+_FAR: Final = _EXACT << 8
 
 
 class Histogram:
     """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
 
-    __slots__ = ("_counts", "_total", "max")
+    __slots__ = ("_counts", "_last", "_repeats", "_total", "max")
 
     def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-        """By `_keys`."""
+        self._counts: dict[int, int] = {}
+        """By `_key`, but for the repeats of the last value."""
+        self._last = -1
+        self._repeats = 0
         self._total = 0
         self.max = 0
 
     def __len__(self) -> int:
         return self._total
 
-    def add(self, values: Sequence[int]) -> None:
-        """Count some values; what is below 0 counts as 0."""
-        distinct = Counter(values)
-        if min(distinct) < 0:
-            values = [max(0, value) for value in values]
-            distinct = Counter(values)
-        self.max = max(self.max, *distinct)
-        self._total += len(values)
-        if 4 * len(distinct) < len(values):
-            for key, count in zip(_keys([*distinct]), distinct.values(), strict=True):
-                self._counts[key] += count
+    def count(self, value: int) -> None:
+        """Count a value; what is below 0 counts as 0."""
+        if value < 0:
+            value = 0
+        if value == self._last:
+            self._repeats += 1
         else:
-            self._counts.update(_keys(values))
+            self._count_repeats()
+            self._last = value
+            self._repeats = 1
+            if value > self.max:
+                self.max = value
+        self._total += 1
+
+    def add(self, values: Iterable[int]) -> None:
+        """Count some values."""
+        for value in values:
+            self.count(value)
 
     def buckets(self) -> list[tuple[int, int]]:
         """`(upper end, count)` of the buckets that hold something, ascending."""
+        self._count_repeats()
         return [
             (((key & _FIRST_BITS) + 1 << (key >> SUB_BITS)) - 1, count)
             for key, count in sorted(self._counts.items())
@@ -67,9 +72,20 @@ class Histogram:
             return {}
         return {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self.max}
 
+    def _count_repeats(self) -> None:
+        if self._repeats:
+            key = _key(self._last)
+            self._counts[key] = self._counts.get(key, 0) + self._repeats
+            self._repeats = 0
 
-def _keys(values: Sequence[int]) -> Iterator[int]:
-    """The bucket of each value: its first bits and, above these, how far it was shifted."""
-    bits = [*map(int.bit_length, values)]
-    first = map(rshift, values, map(_SHIFTS.__getitem__, bits))
-    return map(add, first, map(_TAGS.__getitem__, bits))
+
+def _key(value: int) -> int:
+    """The bucket of a value: its first bits and, above these, how far it was shifted."""
+    shift = 0
+    while value >= _FAR:
+        value >>= 8
+        shift += 8
+    while value >= _EXACT:
+        value >>= 1
+        shift += 1
+    return shift << SUB_BITS | value

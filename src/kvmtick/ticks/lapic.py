@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from kvmtick.ticks.apics import DM_FIXED, LocalApics
+from kvmtick.ticks.lives import Keep
 from kvmtick.ticks.messages import Messages
-from kvmtick.ticks.source import HOPS, Keep, Source
+from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Record
+from kvmtick.trace.recorder import Entry
 
 __all__ = ["HOST_TICK", "LapicTicks", "LapicTimers"]
 
@@ -33,12 +35,19 @@ HOST_TICK: Final = b"%c%c%c%c%c?%c" % (
 )
 """The events of a periodic timer's tick that nothing disturbs, as a kernel has them: a pattern."""
 
+TICK_ENTRIES: Final = 5
+"""Of a plain tick of a simulated run."""
+
 NO_TASK: Final = -1
 APIC_SPIV: Final = 0xF0
 APIC_LVTT: Final = 0x320
 APIC_SPIV_APIC_ENABLED: Final = 1 << 8
 APIC_LVT_MASKED: Final = 1 << 16
 
+_HRTIMER_START: Final = int(Event.HRTIMER_START)
+_KVM_APIC_ACCEPT_IRQ: Final = int(Event.KVM_APIC_ACCEPT_IRQ)
+_KVM_INJ_VIRQ: Final = int(Event.KVM_INJ_VIRQ)
+_KVM_EOI: Final = int(Event.KVM_EOI)
 _OPEN: Final = Verdict.OUTSTANDING
 _LAPIC: Final = Path.LAPIC
 _MASKED_DETAIL: Final = "the timer's LVT entry was masked"
@@ -50,7 +59,9 @@ class LapicTicks(Source):
     """One local APIC's timer."""
 
     def __init__(self, keep: Keep) -> None:
-        super().__init__("lapic", _LAPIC, keep, (HOPS[0], HOPS[2]))
+        super().__init__("lapic", _LAPIC, keep, has_worker=False)
+        self.is_free: bool = False
+        """Its vector was looked at, and is neither requested nor in service."""
         self.owner: int | None = None
         """Its vCPU, once that is known."""
         self.vector: int | None = None
@@ -141,15 +152,14 @@ class LapicTicks(Source):
             detail = "its vector was accepted and not injected since"
             self.judge(tick, Verdict.COALESCED, Where.LAPIC, detail)
 
-    def is_plain(self, accept: Record) -> bool:
-        """The next expiry is delivered by this record, if the vCPU has nothing else to do."""
-        _, _, task, vcpu, mode, level, vector = accept
+    def is_plain(self, task: int, vcpu: int, vector: int) -> bool:
+        """An expiry that `task` delivers to its vCPU is a plain tick, if that has nothing else to
+        do.
+        """
         return (
             task == self.task
             and vcpu == self.owner
             and vector == self.vector
-            and not mode
-            and not level
             and self.masked is False
             and self.waiting is None
             and self._expires_ns > 0
@@ -159,37 +169,18 @@ class LapicTicks(Source):
         )
 
     def plain_tick(
-        self, expire: Record, start: Record, accept: Record, inject: Record, eoi: Record
+        self, fired_ns: int, next_ns: int, accept_ns: int, inject_ns: int, eoi_ns: int
     ) -> None:
         """The same as record by record."""
-        self.expired += 1
-        self.reached += 1
-        expiry_ns, next_ns = self._expires_ns, start[5]
-        accept_ns, inject_ns, eoi_ns, vcpu = accept[0], inject[0], eoi[0], accept[3]
-        self._expires_ns = next_ns
+        vcpu, vector = self.owner, self.vector
+        assert vcpu is not None
+        assert vector is not None
+        if vcpu != self._plain_vcpu or vector != self._plain_vector:
+            self.go_plain(_LAPIC, vcpu, vector)
         self._expiring = None
         self.ran = False
-        verdict = Verdict.DELIVERED if inject_ns < next_ns else Verdict.LATE
-        self._judged[verdict] += 1
-        self._arrivals[_LAPIC, vcpu] += 1
-        self._kept.append(
-            (
-                self.expired,
-                expiry_ns,
-                expire[5],
-                next_ns - expiry_ns,
-                accept_ns,
-                accept_ns,
-                inject_ns,
-                eoi_ns,
-                accept[6],
-                verdict,
-                _LAPIC,
-                vcpu,
-            )
-        )
-        self._reach_rows.append((accept_ns - expiry_ns, inject_ns - accept_ns))
-        self._end_rows.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
+        expiry_ns, self._expires_ns = self._expires_ns, next_ns
+        self.take_plain(fired_ns, next_ns, expiry_ns, accept_ns, accept_ns, inject_ns, eoi_ns)
 
     def _were_merged(self, index: int) -> None:
         """That the ticks after `index` seemed masked was a guess, and wrong."""
@@ -197,7 +188,7 @@ class LapicTicks(Source):
         if self._served or not count or self.begun or self.blind or not self.sees_masks:
             return
         self._judged[Verdict.MASKED] -= count
-        self._judged[Verdict.COALESCED] += count
+        self._judged[Verdict.COALESCED] = self._judged.get(Verdict.COALESCED, 0) + count
         for tick in self.lives:
             if tick.index > index:
                 tick.verdict = Verdict.COALESCED
@@ -237,9 +228,6 @@ class LapicTicks(Source):
             return True
         return None if self.begun or not self.sees_masks else not self._served
 
-    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
-        return accept_ns - tick.expiry_ns, inject_ns - accept_ns
-
 
 class LapicTimers:
     """All local APICs' timers, by their hrtimer."""
@@ -263,6 +251,8 @@ class LapicTimers:
         self._keep = keep
         self._owners = owners
         self._timers: dict[int, LapicTicks] = {}
+        self._last: LapicTicks | None = None
+        self._last_hrtimer = 0
         self._masked: dict[int, bool] = {}
         self.without_expiry = 0
         """Messages that only a timer explains, and that no expiry came before."""
@@ -296,16 +286,75 @@ class LapicTimers:
             self._messages.forget_eois()
         timer.expire(record)
 
-    def host_tick(self, batch: list[Record], at: int, end: int) -> bool:
-        """The same as record by record: expiry, acceptance, injection and EOI in a row. False, and
-        nothing done, if it is not that.
+    def look(self) -> bool:
+        """Whether the next expiry may be a plain tick, as far as the timers are concerned."""
+        waiting = False
+        for timer in self._timers.values():
+            timer.is_free = False
+            if timer.waiting is not None:
+                waiting = True
+        return not waiting
+
+    def take_tick(self, entries: list[Entry], at: int, end: int) -> int:
+        """The same as record by record, while no expiry waits: expiry, acceptance, injection and
+        EOI in a row. How many entries that took; 0, and nothing done, if it is not that.
         """
-        expire, start, accept, inject, eoi = *batch[at : at + 4], batch[end - 1]
-        timer = self._timers.get(expire[3])
-        _, _, task, vcpu, _, _, vector = accept
+        if end - at < TICK_ENTRIES:
+            return 0
+        expire, start, accept = entries[at], entries[at + 1], entries[at + 2]
+        inject, eoi = entries[at + 3], entries[at + 4]
+        task, vcpu, vector = accept.task, accept.a, accept.d
+        if (
+            start.event != _HRTIMER_START
+            or accept.event != _KVM_APIC_ACCEPT_IRQ
+            or inject.event != _KVM_INJ_VIRQ
+            or eoi.event != _KVM_EOI
+            or start.task != expire.task
+            or start.b != expire.b
+            or not start.task & IRQ_CONTEXT
+            or accept.b
+            or accept.c
+            or inject.task != task
+            or inject.a != vector
+            or inject.c
+            or eoi.task != task
+            or eoi.a != vcpu
+            or eoi.b != vector
+            or start.a != expire.a
+        ):
+            return 0
+        timer = self._timer_of(expire.a)
         if (
             timer is None
-            or not timer.is_plain(accept)
+            or not timer.is_plain(task, vcpu, vector)
+            or self._messages.may_explain(task)
+        ):
+            return 0
+        if not timer.is_free:
+            timer.is_free = self._apics.is_free(vcpu, vector, timer)
+            if not timer.is_free:
+                return 0
+        timer.plain_tick(expire.c, start.c, accept.ts_ns, inject.ts_ns, eoi.ts_ns)
+        self._messages.end(task, vector)
+        return TICK_ENTRIES
+
+    def _timer_of(self, hrtimer: int) -> LapicTicks | None:
+        last = self._last
+        if last is not None and self._last_hrtimer == hrtimer:
+            return last
+        self._last, self._last_hrtimer = self._timers.get(hrtimer), hrtimer
+        return self._last
+
+    def host_tick(self, batch: list[Record], at: int, end: int) -> bool:
+        """The same of a kernel's records, which match `HOST_TICK`."""
+        expire, start, accept, inject, eoi = *batch[at : at + 4], batch[end - 1]
+        timer = self._timers.get(expire[3])
+        accept_ns, _, task, vcpu, mode, level, vector = accept
+        if (
+            timer is None
+            or mode
+            or level
+            or not timer.is_plain(task, vcpu, vector)
             or start[2:5] != expire[2:5]
             or not start[2] & IRQ_CONTEXT
             or inject[2] != task
@@ -313,11 +362,11 @@ class LapicTimers:
             or inject[5]
             or eoi[2:] != (task, vcpu, vector)
             or self._messages.may_explain(task)
-            or not self._apics.is_free(vcpu, vector)
+            or not self._apics.is_free(vcpu, vector, timer)
         ):
             return False
-        timer.plain_tick(expire, start, accept, inject, eoi)
-        self._messages.eoi(eoi)
+        timer.plain_tick(expire[5], start[5], accept_ns, inject[0], eoi[0])
+        self._messages.end(task, vector)
         return True
 
     def accept(self, record: Record) -> bool:
@@ -387,11 +436,6 @@ class LapicTimers:
         """Judge what can be judged now."""
         for timer in self._timers.values():
             timer.settle()
-
-    def fold(self) -> None:
-        """Take in the latencies."""
-        for timer in self._timers.values():
-            timer.fold()
 
     def _mask(self, vcpu: int, masked: bool) -> None:
         self._masked[vcpu] = masked

@@ -13,13 +13,15 @@ from typing import Final
 from kvmtick.ticks.apics import DM_FIXED, DM_INIT, DM_LOWEST, LocalApics
 from kvmtick.ticks.lapic import HOST_TICK as HOST_LAPIC_TICK
 from kvmtick.ticks.lapic import LapicTimers
+from kvmtick.ticks.lives import Keep
 from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.pit import HOST_TICK as HOST_PIT_TICK
-from kvmtick.ticks.pit import PLAIN_TICK, PitTicks
+from kvmtick.ticks.pit import PitTicks
 from kvmtick.ticks.report import TickReport
-from kvmtick.ticks.source import Keep, Source
+from kvmtick.ticks.source import Source
 from kvmtick.trace.events import IRQ_CONTEXT, Event, Function, Record
 from kvmtick.trace.inferred import is_creation
+from kvmtick.trace.recorder import Entry, EntryConsumer
 from kvmtick.trace.vms import vcpu_of_name
 
 KEEP: Final = 16_384
@@ -28,6 +30,7 @@ KEEP: Final = 16_384
 _EVENT_OF: Final = itemgetter(1)
 _HOST_TICK: Final = re.compile(HOST_PIT_TICK + b"|" + HOST_LAPIC_TICK, re.DOTALL)
 
+_HRTIMER_EXPIRE_ENTRY: Final = int(Event.HRTIMER_EXPIRE_ENTRY)
 _PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK: Final = int(Function.PIT_DO_WORK)
 _APIC_TIMER_FN: Final = int(Function.APIC_TIMER_FN)
@@ -37,7 +40,7 @@ def _ignore(record: Record) -> None:
     """An event that says nothing of ticks."""
 
 
-class TickAssembler:
+class TickAssembler(EntryConsumer):
     """A recorder's consumer that follows the ticks of the PIT and of the local APICs' timers.
 
     What is asked of it alone is answered for the main source: the PIT if it ever expired, else the
@@ -73,6 +76,9 @@ class TickAssembler:
             kept,
             {} if owners is None else owners,
         )
+        self._has_looked = False
+        """Nothing but plain ticks came since `_look`."""
+        self._timers_may_be_plain = False
         self._handlers: list[Callable[[Record], None]] = [_ignore] * len(Event)
         for event, handler in (
             (Event.HRTIMER_START, self._hrtimer_start),
@@ -104,62 +110,64 @@ class TickAssembler:
         if self._vcpus is not None:
             self._take_hosts(batch)
             return
-        handlers, pit = self._handlers, self._pit
-        events = bytes(map(_EVENT_OF, batch))
-        idle = self._is_idle()
-        plain_ticks = 0
-        at = 0
-        while at < len(batch):
-            plain = events.find(PLAIN_TICK, at)
-            if plain == at and idle and pit.plain_tick(batch, at, at + 4, at + 5, at + 6):
-                at += len(PLAIN_TICK)
-                plain_ticks += 1
-                continue
-            if plain_ticks:
-                pit.count_plain(plain_ticks)
-                plain_ticks = 0
-            # Record by record up to the next tick that may be plain, past this one if it was not.
-            end = plain if plain > at else events.find(PLAIN_TICK, at + 1)
-            for record in batch[at : end if end >= 0 else None]:
-                handlers[record[1]](record)
-            if end < 0:
-                break
-            at = end
-            idle = self._is_idle()
-        if plain_ticks:
-            pit.count_plain(plain_ticks)
-        pit.fold()
-        self._timers.fold()
+        self._one_by_one(batch)
+
+    def take(self, entries: list[Entry], begin: int, end: int) -> None:
+        """Take in records of a simulated run."""
+        at = begin
+        while at < end:
+            entry = entries[at]
+            if entry.event == _HRTIMER_EXPIRE_ENTRY:
+                count = self._take_tick(entries, at, end)
+                if count:
+                    at += count
+                    continue
+            record = entry.record()
+            self._has_looked = False
+            self._handlers[record[1]](record)
+            at += 1
+
+    def _take_tick(self, entries: list[Entry], at: int, end: int) -> int:
+        """A plain tick; how many entries it took, 0 if it is none."""
+        if not self._has_looked:
+            self._look()
+        function = entries[at].b
+        if function == _PIT_TIMER_FN:
+            return self._pit.take_tick(entries, at, end, self._messages)
+        if function == _APIC_TIMER_FN and self._timers_may_be_plain:
+            return self._timers.take_tick(entries, at, end)
+        return 0
+
+    def _look(self) -> None:
+        """Which ticks may be plain until something else comes."""
+        pit = self._pit
+        may_be = self._timers.look() and self._apics.sees_nmis()
+        pit.look(may_be and pit.worker >= 0 and self._vcpu_of(pit.worker) is None)
+        self._timers_may_be_plain = may_be and pit.is_out_of_the_way
+        self._has_looked = True
 
     def _take_hosts(self, batch: list[Record]) -> None:
         """A batch of a kernel's records."""
         pit, timers = self._pit, self._timers
         events = bytes(map(_EVENT_OF, batch))
         idle = self._is_idle()
-        plain_ticks = at = 0
+        at = 0
         for match in _HOST_TICK.finditer(events):
             start, end = match.span()
             if start > at:
-                if plain_ticks:
-                    pit.count_plain(plain_ticks)
-                    plain_ticks = 0
                 self._one_by_one(batch[at:start])
                 idle = self._is_idle()
                 at = start
             if match.start(1) >= 0:
                 if idle and pit.host_tick(batch, match):
                     at = end
-                    plain_ticks += 1
             elif not pit.pic.asks and timers.host_tick(batch, start, end):
                 at = end
-        if plain_ticks:
-            pit.count_plain(plain_ticks)
         self._one_by_one(batch[at:])
-        pit.fold()
-        timers.fold()
 
     def _one_by_one(self, records: list[Record]) -> None:
         handlers = self._handlers
+        self._has_looked = False
         for record in records:
             handlers[record[1]](record)
 
@@ -176,11 +184,13 @@ class TickAssembler:
         A record that comes with the VM's creation says that it had not.
         """
         why = "the trace begins here"
+        self._has_looked = False
         self._lose(why)
         self._pit.begin_in_the_middle(why, reinject)
 
     def created(self) -> None:
         """The VM is made here: nothing was before."""
+        self._has_looked = False
         self._apics.created()
         self._timers.created()
         self._pit.created()
@@ -189,6 +199,7 @@ class TickAssembler:
         """Why the ticks of the PIT, and of the local APICs' timers, cannot be judged, empty if they
         can; and whether the records show when a timer's LVT entry is masked.
         """
+        self._has_looked = False
         if self._pit.blind and not pit:
             self._pit.lost(self._pit.blind)
         self._pit.blind = pit
@@ -224,6 +235,7 @@ class TickAssembler:
 
     def settle(self) -> None:
         """Judge what can be judged now, between two events; everything else is outstanding."""
+        self._has_looked = False
         self._pit.settle()
         self._timers.settle()
         self._apics.settle()

@@ -15,6 +15,7 @@ __all__ = ["Messages"]
 VECTOR: Final = 0xFF
 MODE: Final = 0x700
 ANY: Final = -1
+NO_TASK: Final = -1
 
 Message = tuple[int, int]
 """Vector and delivery mode; ANY if the record does not say."""
@@ -25,8 +26,11 @@ class Messages:
 
     def __init__(self, vcpu_of: Callable[[int], int | None]) -> None:
         """`vcpu_of`: the vCPU whose thread a task is, None if it is none's."""
-        self._vcpu_of = vcpu_of
+        self.vcpu_of = vcpu_of
         self._sent: dict[int, Message] = {}
+        self._ended_task = NO_TASK
+        """`_sent` holds its last EOI, of `_ended_vector`."""
+        self._ended_vector = 0
 
     def __contains__(self, task: int) -> bool:
         return task in self._sent
@@ -51,21 +55,33 @@ class Messages:
         if record[4] >= 0:
             self._send(record, (record[4], ANY))
 
+    def end(self, task: int, vector: int) -> None:
+        """The same of a vCPU's task."""
+        if task != self._ended_task or vector != self._ended_vector:
+            self._sent[task] = (vector, ANY)
+            self._ended_task = task
+            self._ended_vector = vector
+
     def forget(self, task: int) -> None:
         """The task went on to something else."""
         if self._sent:
+            self._ended_task = NO_TASK
             self._sent.pop(task & ~IRQ_CONTEXT, None)
 
     def forget_eois(self) -> None:
         """Time has passed: what an EOI delivers again is accepted at once."""
+        self._ended_task = NO_TASK
         self._sent = {task: sent for task, sent in self._sent.items() if sent[1] != ANY}
 
     def clear(self) -> None:
         """Records are missing."""
+        self._ended_task = NO_TASK
         self._sent.clear()
 
     def may_explain(self, task: int) -> bool:
         """The task sent something that its own local APIC may accept."""
+        if task == self._ended_task:
+            return False
         sent = self._sent.get(task)
         return sent is not None and (sent[1] != ANY or sent[0] == ANY)
 
@@ -91,5 +107,6 @@ class Messages:
 
     def _send(self, record: Record, message: Message) -> None:
         task = record[2] & ~IRQ_CONTEXT
-        if self._vcpu_of(task) is not None:
+        self._ended_task = NO_TASK
+        if self.vcpu_of(task) is not None:
             self._sent[task] = message

@@ -10,7 +10,7 @@ another source held high before the records began.
 
 from typing import Final
 
-from kvmtick.ticks.source import Source
+from kvmtick.ticks.source import NO_VECTOR, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import Record
@@ -25,9 +25,6 @@ DOUBTFUL: Final = 4
 """What became of a pulse; HELD: another source holds the line high, so there was no edge; DOUBTFUL:
 it was masked, and latched already or not.
 """
-
-NO_VECTOR: Final = -1
-"""Of an injection of the PIC whose base is not known."""
 
 PORT_COMMAND: Final = 0x20
 PORT_DATA: Final = 0x21
@@ -112,6 +109,21 @@ class PicPin:
             and not self.auto_eoi
             and not self.pin
         )
+
+    @property
+    def is_latched(self) -> bool:
+        """While it is masked, a pulse of the pin, a PC's timer's, changes nothing."""
+        requested = self.request is not None or self.foreign_request
+        return requested and not self.auto_eoi and not self.pin
+
+    @property
+    def takes_none(self) -> bool:
+        """No injection is the PIC's, whatever its vector."""
+        return not self.asks or (not self.auto_eoi and self.masked)
+
+    def has_imr(self, imr: int) -> bool:
+        """The master's mask is known to be this."""
+        return self._imr[0] == imr
 
     @property
     def asks(self) -> bool:

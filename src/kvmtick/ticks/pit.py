@@ -20,37 +20,36 @@ from typing import Final
 
 from kvmtick.ticks import pic
 from kvmtick.ticks.apics import DM_FIXED, DM_LOWEST, DM_NMI, LocalApics
+from kvmtick.ticks.lives import Keep
+from kvmtick.ticks.messages import Messages
 from kvmtick.ticks.pic import PicPin
-from kvmtick.ticks.source import Keep, Source
+from kvmtick.ticks.source import NO_VECTOR, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 from kvmtick.trace.events import IRQ_CONTEXT, ApicvInhibitReason, Event, Function, Irqchip, Record
+from kvmtick.trace.recorder import Entry
 
-__all__ = ["PLAIN_TICK", "PitTicks"]
-
-PLAIN_TICK: Final = bytes(
-    (
-        Event.HRTIMER_EXPIRE_ENTRY,
-        Event.WORK_QUEUE,
-        Event.HRTIMER_START,
-        Event.WORK_START,
-        Event.KVM_SET_IRQ,
-        Event.KVM_PIC_SET_IRQ,
-        Event.KVM_INJ_VIRQ,
-        Event.KVM_PIO,
-        Event.KVM_ACK_IRQ,
-    )
-)
-"""The events of a tick by way of the PIC that nothing disturbs, as a simulated run has them."""
+__all__ = ["HOST_TICK", "PitTicks"]
 
 HOST_TICK: Final = b"%c%c%c%c(%c%c?%c)(%c%c?%c)?%c?%c%c%c" % (
-    *PLAIN_TICK[:4],
+    *(Event.HRTIMER_EXPIRE_ENTRY, Event.WORK_QUEUE, Event.HRTIMER_START, Event.WORK_START),
     *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
     *(Event.KVM_SET_IRQ, Event.KVM_IOAPIC_SET_IRQ, Event.KVM_PIC_SET_IRQ),
     Event.WORK_END,
-    *PLAIN_TICK[6:],
+    *(Event.KVM_INJ_VIRQ, Event.KVM_PIO, Event.KVM_ACK_IRQ),
 )
-"""The same with what a kernel writes beside: a pattern; its groups are the edges of the pulse."""
+"""The events of a tick by way of the PIC that nothing disturbs, with what a kernel writes beside: a
+pattern; its groups are the edges of the pulse.
+"""
+
+NOT_PLAIN: Final = 0
+BY_PIC: Final = 1
+BY_IOAPIC: Final = 2
+"""By which way the next tick may be plain."""
+
+PIC_ENTRIES: Final = 9
+IOAPIC_ENTRIES: Final = 11
+"""Of a plain tick of a simulated run."""
 
 PIT_GSI: Final = 0
 PIT_SOURCE_ID: Final = 2
@@ -67,6 +66,17 @@ QUEUED_NS: Final = 50_000
 
 REINJECT_UNKNOWN: Final = "whether ticks are reinjected was not known yet"
 
+_WORK_QUEUE: Final = int(Event.WORK_QUEUE)
+_HRTIMER_START: Final = int(Event.HRTIMER_START)
+_WORK_START: Final = int(Event.WORK_START)
+_KVM_SET_IRQ: Final = int(Event.KVM_SET_IRQ)
+_KVM_PIC_SET_IRQ: Final = int(Event.KVM_PIC_SET_IRQ)
+_KVM_IOAPIC_SET_IRQ: Final = int(Event.KVM_IOAPIC_SET_IRQ)
+_KVM_APIC_ACCEPT_IRQ: Final = int(Event.KVM_APIC_ACCEPT_IRQ)
+_KVM_INJ_VIRQ: Final = int(Event.KVM_INJ_VIRQ)
+_KVM_PIO: Final = int(Event.KVM_PIO)
+_KVM_EOI: Final = int(Event.KVM_EOI)
+_KVM_ACK_IRQ: Final = int(Event.KVM_ACK_IRQ)
 _PIT_TIMER_FN: Final = int(Function.PIT_TIMER_FN)
 _PIT_DO_WORK: Final = int(Function.PIT_DO_WORK)
 _OPEN: Final = Verdict.OUTSTANDING
@@ -95,11 +105,17 @@ class PitTicks(Source):
     """Follows the PIT's hrtimer, its worker and GSI 0."""
 
     def __init__(self, apics: LocalApics, keep: Keep) -> None:
-        super().__init__("pit", _PIC, keep)
+        super().__init__("pit", _PIC, keep, has_worker=True)
         self.pic = PicPin()
         self.plain_task = NO_TASK
-        self._plain_vcpu = 0
-        self._plain_vector: int | None = None
+        self._pic_vcpu = 0
+        self._pic_vector = NO_VECTOR
+        self._way = NOT_PLAIN
+        self._free_task = NO_TASK
+        """The thread of `_free_vcpu`, on which `_free_vector` is neither requested nor in service.
+        """
+        self._free_vcpu = 0
+        self._free_vector = NO_VECTOR
         self._apics = apics
         self._reinject: bool | None = False
         self._merged: list[Tick] = []
@@ -117,7 +133,7 @@ class PitTicks(Source):
         self._queues: Tick | None = None
         """It gets the next pulse, if now the work is queued for it."""
         self._work_ns = 0
-        self._worker = NO_TASK
+        self.worker = NO_TASK
         self._seen_by_worker = 0
         self._run_pulsed = True
         self._held_back = 0
@@ -147,9 +163,28 @@ class PitTicks(Source):
     # A whole life at once.
 
     def is_idle(self) -> bool:
-        """No tick is under way: the next one may be plain."""
+        """No tick is under way: the next one may be plain, by way of the PIC."""
         vector = self.pic.vector
-        self._plain_vector = pic.NO_VECTOR if vector is None else vector
+        self._pic_vector = NO_VECTOR if vector is None else vector
+        return self._has_none and self.pic.is_idle
+
+    def look(self, may_be: bool) -> None:
+        """By which way the next tick may be plain, if it may be as far as others are concerned."""
+        self._way = NOT_PLAIN
+        self._free_task = NO_TASK
+        if may_be and self.is_idle():
+            self._way = BY_PIC
+        elif may_be and self._has_none and self.pic.is_latched:
+            self._way = BY_IOAPIC
+
+    @property
+    def is_out_of_the_way(self) -> bool:
+        """A vCPU's next message and its injection are not the PIT's."""
+        return self._run_tick is None and self.pic.takes_none
+
+    @property
+    def _has_none(self) -> bool:
+        """No tick is under way."""
         return (
             not self._pending
             and not self._waiting
@@ -160,11 +195,154 @@ class PitTicks(Source):
             and not self.blind
             and self._expires_ns > 0
             and self._no_expiry is None
-            and self.pic.is_idle
         )
 
+    def take_tick(self, entries: list[Entry], at: int, end: int, messages: Messages) -> int:
+        """The same as record by record: expiry, pulse, injection and EOI in a row. How many entries
+        that took; 0, and nothing done, if it is not that.
+        """
+        way = self._way
+        if way == NOT_PLAIN or end - at < PIC_ENTRIES:
+            return 0
+        queue, start, run = entries[at + 1], entries[at + 2], entries[at + 3]
+        pulse, line = entries[at + 4], entries[at + 5]
+        worker = self.worker
+        if (
+            queue.event != _WORK_QUEUE
+            or start.event != _HRTIMER_START
+            or run.event != _WORK_START
+            or pulse.event != _KVM_SET_IRQ
+            or line.event != _KVM_PIC_SET_IRQ
+            or queue.b != _PIT_DO_WORK
+            or start.b != _PIT_TIMER_FN
+            or not start.task & IRQ_CONTEXT
+            or run.b != _PIT_DO_WORK
+            or run.task != worker
+            or pulse.task != worker
+            or line.task != worker
+            or pulse.a != PIT_GSI
+            or not pulse.b
+            or pulse.c != PIT_SOURCE_ID
+            or line.a
+            or line.b
+        ):
+            return 0
+        if way == BY_PIC:
+            return self._take_by_pic(entries, at, messages)
+        if end - at < IOAPIC_ENTRIES:
+            return 0
+        return self._take_by_ioapic(entries, at, messages)
+
+    def _take_by_pic(self, entries: list[Entry], at: int, messages: Messages) -> int:
+        line, inject, command = entries[at + 5], entries[at + 6], entries[at + 7]
+        ack = entries[at + 8]
+        if (
+            inject.event != _KVM_INJ_VIRQ
+            or command.event != _KVM_PIO
+            or ack.event != _KVM_ACK_IRQ
+            or line.d & IMR_IRQ0
+            or line.e
+            or inject.task != self.plain_task
+            or inject.a != self._pic_vector
+            or inject.c
+            or command.task != inject.task
+            or not command.a
+            or command.b != pic.PORT_COMMAND
+            or command.e & NOT_END_OF_INTERRUPT
+            or ack.a
+            or ack.b
+        ):
+            return 0
+        messages.forget(inject.task)
+        if (
+            self._plain_path is not _PIC
+            or self._plain_vcpu != self._pic_vcpu
+            or self._plain_vector != self._pic_vector
+        ):
+            self.go_plain(_PIC, self._pic_vcpu, self._pic_vector)
+        self._take_whole(
+            entries[at].c,
+            entries[at + 2].c,
+            entries[at + 3].ts_ns,
+            line.ts_ns,
+            inject.ts_ns,
+            ack.ts_ns,
+            ack.ts_ns,
+        )
+        return PIC_ENTRIES
+
+    def _take_by_ioapic(self, entries: list[Entry], at: int, messages: Messages) -> int:
+        line, accept, ioapic = entries[at + 5], entries[at + 6], entries[at + 7]
+        inject, eoi, ack = entries[at + 8], entries[at + 9], entries[at + 10]
+        worker, task, vcpu, vector = self.worker, inject.task, accept.a, accept.d
+        if (
+            accept.event != _KVM_APIC_ACCEPT_IRQ
+            or ioapic.event != _KVM_IOAPIC_SET_IRQ
+            or inject.event != _KVM_INJ_VIRQ
+            or eoi.event != _KVM_EOI
+            or ack.event != _KVM_ACK_IRQ
+            or not line.d & IMR_IRQ0
+            or not self.pic.has_imr(line.d)
+            or accept.task != worker
+            or accept.b
+            or ioapic.task != worker
+            or ioapic.a & IOAPIC_MASKED
+            or ioapic.c
+            or inject.a != vector
+            or inject.c
+            or eoi.task != task
+            or eoi.a != vcpu
+            or eoi.b != vector
+            or ack.a != _IOAPIC
+            or ack.b != ioapic.b
+        ):
+            return 0
+        if task != self._free_task or vcpu != self._free_vcpu or vector != self._free_vector:
+            if messages.vcpu_of(task) != vcpu or not self._apics.is_free(vcpu, vector, self):
+                return 0
+            self._free_task, self._free_vcpu, self._free_vector = task, vcpu, vector
+            self.go_plain(Path.IOAPIC, vcpu, vector)
+        self._ioapic_pin = ioapic.b
+        self.pic.new_pulse()
+        self._take_whole(
+            entries[at].c,
+            entries[at + 2].c,
+            entries[at + 3].ts_ns,
+            accept.ts_ns,
+            inject.ts_ns,
+            eoi.ts_ns,
+            ack.ts_ns,
+        )
+        messages.end(task, vector)
+        return IOAPIC_ENTRIES
+
+    def _take_whole(
+        self,
+        fired_ns: int,
+        next_ns: int,
+        work_ns: int,
+        accept_ns: int,
+        inject_ns: int,
+        eoi_ns: int,
+        ack_ns: int,
+    ) -> None:
+        """What a plain tick leaves behind."""
+        if not self._run_pulsed:
+            self._held_back = self._seen_by_worker
+        expiry_ns = self._expires_ns
+        self._expires_ns = next_ns
+        self._work_ns = work_ns
+        self._run_pulsed = self._irq_ack = self._is_own_pulse = True
+        self._line = PIT_GSI
+        self._line_task = self.worker
+        self._ack_ns = ack_ns
+        self.take_plain(fired_ns, next_ns, expiry_ns, work_ns, accept_ns, inject_ns, eoi_ns)
+        self._seen_by_worker = self.expired
+
     def host_tick(self, batch: list[Record], tick: re.Match[bytes]) -> bool:
-        """`plain_tick` of a kernel's records, which match `HOST_TICK`."""
+        """The same of a kernel's records, which match `HOST_TICK`, while the PIT is idle. False,
+        and nothing done, if it is not plain.
+        """
         at, pulse, falling = tick.start(), tick.start(1), tick.start(2)
         pic_at, end = tick.end(1) - 1, tick.end()
         expiry, start, run = batch[at], batch[at + 2], batch[at + 3]
@@ -187,24 +365,11 @@ class PitTicks(Source):
             ioapic_pin = self._ioapic_pin
         if falling >= 0 and batch[falling][2:] != (worker, PIT_GSI, 0, PIT_SOURCE_ID):
             return False
-        if not self.plain_tick(batch, at, pulse, pic_at, end - 3):
-            return False
-        self._ioapic_pin = ioapic_pin
-        self._line = PIT_GSI if falling < 0 else NO_GSI
-        self._line_task = self._worker = worker
-        return True
-
-    def plain_tick(
-        self, batch: list[Record], at: int, pulse_at: int, pic_at: int, inject_at: int
-    ) -> bool:
-        """The same as record by record, while the PIT is idle: expiry, pulse, injection and EOI in
-        a row. False, and nothing done, if it is not that.
-        """
-        _, _, _, gsi, level, source = batch[pulse_at]
+        _, _, _, gsi, level, source = batch[pulse]
         accept_ns, _, _, chip, pin, _, imr, coalesced = batch[pic_at]
-        inject_ns, _, task, vector, _, reinjected = batch[inject_at]
-        _, _, _, is_write, port, _, _, value = batch[inject_at + 1]
-        eoi_ns, _, _, irqchip, acked_pin = batch[inject_at + 2]
+        inject_ns, _, task, vector, _, reinjected = batch[end - 3]
+        _, _, _, is_write, port, _, _, value = batch[end - 2]
+        eoi_ns, _, _, irqchip, acked_pin = batch[end - 1]
         if (
             gsi != PIT_GSI
             or not level
@@ -213,7 +378,7 @@ class PitTicks(Source):
             or pin
             or imr & IMR_IRQ0
             or coalesced
-            or vector != self._plain_vector
+            or vector != self._pic_vector
             or task != self.plain_task
             or reinjected
             or not is_write
@@ -223,40 +388,12 @@ class PitTicks(Source):
             or acked_pin
         ):
             return False
-        if not self._run_pulsed:
-            self._held_back = self._seen_by_worker
-        self.expired = self._seen_by_worker = index = self.expired + 1
-        self.reached += 1
-        expiry_ns, next_ns, work_ns = self._expires_ns, batch[at + 2][5], batch[at + 3][0]
-        self._expires_ns = next_ns
-        self._work_ns = work_ns
-        self._run_pulsed = self._irq_ack = True
-        self._ack_ns = eoi_ns
-        verdict = _DELIVERED if inject_ns < next_ns else _LATE
-        self._judged[verdict] += 1
-        self._kept.append(
-            (
-                index,
-                expiry_ns,
-                batch[at][5],
-                next_ns - expiry_ns,
-                work_ns,
-                accept_ns,
-                inject_ns,
-                eoi_ns,
-                None if vector < 0 else vector,
-                verdict,
-                _PIC,
-                self._plain_vcpu,
-            )
-        )
-        self._reach_rows.append((work_ns - expiry_ns, accept_ns - work_ns, inject_ns - accept_ns))
-        self._end_rows.append((eoi_ns - inject_ns, eoi_ns - expiry_ns))
+        self.worker = worker
+        self.go_plain(_PIC, self._pic_vcpu, vector)
+        self._take_whole(expiry[5], start[5], run[0], accept_ns, inject_ns, eoi_ns, eoi_ns)
+        self._ioapic_pin = ioapic_pin
+        self._line = PIT_GSI if falling < 0 else NO_GSI
         return True
-
-    def count_plain(self, count: int) -> None:
-        """So many plain ticks came since the last time."""
-        self._arrivals[_PIC, self._plain_vcpu] += count
 
     # The timer and the worker.
 
@@ -363,7 +500,7 @@ class PitTicks(Source):
         self._work_queued = False
         self._work_known = True
         self._work_ns = record[0]
-        self._worker = record[2]
+        self.worker = record[2]
         if not self._run_pulsed:
             self._held_back = self._seen_by_worker
         self._seen_by_worker = self.expired
@@ -620,7 +757,7 @@ class PitTicks(Source):
 
     def is_running(self, task: int) -> bool:
         """This task is the worker, between its pulse and its end."""
-        return self._run_tick is not None and task == self._worker
+        return self._run_tick is not None and task == self.worker
 
     def accept(self, record: Record) -> None:
         """A local APIC accepts a message of the run: the IOAPIC's, an MSI, or its own LVT0."""
@@ -666,7 +803,7 @@ class PitTicks(Source):
         """An injection that no local APIC's request explains."""
         if self.pic.request is not None:
             self.plain_task = record[2]
-            self._plain_vcpu = vcpu
+            self._pic_vcpu = vcpu
         self.injected()
         self.pic.inject(self, record[3], vcpu, record[0])
 
@@ -700,8 +837,3 @@ class PitTicks(Source):
         super().finish(claim, ts_ns)
         if claim.tick is self._run_tick:
             self._run_tick = None
-
-    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
-        if tick.work_ns is None:
-            return None
-        return tick.work_ns - tick.expiry_ns, accept_ns - tick.work_ns, inject_ns - accept_ns

@@ -4,14 +4,15 @@ What the PIT and the local APICs' timers have in common. Lives are kept to a bou
 the latencies cover all.
 """
 
-from collections import Counter, deque
-from typing import Final, NamedTuple
+from collections import Counter
+from typing import Final
 
 from kvmtick.ticks.histogram import Histogram
-from kvmtick.ticks.tick import Claim, PlainTick, Tick
+from kvmtick.ticks.lives import Keep, Lives
+from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
 
-__all__ = ["HOPS", "Keep", "Source"]
+__all__ = ["HOPS", "Source"]
 
 HOPS: Final = (
     "expiry_to_work",
@@ -20,9 +21,9 @@ HOPS: Final = (
     "inject_to_eoi",
     "expiry_to_eoi",
 )
-_END_HOPS: Final = HOPS[3:]
 
-MANY_ROWS: Final = 512
+NO_VECTOR: Final = -1
+"""Of an interrupt whose vector is not known."""
 
 _OPEN: Final = Verdict.OUTSTANDING
 _DELIVERED: Final = Verdict.DELIVERED
@@ -32,23 +33,12 @@ _COALESCED: Final = Verdict.COALESCED
 _UNKNOWN: Final = Verdict.UNKNOWN
 
 
-class Keep(NamedTuple):
-    """Which lives a source keeps."""
-
-    lives: int
-    """So many."""
-    all: bool = False
-    """The older ones too, until `Source.take_old`."""
-
-
 class Source:
     """One timer's ticks so far."""
 
-    def __init__(
-        self, name: str, path: Path, keep: Keep, reach_hops: tuple[str, ...] = HOPS[:3]
-    ) -> None:
+    def __init__(self, name: str, path: Path, keep: Keep, has_worker: bool) -> None:
         """`name`: `pit` or `lapic`; `path`: the one to name while no tick has reached a vCPU;
-        `reach_hops`: what `_reach_row` gives.
+        `has_worker`: a thread of its own passes its ticks on.
         """
         self.name = name
         self.expired = 0
@@ -56,17 +46,26 @@ class Source:
         self.extra = 0
         self._path = path
         self._keep = keep.lives
-        self._kept: deque[Tick | PlainTick] = deque(maxlen=None if keep.all else keep.lives)
-        self._judged = dict.fromkeys(Verdict, 0)
+        self._kept = Lives(keep)
+        self._judged: dict[Verdict, int] = {}
         self._arrivals: Counter[tuple[Path, int]] = Counter()
-        self._latency_ns = {hop: Histogram() for hop in HOPS}
-        self._reach_hops = reach_hops
+        self._has_worker = has_worker
+        self._expiry_to_work = Histogram()
+        self._work_to_accept = Histogram()
+        self._accept_to_inject = Histogram()
+        self._inject_to_eoi = Histogram()
+        self._expiry_to_eoi = Histogram()
         self.blind = ""
         """Why none of its ticks can be judged: records that it takes were never made."""
         self._no_expiry: Tick | None = None
         """The tick of a timer that was armed before the records begin: `expiry_ns` is a guess."""
-        self._reach_rows: list[tuple[int, ...]] = []
-        self._end_rows: list[tuple[int, int]] = []
+        self._plain_path = path
+        self._plain_vcpu = 0
+        self._plain_vector = NO_VECTOR
+        self._plain_arrivals = 0
+        """Plain ticks that reached `_plain_vcpu` by `_plain_path` and that `_arrivals` has not."""
+        self._plain_delivered = 0
+        self._plain_late = 0
 
     # For readers.
 
@@ -78,21 +77,29 @@ class Source:
     @property
     def lives(self) -> list[Tick]:
         """The lives that are kept, in order."""
-        return [_thaw(kept) for kept in self._kept]
+        return self._kept.all()
 
     def life(self, position: int) -> Tick:
         """One of the lives that are kept, counted from 0; IndexError if there is none."""
-        tick = self._kept[position] = _thaw(self._kept[position])
-        return tick
+        return self._kept.life(position)
+
+    @property
+    def plain(self) -> int:
+        """How many were taken whole, by `take_plain`."""
+        return self._plain_delivered + self._plain_late
 
     def count(self, verdict: Verdict) -> int:
         """How many ticks have this verdict; the verdicts add up to `expired`."""
         if verdict is _OPEN:
-            return self.expired - sum(self._judged.values())
-        return self._judged[verdict]
+            return self.expired - self.plain - sum(self._judged.values())
+        judged = self._judged.get(verdict, 0)
+        if verdict is _DELIVERED:
+            return judged + self._plain_delivered
+        return judged + self._plain_late if verdict is _LATE else judged
 
     def arrivals(self) -> Counter[tuple[Path, int]]:
         """How many ticks reached which vCPU by which path."""
+        self._count_arrivals()
         return self._arrivals
 
     @property
@@ -113,14 +120,18 @@ class Source:
 
     def latency_ns(self) -> dict[str, Histogram]:
         """The hops of the ticks that reached a vCPU."""
-        self._count_rows()
-        return self._latency_ns
+        histograms = (
+            self._expiry_to_work,
+            self._work_to_accept,
+            self._accept_to_inject,
+            self._inject_to_eoi,
+            self._expiry_to_eoi,
+        )
+        return dict(zip(HOPS, histograms, strict=True))
 
     def take_old(self, also_kept: bool = False) -> list[Tick]:
         """The lives before the last `Keep.lives`, in order, each once; `also_kept`: all."""
-        kept = self._kept
-        count = len(kept) if also_kept else len(kept) - self._keep
-        return [_thaw(kept.popleft()) for _ in range(count)]
+        return self._kept.take(len(self._kept) - (0 if also_kept else self._keep))
 
     def judge_blind(self) -> None:
         """Everything was read: of those still open nobody can tell."""
@@ -135,8 +146,57 @@ class Source:
         tick = Tick(self.expired, expiry_ns or fired_ns, fired_ns)
         if not expiry_ns:
             self._no_expiry = tick
-        self._kept.append(tick)
+        self._kept.add(tick)
         return tick
+
+    def take_plain(
+        self,
+        fired_ns: int,
+        next_ns: int,
+        expiry_ns: int,
+        work_ns: int,
+        accept_ns: int,
+        inject_ns: int,
+        eoi_ns: int,
+    ) -> None:
+        """A whole life that nothing disturbed: its interrupt reached the vCPU of `go_plain`."""
+        self.expired += 1
+        self.reached += 1
+        self._plain_arrivals += 1
+        if inject_ns < next_ns:
+            self._plain_delivered += 1
+        else:
+            self._plain_late += 1
+        plain = self._kept.add_plain()
+        plain.index = self.expired
+        plain.expiry_ns = expiry_ns
+        plain.fired_ns = fired_ns
+        plain.next_ns = next_ns
+        plain.work_ns = work_ns
+        plain.accept_ns = accept_ns
+        plain.inject_ns = inject_ns
+        plain.eoi_ns = eoi_ns
+        plain.path = self._plain_path
+        plain.vcpu = self._plain_vcpu
+        plain.vector = self._plain_vector
+        self._expiry_to_work.count(work_ns - expiry_ns)
+        if self._has_worker:
+            self._work_to_accept.count(accept_ns - work_ns)
+        self._accept_to_inject.count(inject_ns - accept_ns)
+        self._inject_to_eoi.count(eoi_ns - inject_ns)
+        self._expiry_to_eoi.count(eoi_ns - expiry_ns)
+
+    def go_plain(self, path: Path, vcpu: int, vector: int) -> None:
+        """The next plain ticks take this way."""
+        self._count_arrivals()
+        self._plain_path = path
+        self._plain_vcpu = vcpu
+        self._plain_vector = vector
+
+    def _count_arrivals(self) -> None:
+        if self._plain_arrivals:
+            self._arrivals[self._plain_path, self._plain_vcpu] += self._plain_arrivals
+            self._plain_arrivals = 0
 
     def rearmed(self, tick: Tick, expires_ns: int) -> None:
         """Its callback armed the timer for the next tick; that tells the expiry before it."""
@@ -156,7 +216,7 @@ class Source:
         tick.verdict = verdict
         tick.where = where
         tick.detail = detail
-        self._judged[verdict] += 1
+        self._judged[verdict] = self._judged.get(verdict, 0) + 1
 
     def reopen(self, tick: Tick) -> None:
         """What was said of it was said too early."""
@@ -167,8 +227,8 @@ class Source:
 
     def lose_sight(self, why: str) -> None:
         """Records are missing: of those still under way nobody can tell what became of them."""
-        for tick in self._kept:
-            if isinstance(tick, Tick) and tick.verdict is _OPEN:
+        for tick in self._kept.all_open():
+            if tick.verdict is _OPEN:
                 self.judge(tick, _UNKNOWN, detail=why)
 
     def claim(self, tick: Tick, path: Path, ts_ns: int) -> Claim:
@@ -209,9 +269,11 @@ class Source:
         if tick.verdict is _OPEN:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
             self.judge(tick, _DELIVERED if on_time else _LATE)
-        row = self._reach_row(tick, claim.accept_ns, ts_ns)
-        if row is not None and tick is not self._no_expiry:
-            self._reach_rows.append(row)
+        if tick is not self._no_expiry and tick.work_ns is not None:
+            self._expiry_to_work.count(tick.work_ns - tick.expiry_ns)
+            if self._has_worker:
+                self._work_to_accept.count(claim.accept_ns - tick.work_ns)
+            self._accept_to_inject.count(ts_ns - claim.accept_ns)
 
     def finish(self, claim: Claim, ts_ns: int) -> None:
         """The guest ended the interrupt that it arrived by."""
@@ -220,7 +282,8 @@ class Source:
             assert tick.inject_ns is not None
             tick.eoi_ns = ts_ns
             if tick is not self._no_expiry:
-                self._end_rows.append((ts_ns - tick.inject_ns, ts_ns - tick.expiry_ns))
+                self._inject_to_eoi.count(ts_ns - tick.inject_ns)
+                self._expiry_to_eoi.count(ts_ns - tick.expiry_ns)
 
     def give_up(self, claim: Claim, why: str) -> None:
         """Nobody can tell what became of its request."""
@@ -248,23 +311,3 @@ class Source:
             self._arrivals[path, claim.tick.vcpu] += 1
             claim.tick.path = path
         claim.path = path
-
-    def fold(self) -> None:
-        """Take the latencies into the histograms, many at a time."""
-        if len(self._end_rows) >= MANY_ROWS or len(self._reach_rows) >= MANY_ROWS:
-            self._count_rows()
-
-    def _count_rows(self) -> None:
-        for names, rows in ((self._reach_hops, self._reach_rows), (_END_HOPS, self._end_rows)):
-            if rows:
-                for name, values in zip(names, zip(*rows, strict=True), strict=True):
-                    self._latency_ns[name].add(values)
-                rows.clear()
-
-    def _reach_row(self, tick: Tick, accept_ns: int, inject_ns: int) -> tuple[int, ...] | None:
-        """The latencies up to the injection, in the order of `reach_hops`."""
-        raise NotImplementedError
-
-
-def _thaw(kept: Tick | PlainTick) -> Tick:
-    return kept if isinstance(kept, Tick) else Tick(*kept)

@@ -76,8 +76,53 @@ class Tick:
         return f"<Tick {self.index} expiry_ns={self.expiry_ns} {self.verdict.value}{where}>"
 
 
-PlainTick = tuple[int, int, int, int, int, int, int, int, int | None, Verdict, Path, int]
-"""A finished life as the arguments of `Tick`: most are never looked at."""
+class PlainTick:
+    """A finished life of a tick that was `delivered` or `late`, in numbers."""
+
+    __slots__ = (
+        "accept_ns",
+        "eoi_ns",
+        "expiry_ns",
+        "fired_ns",
+        "index",
+        "inject_ns",
+        "next_ns",
+        "path",
+        "vcpu",
+        "vector",
+        "work_ns",
+    )
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.expiry_ns = 0
+        self.fired_ns = 0
+        self.next_ns = 0
+        self.work_ns = 0
+        self.accept_ns = 0
+        self.inject_ns = 0
+        self.eoi_ns = 0
+        self.path = Path.PIC
+        self.vcpu = 0
+        self.vector = 0
+        """Below 0 if it is not known."""
+
+    def tick(self) -> Tick:
+        """The same to look at."""
+        return Tick(
+            self.index,
+            self.expiry_ns,
+            self.fired_ns,
+            self.next_ns - self.expiry_ns,
+            self.work_ns,
+            self.accept_ns,
+            self.inject_ns,
+            self.eoi_ns,
+            None if self.vector < 0 else self.vector,
+            Verdict.DELIVERED if self.inject_ns < self.next_ns else Verdict.LATE,
+            self.path,
+            self.vcpu,
+        )
 
 
 class Claim:

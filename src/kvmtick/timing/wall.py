@@ -1,6 +1,7 @@
 """Wall time of this host: a stopwatch, waiting, and the kick that ends a real-time slice."""
 
 import ctypes
+import gc
 import os
 import select
 import threading
@@ -10,7 +11,16 @@ from contextlib import contextmanager
 
 from kvmtick.timing.queue import NEVER_NS
 
-__all__ = ["Kicker", "Stopwatch", "TimerFd", "Waker", "realtime_ns", "short_slices", "sleep_ns"]
+__all__ = [
+    "Kicker",
+    "Stopwatch",
+    "TimerFd",
+    "Waker",
+    "collections_held_back",
+    "realtime_ns",
+    "short_slices",
+    "sleep_ns",
+]
 
 
 class Stopwatch:
@@ -126,6 +136,8 @@ class Waker:
         timer = self._timer
         if timer is None:
             raise ValueError("the waker is not open")
+        if not gc.isenabled():
+            _collect_held_back(due_ns - time.monotonic_ns())
         with self._has_timer:
             if not self._woken:
                 timer.arm(due_ns)
@@ -164,6 +176,10 @@ _SYS_SCHED_SETATTR, _SYS_SCHED_GETATTR = 314, 315  # of x86-64
 _THIS_THREAD = 0
 _SHORTEST_SLICE_NS = 100_000
 _DEFAULT_SLICE_NS = 0
+_HELD_BACK, _MOST_HELD_BACK = 5_000, 500_000
+"""Objects that wait for the collector; beyond the second it comes whatever is due."""
+_COLLECTION_NS = 500_000
+"""What looking at some thousand objects takes at most, on a CPU that has slept."""
 
 
 @contextmanager
@@ -179,6 +195,27 @@ def short_slices() -> Iterator[None]:
     finally:
         if done:
             _set_slice(_DEFAULT_SLICE_NS)
+
+
+@contextmanager
+def collections_held_back() -> Iterator[None]:
+    """Python's garbage collector does not stop this process at any moment, for milliseconds: a
+    `Waker` lets it work before a sleep that is long enough.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _collect_held_back(slack_ns: int) -> None:
+    """What has no cycles is freed without a collection, so there is seldom something to do."""
+    held_back = gc.get_count()[0]
+    if held_back > _MOST_HELD_BACK or (held_back > _HELD_BACK and slack_ns > _COLLECTION_NS):
+        gc.collect(0)
 
 
 def _set_slice(slice_ns: int) -> bool:

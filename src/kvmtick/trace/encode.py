@@ -1,7 +1,7 @@
 """Records as pages of a ring buffer, with formats of their own: a run stored as a recording.
 
     encoder = KtraceEncoder(file, recorder.tasks, VmInfo(1000, "a guest"))
-    recorder.add_consumer(encoder)
+    recorder.add_entry_consumer(encoder)
     ...
     encoder.end()
 
@@ -17,13 +17,17 @@ Not modelled: the preempt count, and interrupts other than hard ones.
 
 import itertools
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import BinaryIO, Final
 
+from librt.strings import BytesWriter, write_i32_le, write_i64_le
+from mypy_extensions import i64
+
 from kvmtick.trace.decoder import pid_of
-from kvmtick.trace.events import FUNCTION_AT, IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
+from kvmtick.trace.events import HAS_FUNCTION, IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.ktrace import Header, KtraceWriter
+from kvmtick.trace.recorder import Entry, EntryConsumer
 from kvmtick.trace.vms import VmInfo, vcpu_of_name
 
 __all__ = ["MODEL_EVENTS", "KtraceEncoder"]
@@ -49,23 +53,35 @@ _COMMON: Final = """\
 _UNSIGNED: Final = frozenset(
     ("hrtimer", "function", "work", "worker", "e", "rip", "guest_rip", "info1", "intr_info")
 ) | frozenset(("val", "gpa", "address", "data", "inhibits"))
-_FIRST_FIELD, _FIELD_BYTES = 8, 8
+_FIRST_FIELD: Final = 8
+_FIELD_BYTES: Final = 8
 _HARD_INTERRUPT: Final = 0x08
 _DATA_BYTES: Final = 4080
 _MOST_DELTA_NS: Final = (1 << 27) - 1
 _WORD: Final = 4
+_COMMON_WORDS: Final = 2
+_FIELD_WORDS: Final = 2
 _LENGTH_BITS: Final = 5
+_ID_SHIFT: Final = 32
+_FLAGS_SHIFT: Final = 48
+"""Of the id and the flags, which come right behind the word before an event."""
+_FEW: Final = 1 << 60
+"""What is less is so as a signed number, too."""
 _PAGE_HEAD: Final = struct.Struct("<QQ")
 _PAGES_A_MARK: Final = 32
 _CPU: Final = 0
-_FUNCTIONS: Final = {function: 1 + int(function) for function in Function}
+_FIRST_FUNCTION: Final = 1
+_FUNCTIONS: Final = {function: _FIRST_FUNCTION + int(function) for function in Function}
 """Their addresses."""
 _LOST_EVENTS: Final = int(Event.LOST_EVENTS)
+_FIELD_COUNTS: Final = [len(TRACEPOINTS[event].fields) for event in Event]
+_SECOND: Final = [_FIRST_FUNCTION if event in HAS_FUNCTION else 0 for event in Event]
+"""What is added to an event's second field: functions stand there by their addresses."""
 _IDLE: Final = "<idle>-0"
 _UNNAMED: Final = "<...>"
 
 
-def _id(event: int) -> int:
+def _id(event: i64) -> i64:
     return 1 + event
 
 
@@ -79,15 +95,17 @@ def _format(event: Event) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _packer(event: Event) -> tuple[int, int, bool, Callable[..., bytes]]:
-    """Word without its time, id, whether it has a function, and what packs word and event."""
-    names = TRACEPOINTS[event].fields
-    code = struct.Struct("<IHBxi" + "".join("Q" if name in _UNSIGNED else "q" for name in names))
-    return code.size // _WORD - 1, _id(event), "function" in names, code.pack
+def _write(data: BytesWriter, value: int) -> None:
+    """A field, signed or not. ValueError: it is too large."""
+    if value >= _FEW and value >> 63 == 1:
+        value -= 1 << 64
+    write_i64_le(data, value)
 
 
-class KtraceEncoder:
-    """A recorder's consumer that writes a recording. OSError where the file cannot be written."""
+class KtraceEncoder(EntryConsumer):
+    """A recorder's consumer that writes a recording. OSError where the file cannot be written,
+    ValueError where a field has more than 64 bits.
+    """
 
     def __init__(
         self,
@@ -105,10 +123,9 @@ class KtraceEncoder:
         self._tasks = tasks
         self._vm = vm
         self._pids: list[int] = []
-        self._packers = {int(event): _packer(event) for event in Event}
-        self._data = bytearray()
-        self._first_ns = 0
-        self._last_ns = 0
+        self._data = BytesWriter()
+        self._first_ns: i64 = 0
+        self._last_ns: i64 = 0
         self._lost = 0
         formats = [_format(event) for event in sorted({*events, Event.LOST_EVENTS})]
         functions = {hex(at): function.name.lower() for function, at in _FUNCTIONS.items()}
@@ -116,36 +133,66 @@ class KtraceEncoder:
             file, Header(kind, _HEADER_PAGE, formats, functions, origin=origin)
         )
 
+    def take(self, entries: list[Entry], begin: int, end: int) -> None:
+        """The next records, in order of time."""
+        if len(self._tasks) != len(self._pids):
+            self._know_tasks()
+        data = self._data
+        at: i64
+        for at in range(begin, end):
+            entry = entries[at]
+            event = entry.event
+            count: i64 = _FIELD_COUNTS[event]
+            self._head(entry.ts_ns, event, entry.task, count)
+            _write(data, entry.a)
+            if count > 1:
+                _write(data, entry.b + _SECOND[event])
+            if count > 2:
+                _write(data, entry.c)
+            if count > 3:
+                _write(data, entry.d)
+            if count > 4:
+                _write(data, entry.e)
+
     def __call__(self, batch: list[Record]) -> None:
-        """The next records, in order of time. struct.error: a field is too large."""
-        if self._know_tasks():
-            self._writer.update([self._vm])
-        pids, packers, data = self._pids, self._packers, self._data
+        """The next records as tuples, in order of time."""
+        self._know_tasks()
+        data = self._data
         for record in batch:
-            ts_ns, event, task = record[:3]
+            ts_ns, event, task, first, *others = record
             if event == _LOST_EVENTS:
                 self._lost += max(1, record[4])
-            length, number, has_function, pack = packers[event]
-            delta_ns = ts_ns - self._last_ns
-            full = len(data) + (length + 1) * _WORD > _DATA_BYTES
-            if full or not 0 <= delta_ns <= _MOST_DELTA_NS or not data:
-                self.flush()
-                self._first_ns = ts_ns
-                delta_ns = 0
-            self._last_ns = ts_ns
-            fields = record[3:]
-            if has_function:
-                fields = (record[3], _FUNCTIONS[Function(record[FUNCTION_AT])], *record[5:])
-            flags = _HARD_INTERRUPT if task & IRQ_CONTEXT else 0
-            word = length | delta_ns << _LENGTH_BITS
-            data += pack(word, number, flags, pids[task & ~IRQ_CONTEXT], *fields)
+            self._head(ts_ns, event, task, len(record) - 3)
+            _write(data, first)
+            add = _SECOND[event]
+            for value in others:
+                _write(data, value + add)
+                add = 0
+
+    def _head(self, ts_ns: i64, event: i64, task: i64, count: i64) -> None:
+        """What comes before an event's `count` fields; a page that is full is written."""
+        data = self._data
+        length = _COMMON_WORDS + count * _FIELD_WORDS
+        delta_ns = ts_ns - self._last_ns
+        size: i64 = len(data)
+        full = size + (length + 1) * _WORD > _DATA_BYTES
+        if full or delta_ns < 0 or delta_ns > _MOST_DELTA_NS or not size:
+            self.flush()
+            self._first_ns = ts_ns
+            delta_ns = 0
+        self._last_ns = ts_ns
+        head = length | delta_ns << _LENGTH_BITS | _id(event) << _ID_SHIFT
+        if task & IRQ_CONTEXT:
+            head |= _HARD_INTERRUPT << _FLAGS_SHIFT
+        write_i64_le(data, head)
+        write_i32_le(data, self._pids[task & ~IRQ_CONTEXT])
 
     def flush(self) -> None:
         """Write what there is."""
-        if self._data:
-            head = _PAGE_HEAD.pack(self._first_ns, len(self._data))
-            self._writer.page(_CPU, head + self._data)
-            self._data.clear()
+        if len(self._data):
+            page = self._data.getvalue()
+            self._data.truncate(0)
+            self._writer.page(_CPU, _PAGE_HEAD.pack(self._first_ns, len(page)) + page)
             if not self._writer.pages % _PAGES_A_MARK:
                 self._writer.mark(self._last_ns)
 
@@ -154,8 +201,8 @@ class KtraceEncoder:
         self.flush()
         self._writer.end(self._last_ns, self._lost)
 
-    def _know_tasks(self) -> bool:
-        """Give new tasks their pids and names; whether there are any."""
+    def _know_tasks(self) -> None:
+        """Give new tasks their pids, and tell of their names."""
         idle = itertools.count(0, -1)
         self._pids = [next(idle) if task == _IDLE else pid_of(task) for task in self._tasks]
         before = self._vm
@@ -168,4 +215,5 @@ class KtraceEncoder:
                 if vcpu is not None:
                     vcpus[pid] = vcpu
         self._vm = replace(before, threads=threads, vcpus=vcpus)
-        return self._vm != before
+        if self._vm != before:
+            self._writer.update([self._vm])

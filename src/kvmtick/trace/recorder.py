@@ -14,7 +14,7 @@ somebody reads them.
 from collections.abc import Callable
 from typing import Final
 
-from mypy_extensions import mypyc_attr
+from mypy_extensions import i64, mypyc_attr
 
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Record
 
@@ -99,6 +99,7 @@ class Entry:
         return self.ts_ns, self.event, self.task, *fields[:count]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class EntryConsumer:
     """Reads the entries in the ring."""
 
@@ -112,14 +113,16 @@ class EntryConsumer:
 class Ring:
     """Entries in order: from `begin` to `at` they are new to the consumers."""
 
-    __slots__ = ("at", "begin", "entries", "size")
+    __slots__ = ("at", "begin", "entries", "made", "size")
 
     def __init__(self, size: int = RING_ENTRIES) -> None:
-        self.size = size
+        self.size: i64 = size
         self.entries: list[Entry] = []
         """At most `size`: made when they are first used."""
-        self.begin = 0
-        self.at = 0
+        self.made: i64 = 0
+        """So many there are."""
+        self.begin: i64 = 0
+        self.at: i64 = 0
 
     def last(self, count: int) -> list[Record]:
         """The last records, `count` of them if there are so many."""
@@ -210,20 +213,13 @@ class Recorder:
         """Show every later record to `follower` the moment it is made (slow; for stories)."""
         self._follower = follower
 
-    def _next(self) -> Entry:
-        """The entry to fill; a full ring is handed on first."""
+    def _add(self, event: i64, a: int, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> None:
         ring = self._ring
-        at, entries = ring.at, ring.entries
-        if at == ring.size:
-            self.flush()
-            ring.at = ring.begin = at = 0
-        if at == len(entries):
-            entries.append(Entry())
+        if ring.at == ring.made:
+            self._make_room()
+        at = ring.at
+        entry = ring.entries[at]
         ring.at = at + 1
-        return entries[at]
-
-    def _add(self, event: int, a: int, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> None:
-        entry = self._next()
         entry.ts_ns = self._clock.now_ns
         entry.event = event
         entry.task = self.task
@@ -234,6 +230,16 @@ class Recorder:
         entry.e = e
         if self._follower is not None:
             self._follower(entry.record())
+
+    def _make_room(self) -> None:
+        """All entries are used: one more, or a full ring is handed on."""
+        ring = self._ring
+        if ring.made == ring.size:
+            self.flush()
+            ring.at = ring.begin = 0
+        else:
+            ring.entries.append(Entry())
+            ring.made += 1
 
     def enter_irq(self) -> int:
         """An interrupt hits the running task's CPU; returns what to restore `task` to."""
