@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from ctypes import Array, c_char
+from functools import partial
 from mmap import mmap
 from typing import Final
 
@@ -160,12 +161,13 @@ class Listing:
         return {vector: _routine(each) for vector, each in self.handlers.items()}
 
 
-def _routine(operations: tuple[Operation, ...]) -> Routine:
-    def run() -> Program:
-        for operation in operations:  # noqa: UP028 - a tuple's iterator takes no answers
-            yield operation
+def _program(operations: tuple[Operation, ...]) -> Program:
+    for operation in operations:  # noqa: UP028 - a tuple's iterator takes no answers
+        yield operation
 
-    return run
+
+def _routine(operations: tuple[Operation, ...]) -> Routine:
+    return partial(_program, operations)
 
 
 class _Interrupted:
