@@ -90,7 +90,7 @@ class Member:
         self.exit: Exit | None = None
         """Why it ended; None: it goes on."""
         self.assembler = TickAssembler(keep=keep, tasks=machine.recorder.tasks)
-        machine.recorder.add_consumer(self.assembler)
+        machine.recorder.add_entry_consumer(self.assembler)
         machine.board.create_irqchip()
         machine.board.create_pit(KVM_PIT_SPEAKER_DUMMY)
         vcpu = machine.create_vcpu(ListedEngine(guest))
