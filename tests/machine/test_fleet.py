@@ -21,6 +21,7 @@ from kvmtick.machine.fleet import Fleet, MachineTicks, total
 from kvmtick.machine.fleet_guests import GUESTS, tick_lapic, tick_pic
 from kvmtick.machine.fleet_pool import run_fleet
 from kvmtick.trace.events import Record
+from kvmtick.trace.recorder import RING_ENTRIES
 
 MS = 1_000_000
 FAULTS = {"worker_delay": "exp:400us", "vcpu_off": "5%:3ms", "late_expiry": "uniform:0us..90us"}
@@ -121,6 +122,15 @@ def test_a_fleet_can_be_ended_early() -> None:
             100 * MS, slice_ns=10 * MS, until=lambda: bool(rounds.append(1)) or len(rounds) == 3
         )
         assert fleet[0].machine.elapsed_ns == 30 * MS
+
+
+def test_what_a_worker_does_at_the_end_is_nobodys_tick() -> None:
+    # More of it than the ring has room for.
+    with Fleet(RING_ENTRIES // 3, faults={"worker_delay": "500us"}, keep=1) as fleet:
+        fleet.run(1_200_000)
+    for member in fleet:
+        [tick] = member.assembler.main.lives
+        assert (tick.work_ns, tick.accept_ns) == (None, None)
 
 
 def test_no_machine_has_a_thread_or_a_descriptor() -> None:

@@ -110,6 +110,14 @@ class Member:
             if end.reason != _RUNNING:
                 self.exit = end
 
+    def close(self) -> None:
+        """Harmless when repeated. What its worker still does then changes no result."""
+        if not self.machine.closed:
+            recorder = self.machine.recorder
+            recorder.remove_entry_consumer(self.assembler)
+            self.machine.close()
+            recorder.flush()
+
     def ticks(self) -> TickReport:
         """The ticks so far, of the main source."""
         self.assembler.settle()
@@ -249,5 +257,4 @@ class Fleet:
         """Give everything back; harmless when repeated. The results can still be asked for."""
         self._closed = True
         for member in self.members:
-            if not member.machine.closed:
-                member.machine.close()
+            member.close()
