@@ -64,6 +64,8 @@ def test_a_machine_of_a_fleet_does_what_it_does_alone(
         for member, trace in zip(fleet, traces, strict=True):
             member.machine.recorder.add_consumer(trace.extend)
         fleet.run(RUN_NS, slice_ns=17 * MS)
+        for member, trace in zip(fleet, traces, strict=True):
+            member.machine.recorder.remove_consumer(trace.extend)
     for member, result, trace in zip(fleet, fleet.results(), traces, strict=True):
         alone = Alone(GUESTS[guest](), 7 + member.index, faults, scripted)
         # What is before the fleet's first turn was recorded when its machines were made.
