@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmtick.cli.doctor import is_compiled
+from kvmtick.host.probe import is_compiled
 
 PACKAGE = Path(__file__).parents[1] / "src" / "kvmtick"
 PATCHES = "patches what is compiled here; KVMTICK_PURE=1 runs it, and so does `make test`"

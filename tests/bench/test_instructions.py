@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvmtick.bench.instructions import VALGRIND, instructions_per_tick
-from kvmtick.bench.run import is_compiled
+from kvmtick.host.probe import is_compiled
 
 BASELINE = Path(__file__).with_name("baseline.json")
 GUESTS = ("tick-pic", "tick-ioapic")

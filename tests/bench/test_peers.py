@@ -78,6 +78,14 @@ def test_a_qemu_that_fails(
     assert "\n" not in str(error.value)
 
 
+def test_a_version_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    only(monkeypatch, tmp_path, qemu="kill -9 $$", bochs="exit 3")
+    assert QEMU.version() == "qemu-system-x86_64 was ended by signal 9"
+    assert BOCHS.version() == "bochs"
+    Path(tmp_path, QEMU.program).write_text("")
+    assert QEMU.version() == "qemu-system-x86_64 cannot be started: Exec format error"
+
+
 def test_a_bochs_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     only(monkeypatch, tmp_path, bochs="echo no display >&2; exit 4")
     with pytest.raises(MeasureError, match="bochs ended with exit code 4: no display"):

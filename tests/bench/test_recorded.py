@@ -28,7 +28,7 @@ def test_trace_cmd_makes_text_of_as_many(tmp_path: Path) -> None:
     dat, text = tmp_path / "trace.dat", tmp_path / "trace.txt"
     events = write_dat(dat, EVENTS)
     with text.open("wb") as file:
-        subprocess.run(["trace-cmd", "report", "-i", str(dat)], stdout=file, check=True)
+        subprocess.run(["trace-cmd", "report", "-i", str(dat)], stdout=file, check=True, timeout=60)
     with open_trace(text) as trace:
         assert sum(map(len, trace.batches())) == events
         assert trace.unknown == 0

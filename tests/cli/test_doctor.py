@@ -185,6 +185,8 @@ def test_with_kvmtick_pure_the_sources_are_imported(monkeypatch: pytest.MonkeyPa
         "import kvmtick.cpu._shim as shim, kvmtick.timing; from kvmtick.irqchip import i8254;"
         "print(i8254.__file__, kvmtick.timing.__file__, shim.__file__)"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
     chip, room, shim = run.stdout.split()
     assert (chip[-8:], room[-11:], shim[-3:]) == ("i8254.py", "__init__.py", ".so")

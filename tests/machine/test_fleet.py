@@ -4,6 +4,9 @@ import gc
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -258,3 +261,15 @@ def test_an_interrupt_ends_the_workers() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_fleet(100, 100 * MS, processes=2, on_progress=interrupt)
     assert not multiprocessing.active_children()
+
+
+def test_workers_do_not_outlive_who_started_them() -> None:
+    """They hold the pipe, too: it is at its end when all of them are gone."""
+    code = (
+        "import os, signal\n"
+        "from kvmtick import run_fleet\n"
+        "def die(done): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run_fleet(100, 100_000_000, processes=2, on_progress=die)"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=60).returncode == -signal.SIGKILL

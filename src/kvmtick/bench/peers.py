@@ -7,7 +7,6 @@ to go on, and no display that draws nothing: it is the terminal's, drawn into a 
 """
 
 import shutil
-import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ BOCHS_IPS: Final = 10_000_000
 QEMU_RAM: Final = "16M"
 QEMU_EXIT_CODES: Final = tuple(range(1, 256, 2))
 """isa-debug-exit gives twice what is written, and 1."""
+VERSION_TIMEOUT_S: Final = 60.0
 _PERIOD_AT: Final = PARAMETERS.period_ns - LOAD_AT
 _NS_PER_S: Final = 1_000_000_000
 
@@ -41,18 +41,18 @@ class Peer(ABC):
         return shutil.which(self.program) is not None
 
     def version(self) -> str | None:
-        """What it says of itself, one line; None if it is not installed."""
+        """What it says of itself, or why it does not, one line; None if it is not installed."""
         if not self.installed:
             return None
-        done = subprocess.run(
-            [self.program, *self._version_options()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
+        try:
+            told = run_process(
+                [self.program, *self._version_options()],
+                expected=range(256),
+                timeout_s=VERSION_TIMEOUT_S,
+            )
+        except MeasureError as error:
+            return str(error)
+        lines = [line.strip() for line in (told.output + told.errors).splitlines()]
         return next((line for line in lines if self.name.lower() in line.lower()), self.program)
 
     def run(self, guest: Guest, rounds: int) -> Spent:

@@ -21,6 +21,7 @@ from typing import Any, Final
 from kvmtick import guests
 from kvmtick.abi.errors import HostError
 from kvmtick.bench.figure import Demand, Figure, Taken
+from kvmtick.bench.kvmtick_run import told
 from kvmtick.bench.peers import QEMU, QEMU_EXIT_CODES, QEMU_RAM
 from kvmtick.bench.process import MeasureError, run_process
 from kvmtick.bench.rom import rom_of
@@ -64,8 +65,7 @@ def _measure_one(name: str, rate_hz: int, duration_s: int, folder: Path) -> Told
     if name == "kernel" and (why := _why_not_by_kernel(rate_hz)):
         raise MeasureError(why)
     command = [sys.executable, "-m", "kvmtick.bench.realtime", name, str(rate_hz), str(duration_s)]
-    told: Told = json.loads(run_process(command).output)
-    return told
+    return told(run_process(command))
 
 
 def _guest(rate_hz: int, duration_s: int) -> Guest:
@@ -158,6 +158,8 @@ def _take(session: Session, rate_hz: int) -> Taken:
             (taken.values if name == "kvmtick" else taken.peers.setdefault(name, [])).append(p99_us)
             if name == "kvmtick" and each["lost"]:
                 taken.faults.append(f"{each['lost']} of {each['expired']} ticks were lost")
+    for name in taken.absent:
+        taken.peers.pop(name, None)
     taken.note = "; ".join(_in_words(name, each) for name, each in told.items())
     return taken
 

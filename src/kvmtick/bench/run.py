@@ -14,8 +14,9 @@ from kvmtick.bench.figure import Figure, Result, Taken
 from kvmtick.bench.peers import PEERS
 from kvmtick.bench.process import MeasureError, pinned
 from kvmtick.bench.session import Session
+from kvmtick.host.probe import is_compiled
 
-__all__ = ["as_dict", "is_compiled", "machine", "take_figures"]
+__all__ = ["as_dict", "machine", "take_figures"]
 
 
 def take_figures(
@@ -70,13 +71,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "peers": {name: peer.version() for name, peer in PEERS.items()},
     }
-
-
-def is_compiled() -> bool:
-    """Whether the hot rooms are machine code, rather than the same modules as Python."""
-    from kvmtick.timing import queue
-
-    return not (queue.__file__ or "").endswith(".py")
 
 
 def _cpu_model() -> str:

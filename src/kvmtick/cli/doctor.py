@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kvmtick import __version__
 from kvmtick.cli import EXIT_OK
 from kvmtick.cli.options import Parser
-from kvmtick.host.probe import KvmProbe, TracefsProbe, probe_host
+from kvmtick.host.probe import KvmProbe, TracefsProbe, is_compiled, probe_host
 
 __all__ = ["Check", "main"]
 
@@ -113,12 +113,6 @@ def _shim() -> Check:
     except (ImportError, RuntimeError) as error:
         return Check("native shim", False, str(error), remedy, needed=True)
     return Check("native shim", True, "loaded; libunicorn is the build it knows", needed=True)
-
-
-def is_compiled() -> bool:
-    """Whether the modules a tick passes through are those that mypyc compiled."""
-    spec = importlib.util.find_spec("kvmtick.irqchip.i8254")
-    return spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
 
 
 def _modules() -> Check:

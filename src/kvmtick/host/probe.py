@@ -1,8 +1,10 @@
-"""What this host offers: /dev/kvm, capabilities, tracefs and the events of a tick.
+"""What this host offers: /dev/kvm, capabilities, tracefs and the events of a tick; and whether
+kvmtick is compiled.
 
 `probe_host` never raises: what is absent is a value, with the reason and the remedy beside it.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,6 +20,7 @@ __all__ = [
     "HostProbe",
     "KvmProbe",
     "TracefsProbe",
+    "is_compiled",
     "probe_host",
     "probe_kvm",
     "probe_parameters",
@@ -141,6 +144,12 @@ def _backends(modules: Path = Path("/sys/module")) -> tuple[str, ...]:
     with suppress(OSError):
         return tuple(sorted(path.name for path in modules.glob("kvm_*")))
     return ()
+
+
+def is_compiled() -> bool:
+    """Whether the modules a tick passes through are those that mypyc compiled."""
+    spec = importlib.util.find_spec("kvmtick.irqchip.i8254")
+    return spec is not None and spec.origin is not None and not spec.origin.endswith(".py")
 
 
 def probe_host() -> HostProbe:

@@ -9,9 +9,7 @@ another machine has its turn: a machine does what it would do alone.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -23,6 +21,7 @@ from kvmtick.machine.machine import Exit, Machine
 from kvmtick.ticks.life import TickAssembler
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.verdict import Verdict
+from kvmtick.timing.wall import collections_held_back
 from kvmtick.trace.recorder import Ring
 from kvmtick.vcpu.cpuid import Cpuid, supported
 
@@ -140,18 +139,6 @@ class Member:
         )
 
 
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """What is made meanwhile stays: looking through it again and again takes most of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 class Fleet:
     """`count` machines with irqchip, PIT and one vCPU each. A context manager.
 
@@ -178,7 +165,8 @@ class Fleet:
         listing = listing_of(guest)
         self.members: list[Member] = []
         self._closed = False
-        with _without_gc():
+        # what is made stays: looking through it again and again would take most of the time
+        with collections_held_back():
             self._make(
                 range(first, first + count), listing, seed, dict(faults or {}), reinject, keep
             )

@@ -6,6 +6,7 @@ whole fleet, so the number of processes changes no machine's run.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -27,6 +28,8 @@ PART_MACHINES = 500
 PARTS_PER_PROCESS = 4
 """At least, if there are so many machines: who is done early takes another part."""
 START_METHOD = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+
+_PR_SET_PDEATHSIG = 1
 
 _stop: Event | None = None
 """In a worker: the whole run is to end."""
@@ -139,9 +142,12 @@ def _run_in_pool(
 
 
 def _begin_worker(stop: Event) -> None:
-    """Ctrl-C reaches all of the terminal's processes; the one that started these tells them."""
+    """Ctrl-C reaches all of the terminal's processes; the one that started these tells them. When
+    that one is killed it cannot: then the kernel ends them (prctl(2)).
+    """
     global _stop
     _stop = stop
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Machines are made and dropped together: see `_run_part`.
     gc.disable()

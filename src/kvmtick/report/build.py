@@ -1,8 +1,6 @@
 """The report of a trace, in one pass and bounded memory."""
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from kvmtick.report.causes import Causes
@@ -20,6 +18,7 @@ from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
+from kvmtick.timing.wall import collections_held_back
 from kvmtick.trace.decoder import pid_of
 from kvmtick.trace.events import ApicvInhibitReason, Event, Record
 from kvmtick.trace.reading import Trace
@@ -36,20 +35,9 @@ def build(trace: Trace, path: Path, progress: Progress | None = None, worst: int
     """Read a trace to its end and report on it. `progress` is called after each batch; `worst`:
     how many of a source's worst ticks are told. Raises `FormatError` for a damaged file.
     """
-    with _no_garbage():
+    # records are tuples of numbers, millions of them: Python need not search them for cycles
+    with collections_held_back():
         return _Builder(trace, worst).read(progress).report(path)
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Records are tuples of numbers, millions of them: Python need not search them for cycles."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Builder:
