@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from ctypes import Array, c_char
+from functools import partial
 from mmap import mmap
 from typing import Final
 
@@ -161,11 +162,12 @@ class Listing:
 
 
 def _routine(operations: tuple[Operation, ...]) -> Routine:
-    def run() -> Program:
-        for operation in operations:  # noqa: UP028 - a tuple's iterator takes no answers
-            yield operation
+    return partial(_operations, operations)
 
-    return run
+
+def _operations(operations: tuple[Operation, ...]) -> Program:
+    for operation in operations:  # noqa: UP028 - a tuple's iterator takes no answers
+        yield operation
 
 
 class _Interrupted:

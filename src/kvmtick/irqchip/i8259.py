@@ -213,7 +213,8 @@ class Pic(IrqTarget):
         self._raise_intr = raise_intr
         self.master = PicState(0, ELCR_MASK_MASTER)
         self.slave = PicState(8, ELCR_MASK_SLAVE)
-        self.irq_states = [0] * 16
+        self.irq_states: dict[int, int] = {}
+        """By pin, of those that are high: the sources that hold it so."""
         self.output = False
         # ICW1, ICW4 and a poll of the cascade leave INTR as it was: the next edge of any line, a
         # falling one too, drives it anew.
@@ -230,7 +231,11 @@ class Pic(IrqTarget):
         # `__kvm_irq_line_state`: the line is the OR over all sources.
         states = self.irq_states
         source = 1 << irq_source_id
-        line = states[pin] = states[pin] | source if level else states[pin] & ~source
+        line = states.get(pin, 0) | source if level else states.get(pin, 0) & ~source
+        if line:
+            states[pin] = line
+        else:
+            states.pop(pin, None)
         chip = self.master if pin < 8 else self.slave
         detail = self._recorder.detail
         if not (line or chip.elcr or self._stale or self.slave.irr or detail):
@@ -250,7 +255,7 @@ class Pic(IrqTarget):
         """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it."""
         chip = self.master if pin < 8 else self.slave
         mask = 1 << (pin & 7)
-        if self.irq_states[pin] or chip.last_irr & mask or chip.elcr or self.slave.irr or pin > 7:
+        if pin in self.irq_states or chip.last_irr & mask or chip.elcr or self.slave.irr or pin > 7:
             self.set_irq(pin, irq_source_id, 1)
             self.set_irq(pin, irq_source_id, 0)
             return

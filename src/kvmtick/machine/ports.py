@@ -75,7 +75,7 @@ class PortMap:
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
-        self._uart = bytearray(8)
+        self._uart = bytes(8)
 
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
@@ -145,7 +145,7 @@ class PortMap:
         if register == UART_DATA and not self._uart[UART_LINE_CONTROL] & LCR_DIVISOR_LATCH:
             self._print(self.serial, value)
         else:
-            self._uart[register] = value
+            self._uart = self._uart[:register] + bytes((value,)) + self._uart[register + 1 :]
 
     def _print(self, text: bytearray, byte: int) -> None:
         if self.on_text is not None:

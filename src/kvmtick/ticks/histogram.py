@@ -19,8 +19,8 @@ class Histogram:
     __slots__ = ("_counts", "_last", "_repeats", "_total", "max")
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-        """By `_key`, but for the repeats of the last value."""
+        self._counts: dict[int, int] | None = None
+        """By `_key`, but for the repeats of the last value; None while there are but these."""
         self._last = -1
         self._repeats = 0
         self._total = 0
@@ -53,7 +53,7 @@ class Histogram:
         self._count_repeats()
         return [
             (((key & _FIRST_BITS) + 1 << (key >> SUB_BITS)) - 1, count)
-            for key, count in sorted(self._counts.items())
+            for key, count in sorted((self._counts or {}).items())
         ]
 
     def quantile(self, share: float) -> int:
@@ -75,6 +75,8 @@ class Histogram:
     def _count_repeats(self) -> None:
         if self._repeats:
             key = _key(self._last)
+            if self._counts is None:
+                self._counts = {}
             self._counts[key] = self._counts.get(key, 0) + self._repeats
             self._repeats = 0
 
