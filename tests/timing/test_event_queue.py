@@ -128,7 +128,7 @@ def test_cancelling_what_is_not_queued_is_refused() -> None:
     queue = Queue()
     once = queue.add(5, "once")
     queue.queue.cancel(once)
-    with pytest.raises(ValueError, match="not in list"):
+    with pytest.raises(ValueError, match="not queued"):
         queue.queue.cancel(once)
 
 

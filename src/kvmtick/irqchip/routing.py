@@ -74,6 +74,7 @@ KVM_MAX_IRQ_ROUTES: Final = 4096
 PIC_PINS: Final = 16
 PIC_CHIP_PINS: Final = 8
 UNROUTED: Final = -1
+CHIP_SHIFT: Final = 8
 
 # The address of a message; data as in a redirection entry.
 MSI_DEST_MODE_LOGICAL: Final = 1 << 2
@@ -213,7 +214,8 @@ class IrqRouting:
         self._recorder = recorder
         self._routes: dict[int, list[_Route]] = {}
         """Of the default table those that were asked for."""
-        self._gsi_of_pin: dict[tuple[int, int], int] = {}
+        self._gsi_of_pin: dict[int, int] = {}
+        """By chip, from `CHIP_SHIFT` on, and pin."""
         self._is_default = False
         self._pic: IrqTarget | None = None
         self._ioapic: IrqTarget | None = None
@@ -278,7 +280,7 @@ class IrqRouting:
         _check_table(entries, flags)
         table: dict[int, list[_Route]] = {}
         chips: dict[int, set[int]] = {}
-        gsi_of_pin: dict[tuple[int, int], int] = {}
+        gsi_of_pin: dict[int, int] = {}
         for index, entry in enumerate(entries):
             gsi, irqchip = entry.gsi, entry.u.irqchip.irqchip
             taken = chips.setdefault(gsi, set())
@@ -291,7 +293,7 @@ class IrqRouting:
             if entry.type == KVM_IRQ_ROUTING_IRQCHIP:
                 target, pin = self._irqchip_target(index, entry)
                 taken.add(irqchip)
-                gsi_of_pin[irqchip, pin] = gsi
+                gsi_of_pin[irqchip << CHIP_SHIFT | pin] = gsi
             else:
                 target, pin = self._msi_target(index, entry, delivery), 0
             table.setdefault(gsi, []).append(_Route(target, pin))
@@ -336,7 +338,7 @@ class IrqRouting:
             chip = pin >> 3 if is_pic else KVM_IRQCHIP_IOAPIC
             pins = PIC_PINS if is_pic else KVM_IOAPIC_NUM_PINS
             return pin if chip == irqchip and 0 <= pin < pins else UNROUTED
-        return self._gsi_of_pin.get((irqchip, pin), UNROUTED)
+        return self._gsi_of_pin.get(irqchip << CHIP_SHIFT | pin, UNROUTED)
 
     def set_irq(self, irq_source_id: int, gsi: int, level: int, line_status: bool = False) -> int:
         """`kvm_set_irq`: drive every pin of `gsi`.

@@ -40,7 +40,7 @@ class VectorSet:
             return
         registers[at] = registers[at] & ~(1 << (vector & 31))
         if vector == self.highest:
-            self._find_highest()
+            self._find_highest(at)
 
     def has(self, vector: int) -> bool:
         """Whether its bit is set."""
@@ -56,15 +56,13 @@ class VectorSet:
 
     def load(self, bits: int) -> None:
         """All of it from one number of 256 bits."""
-        if not bits:
-            self.registers = _CLEAR
-            self.highest = NO_VECTOR
-            return
-        self.registers = [bits >> REGISTER_BITS * at & U32 for at in range(REGISTERS)]
-        self._find_highest()
+        self.registers = _CLEAR
+        if bits:
+            self.registers = [bits >> REGISTER_BITS * at & U32 for at in range(REGISTERS)]
+        self._find_highest(REGISTERS - 1)
 
-    def _find_highest(self) -> None:
-        at = REGISTERS - 1
+    def _find_highest(self, at: int) -> None:
+        """All registers above `at` are 0."""
         while at > 0 and not self.registers[at]:
             at -= 1
         # NO_VECTOR where the last one is 0 as well

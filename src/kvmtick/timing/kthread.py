@@ -7,6 +7,8 @@ business (`worker_delay`).
 Not modelled: delayed work, several workers a thread, affinity and priority.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 from kvmtick.timing.clock import Clock
@@ -21,13 +23,15 @@ __all__ = ["KthreadWork", "KthreadWorker"]
 class KthreadWork:
     """A function a worker runs; `queued` while it waits."""
 
-    __slots__ = ("address", "callback", "function", "queued")
+    __slots__ = ("address", "callback", "function", "later", "queued")
 
     def __init__(self, callback: Callable[[], None], function: Function, address: int) -> None:
         self.callback = callback
         self.function = int(function)
         self.address = address
         self.queued = False
+        self.later: KthreadWork | None = None
+        """The next one in the worker's queue."""
 
 
 class KthreadWorker(Deadline):
@@ -35,10 +39,11 @@ class KthreadWorker(Deadline):
 
     __slots__ = (
         "_clock",
+        "_first",
         "_host",
+        "_last",
         "_queue",
         "_recorder",
-        "_works",
         "address",
         "destroyed",
         "name",
@@ -62,7 +67,8 @@ class KthreadWorker(Deadline):
         self._recorder = recorder
         self.address = address
         self.task = recorder.add_task(name)
-        self._works: list[KthreadWork] = []
+        self._first: KthreadWork | None = None
+        self._last: KthreadWork | None = None
         self.destroyed = False
 
     def queue_work(self, work: KthreadWork) -> bool:
@@ -73,7 +79,11 @@ class KthreadWorker(Deadline):
             return False
         self._recorder.sched_kthread_work_queue_work(work.address, work.function, self.address)
         work.queued = True
-        self._works.append(work)
+        if self._last is None:
+            self._first = work
+        else:
+            self._last.later = work
+        self._last = work
         if not self.queued:
             due_ns = self._clock.now_ns
             if not self._host.on_time:
@@ -93,8 +103,9 @@ class KthreadWorker(Deadline):
 
     def flush(self) -> None:
         """`kthread_flush_worker`: come back when everything queued so far has run."""
-        for work in tuple(self._works):
-            self.flush_work(work)
+        last = self._last
+        if last is not None:
+            self.flush_work(last)
 
     def destroy(self) -> None:
         """`kthread_destroy_worker`: run what is queued, then stop. Harmless when repeated."""
@@ -110,12 +121,17 @@ class KthreadWorker(Deadline):
 
     def on_due(self) -> None:
         """`kthread_worker_fn`: one pass over the queue; work queued meanwhile gets its own wake."""
-        for _ in range(len(self._works)):
-            self._run_one()
+        last = self._last
+        while self._first is not None and self._run_one() is not last:
+            pass
 
     def _run_one(self) -> KthreadWork:
-        work = self._works.pop(0)
-        if not self._works:
+        work = self._first
+        assert work is not None
+        self._first = work.later
+        work.later = None
+        if self._first is None:
+            self._last = None
             self._sleep()
         recorder = self._recorder
         task = recorder.task

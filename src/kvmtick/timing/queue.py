@@ -17,11 +17,13 @@ NEVER_NS: Final = (1 << 62) - 1
 class Deadline:
     """What is due at `due_ns`, while it is `queued`; the same object is queued again and again."""
 
-    __slots__ = ("due_ns", "queued")
+    __slots__ = ("due_ns", "later", "queued")
 
     def __init__(self) -> None:
         self.due_ns = 0
         self.queued = False
+        self.later: Deadline | None = None
+        """The next one in the queue."""
 
     def on_due(self) -> None:
         """The time has come; it is not queued any more."""
@@ -46,18 +48,20 @@ class EventQueue:
 
     `next_ns` is the due time of the first, kept up to date so that a port access can see at the
     price of one comparison whether it created an earlier deadline. A machine has a handful of
-    them, and most are due soon: a sorted list beats a heap.
+    them, and most are due soon: a sorted chain beats a heap.
     """
 
-    __slots__ = ("_waiting", "next_ns")
+    __slots__ = ("_first", "next_ns")
 
     def __init__(self) -> None:
-        self._waiting: list[Deadline] = []
-        """The latest first, so that the next one is taken off the end."""
+        self._first: Deadline | None = None
         self.next_ns = NEVER_NS
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        count, deadline = 0, self._first
+        while deadline is not None:
+            count, deadline = count + 1, deadline.later
+        return count
 
     def add(self, due_ns: int, callback: Callable[[], object]) -> Deadline:
         """Queue `callback` for `due_ns` (the past is due at once); the result is for `cancel`."""
@@ -69,19 +73,33 @@ class EventQueue:
         """Queue what is not queued for `due_ns`; the past is due at once."""
         deadline.due_ns = due_ns
         deadline.queued = True
-        waiting = self._waiting
-        at = len(waiting)
-        while at > 0 and waiting[at - 1].due_ns <= due_ns:
-            at -= 1
-        waiting.insert(at, deadline)
-        if due_ns < self.next_ns:
+        first = self._first
+        if first is None or due_ns < first.due_ns:
+            deadline.later = first
+            self._first = deadline
             self.next_ns = due_ns
+            return
+        before = first
+        after = first.later
+        while after is not None and after.due_ns <= due_ns:
+            before, after = after, after.later
+        deadline.later = after
+        before.later = deadline
 
     def cancel(self, deadline: Deadline) -> None:
         """Take back what is queued; ValueError if it is not."""
-        self._waiting.remove(deadline)
+        first = self._first
+        if first is deadline:
+            self._take_first(deadline)
+            return
+        before = first
+        while before is not None and before.later is not deadline:
+            before = before.later
+        if before is None:
+            raise ValueError("this deadline is not queued")
+        before.later = deadline.later
+        deadline.later = None
         deadline.queued = False
-        self._settle()
 
     def run_due(self, clock: Clock) -> None:
         """Run, in order, everything due by now, what the callbacks add included.
@@ -91,13 +109,15 @@ class EventQueue:
         """
         now_ns = clock.now_ns
         while self.next_ns <= now_ns:
-            deadline = self._waiting.pop()
-            deadline.queued = False
-            self._settle()
+            deadline = self._first
+            assert deadline is not None
+            self._take_first(deadline)
             if clock.live:
                 clock.refresh()
             deadline.on_due()
 
-    def _settle(self) -> None:
-        waiting = self._waiting
-        self.next_ns = waiting[-1].due_ns if waiting else NEVER_NS
+    def _take_first(self, first: Deadline) -> None:
+        after = self._first = first.later
+        first.later = None
+        first.queued = False
+        self.next_ns = NEVER_NS if after is None else after.due_ns
