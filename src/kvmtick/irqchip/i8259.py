@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqTarget
@@ -91,6 +93,7 @@ PIC_STATE_FIELDS: Final = (
 """The fields of struct kvm_pic_state, in order; each one byte."""
 
 
+@mypyc_attr(acyclic=True)
 class PicState:
     """The registers of one 8259A, under the names of struct kvm_pic_state."""
 

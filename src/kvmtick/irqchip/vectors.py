@@ -4,6 +4,8 @@
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 __all__ = ["NO_VECTOR", "VectorSet"]
 
 NO_VECTOR: Final = -1
@@ -15,6 +17,7 @@ _CLEAR: Final = [0] * REGISTERS
 """The registers of every set in which none was ever set: most stay so."""
 
 
+@mypyc_attr(acyclic=True)
 class VectorSet:
     """Vectors 0 to 255; `highest` is kept up to date, `NO_VECTOR` while there is none."""
 

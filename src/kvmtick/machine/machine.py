@@ -112,7 +112,7 @@ class Machine:
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
-        self.ram: mmap | bytearray = mmap(-1, ram_bytes) if ram_bytes else bytearray()
+        self.ram: mmap | bytes = mmap(-1, ram_bytes) if ram_bytes else b""
         """The RAM the machine was made with; `memory` has all of it."""
         self.memory = GuestMemory()
         if isinstance(self.ram, mmap):

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 __all__ = ["Histogram"]
 
 SUB_BITS: Final = 7
@@ -13,6 +15,7 @@ _FIRST_BITS: Final = _EXACT - 1
 _FAR: Final = _EXACT << 8
 
 
+@mypyc_attr(acyclic=True)
 class Histogram:
     """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
 

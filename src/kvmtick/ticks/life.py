@@ -56,6 +56,9 @@ _PIT_DO_WORK: Final = int(Function.PIT_DO_WORK)
 _APIC_TIMER_FN: Final = int(Function.APIC_TIMER_FN)
 
 
+_NO_OWNERS: Final[Mapping[int, int]] = {}
+
+
 class TickAssembler(EntryConsumer):
     """A recorder's consumer that follows the ticks of the PIT and of the local APICs' timers.
 
@@ -92,7 +95,7 @@ class TickAssembler(EntryConsumer):
             vcpu_of,
             tasks is not None,
             kept,
-            {} if owners is None else owners,
+            _NO_OWNERS if owners is None else owners,
         )
         self._has_looked = False
         """Nothing but plain ticks came since `_look`."""

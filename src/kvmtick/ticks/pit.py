@@ -125,8 +125,8 @@ class PitTicks(Source):
         self._reset_ns = -1
         self._expires_ns = 0
         self._expiring: Tick | None = None
-        self._queued_for: Tick | None = None
-        """The last expiry that queued the work; None where no such event was seen."""
+        self._queued_for = 0
+        """The index of the last expiry that queued the work; 0 where no such event was seen."""
         self._pending = 0
         self._work_queued = False
         self._work_known = True
@@ -421,8 +421,7 @@ class PitTicks(Source):
         """Its callback queued no work, so that still was queued, whatever the worker's start seemed
         to say: the worker takes its work before that is recorded.
         """
-        last = self._queued_for
-        if self._reinject is not False or last is None or last is tick:
+        if self._reinject is not False or self._queued_for in (0, tick.index):
             return
         if self._waiting and self._waiting[-1] is tick:
             self._waiting.pop()
@@ -492,7 +491,8 @@ class PitTicks(Source):
             self._know_reinject(True)
         self._work_queued = self._work_known = True
         self._queues = None
-        self._queued_for = self._expiring or self._queued_for
+        if self._expiring is not None:
+            self._queued_for = self._expiring.index
 
     def work_start(self, record: Record) -> None:
         """The worker runs. A run that gave no pulse found `irq_ack` at 0: it held back every tick
