@@ -193,7 +193,7 @@ def traced_bytes(count: int) -> int:
 
 
 def test_a_machine_stays_small() -> None:
-    few, many = 10, 60
+    few, many = 100, 200  # with few, too, the ring that they share is full
     traced_bytes(few)  # caches of the whole process
     grown_bytes = traced_bytes(many) - traced_bytes(few)
     assert grown_bytes < (many - few) * MOST_TRACED_BYTES
