@@ -141,5 +141,8 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
             assert select.select([running], [], [], 60)[0], "the peer was never started"
             assert running.read() == "now\n"
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        try:
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert (child.returncode, out, err) == (130, "", "kvmtick: interrupted\n")

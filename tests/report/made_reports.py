@@ -77,7 +77,6 @@ def made_source(ticks: int = 200, words: Words = str) -> SourceReport:
     source = Source("pit", verdict.Path.PIC, Keep(ticks), has_worker=True)
     for number in range(ticks):
         make_tick(source, number, words)
-    source.fold()
     lives = source.lives
     return SourceReport(
         source="pit",

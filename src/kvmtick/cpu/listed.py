@@ -161,13 +161,13 @@ class Listing:
         return {vector: _routine(each) for vector, each in self.handlers.items()}
 
 
-def _routine(operations: tuple[Operation, ...]) -> Routine:
-    return partial(_operations, operations)
-
-
-def _operations(operations: tuple[Operation, ...]) -> Program:
+def _program(operations: tuple[Operation, ...]) -> Program:
     for operation in operations:  # noqa: UP028 - a tuple's iterator takes no answers
         yield operation
+
+
+def _routine(operations: tuple[Operation, ...]) -> Routine:
+    return partial(_program, operations)
 
 
 class _Interrupted:

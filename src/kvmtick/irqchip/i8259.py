@@ -251,7 +251,9 @@ class Pic(IrqTarget):
         self._stale = False
         self.update_irq()
         if level or detail:
-            self._recorder.kvm_pic_set_irq(pin >> 3, pin & 7, chip.elcr, chip.imr, result == 0)
+            self._recorder.kvm_pic_set_irq(
+                pin >> 3, pin & 7, chip.elcr, chip.imr, result == 0, not level
+            )
         return result
 
     def pulse(self, pin: int, irq_source_id: int) -> None:

@@ -211,8 +211,9 @@ class Ioapic(IrqTarget):
         entry = self.redirtbl[pin]
         result = self._set_line(pin, line, line_status)
         recorder = self._recorder
-        if recorder.detail or (level and not entry & MASK):
-            recorder.kvm_ioapic_set_irq(entry, pin, result == COALESCED)
+        is_detail = not level or entry & MASK != 0
+        if recorder.detail or not is_detail:
+            recorder.kvm_ioapic_set_irq(entry, pin, result == COALESCED, is_detail)
         return result
 
     def pulse(self, pin: int, irq_source_id: int) -> None:
@@ -501,6 +502,7 @@ class Ioapic(IrqTarget):
             if state.irr >> pin & 1:
                 entry = self.redirtbl[pin]
                 result = self._set_line(pin, 1, True)
-                if recorder.detail or not entry & MASK:
-                    recorder.kvm_ioapic_set_irq(entry, pin, result == COALESCED)
+                is_detail = entry & MASK != 0
+                if recorder.detail or not is_detail:
+                    recorder.kvm_ioapic_set_irq(entry, pin, result == COALESCED, is_detail)
         self._restore_rtc_tracking_of_all()

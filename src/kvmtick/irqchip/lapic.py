@@ -652,14 +652,15 @@ class Lapic(LapicRegisters):
             self._update_ppr()
         value = self.read_register(register)
         if self._recorder.detail:
-            self._recorder.kvm_apic(0, offset, value)
+            self._recorder.kvm_apic(0, offset, value, is_detail=True)
         return value >> 8 * alignment & (1 << 8 * size_bytes) - 1
 
     def _write(self, register: int, value: int) -> bool:
         """`kvm_lapic_reg_write`: 32 bits; False: no such register, or not writable so."""
-        if self._recorder.detail or register in (APIC_LVTT, APIC_SPIV):
-            # Verdicts need to know when the timer's interrupt was masked.
-            self._recorder.kvm_apic(1, register, value)
+        # Verdicts need to know when the timer's interrupt was masked.
+        is_detail = register != APIC_LVTT and register != APIC_SPIV
+        if self._recorder.detail or not is_detail:
+            self._recorder.kvm_apic(1, register, value, is_detail)
         if register == APIC_EOI:
             self.eoi()
             return True
@@ -747,7 +748,7 @@ class Lapic(LapicRegisters):
         self._send_ipi(low, high)
         self.icr, self.icr_high = low, high
         if self._recorder.detail:
-            self._recorder.kvm_apic(1, APIC_ICR, value)
+            self._recorder.kvm_apic(1, APIC_ICR, value, is_detail=True)
         return True
 
     def _send_ipi(self, icr_low: int, icr_high: int) -> None:

@@ -349,8 +349,9 @@ class IrqRouting:
         will look at it (KVM_IRQ_LINE_STATUS).
         """
         recorder = self._recorder
-        if level or recorder.detail or irq_source_id != PIT_IRQ_SOURCE_ID:
-            recorder.kvm_set_irq(gsi, level, irq_source_id)
+        is_detail = not level and irq_source_id == PIT_IRQ_SOURCE_ID
+        if recorder.detail or not is_detail:
+            recorder.kvm_set_irq(gsi, level, irq_source_id, is_detail)
         result = -1
         for route in self._routes_of(gsi):
             delivered = route.target.set_irq(route.pin, irq_source_id, level, line_status)

@@ -99,6 +99,7 @@ class TickAssembler(EntryConsumer):
         )
         self._has_looked = False
         """Nothing but plain ticks came since `_look`."""
+        self._has_details = False
         self._timers_may_be_plain = False
 
     def __call__(self, batch: list[Record]) -> None:
@@ -109,7 +110,12 @@ class TickAssembler(EntryConsumer):
         self._one_by_one(batch)
 
     def take(self, entries: list[Entry], begin: int, end: int) -> None:
-        """Take in records of a simulated run."""
+        """Take in records of a simulated run. Details are passed over once there are any, so that
+        ticks between them are as plain as without.
+        """
+        if self._has_details:
+            entries = [entry for entry in entries[begin:end] if not entry.is_detail]
+            begin, end = 0, len(entries)
         at = begin
         while at < end:
             entry = entries[at]
@@ -118,6 +124,7 @@ class TickAssembler(EntryConsumer):
                 if count:
                     at += count
                     continue
+            self._has_details |= entry.is_detail
             self._has_looked = False
             self._take_in(entry.record())
             at += 1

@@ -81,12 +81,14 @@ class Now:
 class Entry:
     """One record in the ring; fields that its event has not are left over from others."""
 
-    __slots__ = ("a", "b", "c", "d", "e", "event", "task", "ts_ns")
+    __slots__ = ("a", "b", "c", "d", "e", "event", "is_detail", "task", "ts_ns")
 
     def __init__(self) -> None:
         self.ts_ns = 0
         self.event = 0
         self.task = 0
+        self.is_detail = False
+        """It would not be here without `Recorder.detail`: verdicts do not need it."""
         self.a = 0
         self.b = 0
         self.c = 0
@@ -215,7 +217,16 @@ class Recorder:
         """Show every later record to `follower` the moment it is made (slow; for stories)."""
         self._follower = follower
 
-    def _add(self, event: i64, a: int, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> None:
+    def _add(
+        self,
+        event: i64,
+        a: int,
+        b: int = 0,
+        c: int = 0,
+        d: int = 0,
+        e: int = 0,
+        is_detail: bool = False,
+    ) -> None:
         ring = self._ring
         if ring.at == ring.made:
             self._make_room()
@@ -225,6 +236,7 @@ class Recorder:
         entry.ts_ns = self._clock.now_ns
         entry.event = event
         entry.task = self.task
+        entry.is_detail = is_detail
         entry.a = a
         entry.b = b
         entry.c = c
@@ -271,19 +283,25 @@ class Recorder:
 
     def sched_kthread_work_execute_end(self, work: int, function: int) -> None:
         """The worker is done with an item (detail; the caller asks)."""
-        self._add(_WORK_END, work, function)
+        self._add(_WORK_END, work, function, is_detail=True)
 
-    def kvm_set_irq(self, gsi: int, level: int, irq_source_id: int) -> None:
+    def kvm_set_irq(
+        self, gsi: int, level: int, irq_source_id: int, is_detail: bool = False
+    ) -> None:
         """A source drives a GSI."""
-        self._add(_KVM_SET_IRQ, gsi, level, irq_source_id)
+        self._add(_KVM_SET_IRQ, gsi, level, irq_source_id, is_detail=is_detail)
 
-    def kvm_pic_set_irq(self, chip: int, pin: int, elcr: int, imr: int, coalesced: bool) -> None:
+    def kvm_pic_set_irq(
+        self, chip: int, pin: int, elcr: int, imr: int, coalesced: bool, is_detail: bool = False
+    ) -> None:
         """A PIC pin was driven; `coalesced` if its request was set already."""
-        self._add(_KVM_PIC_SET_IRQ, chip, pin, elcr, imr, coalesced)
+        self._add(_KVM_PIC_SET_IRQ, chip, pin, elcr, imr, coalesced, is_detail)
 
-    def kvm_ioapic_set_irq(self, e: int, pin: int, coalesced: bool) -> None:
+    def kvm_ioapic_set_irq(
+        self, e: int, pin: int, coalesced: bool, is_detail: bool = False
+    ) -> None:
         """An IOAPIC pin was driven; `e` is its redirection entry."""
-        self._add(_KVM_IOAPIC_SET_IRQ, e, pin, coalesced)
+        self._add(_KVM_IOAPIC_SET_IRQ, e, pin, coalesced, is_detail=is_detail)
 
     def kvm_ack_irq(self, irqchip: int, pin: int) -> None:
         """The guest acknowledged (EOI, poll) an interrupt of a pin."""
@@ -295,7 +313,7 @@ class Recorder:
 
     def kvm_vcpu_wakeup(self, ns: int, waited: bool, valid: bool) -> None:
         """A halted vCPU is runnable again after `ns` (detail; the caller asks)."""
-        self._add(_KVM_VCPU_WAKEUP, ns, waited, valid)
+        self._add(_KVM_VCPU_WAKEUP, ns, waited, valid, is_detail=True)
 
     def kvm_pio(self, rw: int, port: int, size: int, count: int, val: int) -> None:
         """The guest accessed a port; `rw` is 1 for a write."""
@@ -303,13 +321,13 @@ class Recorder:
 
     def kvm_entry(self, vcpu_id: int, rip: int, intr_info: int) -> None:
         """The vCPU enters the guest (detail; the caller asks)."""
-        self._add(_KVM_ENTRY, vcpu_id, rip, intr_info)
+        self._add(_KVM_ENTRY, vcpu_id, rip, intr_info, is_detail=True)
 
     def kvm_exit(
         self, vcpu_id: int, exit_reason: int, guest_rip: int, info1: int, intr_info: int
     ) -> None:
         """The vCPU left the guest (detail; the caller asks)."""
-        self._add(_KVM_EXIT, vcpu_id, exit_reason, guest_rip, info1, intr_info)
+        self._add(_KVM_EXIT, vcpu_id, exit_reason, guest_rip, info1, intr_info, is_detail=True)
 
     def kvm_apicv_inhibit_changed(self, reason: int, set_: bool, inhibits: int) -> None:
         """A reason not to use APICv came or went."""
@@ -335,21 +353,21 @@ class Recorder:
         """The guest sent an interprocessor interrupt."""
         self._add(_KVM_APIC_IPI, icr_low, dest_id)
 
-    def kvm_apic(self, rw: int, reg: int, val: int) -> None:
+    def kvm_apic(self, rw: int, reg: int, val: int, is_detail: bool = False) -> None:
         """A local APIC register was accessed (detail, but for writes of LVTT and SPIV; the caller
         asks); `rw` is 1 for a write.
         """
-        self._add(_KVM_APIC, rw, reg, val)
+        self._add(_KVM_APIC, rw, reg, val, is_detail=is_detail)
 
     def kvm_mmio(self, type_: int, len_: int, gpa: int, val: int) -> None:
         """The guest accessed memory that is no RAM (detail); `type_`: 0 unsatisfied read, 1 read,
         2 write.
         """
-        self._add(_KVM_MMIO, type_, len_, gpa, val)
+        self._add(_KVM_MMIO, type_, len_, gpa, val, is_detail=True)
 
     def kvm_msr(self, write: int, ecx: int, data: int, exception: bool) -> None:
         """The guest accessed a model-specific register (detail); `exception`: it got #GP."""
-        self._add(_KVM_MSR, write, ecx, data, exception)
+        self._add(_KVM_MSR, write, ecx, data, exception, is_detail=True)
 
     def kvm_ioapic_delayed_eoi_inj(self, e: int) -> None:
         """A level line stayed high over so many EOIs that its next request is put off."""
