@@ -136,10 +136,13 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     )
     qemu.chmod(0o755)
     environment = dict(os.environ, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with process("bench", "mips-register", "--quick", environment=environment) as child:
+    with process("bench", "tick-pic", "--quick", environment=environment) as child:
         with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as running:
             assert select.select([running], [], [], 60)[0], "the peer was never started"
             assert running.read() == "now\n"
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        try:
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert (child.returncode, out, err) == (130, "", "kvmtick: interrupted\n")

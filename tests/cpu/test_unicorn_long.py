@@ -429,6 +429,17 @@ def test_ins_after_one_that_was_refused(exact: bool) -> None:
     ]
 
 
+@either_engine
+def test_ins_stores_once_whatever_base_es_has(exact: bool) -> None:
+    cpu = LongCpu("6c f4", exact=exact)  # insb; hlt
+    cpu.set_registers(rdi=MMIO, rdx=0x10, es_base=0x1234)
+    assert cpu.enter() is ExitReason.HLT
+    assert [access[:4] for access in cpu.accesses] == [
+        ("in", 0x10, 1, cpu.input),
+        ("mmio write", MMIO, 1, cpu.input),
+    ]
+
+
 @pytest.mark.parametrize("selector", range(4))
 def test_ltr_refuses_a_null_selector(selector: int) -> None:
     cpu = LongCpu("0f00d8 f4", HALTS)  # ltr ax

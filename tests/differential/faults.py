@@ -11,13 +11,13 @@ from kvmtick.conform.fuzz.look import Seen
 from kvmtick.conform.fuzz.operations import Operation
 from kvmtick.conform.fuzz.search import Backends
 from kvmtick.conform.fuzz.side import Config, Side
-from kvmtick.irqchip import i8254, lapic_timer
 from kvmtick.irqchip.delivery import IrqDelivery
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.irqchip.ioapic import REMOTE_IRR, Ioapic
 from kvmtick.irqchip.irqfd import IrqFds
 from kvmtick.irqchip.lapic import Lapic
+from kvmtick.irqchip.lapic_timer import LapicTimer
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqRouting
 from kvmtick.kvm import Kvm
@@ -160,17 +160,23 @@ def _drift(timer_fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
-def _number(value: int) -> Callable[..., int]:
-    return lambda _: value
+def _any_period_of_the_pit(start: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Pit, count: int, periodic: bool) -> None:
+        board = self._board
+        least_ns, board.min_timer_period_ns = board.min_timer_period_ns, 0
+        start(self, count, periodic)
+        board.min_timer_period_ns = least_ns
+
+    return wrong
 
 
 CONFORM_FAULTS = {
     "a PIT without the least period": (
-        Fault(i8254, "MIN_TIMER_PERIOD_NS", _number(0)),
+        Fault(Pit, "_start_timer", _any_period_of_the_pit),
         "pit.short-periods-are-clamped",
     ),
     "a local APIC's timer without the least period": (
-        Fault(lapic_timer, "MIN_TIMER_PERIOD_NS", _number(0)),
+        Fault(LapicTimer, "_limit_period", nothing),
         "timer.short-period-is-raised",
     ),
     "ticks kept at the unmask": (Fault(Pit, "mask_changed", nothing), "reinject.unmask-drops"),

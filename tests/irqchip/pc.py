@@ -3,7 +3,7 @@
 from kvmtick.irqchip.i8254 import Pit
 from kvmtick.irqchip.i8259 import Pic, PicState
 from kvmtick.machine.board import Board
-from kvmtick.machine.ports import PortMap
+from kvmtick.machine.ports import PortMap, PortOwner
 from kvmtick.timing.clock import VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.trace.events import TRACEPOINTS, Event, Record
@@ -53,7 +53,7 @@ class Pc:
         self.recorder = Recorder(self.clock, detail)
         self._records: list[Record] = []
         self.recorder.add_consumer(self._records.extend)
-        ports = PortMap(lambda code: None, lambda us: None)
+        ports = PortMap(PortOwner())
         self.board = Board(self.clock, self.host, self.recorder, ports)
         self.vcpu = VcpuStub()
         self.add_vcpu(self.vcpu)

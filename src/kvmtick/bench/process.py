@@ -77,8 +77,9 @@ def run_process(
         except OSError as error:
             raise MeasureError(f"{command[0]} cannot be started: {error.strerror}") from None
         late = threading.Timer(timeout_s, process.kill)
-        late.start()
+        late.daemon = True
         try:
+            late.start()
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final, Protocol
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.abi.structs import (
     KVM_PIT_FLAGS_HPET_LEGACY,
     KVM_PIT_FLAGS_SPEAKER_DATA_ON,
@@ -125,6 +127,7 @@ PIT_CHANNEL_FIELDS: Final = (
 """Those of struct kvm_pit_channel_state, but for what is reserved there."""
 
 
+@mypyc_attr(acyclic=True)
 class PitChannel:
     """One counter, under the names of struct kvm_pit_channel_state."""
 

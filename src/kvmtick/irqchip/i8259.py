@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.irqchip.iobus import IoBus, IoDevice
 from kvmtick.irqchip.notifiers import Notifiers
 from kvmtick.irqchip.routing import IrqTarget
@@ -91,6 +93,7 @@ PIC_STATE_FIELDS: Final = (
 """The fields of struct kvm_pic_state, in order; each one byte."""
 
 
+@mypyc_attr(acyclic=True)
 class PicState:
     """The registers of one 8259A, under the names of struct kvm_pic_state."""
 
@@ -213,7 +216,8 @@ class Pic(IrqTarget):
         self._raise_intr = raise_intr
         self.master = PicState(0, ELCR_MASK_MASTER)
         self.slave = PicState(8, ELCR_MASK_SLAVE)
-        self.irq_states = [0] * 16
+        self.irq_states: dict[int, int] = {}
+        """By pin, of those that are high: the sources that hold it so."""
         self.output = False
         # ICW1, ICW4 and a poll of the cascade leave INTR as it was: the next edge of any line, a
         # falling one too, drives it anew.
@@ -230,7 +234,11 @@ class Pic(IrqTarget):
         # `__kvm_irq_line_state`: the line is the OR over all sources.
         states = self.irq_states
         source = 1 << irq_source_id
-        line = states[pin] = states[pin] | source if level else states[pin] & ~source
+        line = states.get(pin, 0) | source if level else states.get(pin, 0) & ~source
+        if line:
+            states[pin] = line
+        else:
+            states.pop(pin, None)
         chip = self.master if pin < 8 else self.slave
         detail = self._recorder.detail
         if not (line or chip.elcr or self._stale or self.slave.irr or detail):
@@ -252,7 +260,7 @@ class Pic(IrqTarget):
         """`set_irq` to 1 and then to 0, in one go where nothing else has a hand in it."""
         chip = self.master if pin < 8 else self.slave
         mask = 1 << (pin & 7)
-        if self.irq_states[pin] or chip.last_irr & mask or chip.elcr or self.slave.irr or pin > 7:
+        if pin in self.irq_states or chip.last_irr & mask or chip.elcr or self.slave.irr or pin > 7:
             self.set_irq(pin, irq_source_id, 1)
             self.set_irq(pin, irq_source_id, 0)
             return

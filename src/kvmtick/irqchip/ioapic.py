@@ -172,17 +172,19 @@ class Ioapic(IrqTarget):
         self.id = 0
         self.irr = 0
         self.irr_delivered = 0
-        self.irq_states = [0] * KVM_IOAPIC_NUM_PINS
+        self.irq_states: dict[int, int] = {}
+        """By pin, of those that are high: the sources that hold it so."""
         self.redirtbl = [REDIRECTION_RESET] * KVM_IOAPIC_NUM_PINS
-        self.irq_eoi = [0] * KVM_IOAPIC_NUM_PINS
-        """How many ends of interrupt in a row found the pin's line still high."""
+        self.irq_eoi: dict[int, int] = {}
+        """By pin, if any: how many ends of interrupt in a row found its line still high."""
         self.rtc_pending_eoi = 0
         """How many local APICs have yet to end the RTC's interrupt."""
         # The vector by vcpu_id of those who got the RTC's interrupt and have not ended it.
         self._rtc_dest: dict[int, int] = {}
         # By vcpu_id: the highest vector whose end is wanted of one who gets it no more.
         self._stale_eoi: dict[int, int] = {}
-        self._messages: list[LapicIrq | None] = [None] * KVM_IOAPIC_NUM_PINS
+        self._messages: dict[int, LapicIrq] = {}
+        """By pin, of those that were sent."""
         self._eoi_inject_queued = False
         self._kworker = -1
         self._pad = 0
@@ -201,7 +203,11 @@ class Ioapic(IrqTarget):
         # `__kvm_irq_line_state`: the line is the OR over all sources.
         states = self.irq_states
         source = 1 << irq_source_id
-        line = states[pin] = states[pin] | source if level else states[pin] & ~source
+        line = states.get(pin, 0) | source if level else states.get(pin, 0) & ~source
+        if line:
+            states[pin] = line
+        else:
+            states.pop(pin, None)
         entry = self.redirtbl[pin]
         result = self._set_line(pin, line, line_status)
         recorder = self._recorder
@@ -216,7 +222,7 @@ class Ioapic(IrqTarget):
         For when no details are recorded. The PIT drives a masked pin this way at each tick.
         """
         entry = self.redirtbl[pin]
-        if entry & TRIG_MODE_LEVEL or self.irq_states[pin] or (self.irr and self.irr >> pin & 1):
+        if entry & TRIG_MODE_LEVEL or pin in self.irq_states or (self.irr and self.irr >> pin & 1):
             self.set_irq(pin, irq_source_id, 1)
             self.set_irq(pin, irq_source_id, 0)
         elif entry & MASK:
@@ -268,7 +274,7 @@ class Ioapic(IrqTarget):
         ]
 
     def _message(self, pin: int, entry: int) -> LapicIrq:
-        message = self._messages[pin]
+        message = self._messages.get(pin)
         if message is None:
             message = self._messages[pin] = lapic_irq_of(entry)
         return message
@@ -295,14 +301,14 @@ class Ioapic(IrqTarget):
             return
         entry = self.redirtbl[pin] = self.redirtbl[pin] & ~REMOTE_IRR
         if entry & MASK or not self.irr >> pin & 1:
-            self.irq_eoi[pin] = 0
+            self.irq_eoi.pop(pin, None)
             return
-        self.irq_eoi[pin] += 1
-        if self.irq_eoi[pin] < IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT:
+        ends = self.irq_eoi[pin] = self.irq_eoi.get(pin, 0) + 1
+        if ends < IOAPIC_SUCCESSIVE_IRQ_MAX_COUNT:
             self._service(pin, False)
             return
         # A guest that never quiets its device shall get somewhere all the same.
-        self.irq_eoi[pin] = 0
+        del self.irq_eoi[pin]
         if not self._eoi_inject_queued:
             self._eoi_inject_queued = True
             self._queue.add(self._clock.now_ns + EOI_INJECT_DELAY_NS, self._eoi_inject_work)
@@ -441,7 +447,7 @@ class Ioapic(IrqTarget):
             # What an EOI register would be for: guests end a level interrupt by this.
             entry &= ~REMOTE_IRR
         self.redirtbl[pin] = entry
-        self._messages[pin] = None
+        self._messages.pop(pin, None)
         if (old ^ entry) & MASK:
             self._notifiers.fire_mask_notifiers(KVM_IRQCHIP_IOAPIC, pin, bool(entry & MASK))
         if entry & (IN_SERVICE | MASK) == TRIG_MODE_LEVEL and self.irr >> pin & 1:
@@ -485,7 +491,7 @@ class Ioapic(IrqTarget):
         self.id = state.id
         self._pad = state.pad
         self.redirtbl[:] = [entry.bits for entry in state.redirtbl]
-        self._messages[:] = [None] * KVM_IOAPIC_NUM_PINS
+        self._messages.clear()
         self.irr = 0
         self.irr_delivered = 0
         self._delivery.request_scan_ioapic()

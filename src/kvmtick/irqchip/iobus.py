@@ -15,6 +15,7 @@ from kvmtick.abi.errors import KvmError
 __all__ = ["IoBus", "IoDevice"]
 
 NR_IOBUS_DEVS: Final = 1000
+NO_PORT: Final = -1
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -35,12 +36,13 @@ class IoDevice:
 class IoBus:
     """Port ranges and the devices behind them."""
 
-    __slots__ = ("_byte_ports", "_ranges")
+    __slots__ = ("_last_device", "_last_port", "_ranges")
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int, int, IoDevice]] = []
-        self._byte_ports: dict[int, IoDevice] = {}
-        """Of single bytes, those that were accessed."""
+        self._last_port = NO_PORT
+        self._last_device: IoDevice | None = None
+        """Who took the last access of a single byte, at `_last_port`."""
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -60,17 +62,16 @@ class IoBus:
     def unregister(self, device: IoDevice) -> None:
         """Take a device off the bus, with all its ranges; harmless if it is not there."""
         self._ranges = [entry for entry in self._ranges if entry[3] is not device]
-        self._byte_ports = {}
+        self._last_port = NO_PORT
 
     def find(self, port: int, size_bytes: int) -> IoDevice | None:
         """The device that takes an access of `size_bytes` at `port`."""
-        if size_bytes == 1:
-            known = self._byte_ports.get(port)
-            if known is not None:
-                return known
+        if port == self._last_port and size_bytes == 1:
+            return self._last_device
         for first, length, decoded, device in self._ranges:
             if first <= port < first + decoded and port + size_bytes <= first + length:
                 if size_bytes == 1:
-                    self._byte_ports[port] = device
+                    self._last_port = port
+                    self._last_device = device
                 return device
         return None

@@ -153,7 +153,7 @@ class _Resampler:
 
 
 class IrqFds(Closing):
-    """The irqfds of one VM. It registers itself as the notifiers' `resampler`."""
+    """The irqfds of one VM. With the first that resamples it is the notifiers' `resampler`."""
 
     __slots__ = (
         "__weakref__",
@@ -172,7 +172,6 @@ class IrqFds(Closing):
         self._by_fd: dict[int, _IrqFd] = {}
         self._resamplers: dict[int, _Resampler] = {}
         self._epoll: select.epoll | None = None
-        notifiers.resampler = self._notify_resampler_of
 
     def __len__(self) -> int:
         return len(self.assigned)
@@ -314,6 +313,7 @@ class IrqFds(Closing):
                 self._resamplers[gsi].notify()
 
             resampler = self._resamplers[gsi] = _Resampler(ack)
+            self._notifiers.resampler = self._notify_resampler_of
             self._notifiers.register_ack(gsi, ack)
         return resampler
 

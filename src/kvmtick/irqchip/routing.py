@@ -262,9 +262,10 @@ class IrqRouting:
             return _NOWHERE
         assert self._ioapic is not None
         assert self._pic is not None
-        routes = self._routes[gsi] = [_Route(self._ioapic, gsi)]
+        routes = [_Route(self._ioapic, gsi)]
         if gsi < PIC_PINS:
-            routes.append(_Route(self._pic, gsi))
+            routes = [routes[0], _Route(self._pic, gsi)]
+        self._routes[gsi] = routes
         return routes
 
     def set_table(self, entries: Sequence[kvm_irq_routing_entry], flags: int = 0) -> None:

@@ -4,6 +4,8 @@
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 __all__ = ["NO_VECTOR", "VectorSet"]
 
 NO_VECTOR: Final = -1
@@ -11,7 +13,11 @@ REGISTERS: Final = 8
 REGISTER_BITS: Final = 32
 U32: Final = (1 << REGISTER_BITS) - 1
 
+_CLEAR: Final = [0] * REGISTERS
+"""The registers of every set in which none was ever set: most stay so."""
 
+
+@mypyc_attr(acyclic=True)
 class VectorSet:
     """Vectors 0 to 255; `highest` is kept up to date, `NO_VECTOR` while there is none."""
 
@@ -19,11 +25,13 @@ class VectorSet:
 
     def __init__(self) -> None:
         self.highest = NO_VECTOR
-        self.registers = [0] * REGISTERS
+        self.registers = _CLEAR
 
     def add(self, vector: int) -> None:
         """Set its bit."""
         registers, at = self.registers, vector >> 5
+        if registers is _CLEAR:
+            registers = self.registers = [0] * REGISTERS
         registers[at] = registers[at] | 1 << (vector & 31)
         if vector > self.highest:
             self.highest = vector
@@ -31,6 +39,8 @@ class VectorSet:
     def discard(self, vector: int) -> None:
         """Clear its bit."""
         registers, at = self.registers, vector >> 5
+        if registers is _CLEAR:
+            return
         registers[at] = registers[at] & ~(1 << (vector & 31))
         if vector == self.highest:
             self._find_highest(at)
@@ -49,8 +59,9 @@ class VectorSet:
 
     def load(self, bits: int) -> None:
         """All of it from one number of 256 bits."""
-        for at in range(REGISTERS):
-            self.registers[at] = bits >> REGISTER_BITS * at & U32
+        self.registers = _CLEAR
+        if bits:
+            self.registers = [bits >> REGISTER_BITS * at & U32 for at in range(REGISTERS)]
         self._find_highest(REGISTERS - 1)
 
     def _find_highest(self, at: int) -> None:

@@ -24,7 +24,7 @@ from kvmtick.abi.exits import (
 )
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.machine import Exit as RunExit
-from kvmtick.machine.ports import PortMap
+from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.ticks.life import TickAssembler
 
@@ -60,7 +60,7 @@ def observed(observer: Observer, live: bool) -> Iterator[None]:
         observer.stop()
 
 
-class UserSpace:
+class UserSpace(PortOwner):
     """The ports of one VM, and what the guest asked of user space by them.
 
     `serve` and `ioapic_eoi` are called by any of the vCPUs' threads, with `lock`.
@@ -68,9 +68,9 @@ class UserSpace:
 
     def __init__(self, vm: "KernelVm", ram_bytes: int) -> None:
         self.lock = threading.RLock()
-        fw_cfg = FwCfg(ram_bytes, lambda: len(vm.vcpus))
-        testdev = PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level))
-        self.ports = PortMap(self._exit, self._sleep, lambda: fw_cfg.ports() | testdev.ports())
+        self._fw_cfg = FwCfg(ram_bytes, lambda: len(vm.vcpus))
+        self._testdev = PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level))
+        self.ports = PortMap(self)
         self.exit_code: int | None = None
         self._sleep_us = 0
 
@@ -99,11 +99,14 @@ class UserSpace:
         values = (self.ports.read(exit_.port, exit_.size) for _ in range(exit_.count))
         vcpu.answer(b"".join(value.to_bytes(exit_.size, "little") for value in values))
 
-    def _exit(self, value: int) -> None:
+    def port_devices(self) -> dict[int, PortHandler]:
+        return self._fw_cfg.ports() | self._testdev.ports()
+
+    def guest_exit(self, value: int) -> None:
         if self.exit_code is None:
             self.exit_code = value
 
-    def _sleep(self, microseconds: int) -> None:
+    def guest_sleep(self, microseconds: int) -> None:
         self._sleep_us = microseconds
 
 

@@ -89,7 +89,7 @@ class Member:
         self.exit: Exit | None = None
         """Why it ended; None: it goes on."""
         self.assembler = TickAssembler(keep=keep, tasks=machine.recorder.tasks)
-        machine.recorder.add_consumer(self.assembler)
+        machine.recorder.add_entry_consumer(self.assembler)
         machine.board.create_irqchip()
         machine.board.create_pit(KVM_PIT_SPEAKER_DUMMY)
         vcpu = machine.create_vcpu(ListedEngine(guest))
@@ -108,6 +108,14 @@ class Member:
             end = self.machine.run_alone(for_ns)
             if end.reason != _RUNNING:
                 self.exit = end
+
+    def close(self) -> None:
+        """Harmless when repeated. What its worker still does then changes no result."""
+        if not self.machine.closed:
+            recorder = self.machine.recorder
+            recorder.remove_entry_consumer(self.assembler)
+            self.machine.close()
+            recorder.flush()
 
     def ticks(self) -> TickReport:
         """The ticks so far, of the main source."""
@@ -237,5 +245,4 @@ class Fleet:
         """Give everything back; harmless when repeated. The results can still be asked for."""
         self._closed = True
         for member in self.members:
-            if not member.machine.closed:
-                member.machine.close()
+            member.close()

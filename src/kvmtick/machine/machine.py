@@ -26,7 +26,7 @@ from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
-from kvmtick.machine.ports import PortHandler, PortMap
+from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
 from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
@@ -77,7 +77,7 @@ class Exit:
         return self.reason in ("limit", "deadlock", "triple-fault", "guest-error")
 
 
-class Machine:
+class Machine(PortOwner):
     """One PC."""
 
     def __init__(
@@ -106,13 +106,12 @@ class Machine:
         self.recorder = Recorder(self.clock, detail, ring)
         self.recorder.task = self.recorder.add_task(f"kvmtick-{VMM_PID}")
         self.host = HostModel(seed)
-        self.ports = PortMap(self._guest_exit, self._guest_sleep, self._port_devices)
-        self.ports.on_unknown_msr = self._unknown_msr
+        self.ports = PortMap(self)
         self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
-        self.ram: mmap | bytearray = mmap(-1, ram_bytes) if ram_bytes else bytearray()
+        self.ram: mmap | bytes = mmap(-1, ram_bytes) if ram_bytes else b""
         """The RAM the machine was made with; `memory` has all of it."""
         self.memory = GuestMemory()
         if isinstance(self.ram, mmap):
@@ -141,7 +140,7 @@ class Machine:
 
     # Putting it together.
 
-    def _port_devices(self) -> dict[int, PortHandler]:
+    def port_devices(self) -> dict[int, PortHandler]:
         fw_cfg = FwCfg(len(self.ram), lambda: len(self.board.vcpus))
         return fw_cfg.ports() | PcTestdev(self.board.set_irq_line).ports()
 
@@ -658,19 +657,19 @@ class Machine:
             self._exit = exit_
         self._kick_running()
 
-    def _guest_exit(self, value: int) -> None:
+    def guest_exit(self, value: int) -> None:
         """The guest wrote the debug exit port."""
         detail = f"the guest wrote {value:#x} to the debug exit port"
         self._end(Exit("guest-error" if value else "done", value, detail if value else ""))
 
-    def _guest_sleep(self, microseconds: int) -> None:
+    def guest_sleep(self, microseconds: int) -> None:
         """The guest asked user space to keep its vCPU out of the guest for a while."""
         for vcpu in self.board.vcpus:
             if vcpu.in_guest:
                 self.take_vcpu_off(microseconds * 1000, vcpu)
         self._kick_running()
 
-    def _unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
+    def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
         """The guest gets #GP; if that shall not pass unseen, the run ends."""
         if self.strict and self._exit is None:
             vcpu = next(vcpu for vcpu in self.board.vcpus if vcpu.vcpu_id == vcpu_id)

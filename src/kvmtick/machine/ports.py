@@ -17,7 +17,9 @@ Not modelled: UART interrupts, modem lines, FIFOs.
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias
 
-__all__ = ["PORT_DEBUG_EXIT", "PORT_HOST_SLEEP", "PortHandler", "PortMap"]
+from mypy_extensions import mypyc_attr
+
+__all__ = ["PORT_DEBUG_EXIT", "PORT_HOST_SLEEP", "PortHandler", "PortMap", "PortOwner"]
 
 PortHandler: TypeAlias = Callable[[int, int, int | None], int | None]
 """`(port, size_bytes, value)`: `value` is what the guest wrote, None when it reads.
@@ -45,6 +47,24 @@ IIR_NONE_PENDING: Final = 0x01
 CONSOLE_LIMIT_BYTES: Final = 1 << 20
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
+class PortOwner:
+    """Whose ports they are: what the guest makes happen by them."""
+
+    def guest_exit(self, value: int) -> None:
+        """The guest wrote to 0xf4."""
+
+    def guest_sleep(self, microseconds: int) -> None:
+        """The guest wrote to 0xd8."""
+
+    def port_devices(self) -> dict[int, PortHandler]:
+        """The board's own, by port; asked for when a port is first accessed."""
+        return {}
+
+    def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
+        """The guest's access ("read" or "write") to an MSR that nobody knows."""
+
+
 class PortMap:
     """User space's side of ports, MMIO and IOAPIC EOIs. What the guest prints is in `console` and
     `serial`.
@@ -55,27 +75,16 @@ class PortMap:
 
     defers = False
 
-    def __init__(
-        self,
-        on_exit: Callable[[int], None],
-        on_sleep: Callable[[int], None],
-        make_devices: Callable[[], dict[int, PortHandler]] = dict,
-    ) -> None:
-        """`on_exit` gets what the guest writes to 0xf4, `on_sleep` what it writes to 0xd8 (us).
-        `make_devices`: the board's own, by port; asked for when a port is first accessed.
-        """
-        self._on_exit = on_exit
-        self._on_sleep = on_sleep
+    def __init__(self, owner: PortOwner) -> None:
+        self._owner = owner
         self.handlers: Mapping[int, PortHandler] = {}
-        self._make_devices = make_devices
         self._devices: dict[int, PortHandler] | None = None
         self.on_ioapic_eoi: Callable[[int], None] | None = None
         self.on_text: Callable[[int], None] | None = None
-        self.on_unknown_msr: Callable[[int, str, int, int], None] | None = None
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
-        self._uart = bytearray(8)
+        self._uart = bytes(8)
 
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
@@ -95,9 +104,9 @@ class PortMap:
         if handler := self._handler(port):
             handler(port, size_bytes, value)
         elif port == PORT_DEBUG_EXIT:
-            self._on_exit(value)
+            self._owner.guest_exit(value)
         elif port == PORT_HOST_SLEEP:
-            self._on_sleep(value)
+            self._owner.guest_sleep(value)
         elif port == PORT_DEBUG_CONSOLE:
             self._print(self.console, value & 0xFF)
         elif port & ~7 == PORT_SERIAL:
@@ -108,7 +117,7 @@ class PortMap:
         if handler is not None:
             return handler
         if self._devices is None:
-            self._devices = self._make_devices()
+            self._devices = self._owner.port_devices()
         return self._devices.get(port)
 
     def mmio_read(self, gpa: int, size_bytes: int) -> int:
@@ -128,9 +137,8 @@ class PortMap:
         """Nobody wants to know of CR8."""
 
     def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
-        """KVM_EXIT_X86_RDMSR and _WRMSR: tell who wants to know of unknown MSRs."""
-        if self.on_unknown_msr is not None:
-            self.on_unknown_msr(vcpu_id, access, index, rip)
+        """KVM_EXIT_X86_RDMSR and _WRMSR."""
+        self._owner.unknown_msr(vcpu_id, access, index, rip)
 
     def _read_uart(self, register: int) -> int:
         if register == UART_LINE_STATUS:
@@ -145,7 +153,7 @@ class PortMap:
         if register == UART_DATA and not self._uart[UART_LINE_CONTROL] & LCR_DIVISOR_LATCH:
             self._print(self.serial, value)
         else:
-            self._uart[register] = value
+            self._uart = self._uart[:register] + bytes((value,)) + self._uart[register + 1 :]
 
     def _print(self, text: bytearray, byte: int) -> None:
         if self.on_text is not None:

@@ -42,6 +42,9 @@ NMI: Final = 256
 
 STRIDE: Final = 512
 
+_NONE: Final[frozenset[int]] = frozenset()
+"""One for all: an empty set of its own takes 200 bytes."""
+
 
 class LocalApics:
     """IRR, ISR and pending NMIs of every vCPU, with the tick that each belongs to, if any."""
@@ -54,8 +57,8 @@ class LocalApics:
         self._nmis: dict[int, deque[Claim | None]] = {}
         self._known: dict[int, Source] = {}
         self._begun = ""
-        self._sure: set[int] = set()
-        self._doubted: set[int] = set()
+        self._sure = _NONE
+        self._doubted = _NONE
         self._posted: dict[int, Claim] = {}
         self._owed: dict[int, int] = {}
         """How many EOIs may come for what was posted, by request."""
@@ -109,7 +112,7 @@ class LocalApics:
         """A tick's message that may be merged with one before it: the injection is nobody's."""
         key = vcpu * STRIDE + (NMI if mode == DM_NMI else vector)
         self._known.setdefault(key, source)
-        self._doubted.add(key)
+        self._doubted |= {key}
         self.accept_foreign(vcpu, mode, vector)
 
     def accept_foreign(self, vcpu: int, mode: int, vector: int) -> None:
@@ -128,8 +131,7 @@ class LocalApics:
     def forget(self, why: str) -> None:
         """Records are missing: who is requested or in service is not known any more."""
         self._begun = why
-        self._sure.clear()
-        self._doubted.clear()
+        self._sure = self._doubted = _NONE
         self._maybe_nmis.clear()
         self._irr.clear()
         self._isr.clear()
@@ -155,8 +157,8 @@ class LocalApics:
 
     def injected(self, vcpu: int | None, vector: int) -> None:
         """The vector waits no more, if it did."""
-        if self._begun and vcpu is not None:
-            self._sure.add(vcpu * STRIDE + vector)
+        if self._begun and vcpu is not None and vcpu * STRIDE + vector not in self._sure:
+            self._sure |= {vcpu * STRIDE + vector}
 
     def inject(self, vcpu: int | None, vector: int, ts_ns: int) -> None:
         """A requested vector was written into the VMCS."""
@@ -171,7 +173,7 @@ class LocalApics:
             return
         self._isr.pop(key, None)
         if key in self._doubted:
-            self._doubted.discard(key)
+            self._doubted = self._doubted - {key} or _NONE
         elif key in self._known:
             self._known[key].extra += 1
 
@@ -196,7 +198,8 @@ class LocalApics:
         """The message that was accepted just now went to the hardware."""
         key = vcpu * STRIDE + vector
         claim = self._irr.pop(key, None)
-        self._doubted.discard(key)
+        if key in self._doubted:
+            self._doubted = self._doubted - {key} or _NONE
         before = self._posted.pop(key, None)
         owed = self._owed[key] = min(POSTED_LIMIT, self._owed.get(key, 0) + 1)
         if before is not None:

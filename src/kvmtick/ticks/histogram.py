@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 __all__ = ["Histogram"]
 
 SUB_BITS: Final = 7
@@ -13,14 +15,15 @@ _FIRST_BITS: Final = _EXACT - 1
 _FAR: Final = _EXACT << 8
 
 
+@mypyc_attr(acyclic=True)
 class Histogram:
     """Counts of non-negative integers (ns), with quantiles. The maximum is exact."""
 
     __slots__ = ("_counts", "_last", "_repeats", "_total", "max")
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-        """By `_key`, but for the repeats of the last value."""
+        self._counts: dict[int, int] | None = None
+        """By `_key`, but for the repeats of the last value; None while there are but these."""
         self._last = -1
         self._repeats = 0
         self._total = 0
@@ -53,7 +56,7 @@ class Histogram:
         self._count_repeats()
         return [
             (((key & _FIRST_BITS) + 1 << (key >> SUB_BITS)) - 1, count)
-            for key, count in sorted(self._counts.items())
+            for key, count in sorted((self._counts or {}).items())
         ]
 
     def quantile(self, share: float) -> int:
@@ -75,6 +78,8 @@ class Histogram:
     def _count_repeats(self) -> None:
         if self._repeats:
             key = _key(self._last)
+            if self._counts is None:
+                self._counts = {}
             self._counts[key] = self._counts.get(key, 0) + self._repeats
             self._repeats = 0
 

@@ -187,8 +187,8 @@ class LapicTicks(Source):
         count = self.expired - index
         if self._served or not count or self.begun or self.blind or not self.sees_masks:
             return
-        self._judged[Verdict.MASKED] -= count
-        self._judged[Verdict.COALESCED] = self._judged.get(Verdict.COALESCED, 0) + count
+        self._count(Verdict.MASKED, -count)
+        self._count(Verdict.COALESCED, count)
         for tick in self.lives:
             if tick.index > index:
                 tick.verdict = Verdict.COALESCED

@@ -10,6 +10,8 @@ another source held high before the records began.
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from kvmtick.ticks.source import NO_VECTOR, Source
 from kvmtick.ticks.tick import Claim, Tick
 from kvmtick.ticks.verdict import Path, Verdict, Where
@@ -41,20 +43,49 @@ EXPECT_ICW4: Final = 3
 _PIC: Final = Path.PIC
 
 
+@mypyc_attr(acyclic=True)
+class _Chip:
+    """What the guest wrote to one of the pair."""
+
+    __slots__ = ("base", "command", "imr", "init4", "init_state")
+
+    def __init__(self) -> None:
+        self.command = NO_COMMAND
+        self.imr = 0
+        self.base: int | None = None
+        self.init_state = READY
+        self.init4 = 0
+
+    def begin_init(self, icw1: int) -> None:
+        """ICW1 came."""
+        self.init_state = EXPECT_ICW2
+        self.init4 = icw1 & ICW1_ICW4_NEEDED
+        self.imr = 0
+
+    def write_data(self, value: int) -> None:
+        """The odd port was written: ICW2 to ICW4, or the mask."""
+        if self.init_state == EXPECT_ICW2:
+            self.base = value & 0xF8
+            self.init_state = EXPECT_ICW3
+        elif self.init_state == EXPECT_ICW3:
+            self.init_state = EXPECT_ICW4 if self.init4 else READY
+        elif self.init_state == EXPECT_ICW4:
+            self.init_state = READY
+        else:
+            self.imr = value
+
+
 class PicPin:
     """The PIC pin of GSI 0 (0-15): whose its request is, who is in service."""
 
     __slots__ = (
         "_auto_eoi_claim",
-        "_base",
         "_begun",
         "_blurred",
         "_candidate",
-        "_command",
-        "_imr",
-        "_init4",
-        "_init_state",
+        "_master",
         "_request_known",
+        "_slave",
         "_taken",
         "_unended",
         "auto_eoi",
@@ -75,11 +106,8 @@ class PicPin:
         self._taken: list[Claim | None] = []
         """Requests that INTA took, and whose injection is still to be recorded; None: foreign."""
         self._auto_eoi_claim: Claim | None = None
-        self._command = [NO_COMMAND, NO_COMMAND]
-        self._imr = [0, 0]
-        self._base: list[int | None] = [None, None]
-        self._init_state = [READY, READY]
-        self._init4 = [0, 0]
+        self._master = _Chip()
+        self._slave = _Chip()
         self._begun = ""
         self._blurred = False
         """The command that an acknowledgement follows may be missing."""
@@ -87,15 +115,20 @@ class PicPin:
         self._candidate = NO_VECTOR
 
     @property
+    def _chip(self) -> _Chip:
+        """The one that the pin belongs to."""
+        return self._slave if self.pin >> 3 else self._master
+
+    @property
     def vector(self) -> int | None:
         """The vector of the pin; None while it is not known."""
-        base = self._base[self.pin >> 3]
+        base = self._chip.base
         return None if base is None else base + (self.pin & 7)
 
     @property
     def masked(self) -> bool:
         """IMR masks the pin."""
-        return self._imr[self.pin >> 3] >> (self.pin & 7) & 1 != 0
+        return self._chip.imr >> (self.pin & 7) & 1 != 0
 
     @property
     def is_idle(self) -> bool:
@@ -123,7 +156,7 @@ class PicPin:
 
     def has_imr(self, imr: int) -> bool:
         """The master's mask is known to be this."""
-        return self._imr[0] == imr
+        return self._master.imr == imr
 
     @property
     def asks(self) -> bool:
@@ -144,8 +177,9 @@ class PicPin:
         self._begun = why
         self._request_known = False
         self._blurred = True
-        self._base = [None, None]
-        self._init_state = [READY, READY]
+        for chip in (self._master, self._slave):
+            chip.base = None
+            chip.init_state = READY
         self._candidate = NO_VECTOR
         self.request = self.in_service = self._auto_eoi_claim = None
         self.foreign_request = self.auto_eoi = self._unended = False
@@ -160,12 +194,13 @@ class PicPin:
             self._forget_commands()
 
     def _forget_commands(self) -> None:
-        self._command[0] = self._command[1] = NO_COMMAND
+        self._master.command = self._slave.command = NO_COMMAND
 
     def pulse(self, record: Record, source: Source, tick: Tick | None, held: bool) -> int:
         """The pin was driven high, for a tick or for somebody else: LATCHED, MASKED, ..."""
-        ts_ns, _, _, chip, pin, elcr, imr, coalesced = record
-        self._imr[chip & 1] = imr
+        ts_ns, _, _, irqchip, pin, elcr, imr, coalesced = record
+        chip = self._slave if irqchip & 1 else self._master
+        chip.imr = imr
         if self.masked and (self.request is not None or self.foreign_request):
             return MASKED
         if coalesced or (self.masked and not self._request_known):
@@ -231,11 +266,11 @@ class PicPin:
 
     def acknowledge(self, ts_ns: int, vcpu: int) -> None:
         """The pin was acknowledged: by an EOI, ICW1, a poll or an automatic EOI."""
-        chip = self.pin >> 3
-        command, self._command[chip] = self._command[chip], NO_COMMAND
+        chip = self._chip
+        command, chip.command = chip.command, NO_COMMAND
         if self._candidate != NO_VECTOR and self._candidate & 7 == self.pin & 7:
-            if self._base[chip] is None:
-                self._base[chip] = self._candidate & 0xF8
+            if chip.base is None:
+                chip.base = self._candidate & 0xF8
                 self._request_known = True
             self._candidate = NO_VECTOR
         self._unended = False
@@ -271,26 +306,12 @@ class PicPin:
         if not is_write:
             self.auto_eoi = False
             return
-        chip = 1 if port & SLAVE_PORTS else 0
+        chip = self._slave if port & SLAVE_PORTS else self._master
         port &= ~SLAVE_PORTS
         if port == PORT_COMMAND:
-            self._command[chip] = value
+            chip.command = value
             if value & ICW1:
-                self._request_known |= chip == self.pin >> 3
-                self._init_state[chip] = EXPECT_ICW2
-                self._init4[chip] = value & ICW1_ICW4_NEEDED
-                self._imr[chip] = 0
+                self._request_known |= chip is self._chip
+                chip.begin_init(value)
         elif port == PORT_DATA:
-            self._write_data(chip, value)
-
-    def _write_data(self, chip: int, value: int) -> None:
-        state = self._init_state[chip]
-        if state == EXPECT_ICW2:
-            self._base[chip] = value & 0xF8
-            self._init_state[chip] = EXPECT_ICW3
-        elif state == EXPECT_ICW3:
-            self._init_state[chip] = EXPECT_ICW4 if self._init4[chip] else READY
-        elif state == EXPECT_ICW4:
-            self._init_state[chip] = READY
-        else:
-            self._imr[chip] = value
+            chip.write_data(value)

@@ -125,8 +125,8 @@ class PitTicks(Source):
         self._reset_ns = -1
         self._expires_ns = 0
         self._expiring: Tick | None = None
-        self._queued_for: Tick | None = None
-        """The last expiry that queued the work; None where no such event was seen."""
+        self._queued_for = 0
+        """The index of the last expiry that queued the work; 0 where no such event was seen."""
         self._pending = 0
         self._work_queued = False
         self._work_known = True
@@ -137,12 +137,12 @@ class PitTicks(Source):
         self._seen_by_worker = 0
         self._run_pulsed = True
         self._held_back = 0
-        self._waiting: deque[Tick] = deque()
+        self._waiting: list[Tick] = []
         self._counted: Tick | None = None
         self._line = NO_GSI
         self._line_task = NO_TASK
         self._is_own_pulse = False
-        self._held_by: set[int] = set()
+        self._held_by: list[int] = []
         self._ioapic_pin = 0
         self._run_tick: Tick | None = None
         self._fresh: list[Claim] = []
@@ -153,12 +153,16 @@ class PitTicks(Source):
         self._masked: _Loss | None = None
         self._unsure = ""
         """Why the count of what is pending is not known: records are missing."""
-        self._unpulsed: deque[Tick] = deque(maxlen=keep.lives)
-        """They expired since then, and nothing was pulsed yet."""
+        self._unpulsed: deque[Tick] | None = None
+        """They expired since then, and nothing was pulsed yet. None until there is one: a deque is
+        larger than a chip, and most timers need none.
+        """
         self._nmi_unseen = False
         self._doubtful = False
-        self._unseen: deque[Tick] = deque(maxlen=keep.lives)
-        """Open ticks that an NMI may have brought to the guest, which no record would tell."""
+        self._unseen: deque[Tick] | None = None
+        """Open ticks that an NMI may have brought to the guest, which no record would tell; None
+        until there is one.
+        """
 
     # A whole life at once.
 
@@ -417,8 +421,7 @@ class PitTicks(Source):
         """Its callback queued no work, so that still was queued, whatever the worker's start seemed
         to say: the worker takes its work before that is recorded.
         """
-        last = self._queued_for
-        if self._reinject is not False or last is None or last is tick:
+        if self._reinject is not False or self._queued_for in (0, tick.index):
             return
         if self._waiting and self._waiting[-1] is tick:
             self._waiting.pop()
@@ -438,6 +441,8 @@ class PitTicks(Source):
         if self._reinject is False:
             self._expire_once(tick)
         elif self._unsure:
+            if self._unpulsed is None:
+                self._unpulsed = deque(maxlen=self._keep)
             self._unpulsed.append(tick)
         else:
             self._pending += 1
@@ -486,7 +491,8 @@ class PitTicks(Source):
             self._know_reinject(True)
         self._work_queued = self._work_known = True
         self._queues = None
-        self._queued_for = self._expiring or self._queued_for
+        if self._expiring is not None:
+            self._queued_for = self._expiring.index
 
     def work_start(self, record: Record) -> None:
         """The worker runs. A run that gave no pulse found `irq_ack` at 0: it held back every tick
@@ -514,6 +520,8 @@ class PitTicks(Source):
             return
         if tick.claims:
             if self._nmi_unseen:
+                if self._unseen is None:
+                    self._unseen = deque(maxlen=self._keep)
                 self._unseen.append(tick)
             return
         if self._nmi_unseen or self._doubtful:
@@ -531,12 +539,12 @@ class PitTicks(Source):
         """Judge what can be judged now, between two events; everything else is outstanding."""
         self.end_run()
         self._drop_uncounted()
-        for tick in self._unseen:
+        for tick in self._unseen or ():
             if tick.verdict is _OPEN:
                 self.judge(tick, Verdict.UNKNOWN, detail=_NMI_UNSEEN)
-        self._unseen.clear()
+        self._unseen = None
         if self._reinject is None:
-            for tick in (*self._merged, *self._unpulsed):
+            for tick in (*self._merged, *(self._unpulsed or ())):
                 if tick.verdict is _OPEN:
                     self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
 
@@ -553,7 +561,7 @@ class PitTicks(Source):
         self.pic.forget(why)
         self._waiting.clear()
         self._lose_count(why)
-        self._unseen.clear()
+        self._unseen = None
         self._expiring = self._run_tick = self._queues = self._no_expiry = None
         self._expires_ns = 0
         self._work_queued = self._work_known = self._is_own_pulse = False
@@ -564,12 +572,12 @@ class PitTicks(Source):
 
     def _lose_count(self, why: str) -> None:
         """How many pulses are owed is not known any more."""
-        for tick in (*self._waiting, *self._unpulsed):
+        for tick in (*self._waiting, *(self._unpulsed or ())):
             if tick.verdict is _OPEN:
                 self.judge(tick, Verdict.UNKNOWN, detail=why)
         self._waiting.clear()
         self._merged.clear()
-        self._unpulsed.clear()
+        self._unpulsed = None
         self._counted = None
         self._pending = 0
         self._irq_ack = None
@@ -589,7 +597,7 @@ class PitTicks(Source):
         for tick in self._unpulsed:
             if tick.verdict is _OPEN:
                 self.judge(tick, Verdict.UNKNOWN, detail=why)
-        self._unpulsed.clear()
+        self._unpulsed = None
 
     def _know_reinject(self, on: bool) -> None:
         """The records showed it."""
@@ -634,7 +642,7 @@ class PitTicks(Source):
         """Drop who waits; work that is queued already will still pulse for the first of them."""
         self._pending = 0
         self._counted = None
-        survivor = self._waiting.popleft() if self._waiting and self._work_queued else None
+        survivor = self._waiting.pop(0) if self._waiting and self._work_queued else None
         for tick in self._waiting:
             if self._reinject is None:
                 self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
@@ -649,8 +657,9 @@ class PitTicks(Source):
         if self._reinject is False or self._work_queued:
             return
         owed = max(0, self._pending - (self._counted is not None))
-        while len(self._waiting) > owed:
-            tick = self._waiting.popleft()
+        dropped = self._waiting[: max(0, len(self._waiting) - owed)]
+        del self._waiting[: len(dropped)]
+        for tick in dropped:
             if self._reinject is None:
                 self.judge(tick, Verdict.UNKNOWN, detail=REINJECT_UNKNOWN)
             else:
@@ -685,7 +694,7 @@ class PitTicks(Source):
             self._irq_ack = False
         if not self._waiting:
             return
-        tick = self._run_tick = self._waiting.popleft()
+        tick = self._run_tick = self._waiting.pop(0)
         self._is_own_pulse = True
         self._fresh.clear()
         self._accepted = 0
@@ -700,10 +709,10 @@ class PitTicks(Source):
 
     def _hold(self, source: int, level: int) -> None:
         """Another source drives GSI 0: while it is high a pulse is no edge."""
-        if level:
-            self._held_by.add(source)
-        else:
-            self._held_by.discard(source)
+        if not level and source in self._held_by:
+            self._held_by.remove(source)
+        elif level and source not in self._held_by:
+            self._held_by.append(source)
 
     def pic_set_irq(self, record: Record) -> None:
         """A PIC pin is driven; the level is that of the kvm_set_irq before."""

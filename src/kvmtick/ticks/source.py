@@ -47,8 +47,11 @@ class Source:
         self._path = path
         self._keep = keep.lives
         self._kept = Lives(keep)
+        self._delivered = 0
+        self._late = 0
         self._judged: dict[Verdict, int] = {}
-        self._arrivals: Counter[tuple[Path, int]] = Counter()
+        """The other verdicts."""
+        self._arrivals: dict[tuple[Path, int], int] = {}
         self._has_worker = has_worker
         self._expiry_to_work = Histogram()
         self._work_to_accept = Histogram()
@@ -63,9 +66,9 @@ class Source:
         self._plain_vcpu = 0
         self._plain_vector = NO_VECTOR
         self._plain_arrivals = 0
-        """Plain ticks that reached `_plain_vcpu` by `_plain_path` and that `_arrivals` has not."""
-        self._plain_delivered = 0
-        self._plain_late = 0
+        """Ticks that reached `_plain_vcpu` by `_plain_path` and that `_arrivals` has not."""
+        self.plain = 0
+        """How many were taken whole, by `take_plain`."""
 
     # For readers.
 
@@ -83,21 +86,17 @@ class Source:
         """One of the lives that are kept, counted from 0; IndexError if there is none."""
         return self._kept.life(position)
 
-    @property
-    def plain(self) -> int:
-        """How many were taken whole, by `take_plain`."""
-        return self._plain_delivered + self._plain_late
-
     def count(self, verdict: Verdict) -> int:
         """How many ticks have this verdict; the verdicts add up to `expired`."""
-        if verdict is _OPEN:
-            return self.expired - self.plain - sum(self._judged.values())
-        judged = self._judged.get(verdict, 0)
         if verdict is _DELIVERED:
-            return judged + self._plain_delivered
-        return judged + self._plain_late if verdict is _LATE else judged
+            return self._delivered
+        if verdict is _LATE:
+            return self._late
+        if verdict is _OPEN:
+            return self.expired - self._delivered - self._late - sum(self._judged.values())
+        return self._judged.get(verdict, 0)
 
-    def arrivals(self) -> Counter[tuple[Path, int]]:
+    def arrivals(self) -> dict[tuple[Path, int], int]:
         """How many ticks reached which vCPU by which path."""
         self._count_arrivals()
         return self._arrivals
@@ -163,10 +162,11 @@ class Source:
         self.expired += 1
         self.reached += 1
         self._plain_arrivals += 1
+        self.plain += 1
         if inject_ns < next_ns:
-            self._plain_delivered += 1
+            self._delivered += 1
         else:
-            self._plain_late += 1
+            self._late += 1
         plain = self._kept.add_plain()
         plain.index = self.expired
         plain.expiry_ns = expiry_ns
@@ -188,14 +188,23 @@ class Source:
 
     def go_plain(self, path: Path, vcpu: int, vector: int) -> None:
         """The next plain ticks take this way."""
-        self._count_arrivals()
-        self._plain_path = path
-        self._plain_vcpu = vcpu
+        if path is not self._plain_path or vcpu != self._plain_vcpu:
+            self._count_arrivals()
+            self._plain_path = path
+            self._plain_vcpu = vcpu
         self._plain_vector = vector
+
+    def _arrived(self, path: Path, vcpu: int, count: int = 1) -> None:
+        """So many ticks more reached a vCPU by a path."""
+        if path is self._plain_path and vcpu == self._plain_vcpu:
+            self._plain_arrivals += count
+        else:
+            self._arrivals[path, vcpu] = self._arrivals.get((path, vcpu), 0) + count
 
     def _count_arrivals(self) -> None:
         if self._plain_arrivals:
-            self._arrivals[self._plain_path, self._plain_vcpu] += self._plain_arrivals
+            way = self._plain_path, self._plain_vcpu
+            self._arrivals[way] = self._arrivals.get(way, 0) + self._plain_arrivals
             self._plain_arrivals = 0
 
     def rearmed(self, tick: Tick, expires_ns: int) -> None:
@@ -216,11 +225,19 @@ class Source:
         tick.verdict = verdict
         tick.where = where
         tick.detail = detail
-        self._judged[verdict] = self._judged.get(verdict, 0) + 1
+        self._count(verdict, 1)
+
+    def _count(self, verdict: Verdict, change: int) -> None:
+        if verdict is _DELIVERED:
+            self._delivered += change
+        elif verdict is _LATE:
+            self._late += change
+        else:
+            self._judged[verdict] = self._judged.get(verdict, 0) + change
 
     def reopen(self, tick: Tick) -> None:
         """What was said of it was said too early."""
-        self._judged[tick.verdict] -= 1
+        self._count(tick.verdict, -1)
         tick.verdict = _OPEN
         tick.where = None
         tick.detail = ""
@@ -265,7 +282,7 @@ class Source:
         tick.accept_ns = claim.accept_ns
         tick.inject_ns = ts_ns
         self.reached += 1
-        self._arrivals[claim.path, vcpu] += 1
+        self._arrived(claim.path, vcpu)
         if tick.verdict is _OPEN:
             on_time = tick.period_ns is None or ts_ns < tick.expiry_ns + tick.period_ns
             self.judge(tick, _DELIVERED if on_time else _LATE)
@@ -300,14 +317,14 @@ class Source:
             return
         tick.path, tick.vcpu, tick.vector, tick.eoi_ns = claim.path, vcpu, vector, eoi_ns
         self.reached += 1
-        self._arrivals[claim.path, vcpu] += 1
+        self._arrived(claim.path, vcpu)
         on_time = tick.period_ns is None or eoi_ns < tick.expiry_ns + tick.period_ns
         self.judge(tick, _DELIVERED if on_time else _UNKNOWN, detail="" if on_time else why)
 
     def rename(self, claim: Claim, path: Path) -> None:
         """A later record tells which way it came."""
         if claim.arrived and claim.tick.vcpu is not None:
-            self._arrivals[claim.path, claim.tick.vcpu] -= 1
-            self._arrivals[path, claim.tick.vcpu] += 1
+            self._arrived(claim.path, claim.tick.vcpu, -1)
+            self._arrived(path, claim.tick.vcpu)
             claim.tick.path = path
         claim.path = path

@@ -60,13 +60,13 @@ class KthreadWorker(Deadline):
         address: int,
     ) -> None:
         super().__init__()
-        self.name = name
         self._clock = clock
         self._queue = queue
         self._host = host
         self._recorder = recorder
         self.address = address
         self.task = recorder.add_task(name)
+        self.name = recorder.tasks[self.task]
         self._first: KthreadWork | None = None
         self._last: KthreadWork | None = None
         self.destroyed = False

@@ -11,6 +11,7 @@ wake-ups, the end of a work item, what a line's falling edge does in the chips. 
 somebody reads them.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -162,7 +163,8 @@ class Recorder:
 
     def add_task(self, name: str) -> int:
         """Register a thread (`comm-pid`); returns its index for `task`."""
-        self.tasks.append(name)
+        # The machines of a fleet have threads of the same names.
+        self.tasks.append(sys.intern(name))
         return len(self.tasks) - 1
 
     def add_consumer(self, consumer: Consumer) -> None:

@@ -132,11 +132,13 @@ INLINE uint64_t load(int size, void *env, uint64_t linear, uint32_t oi, uintptr_
     return load_around_ram(&access);
 }
 
-/* What INS stores before it reads: a 0 at ES:DI, of which 16 bits are in each address size. */
+/* What INS stores before it reads: a 0 at ES:DI, of which 16 bits are in each address size. 64-bit
+ * code has no base there, whatever ES holds. */
 static bool may_be_trial_of_ins(const Access *access, uint64_t value)
 {
     const char *env = access->self->env;
-    uint64_t offset = access->linear - U64(SEGMENT(env, ES), SEG_BASE);
+    uint64_t base = U32(env, ENV_HFLAGS) & HF_CS64 ? 0 : U64(SEGMENT(env, ES), SEG_BASE);
+    uint64_t offset = access->linear - base;
     return value == 0 && (uint16_t)offset == (uint16_t)REGISTER(env, RDI);
 }
 
