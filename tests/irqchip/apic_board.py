@@ -35,6 +35,9 @@ class VcpuStub(LapicVcpu):
     def request_event(self) -> None:
         self.events += 1
 
+    def has_extint(self) -> bool:
+        return False
+
     def request_unblock(self) -> None:
         self.unblocks += 1
 

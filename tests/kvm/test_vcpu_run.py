@@ -435,6 +435,28 @@ def test_an_in_kernel_interrupt_ends_hlt(pc: MakeVm) -> None:
     assert port_of(vcpu.run()) == 0x80
 
 
+def test_an_eoi_finds_the_interrupt_that_lvt0_has_let_in(pc: MakeVm) -> None:
+    vm, vcpu = pc(
+        "66bb0000e0fe"  # mov ebx, 0xfee00000
+        "6766c783f0000000ff010000"  # mov dword [ebx + SVR], 0x1ff
+        "6766c7835003000000070100"  # mov dword [ebx + LVT0], masked, ExtINT
+        "e680"  # out 0x80, al
+        "fb"  # sti
+        "6766c7830003000041000400"  # mov dword [ebx + ICR], to itself, 0x41
+        "ebfe",  # jmp $
+        {
+            0x20: NOTIFY_40,
+            # mov dword [ebx + LVT0], ExtINT; mov dword [ebx + EOI], 0; iret
+            0x41: "6766c7835003000000070000 6766c783b000000000000000 cf",
+        },
+        irqchip=True,
+    )
+    set_up_pic(vm)
+    assert port_of(vcpu.run()) == 0x80
+    vm.irq_line(0, 1)
+    assert port_of(vcpu.run(JOIN_S)) == 0x90
+
+
 def set_up_pic(vm: Vm) -> None:
     """Vectors from 0x20 on, IRQ 0 alone unmasked, automatic EOI."""
     chip = vm.get_irqchip(structs.KVM_IRQCHIP_PIC_MASTER)

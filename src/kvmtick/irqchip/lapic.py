@@ -183,6 +183,10 @@ class LapicVcpu:
         """KVM_REQ_EVENT and a kick."""
         raise NotImplementedError
 
+    def has_extint(self) -> bool:
+        """`kvm_cpu_has_extint`: the PIC's interrupt waits, and would get in."""
+        raise NotImplementedError
+
     def request_unblock(self) -> None:
         """KVM_REQ_UNBLOCK and a kick: the timer is pending."""
         raise NotImplementedError
@@ -543,7 +547,8 @@ class Lapic(LapicRegisters):
         """`apic_set_eoi`: the highest interrupt in service is done; a spurious EOI does nothing.
 
         The kernel has the vCPU look for events in any case; here that would be an exit of its own,
-        so it looks when a lower PPR lets a request through.
+        so it looks when a lower PPR lets a request through, or the PIC's interrupt waits: LVT0 may
+        let it in since the vCPU last looked.
         """
         vector = self._isr.highest
         self._recorder.kvm_eoi(self.vcpu.vcpu_id, vector)
@@ -554,6 +559,8 @@ class Lapic(LapicRegisters):
         self._update_ppr()
         if self.handled_vectors >> vector & 1:
             self._send_eoi(vector)
+        if self.vcpu.has_extint():
+            self.vcpu.request_event()
 
     def _send_eoi(self, vector: int) -> None:
         """`kvm_ioapic_send_eoi`."""

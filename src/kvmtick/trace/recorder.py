@@ -2,9 +2,9 @@
 
 Hot code calls the methods; each fills the next entry of a ring: records of one fixed size that are
 used again and again. Consumers get what is new by `flush`, which the machine calls between guest
-entries and a full ring calls itself: the tick assembler (`EntryConsumer`) reads the entries where
-they are, whoever wants to keep records (a trace file) gets tuples. Without a consumer they are
-counted as dropped.
+entries and a full ring calls itself: the tick assembler and trace files (`EntryConsumer`) read the
+entries where they are, whoever wants to keep records gets tuples. Without a consumer they are
+counted as dropped. A consumer must not record.
 
 `detail` is the static key of the tracepoints that verdicts do not need: guest entries and exits,
 wake-ups, the end of a work item, what a line's falling edge does in the chips. It is off unless

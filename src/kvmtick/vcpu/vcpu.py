@@ -302,15 +302,16 @@ class Vcpu(InterruptSource):
         lapic = self.lapic
         return lapic is not None and lapic.accepts_pic_intr()
 
-    def has_interrupt(self) -> bool:
-        """`kvm_cpu_has_injectable_intr`: the PIC's (`kvm_cpu_has_extint`), or the local APIC's."""
-        lapic, pic = self.lapic, self._pic
-        if lapic is None:
-            return False
+    def has_extint(self) -> bool:
+        """`kvm_cpu_has_extint`."""
+        pic = self._pic
         waits = self.pending_external_vector != NO_VECTOR if pic is None else pic.output
-        if waits and lapic.accepts_pic_intr():
-            return True
-        return lapic.has_interrupt() != NO_VECTOR
+        return waits and self.accepts_extint()
+
+    def has_interrupt(self) -> bool:
+        """`kvm_cpu_has_injectable_intr`: the PIC's, or the local APIC's."""
+        lapic = self.lapic
+        return lapic is not None and (self.has_extint() or lapic.has_interrupt() != NO_VECTOR)
 
     def get_interrupt(self) -> int:
         """`kvm_cpu_get_interrupt`: the INTA cycle, else IRR to ISR in the local APIC; -1: none."""

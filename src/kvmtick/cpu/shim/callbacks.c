@@ -122,9 +122,10 @@ void settle_registers(Engine *self)
 /* Without the GIL other threads may ask, and at any time: they find them there. */
 static void begin_port_access(Engine *self, uintptr_t return_address)
 {
-    self->port_return_address = return_address;
     if (self->released != NULL) {
-        settle_registers(self);
+        lib.restore_state(self->cpu, return_address, false);
+    } else {
+        self->port_return_address = return_address;
     }
     take_gil(self);
 }
