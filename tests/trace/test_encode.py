@@ -14,6 +14,7 @@ from kvmtick.trace.encode import MODEL_EVENTS, KtraceEncoder
 from kvmtick.trace.events import IRQ_CONTEXT, TRACEPOINTS, Event, Function, Record
 from kvmtick.trace.ktrace import KtraceReader
 from kvmtick.trace.reading import open_trace
+from kvmtick.trace.recorder import Entry
 from kvmtick.trace.vms import VmInfo
 
 TASKS = [
@@ -95,6 +96,47 @@ def test_any_records_come_back(
         assert (trace.unknown, trace.cut, trace.is_complete) == (0, "", True)
         lost = sum(max(1, record[4]) for record in records if record[1] == Event.LOST_EVENTS)
         assert trace.lost == lost
+
+
+in_ring = st.sampled_from(sorted(MODEL_EVENTS - {Event.LOST_EVENTS})).flatmap(
+    lambda event: st.tuples(st.just(int(event)), tasks, fields(event))
+)
+
+
+def entry_of(record: Record) -> Entry:
+    """As a recorder has it: what its event has not is left over."""
+    entry = Entry()
+    entry.ts_ns, entry.event, entry.task, *values = record
+    rest = [-7] * (5 - len(values))
+    entry.a, entry.b, entry.c, entry.d, entry.e = *values, *rest
+    return entry
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    drawn=st.lists(st.tuples(gaps, in_ring), max_size=200),
+    start=st.integers(0, 1 << 60),
+    cut=st.integers(0, 200),
+)
+def test_a_ring_s_entries_are_written_as_the_same_records_are(
+    drawn: list[tuple[int, tuple[int, int, tuple[int, ...]]]], start: int, cut: int
+) -> None:
+    records: list[Record] = []
+    now_ns = start
+    for gap_ns, (event, task, values) in drawn:
+        now_ns += gap_ns
+        records.append((now_ns, event, task, *values))
+    of_tuples, of_ring = io.BytesIO(), io.BytesIO()
+    encoder = KtraceEncoder(of_tuples, TASKS, VmInfo(1000, "a guest"))
+    encoder(records)
+    encoder.end()
+    encoder = KtraceEncoder(of_ring, TASKS, VmInfo(1000, "a guest"))
+    entries = [Entry(), *map(entry_of, records), Entry()]
+    middle = 1 + min(cut, len(records))
+    for begin, end in ((1, middle), (middle, len(entries) - 1)):
+        encoder.take(entries, begin, end)
+    encoder.end()
+    assert of_ring.getvalue() == of_tuples.getvalue()
 
 
 def test_what_is_told_of_the_vm(tmp_path: Path) -> None:

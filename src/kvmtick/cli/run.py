@@ -31,6 +31,7 @@ from kvmtick.machine.machine import QUANTUM_NS
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.trace.encode import KtraceEncoder
+from kvmtick.trace.recorder import EntryConsumer
 from kvmtick.trace.vms import VmInfo
 
 if TYPE_CHECKING:
@@ -223,16 +224,19 @@ def _progress(
     ) as bar:
         task = bar.add_task(guest.name, total=1.0, expired=0)
 
-        def show(batch: object) -> None:
-            done = [machine.elapsed_ns / for_ns] if for_ns else []
-            done += [vm.assembler.reached / wanted] if wanted else []
-            bar.update(task, completed=max(done, default=0.0), expired=vm.assembler.expired)
+        class Shown(EntryConsumer):
+            def take(self, entries: object, begin: int, end: int) -> None:
+                """Records have come: so far the run is."""
+                done = [machine.elapsed_ns / for_ns] if for_ns else []
+                done += [vm.assembler.reached / wanted] if wanted else []
+                bar.update(task, completed=max(done, default=0.0), expired=vm.assembler.expired)
 
-        machine.recorder.add_consumer(show)
+        shown = Shown()
+        machine.recorder.add_entry_consumer(shown)
         try:
             yield
         finally:
-            machine.recorder.remove_consumer(show)
+            machine.recorder.remove_entry_consumer(shown)
 
 
 # The report.
