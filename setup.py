@@ -31,6 +31,8 @@ COMPILED = (
     "timing/[!w]*.py",
     "irqchip/*.py",
     "vcpu/*.py",
+    "trace/decoder.py",
+    "trace/event_reader.py",
     "trace/events.py",
     "trace/encode.py",
     "trace/recorder.py",
