@@ -22,11 +22,14 @@ from kvmtick.abi.exits import (
     ExitShutdown,
     trouble,
 )
-from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.pc.host import PcHost
+from kvmtick.machine.pc.pc import Pc
 from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
-from kvmtick.machine.testdev import PcTestdev
 from kvmtick.ticks.life import TickAssembler
+from kvmtick.timing.clock import MonotonicClock
+from kvmtick.timing.queue import NEVER_NS, EventQueue
+from kvmtick.timing.wall import Waker, realtime_ns
 
 if TYPE_CHECKING:
     from kvmtick.kvm.kernel import KernelVcpu, KernelVm
@@ -68,15 +71,32 @@ class UserSpace(PortOwner):
 
     def __init__(self, vm: "KernelVm", ram_bytes: int) -> None:
         self.lock = threading.RLock()
-        self._fw_cfg = FwCfg(ram_bytes, lambda: len(vm.vcpus))
-        self._testdev = PcTestdev(lambda gsi, level: _set_irq_line(vm, gsi, level))
+        self.clock = MonotonicClock()
+        self.queue = EventQueue()
+        self.waker = Waker()
+        """Of the thread that looks after `queue`."""
         self.ports = PortMap(self)
-        self.exit_code: int | None = None
+        self.pc = Pc(
+            PcHost(
+                self.clock,
+                self.queue,
+                lambda gsi, level: _set_irq_line(vm, gsi, level),
+                realtime_ns,
+                self.ports.print_serial,
+                self._reset,
+                self._power_off,
+                ram_bytes,
+                lambda: len(vm.vcpus),
+            )
+        )
+        self.end: RunExit | None = None
+        """How the guest has ended the run."""
         self._sleep_us = 0
 
     def serve(self, vcpu: "KernelVcpu", exit_: ExitIo | ExitMmio | ExitIoapicEoi) -> int:
         """Answer an exit; for how many microseconds the vCPU has to stay out of the guest."""
-        ports = self.ports
+        ports, next_ns = self.ports, self.queue.next_ns
+        self.clock.refresh()
         if isinstance(exit_, ExitIoapicEoi):
             ports.ioapic_eoi(exit_.vector)
         elif isinstance(exit_, ExitIo):
@@ -87,6 +107,8 @@ class UserSpace(PortOwner):
         else:
             value = ports.mmio_read(exit_.phys_addr, exit_.len)
             vcpu.answer(value.to_bytes(exit_.len, "little"))
+        if self.queue.next_ns < next_ns:
+            self.waker.wake()
         sleep_us, self._sleep_us = self._sleep_us, 0
         return sleep_us
 
@@ -100,11 +122,27 @@ class UserSpace(PortOwner):
         vcpu.answer(b"".join(value.to_bytes(exit_.size, "little") for value in values))
 
     def port_devices(self) -> dict[int, PortHandler]:
-        return self._fw_cfg.ports() | self._testdev.ports()
+        return self.pc.ports()
+
+    def run_due(self) -> int:
+        """What the devices had to do by now; when they have something to do next."""
+        self.clock.refresh()
+        self.queue.run_due(self.clock)
+        return self.queue.next_ns
 
     def guest_exit(self, value: int) -> None:
-        if self.exit_code is None:
-            self.exit_code = value
+        detail = f"the guest wrote {value:#x} to the debug exit port" if value else ""
+        self._end(RunExit("guest-error" if value else "done", value, detail))
+
+    def _reset(self, by: str) -> None:
+        self._end(RunExit("reset", detail=f"the guest reset the machine by {by}"))
+
+    def _power_off(self) -> None:
+        self._end(RunExit("power-off", detail="the guest switched the machine off"))
+
+    def _end(self, end: RunExit) -> None:
+        if self.end is None:
+            self.end = end
 
     def guest_sleep(self, microseconds: int) -> None:
         self._sleep_us = microseconds
@@ -137,6 +175,8 @@ class Session:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._end: RunExit | BaseException | None = None
+        self._device_threads: list[threading.Thread] = []
+        """One from when the devices have something to do later."""
 
     def run(self, first: "KernelVcpu") -> RunExit:
         """`first` here, the others in threads; returns when all are out of the guest."""
@@ -147,18 +187,22 @@ class Session:
             for vcpu in self._vcpus
             if vcpu is not first
         ]
+        self._user.waker.open()
         try:
             for thread in threads:
                 thread.start()
+            if self._user.queue.next_ns < NEVER_NS:
+                self._start_devices()
             self._run_first(first)
         except KeyboardInterrupt:
             self._finish(RunExit("interrupted"))
         finally:
             # also where this thread was interrupted: nobody may stay in a VM that is given back
             self._stop()
-            for thread in threads:
+            for thread in (*threads, *self._device_threads):
                 if thread.ident is not None:
                     thread.join()
+            self._user.waker.close()
         if isinstance(self._end, BaseException):
             raise self._end
         assert self._end is not None
@@ -183,6 +227,26 @@ class Session:
         except BaseException as error:
             self._finish(error)
 
+    def _start_devices(self) -> None:
+        thread = threading.Thread(target=self._run_devices, name="devices", daemon=True)
+        self._device_threads.append(thread)
+        thread.start()
+
+    def _run_devices(self) -> None:
+        """What devices do by themselves when their time comes, until `_stop`."""
+        user = self._user
+        try:
+            while not self._over.is_set():
+                with user.lock:
+                    next_ns = user.run_due()
+                    end, user.end = user.end, None
+                if end is not None:
+                    self._finish(end)
+                    return
+                user.waker.sleep_until(next_ns)
+        except BaseException as error:
+            self._finish(error)
+
     def _enter(self, vcpu: "KernelVcpu") -> None:
         """Enter the guest and serve its exits until the slice or the run is over."""
         # `_stop` finds either this thread in `bounded` or `_over` set here
@@ -204,14 +268,13 @@ class Session:
         user, until = self._user, self._ends.until
         with user.lock:
             sleep_us = user.serve(vcpu, exit_)
-            code = user.exit_code
-            if code is None:
-                if until is not None and until():
-                    return RunExit("until")
-            else:
-                user.exit_code = None
-                detail = f"the guest wrote {code:#x} to the debug exit port" if code else ""
-                return RunExit("guest-error" if code else "done", code, detail)
+            if user.queue.next_ns < NEVER_NS and not self._device_threads:
+                self._start_devices()
+            end, user.end = user.end, None
+            if end is not None:
+                return end
+            if until is not None and until():
+                return RunExit("until")
         if sleep_us:
             # only the vCPU that asked for it sleeps
             self._over.wait(self._rest_s(sleep_us / 1e6))
@@ -230,6 +293,7 @@ class Session:
         if self._over.is_set():
             return
         self._over.set()
+        self._user.waker.wake()
         for vcpu in self._vcpus:
             vcpu.file.end()
 

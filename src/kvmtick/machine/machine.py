@@ -23,15 +23,22 @@ from kvmtick.cpu.engine import Engine, ExitReason
 from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.machine.board import VMM_PID, Board
-from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.lock import MachineLock
 from kvmtick.machine.memory import GuestMemory, check_ram_bytes
+from kvmtick.machine.pc.host import PcHost
+from kvmtick.machine.pc.pc import Pc
 from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
-from kvmtick.machine.testdev import PcTestdev
 from kvmtick.timing.clock import Clock, MonotonicClock, VirtualClock
 from kvmtick.timing.host import HostModel
 from kvmtick.timing.queue import NEVER_NS
-from kvmtick.timing.wall import Kicker, Stopwatch, Waker, collections_held_back, short_slices
+from kvmtick.timing.wall import (
+    Kicker,
+    Stopwatch,
+    Waker,
+    collections_held_back,
+    realtime_ns,
+    short_slices,
+)
 from kvmtick.trace.recorder import IDLE_TASK, Recorder, Ring
 from kvmtick.vcpu.events import RFLAGS_IF
 from kvmtick.vcpu.vcpu import MpState, Vcpu
@@ -56,6 +63,9 @@ SHORT_QUANTUM_NS: Final = 1_000
 """The same, when something has come up for another vCPU. kvm-unit-tests' apic on two vCPUs, which
 send each other over a million messages, takes 31 s of CPU time with 500 ns, 33 with 1 us, 45 with
 5 us."""
+
+VIRTUAL_DATE_NS: Final = 1_577_836_800 * 1_000_000_000
+"""Midnight of 2020-01-01 UTC: when every machine of virtual time is switched on."""
 
 _EXIT_HLT: Final = int(ExitReason.HLT)
 _EXIT_PAUSE: Final = int(ExitReason.PAUSE)
@@ -110,6 +120,7 @@ class Machine(PortOwner):
         self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
+        self._pc: Pc | None = None
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
         self.ram: mmap | bytes = mmap(-1, ram_bytes) if ram_bytes else b""
         """The RAM the machine was made with; `memory` has all of it."""
@@ -141,8 +152,31 @@ class Machine(PortOwner):
     # Putting it together.
 
     def port_devices(self) -> dict[int, PortHandler]:
-        fw_cfg = FwCfg(len(self.ram), lambda: len(self.board.vcpus))
-        return fw_cfg.ports() | PcTestdev(self.board.set_irq_line).ports()
+        return self.pc.ports()
+
+    @property
+    def pc(self) -> Pc:
+        """The PC's devices, made when they are first asked for."""
+        if self._pc is None:
+            self._pc = Pc(
+                PcHost(
+                    self.clock,
+                    self.board.queue,
+                    self.board.set_irq_line,
+                    self._date_ns,
+                    self.ports.print_serial,
+                    self._reset,
+                    self._power_off,
+                    len(self.ram),
+                    lambda: len(self.board.vcpus),
+                )
+            )
+        return self._pc
+
+    def _date_ns(self) -> int:
+        if self.virtual:
+            return VIRTUAL_DATE_NS + self.clock.now_ns
+        return realtime_ns()
 
     @property
     def vcpu(self) -> Vcpu | None:
@@ -661,6 +695,13 @@ class Machine(PortOwner):
         """The guest wrote the debug exit port."""
         detail = f"the guest wrote {value:#x} to the debug exit port"
         self._end(Exit("guest-error" if value else "done", value, detail if value else ""))
+
+    def _reset(self, by: str) -> None:
+        """The guest resets the machine: there is no firmware to start it again, so the run ends."""
+        self._end(Exit("reset", detail=f"the guest reset the machine by {by}"))
+
+    def _power_off(self) -> None:
+        self._end(Exit("power-off", detail="the guest switched the machine off"))
 
     def guest_sleep(self, microseconds: int) -> None:
         """The guest asked user space to keep its vCPU out of the guest for a while."""

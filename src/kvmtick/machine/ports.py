@@ -3,15 +3,11 @@
 * 0xf4, debug exit (QEMU's isa-debug-exit): the guest ends the run, 0 is success;
 * 0xd8, host sleep: the vCPU stays in user space for the number of microseconds written;
 * 0xe9, debug console (Bochs, QEMU's isa-debugcon): reads 0xe9, writes a byte of text;
-* 0x3f8-0x3ff, a 16550A UART (National Semiconductor PC16550D datasheet) that sends at once: the
-  transmitter is always empty, nothing is ever received;
-* 0x510-0x511, QEMU's firmware configuration (`fw_cfg`), and 0xe0-0xe3 and 0x2000-0x2017, ports of
-  its pc-testdev (`testdev`): every machine has them, for no guest finds them but who looks there;
+* the ports of the PC's devices (`kvmtick.machine.pc`), which are made when the guest first accesses
+  a port that is none of the above;
 * everything else, ports and memory alike, reads all ones, as an undriven bus does.
 
 `handlers` come before all of these: a program that runs the VM answers ports of its own with them.
-
-Not modelled: UART interrupts, modem lines, FIFOs.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,19 +26,6 @@ The result answers a read (None: all ones) and is ignored for a write.
 PORT_HOST_SLEEP: Final = 0xD8
 PORT_DEBUG_CONSOLE: Final = 0xE9
 PORT_DEBUG_EXIT: Final = 0xF4
-PORT_SERIAL: Final = 0x3F8
-
-UART_DATA: Final = 0
-UART_INTERRUPT_ENABLE: Final = 1
-UART_INTERRUPT_ID: Final = 2
-UART_LINE_CONTROL: Final = 3
-UART_MODEM_CONTROL: Final = 4
-UART_LINE_STATUS: Final = 5
-UART_MODEM_STATUS: Final = 6
-UART_SCRATCH: Final = 7
-LCR_DIVISOR_LATCH: Final = 0x80
-LSR_TRANSMITTER_EMPTY: Final = 0x60
-IIR_NONE_PENDING: Final = 0x01
 
 CONSOLE_LIMIT_BYTES: Final = 1 << 20
 
@@ -58,7 +41,7 @@ class PortOwner:
         """The guest wrote to 0xd8."""
 
     def port_devices(self) -> dict[int, PortHandler]:
-        """The board's own, by port; asked for when a port is first accessed."""
+        """The PC's, by port; asked for when a port is first accessed."""
         return {}
 
     def unknown_msr(self, vcpu_id: int, access: str, index: int, rip: int) -> None:
@@ -84,7 +67,6 @@ class PortMap:
         self.console = bytearray()
         self.serial = bytearray()
         self.dropped_bytes = 0
-        self._uart = bytes(8)
 
     def read(self, port: int, size_bytes: int) -> int:
         """The value the guest reads; wider than a byte only undriven ports answer."""
@@ -92,11 +74,8 @@ class PortMap:
         if handler := self._handler(port):
             answer = handler(port, size_bytes, None)
             return ones if answer is None else answer & ones
-        if size_bytes == 1:
-            if port == PORT_DEBUG_CONSOLE:
-                return PORT_DEBUG_CONSOLE
-            if port & ~7 == PORT_SERIAL:
-                return self._read_uart(port & 7)
+        if size_bytes == 1 and port == PORT_DEBUG_CONSOLE:
+            return PORT_DEBUG_CONSOLE
         return ones
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
@@ -109,8 +88,6 @@ class PortMap:
             self._owner.guest_sleep(value)
         elif port == PORT_DEBUG_CONSOLE:
             self._print(self.console, value & 0xFF)
-        elif port & ~7 == PORT_SERIAL:
-            self._write_uart(port & 7, value & 0xFF)
 
     def _handler(self, port: int) -> PortHandler | None:
         handler = self.handlers.get(port)
@@ -140,20 +117,9 @@ class PortMap:
         """KVM_EXIT_X86_RDMSR and _WRMSR."""
         self._owner.unknown_msr(vcpu_id, access, index, rip)
 
-    def _read_uart(self, register: int) -> int:
-        if register == UART_LINE_STATUS:
-            return LSR_TRANSMITTER_EMPTY
-        if register == UART_INTERRUPT_ID:
-            return IIR_NONE_PENDING
-        if register in (UART_DATA, UART_MODEM_STATUS):
-            return 0
-        return self._uart[register]
-
-    def _write_uart(self, register: int, value: int) -> None:
-        if register == UART_DATA and not self._uart[UART_LINE_CONTROL] & LCR_DIVISOR_LATCH:
-            self._print(self.serial, value)
-        else:
-            self._uart = self._uart[:register] + bytes((value,)) + self._uart[register + 1 :]
+    def print_serial(self, byte: int) -> None:
+        """A byte has left by the serial line."""
+        self._print(self.serial, byte)
 
     def _print(self, text: bytearray, byte: int) -> None:
         if self.on_text is not None:
