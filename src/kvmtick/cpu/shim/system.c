@@ -390,8 +390,11 @@ static uint64_t machine_tsc(const Engine *self)
 
 static uint64_t read_tsc(const Engine *self)
 {
-    Product elapsed_ns = machine_tsc(self) - self->tsc_at_ns;
-    return self->tsc_value + (uint64_t)(elapsed_ns * self->tsc_khz / 1000000);
+    uint64_t elapsed_ns = machine_tsc(self) - self->tsc_at_ns, product;
+    if (!__builtin_mul_overflow(elapsed_ns, self->tsc_khz, &product)) {
+        return self->tsc_value + product / 1000000; /* a division of 128 bits is a call */
+    }
+    return self->tsc_value + (uint64_t)((Product)elapsed_ns * self->tsc_khz / 1000000);
 }
 
 static void put_tsc(Engine *self, char *env, uintptr_t return_address)
