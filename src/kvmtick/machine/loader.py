@@ -22,7 +22,7 @@ from kvmtick.machine.layout import ImageError, Layout
 from kvmtick.machine.memory import MOST_RAM_BYTES
 from kvmtick.machine.multiboot import BootOptions, find_header, load_multiboot
 
-__all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file"]
+__all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file", "read_file"]
 
 BOOT_SECTOR_BYTES = 512
 BOOT_SIGNATURE = b"\x55\xaa"
@@ -73,7 +73,7 @@ def load_file(
     default 128 MiB, 2 MiB for what starts in real mode. `append` and `modules` (files, each with
     its arguments) are what a Multiboot kernel is told.
     """
-    image = _read(path)
+    image = read_file(path)
     wants_flat = load_at is not None or entry is not None
     try:
         header = None if _is_real_mode(image, wants_flat) else find_header(image)
@@ -97,7 +97,7 @@ def load_file(
                 ram_bytes,
                 _words(path, append),
                 [
-                    (_read(module, allow_empty=True), _words(module, text))
+                    (read_file(module, allow_empty=True), _words(module, text))
                     for module, text in modules
                 ],
             )
@@ -118,7 +118,7 @@ def real_mode_address(address: int) -> tuple[int, int]:
     return (address & ~(SEGMENT_BYTES - 1)) >> 4, address & (SEGMENT_BYTES - 1)
 
 
-def _read(path: Path, allow_empty: bool = False) -> bytes:
+def read_file(path: Path, allow_empty: bool = False) -> bytes:
     """A file's contents; LoadError if there are none."""
     try:
         status = path.stat()
