@@ -248,16 +248,16 @@ class Guest:
     """What the VMM must set up before it starts."""
     pieces: tuple[tuple[int, bytes], ...] = ()
     """More bytes for guest memory, each with its guest-physical address."""
-    roms: tuple[tuple[int, bytes], ...] = ()
-    """Read-only memory beside the RAM: guest-physical addresses and contents, whole pages."""
-    disk: bytes = b""
-    """The PC's hard disk (`kvmtick.machine.pc.ata`), whole sectors; what the guest writes to it
-    stays in the VM."""
     start: Mapping[str, int] | None = None
     """The state it starts in: registers as `Engine.set_registers` takes them, over those of a reset
     (`kvmtick.guests.start`). None: real mode at `entry`."""
     has_rate: bool = True
     """Its ticks come at one rate, so its tick count is a clock."""
+    roms: tuple[tuple[int, bytes], ...] = ()
+    """Read-only memory beside the RAM: guest-physical addresses and contents, whole pages."""
+    disk: bytes = b""
+    """The PC's hard disk (`kvmtick.machine.pc.ata`), whole sectors; what the guest writes to it
+    stays in the VM."""
 
 
 def names() -> dict[str, str]:

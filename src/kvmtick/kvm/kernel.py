@@ -38,8 +38,8 @@ from kvmtick.kvm.kernel_run import Ends, Observer, Session, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
 from kvmtick.kvm.told import Told, struct_of
 from kvmtick.machine.machine import Exit as RunExit
-from kvmtick.machine.memory import GuestMemory as Slots
 from kvmtick.machine.memory import FIRST_ROM_SLOT, check_ram_bytes
+from kvmtick.machine.memory import GuestMemory as Slots
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.timing.wall import Stopwatch

@@ -1,10 +1,10 @@
 """Firmware: a PC's BIOS, which starts at the reset vector and finds the machine by itself.
 
-The image is read-only memory that ends at 4 GiB; RAM below 1 MiB has a copy of its last 128 KiB,
-as the shadow RAM of a PC. The vCPU starts as after RESET (SDM vol. 3A, 10.1.4): at f000:fff0, the
-base of CS being 0xffff0000.
+The image is read-only memory that ends at 4 GiB; RAM below 1 MiB has a copy of its last 256 KiB,
+as in the shadow RAM of a PC whose registers (PAM) let it be written from the start. The vCPU starts
+as after RESET (SDM vol. 3A, 10.1.4): at f000:fff0, the base of CS being 0xffff0000.
 
-Not modelled: the registers that make shadow RAM read-only (PAM), flash that can be written.
+Not modelled: those registers, flash that can be written.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ FIRMWARE_RAM_BYTES: Final = 16 << 20
 LEAST_RAM_BYTES: Final = 1 << 20
 BLOCK_BYTES: Final = 64 << 10
 MOST_BYTES: Final = 8 << 20
-SHADOW_BYTES: Final = 128 << 10
+SHADOW_BYTES: Final = 256 << 10
 FOUR_GIB: Final = 1 << 32
 
 RESET_CS, RESET_IP = 0xF000, 0xFFF0

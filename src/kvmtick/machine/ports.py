@@ -25,8 +25,8 @@ The result answers a read (None: all ones) and is ignored for a write.
 """
 
 PORT_HOST_SLEEP: Final = 0xD8
-PORT_DEBUG_CONSOLE: Final = 0xE9
-PORT_FIRMWARE_CONSOLE: Final = 0x402
+PORTS_DEBUG_CONSOLE: Final = (0xE9, 0x402)
+DEBUG_CONSOLE_THERE: Final = 0xE9
 PORT_DEBUG_EXIT: Final = 0xF4
 
 CONSOLE_LIMIT_BYTES: Final = 1 << 20
@@ -76,8 +76,8 @@ class PortMap:
         if handler := self._handler(port):
             answer = handler(port, size_bytes, None)
             return ones if answer is None else answer & ones
-        if size_bytes == 1 and (port == PORT_DEBUG_CONSOLE or port == PORT_FIRMWARE_CONSOLE):
-            return PORT_DEBUG_CONSOLE
+        if size_bytes == 1 and port in PORTS_DEBUG_CONSOLE:
+            return DEBUG_CONSOLE_THERE
         return ones
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
@@ -88,7 +88,7 @@ class PortMap:
             self._owner.guest_exit(value)
         elif port == PORT_HOST_SLEEP:
             self._owner.guest_sleep(value)
-        elif port == PORT_DEBUG_CONSOLE or port == PORT_FIRMWARE_CONSOLE:
+        elif port in PORTS_DEBUG_CONSOLE:
             self._print(self.console, value & 0xFF)
 
     def _handler(self, port: int) -> PortHandler | None:
