@@ -2,7 +2,7 @@
 ;
 ; It hooks INT 1Ch, which the BIOS's handler of IRQ 0 calls at every tick, and waits for the first:
 ; from there on it counts 18 more, and keeps the BIOS's own count at 0x46c before and after them.
-; Further: a line by INT 10h, the sector behind it read and written back by INT 13h.
+; Before that it reads the disk's second sector by INT 13h, and writes it back changed.
 
 TICKS   equ 18
 BIOS_COUNT equ 0x46c
@@ -25,8 +25,6 @@ start:  cli
         mov     ss, ax
         mov     sp, 0x7c00
         mov     [drive], dl
-        mov     word [0x1c * 4], hook
-        mov     word [0x1c * 4 + 2], 0
         sti
 
         mov     si, line
@@ -42,23 +40,12 @@ read:   mov     ax, 0x0201              ; read one sector: cylinder 0, head 0, s
         mov     ax, 0x0301              ; and write it back, changed
         call    disk
 
-        mov     dword [ticks], 0
-first:  hlt
-        cmp     dword [ticks], 1
-        jb      first
-        mov     eax, [BIOS_COUNT]
-        mov     [before], eax
-        out     0x80, al                ; the host notes the time
-wait:   hlt
-        cmp     dword [ticks], 1 + TICKS
-        jb      wait
-        mov     eax, [BIOS_COUNT]
-        mov     [after], eax
-        out     0x80, al
-        xor     al, al
-        out     0xf4, al
-stop:   hlt
-        jmp     stop
+        cli
+        mov     word [0x1c * 4], hook
+        mov     word [0x1c * 4 + 2], 0
+        sti
+idle:   hlt                             ; the hook leaves
+        jmp     idle
 
 disk:   mov     bx, SECOND
         mov     cx, 0x0002
@@ -70,10 +57,30 @@ disk:   mov     bx, SECOND
         ret
 failed: mov     al, 1
         out     0xf4, al
-        jmp     stop
+        jmp     idle
 
-hook:   inc     dword [cs:ticks]
+hook:   out     0x80, al                ; the host notes the time
+        inc     dword [cs:ticks]
+        push    ds
+        push    eax
+        xor     ax, ax
+        mov     ds, ax
+        mov     eax, [BIOS_COUNT]
+        cmp     dword [ticks], 1
+        je      begin
+        cmp     dword [ticks], 1 + TICKS
+        je      end
+back:   pop     eax
+        pop     ds
         iret
+
+begin:  mov     [before], eax
+        jmp     back
+
+end:    mov     [after], eax
+        xor     al, al
+        out     0xf4, al
+        jmp     idle
 
 drive:  db      0
 line:   db      "bios-ticks", 10, 0
