@@ -15,7 +15,7 @@ from kvmtick.guests.build import assemble
 from kvmtick.kvm.kernel import KernelVm
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.firmware import load_firmware
-from kvmtick.machine.loader import LoadError
+from kvmtick.machine.image_file import LoadError
 from kvmtick.machine.run import Run
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from kvmtick.guests import Guest, Needs
-from kvmtick.machine.loader import LoadError, read_file
+from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.pc.ata import MOST_SECTORS, SECTOR_BYTES
 
 __all__ = ["FIRMWARE_RAM_BYTES", "load_firmware"]
@@ -32,6 +32,7 @@ JUMPS: Final = (0xEA, 0xE9, 0xEB)
 """JMP far, near and short."""
 
 REMEDY: Final = "give a PC's BIOS image, such as SeaBIOS's bios.bin"
+REMEDY_DISK: Final = f"give a disk image of whole sectors of {SECTOR_BYTES} bytes"
 
 
 def load_firmware(
@@ -42,7 +43,7 @@ def load_firmware(
     `ram_bytes`: at least 1 MiB; default 16 MiB. `disk`: an image of whole sectors of 512 bytes,
     the first ATA disk; the file stays as it is, whatever the guest writes.
     """
-    image = read_file(path)
+    image = read_image(path, REMEDY)
     if len(image) % BLOCK_BYTES or len(image) > MOST_BYTES:
         raise LoadError(
             f"{str(path)!r} has {len(image)} bytes, which is no multiple of 64 KiB up to 8 MiB:"
@@ -70,10 +71,7 @@ def load_firmware(
 
 def _read_disk(path: Path) -> bytes:
     """A disk image; LoadError if it is none."""
-    data = read_file(path)
+    data = read_image(path, REMEDY_DISK)
     if len(data) % SECTOR_BYTES or len(data) > MOST_SECTORS * SECTOR_BYTES:
-        raise LoadError(
-            f"{str(path)!r} has {len(data)} bytes: give a disk image of whole sectors of"
-            f" {SECTOR_BYTES} bytes"
-        )
+        raise LoadError(f"{str(path)!r} has {len(data)} bytes: {REMEDY_DISK}")
     return data

@@ -3,26 +3,27 @@
 * Boot sector: 512 bytes that end in 55 aa; at 0x7c00, entered in real mode at 0000:7c00 (the BIOS
   boot convention).
 * Multiboot 1 kernel: a header in the first 8192 bytes (`kvmtick.machine.multiboot`).
+* Linux bzImage: `kvmtick.machine.linux`.
 * Another ELF file: `kvmtick.machine.bare_elf`.
 * Anything else is flat: at `load_at` (default 0x8000), entered there in real mode unless `entry`
   says otherwise. Who gives one of these wants it flat whatever it looks like, unless it is an ELF.
 
-Files that are known to be something else (compressed, a PE, a bzImage, text, ...) are refused.
+Files that are known to be something else (compressed, a PE, text, ...) are refused.
 """
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmtick.guests import DEFAULT_NEEDS, Guest, Needs
 from kvmtick.machine.bare_elf import load_bare_elf
 from kvmtick.machine.elf import ELF_MAGIC
+from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.layout import ImageError, Layout
-from kvmtick.machine.memory import MOST_RAM_BYTES
+from kvmtick.machine.linux import is_linux, linux_guest
 from kvmtick.machine.multiboot import BootOptions, find_header, load_multiboot
 
-__all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file", "read_file"]
+__all__ = ["KERNEL_RAM_BYTES", "REAL_MODE_LIMIT", "LoadError", "load_file"]
 
 BOOT_SECTOR_BYTES = 512
 BOOT_SIGNATURE = b"\x55\xaa"
@@ -33,14 +34,14 @@ SEGMENT_BYTES = 0x1_0000
 KERNEL_RAM_BYTES = 128 << 20
 """RAM for ELF and Multiboot files; what starts in real mode gets less."""
 
-REMEDY = "give a flat binary, a boot sector, a Multiboot kernel or an x86 ELF"
+REMEDY = "give a flat binary, a boot sector, a Multiboot or Linux kernel or an x86 ELF"
+REMEDY_INITRD = "give an initramfs"
 MAGICS = (
     (0, b"\x1f\x8b\x08", "a gzip file: unpack it first"),
     (0, b"\xfd7zXZ\0", "an xz file: unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
     (4, b"1AY&SY", "a bzip2 file: unpack it first"),
     (0, b"PK\x03\x04", "a zip file: unpack it first"),
-    (0x202, b"HdrS", f"a Linux bzImage, which needs a Linux boot loader: {REMEDY}"),
     (0, b"!<arch>\n", "an archive of object files: link it"),
     (0, b"\xcf\xfa\xed\xfe", f"a Mach-O file: {REMEDY}"),
     (0, b"\xce\xfa\xed\xfe", f"a Mach-O file: {REMEDY}"),
@@ -51,10 +52,6 @@ MAGICS = (
 """Offset, bytes, what a file with these bytes is."""
 PE_OFFSET_AT = 0x3C
 TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
-
-
-class LoadError(ValueError):
-    """An image that cannot be run; the message names it and the remedy."""
 
 
 def load_file(
@@ -70,12 +67,16 @@ def load_file(
     """A guest from a file. LoadError, one line, if it cannot be one.
 
     `load_at` and `entry`, guest-physical, are for flat binaries. `ram_bytes`: at least 1 MiB;
-    default 128 MiB, 2 MiB for what starts in real mode. `append` and `modules` (files, each with
-    its arguments) are what a Multiboot kernel is told.
+    default 128 MiB, 256 MiB for Linux, 2 MiB for what starts in real mode. `append` and `modules`
+    (files, each with its arguments) are what a Multiboot kernel is told; Linux takes one, its
+    initrd.
     """
-    image = read_file(path)
+    image = read_image(path, REMEDY)
     wants_flat = load_at is not None or entry is not None
     try:
+        if is_linux(image) and not wants_flat:
+            initrd = _initrd(modules)
+            return linux_guest(path.name, image, initrd, append, ram_bytes, vcpus)
         header = None if _is_real_mode(image, wants_flat) else find_header(image)
         if header is None and (append or modules):
             option = "--append" if append else "--module"
@@ -96,10 +97,7 @@ def load_file(
             told = BootOptions(
                 ram_bytes,
                 _words(path, append),
-                [
-                    (read_file(module, allow_empty=True), _words(module, text))
-                    for module, text in modules
-                ],
+                [(read_image(module, None), _words(module, text)) for module, text in modules],
             )
             start = load_multiboot(image, header, layout, told)
     except ImageError as error:
@@ -118,22 +116,11 @@ def real_mode_address(address: int) -> tuple[int, int]:
     return (address & ~(SEGMENT_BYTES - 1)) >> 4, address & (SEGMENT_BYTES - 1)
 
 
-def read_file(path: Path, allow_empty: bool = False) -> bytes:
-    """A file's contents; LoadError if there are none."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise LoadError(f"{str(path)!r} is a device or a pipe: give a readable file")
-        if status.st_size > MOST_RAM_BYTES:
-            raise LoadError(f"{str(path)!r} has {status.st_size} bytes: give a smaller file")
-        contents = path.read_bytes()
-    except OSError as error:
-        raise LoadError(
-            f"cannot read {str(path)!r}: {error.strerror}: give a readable file"
-        ) from None
-    if not contents and not allow_empty:
-        raise LoadError(f"{str(path)!r} is empty: {REMEDY}")
-    return contents
+def _initrd(modules: Sequence[tuple[Path, str]]) -> bytes:
+    """Linux's one module."""
+    if len(modules) > 1 or any(text for _, text in modules):
+        raise ImageError("is a Linux kernel and takes one --module, its initrd, without arguments")
+    return b"".join(read_image(module, REMEDY_INITRD) for module, _ in modules)
 
 
 def _words(path: Path, arguments: str) -> bytes:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from kvmtick.guests import start
 from kvmtick.machine.elf import ELF_MAGIC, parse_elf, place_segments
 from kvmtick.machine.layout import ImageError, Layout
+from kvmtick.machine.pc.e820 import EBDA_START, memory_map
 
 __all__ = ["BootOptions", "Header", "find_header", "load_multiboot"]
 
@@ -37,8 +38,6 @@ INFO_MEMORY_MAP, INFO_LOADER_NAME = 1 << 6, 1 << 9
 LOADER_NAME = b"kvmtick\0"
 
 KIB, MIB = 1 << 10, 1 << 20
-LOWER_END, VGA_START, BIOS_START = 0x9_FC00, 0xA_0000, 0xF_0000
-AVAILABLE, RESERVED = 1, 2
 
 INFO = struct.Struct("<7I16x2I12xI48x")
 """flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, mmap_length, mmap_addr,
@@ -175,7 +174,7 @@ def _information(at: int, options: BootOptions, modules: Sequence[tuple[int, int
         strings += string + b"\0"
     info = INFO.pack(
         INFO_MEMORY | INFO_COMMAND_LINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME,
-        LOWER_END // KIB,
+        EBDA_START // KIB,
         max(0, options.ram_bytes - MIB) // KIB,
         0,
         command_line_at,
@@ -189,15 +188,8 @@ def _information(at: int, options: BootOptions, modules: Sequence[tuple[int, int
 
 
 def _memory_map(ram_bytes: int) -> bytes:
-    """A PC's: conventional memory, EBDA, BIOS, and what there is above 1 MiB."""
-    ranges = [
-        (0, LOWER_END, AVAILABLE),
-        (LOWER_END, VGA_START, RESERVED),
-        (BIOS_START, MIB, RESERVED),
-    ]
-    if ram_bytes > MIB:
-        ranges.append((MIB, ram_bytes, AVAILABLE))
     size_field = MAP_ENTRY.size - 4
     return b"".join(
-        MAP_ENTRY.pack(size_field, first, end - first, kind) for first, end, kind in ranges
+        MAP_ENTRY.pack(size_field, part.start, part.end - part.start, part.kind)
+        for part in memory_map(ram_bytes)
     )
