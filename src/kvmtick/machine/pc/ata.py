@@ -238,7 +238,9 @@ class Ata:
     def _identity(self) -> bytearray:
         """What IDENTIFY DEVICE returns (8.12)."""
         sectors = len(self.disk) // SECTOR_BYTES
-        cylinders = min(sectors // (HEADS * SECTORS_A_TRACK), MOST_CYLINDERS)
+        whole_cylinders = sectors // (HEADS * SECTORS_A_TRACK)
+        # firmware boots from no disk that has none
+        cylinders = min(max(1, whole_cylinders), MOST_CYLINDERS)
         words = bytearray(SECTOR_BYTES)
 
         def put(word: int, *values: int) -> None:
