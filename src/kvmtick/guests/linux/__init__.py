@@ -15,7 +15,7 @@ without printing anything, and prints what it read in one write::
     realtime_ns <CLOCK_REALTIME>
     snapshot NAME end
 
-Not modelled: modules, links and users in the initramfs; job control without busybox.
+It has no kernel modules: the kernel's own drivers must do.
 """
 
 import struct

@@ -1,9 +1,8 @@
 """cpio archives in the "newc" format, as Linux unpacks them for an initramfs.
 
 Implements what Documentation/driver-api/early-userspace/buffer-format.rst describes: directories,
-regular files and device nodes. The same entries give the same bytes: owner 0, no times.
-
-Not modelled: hard links, symbolic links, checksums ("crc" archives), compression.
+regular files and device nodes. The same entries give the same bytes: owner 0, no times. There are
+no links, no checksums ("crc" archives) and no compression.
 """
 
 import stat
