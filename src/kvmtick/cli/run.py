@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
+from kvmtick.cli.run_console import Input, input_of
+from kvmtick.cli.run_firmware import firmware_guest, is_firmware
 from kvmtick.cli.run_guest import guest_of, is_kernel
+from kvmtick.cli.run_linux import LIMIT_S, is_linux, linux_guest
 from kvmtick.cli.run_options import (
     DEFAULT_TICKS,
     address,
@@ -25,9 +28,10 @@ from kvmtick.cli.run_options import (
 from kvmtick.cli.run_output import live_text, reinject_of, report, trace_writer
 from kvmtick.cli.run_where import Where, where_of
 from kvmtick.guests import Guest
+from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S
 from kvmtick.kvm.model import ModelVm
 from kvmtick.machine.board import VMM_PID
-from kvmtick.machine.machine import QUANTUM_NS
+from kvmtick.machine.machine import QUANTUM_NS, Exit, Machine
 from kvmtick.machine.run import Run
 from kvmtick.ticks.story import StoryTeller
 from kvmtick.trace.encode import KtraceEncoder
@@ -50,8 +54,10 @@ def main(argv: list[str]) -> int:
     gdb_port = port(options.gdb)
     if options.fast and options.gdb:
         raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
-    wall_limit_s = limit_s(options)
-    guest = guest_of(options)
+    for_linux = is_linux(options)
+    guest = _guest_of(options, for_linux)
+    typed = input_of(options) if for_linux else None
+    wall_limit_s = limit_s(options, _default_limit_s(typed))
     _check_counter(options, guest)
     ticks = ticks_of(options, None if is_kernel(guest) else DEFAULT_TICKS)
     if where.cpu == "kvm":
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> int:
     if where.chips == "kernel":
         from kvmtick.cli.run_kernel import run_on_kernel
 
-        run = run_on_kernel(options, guest, ticks=ticks, for_ns=for_ns, limit_s=wall_limit_s)
+        run = run_on_kernel(options, guest, typed, ticks=ticks, for_ns=for_ns, limit_s=wall_limit_s)
         return _exit_code(run)
     with contextlib.ExitStack() as stack:
         traced = stack.enter_context(contextlib.ExitStack())
@@ -69,6 +75,7 @@ def main(argv: list[str]) -> int:
             traced,
             _progress(options, vm, guest, for_ns, ticks),
             live_text(options, vm.machine.ports, guest),
+            _console(vm.machine, typed),
         ):
             run = vm.run(
                 until=None if gdb is None else gdb.poll,
@@ -84,10 +91,39 @@ def main(argv: list[str]) -> int:
     return _exit_code(run)
 
 
+def _guest_of(options: argparse.Namespace, for_linux: bool) -> Guest:
+    if for_linux:
+        return linux_guest(options)
+    return firmware_guest(options) if is_firmware(options) else guest_of(options)
+
+
 def _exit_code(run: Run) -> int:
     if run.exit.is_failure:
         return EXIT_GUEST
     return EXIT_INTERRUPTED if run.exit.reason == "interrupted" else EXIT_OK
+
+
+def _default_limit_s(typed: Input | None) -> float | None:
+    if typed is None:
+        return DEFAULT_RUN_LIMIT_S
+    return None if typed.is_terminal else LIMIT_S
+
+
+@contextlib.contextmanager
+def _console(machine: Machine, typed: Input | None) -> Iterator[None]:
+    """The guest gets what is typed."""
+    if typed is None:
+        yield
+        return
+    machine.console = typed.console(
+        machine.pc.uart,
+        machine.clock,
+        machine.board.queue,
+        lambda: machine.stop(Exit("interrupted")),
+        real_time=not machine.virtual,
+    )
+    with typed.raw():
+        yield
 
 
 def _check_kvm() -> None:
@@ -119,7 +155,7 @@ def _build(
         from kvmtick.cpu.hostkvm import HostKvm
 
         host = stack.enter_context(HostKvm())
-    fast = None if host is not None else options.fast or (False if options.gdb else None)
+    fast = None if host is not None else _is_fast(options)
     vm = ModelVm(
         clock=where.clock,
         seed=integer("--seed", options.seed or "0"),
@@ -162,6 +198,13 @@ def _build(
     if host is not None and guest.parameters is not None:
         vm.write_memory(guest.parameters.tsc_khz, host.tsc_khz.to_bytes(4, "little"))
     return vm, teller
+
+
+def _is_fast(options: argparse.Namespace) -> bool | None:
+    """`--fast`, or what is right for the guest; a debugger stops at any instruction."""
+    if options.fast is None:
+        return False if options.gdb else True if is_linux(options) else None
+    return bool(options.fast)
 
 
 # Around the run.

@@ -1,35 +1,35 @@
 """The guest that `kvmtick run` was asked for: a built-in one, or a file."""
 
 import argparse
-import mmap
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kvmtick import guests
 from kvmtick.cli import UsageError
-from kvmtick.cli.run_options import address, duration_ns, integer, ticks_of
+from kvmtick.cli.run_options import (
+    DEFAULT_GUEST,
+    address,
+    cpuid_changes,
+    duration_ns,
+    ram_size_bytes,
+    ticks_of,
+    vcpu_count,
+)
 from kvmtick.guests import Guest
 from kvmtick.machine.loader import LoadError, load_file
-from kvmtick.machine.memory import MOST_RAM_BYTES
-from kvmtick.vcpu.cpuid import FEATURES
 
 __all__ = ["guest_of", "is_kernel"]
 
 MAX_HOLD_MS = 3_600_000
 NS_PER_MS = 1_000_000
 HOLDERS = ("tick-if0", "tick-mask")
-VENDOR_CHARACTERS = 12
 FILE_OPTIONS = ("ram", "vcpus", "cpuid", "append", "module", "load-at", "entry", "counter")
-RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-LEAST_RAM_BYTES = 1 << 20
-MAX_VCPUS = 8
 
 
 def guest_of(options: argparse.Namespace) -> Guest:
     """The built-in guest of that name, else the file."""
-    name = options.guest
+    name = options.guest or DEFAULT_GUEST
     path = Path(name)
     if name not in guests.names() and (os.path.exists(name) or "/" in name or path.suffix):
         return _file_guest(options, path)
@@ -38,7 +38,7 @@ def guest_of(options: argparse.Namespace) -> Guest:
 
 def is_kernel(guest: Guest) -> bool:
     """A file that does not start in real mode: one that need not be about ticks."""
-    return guest.parameters is None and guest.start is not None
+    return guest.parameters is None and guest.start is not None and not guest.roms
 
 
 def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
@@ -55,9 +55,9 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
             )
     load_at = address("--load-at", options.load_at)
     entry = address("--entry", options.entry)
-    ram_bytes, vcpus = _ram_bytes(options.ram), _vcpus(options.vcpus)
+    ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
     modules = [_module(text) for text in options.module]
-    vendor, off = _cpuid_changes(options.cpuid)
+    vendor, off = cpuid_changes(options.cpuid)
     try:
         guest = load_file(
             path,
@@ -103,46 +103,6 @@ def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:
     if options.reinject and guest.needs.reinject is False:
         raise UsageError(f"--reinject: nothing acknowledges the ticks of {name!r}; leave it out")
     return guest
-
-
-def _ram_bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    number, unit = text[:-1], text[-1:].upper()
-    if unit not in RAM_UNITS or not (number.isascii() and number.isdigit()):
-        raise UsageError(f"--ram {text!r} is no size: give a number and K, M or G, such as 128M")
-    ram_bytes = int(number) * RAM_UNITS[unit]
-    if not LEAST_RAM_BYTES <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % mmap.PAGESIZE:
-        raise UsageError(f"--ram {text}: give 1M to 3G, a multiple of 4K")
-    return ram_bytes
-
-
-def _vcpus(text: str | None) -> int:
-    vcpus = 1 if text is None else integer("--vcpus", text)
-    if not 1 <= vcpus <= MAX_VCPUS:
-        raise UsageError(f"--vcpus {vcpus}: give 1 to {MAX_VCPUS}")
-    return vcpus
-
-
-def _cpuid_changes(changes: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
-    """The vendor, if one was given, and the features that are off."""
-    vendor: str | None = None
-    off = []
-    for change in changes:
-        name, _, value = change.partition("=")
-        if name == "vendor":
-            if len(value) != VENDOR_CHARACTERS or not value.isascii():
-                raise UsageError(
-                    f"--cpuid {change}: a vendor's name has {VENDOR_CHARACTERS} characters, such as"
-                    " GenuineIntel or AuthenticAMD"
-                )
-            vendor = value
-        elif name in FEATURES and value == "off":
-            off.append(name)
-        else:
-            known = ", ".join(f"{feature}=off" for feature in FEATURES)
-            raise UsageError(f"--cpuid {change}: give vendor=NAME or one of {known}")
-    return vendor, tuple(off)
 
 
 def _module(text: str) -> tuple[Path, str]:

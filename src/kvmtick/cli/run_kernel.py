@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 
 from kvmtick.abi.errors import HostError
+from kvmtick.cli.run_console import Input
 from kvmtick.cli.run_options import address
 from kvmtick.cli.run_output import live_text, reinject_of, report, trace_writer
 from kvmtick.guests import Guest
 from kvmtick.host.tracefs import TICK_EVENTS, open_tracefs
 from kvmtick.kvm.kernel import KernelVm
+from kvmtick.kvm.kernel_run import UserSpace
 from kvmtick.kvm.kernel_trace import TickTrace
 from kvmtick.machine.run import Run
 from kvmtick.trace.encode import KtraceEncoder
@@ -24,12 +26,14 @@ __all__ = ["run_on_kernel"]
 def run_on_kernel(
     options: argparse.Namespace,
     guest: Guest,
+    typed: Input | None,
     *,
     ticks: int | None,
     for_ns: int | None,
     limit_s: float | None,
 ) -> Run:
-    """Run it, and report. Without tracefs nobody sees the events: `ticks` is then null.
+    """Run it, and report; `typed` is its console's input. Without tracefs nobody sees the events:
+    `ticks` is then null.
 
     HostError where /dev/kvm is missing, or tracefs where the trace or a foreign guest's ticks are
     asked for.
@@ -44,7 +48,7 @@ def run_on_kernel(
             if guest.parameters is not None:
                 tsc_khz = vm.get_tsc_khz().to_bytes(4, "little")
                 vm.write_memory(guest.parameters.tsc_khz, tsc_khz)
-            with live_text(options, vm.user.ports, guest):
+            with live_text(options, vm.user.ports, guest), _console(vm.user, typed):
                 run = vm.run(
                     ticks=foreign_ticks,
                     for_ns=for_ns,
@@ -54,6 +58,17 @@ def run_on_kernel(
                 )
         report(options, guest, run)
         return run
+
+
+@contextlib.contextmanager
+def _console(user: UserSpace, typed: Input | None) -> Iterator[None]:
+    """The guest gets what is typed."""
+    if typed is None:
+        yield
+        return
+    user.console = typed.console(user.pc.uart, user.clock, user.queue, user.leave, real_time=True)
+    with typed.raw():
+        yield
 
 
 @contextlib.contextmanager

@@ -1,32 +1,45 @@
 """The options of `kvmtick run`, and what their values mean; UsageError for a wrong one."""
 
 import argparse
+import mmap
 from argparse import BooleanOptionalAction
+from collections.abc import Sequence
 
 from kvmtick import guests
 from kvmtick.cli import UsageError
 from kvmtick.cli.options import Parser
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S
+from kvmtick.machine.memory import MOST_RAM_BYTES
 from kvmtick.timing.host import parse_duration_ns
+from kvmtick.vcpu.cpuid import FEATURES
 
 __all__ = [
+    "DEFAULT_GUEST",
     "DEFAULT_TICKS",
     "add_file",
     "add_guest",
     "add_reinject",
     "address",
+    "cpuid_changes",
     "duration_ns",
     "integer",
     "limit_s",
     "parser",
     "port",
+    "ram_size_bytes",
+    "refuse_for",
     "ticks_of",
+    "vcpu_count",
 ]
 
 DEFAULT_GUEST = "tick-pic"
 DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
 MAX_PORT = 0xFFFF
+VENDOR_CHARACTERS = 12
+RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LEAST_RAM_BYTES = 1 << 20
+MAX_VCPUS = 8
 
 EPILOG = """\
 delays (for --fault):
@@ -52,6 +65,14 @@ files (told apart by what is in them):
   ELF          any other; flat segments and a stack of 64 KiB: 64 bits in long mode with the first
                4 GiB mapped to themselves, 32 bits in protected mode without paging
 
+Linux (run linux, or --kernel FILE) gets the command line `console=ttyS0 panic=-1`, and what
+--append says behind it. At a terminal every key goes to the guest, and Ctrl-] ends the run (exit
+code 130); a pipe's or file's bytes are typed as the guest takes them, with Ctrl-D behind them. The
+guest ends the run by switching the machine off or resetting it, both exit code 0.
+
+Firmware (run seabios, or --firmware FILE) starts at the reset vector. It ends, as a file in real
+mode does, when 1000 ticks have reached it; --counter 0x46c is the BIOS's own count of them.
+
 A file gets a PC with PIT, PICs, IOAPIC and local APICs. It starts on vCPU 0; the others wait for
 INIT and SIPI. What it prints to the serial line (port 0x3f8) and to the debug console (port 0xe9)
 comes to stdout as it is. It leaves by a write to port 0xf4: 0 is success, all else exit code 4.
@@ -70,16 +91,18 @@ def parser() -> Parser:
         usage="kvmtick run [GUEST] [OPTION ...]",
         description="Boot a guest and follow its timer ticks through KVM's chips.\n\nguests:\n"
         + listing
+        + "\n  linux          the newest kernel in /boot, to a prompt on the serial line"
+        + "\n  seabios        a PC's firmware, and what it boots from --disk"
         + "\n  FILE           a flat binary, boot sector, Multiboot kernel or ELF of your own",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument(
-        "guest", nargs="?", default=DEFAULT_GUEST, metavar="GUEST", help=argparse.SUPPRESS
-    )
+    p.add_argument("guest", nargs="?", metavar="GUEST", help=argparse.SUPPRESS)
     add_guest(p)
     add_file(p)
+    _add_linux(p)
+    _add_firmware(p)
     _add_where(p)
     _add_how(p)
     add = p.add_argument_group("what to show").add_argument
@@ -129,7 +152,11 @@ def add_file(p: Parser) -> None:
         default=[],
         help="vendor=NAME, or x2apic=off, tsc_deadline=off, tsc_adjust=off; may be repeated",
     )
-    add("--append", metavar="TEXT", help="a Multiboot kernel's command line, behind its file name")
+    add(
+        "--append",
+        metavar="TEXT",
+        help="added to the command line of Linux, or of a Multiboot kernel",
+    )
     add(
         "--module",
         metavar="FILE[:TEXT]",
@@ -144,6 +171,22 @@ def add_file(p: Parser) -> None:
     )
     add("--entry", metavar="ADDRESS", help="where a flat binary starts (where it was loaded)")
     add("--counter", metavar="ADDRESS", help="where it keeps its own 32-bit tick count")
+
+
+def _add_linux(p: Parser) -> None:
+    add = p.add_argument_group("a Linux kernel").add_argument
+    add("--kernel", metavar="FILE", help="a bzImage (with linux: the newest in /boot)")
+    add("--initrd", metavar="FILE", help="its initramfs (a tiny one: a prompt that knows ticks)")
+
+
+def _add_firmware(p: Parser) -> None:
+    add = p.add_argument_group("firmware").add_argument
+    add("--firmware", metavar="FILE", help="a PC's BIOS image (with seabios: Debian's SeaBIOS)")
+    add(
+        "--disk",
+        metavar="FILE",
+        help="what it boots: the image of an ATA disk, which stays as it is whatever is written",
+    )
 
 
 def add_reinject(p: argparse._ArgumentGroup) -> None:
@@ -184,9 +227,10 @@ def _add_how(p: Parser) -> None:
     )
     add(
         "--fast",
-        action="store_true",
+        action=BooleanOptionalAction,
+        default=None,
         help="interrupts only where a basic block begins: several times the instructions a second,"
-        " and runs still repeat",
+        " and runs still repeat (off, but on for Linux)",
     )
     add(
         "--quantum",
@@ -207,7 +251,11 @@ def _add_how(p: Parser) -> None:
         help="a late host: worker_delay=, vcpu_off=, late_expiry=; may be repeated",
     )
     add("--seed", metavar="N", help="seed of the faults and of RDRAND (0)")
-    add("--limit", metavar="DURATION", help="wall time after which a guest counts as hung (60s)")
+    add(
+        "--limit",
+        metavar="DURATION",
+        help="wall time after which a guest counts as hung (60s; Linux: 10m, none at a terminal)",
+    )
     add(
         "--strict",
         action="store_true",
@@ -234,12 +282,14 @@ def duration_ns(option: str, text: str | None) -> int | None:
     return duration_ns
 
 
-def limit_s(options: argparse.Namespace) -> float | None:
+def limit_s(
+    options: argparse.Namespace, default: float | None = DEFAULT_RUN_LIMIT_S
+) -> float | None:
     """`--limit` in seconds; None under gdb, unless it is given."""
     limit_ns = duration_ns("--limit", options.limit)
     if limit_ns is not None:
         return limit_ns / 1e9
-    return DEFAULT_RUN_LIMIT_S if options.gdb is None else None
+    return default if options.gdb is None else None
 
 
 def integer(option: str, text: str) -> int:
@@ -281,3 +331,53 @@ def ticks_of(options: argparse.Namespace, default: int | None = DEFAULT_TICKS) -
     if not 1 <= ticks <= MAX_TICKS:
         raise UsageError(f"--ticks {ticks}: give 1 to {MAX_TICKS}, or --for DURATION instead")
     return ticks
+
+
+def ram_size_bytes(text: str | None) -> int | None:
+    """`--ram`; None if there is none."""
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in RAM_UNITS or not (number.isascii() and number.isdigit()):
+        raise UsageError(f"--ram {text!r} is no size: give a number and K, M or G, such as 128M")
+    ram_bytes = int(number) * RAM_UNITS[unit]
+    if not LEAST_RAM_BYTES <= ram_bytes <= MOST_RAM_BYTES or ram_bytes % mmap.PAGESIZE:
+        raise UsageError(f"--ram {text}: give 1M to 3G, a multiple of 4K")
+    return ram_bytes
+
+
+def vcpu_count(text: str | None) -> int:
+    """`--vcpus`, 1 if there is none."""
+    vcpus = 1 if text is None else integer("--vcpus", text)
+    if not 1 <= vcpus <= MAX_VCPUS:
+        raise UsageError(f"--vcpus {vcpus}: give 1 to {MAX_VCPUS}")
+    return vcpus
+
+
+def cpuid_changes(changes: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The vendor, if one was given, and the features that are off."""
+    vendor: str | None = None
+    off = []
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name == "vendor":
+            if len(value) != VENDOR_CHARACTERS or not value.isascii():
+                raise UsageError(
+                    f"--cpuid {change}: a vendor's name has {VENDOR_CHARACTERS} characters, such as"
+                    " GenuineIntel or AuthenticAMD"
+                )
+            vendor = value
+        elif name in FEATURES and value == "off":
+            off.append(name)
+        else:
+            known = ", ".join(f"{feature}=off" for feature in FEATURES)
+            raise UsageError(f"--cpuid {change}: give vendor=NAME or one of {known}")
+    return vendor, tuple(off)
+
+
+def refuse_for(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """UsageError for the first of the options `names` that was given."""
+    for name in names:
+        value = vars(options)[name]
+        if value not in (None, False, []):
+            raise UsageError(f"--{name.replace('_', '-')}: {why}; leave it out")

@@ -23,6 +23,7 @@ from kvmtick.abi.exits import (
     trouble,
 )
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.pc import Pc
 from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
@@ -89,6 +90,8 @@ class UserSpace(PortOwner):
                 lambda: len(vm.vcpus),
             )
         )
+        self.console: Console | None = None
+        """What the serial line's input comes from; a live one."""
         self.end: RunExit | None = None
         """How the guest has ended the run."""
         self._sleep_us = 0
@@ -128,7 +131,18 @@ class UserSpace(PortOwner):
         """What the devices had to do by now; when they have something to do next."""
         self.clock.refresh()
         self.queue.run_due(self.clock)
+        if self.console is not None:
+            self.console.poll()
         return self.queue.next_ns
+
+    def filenos(self) -> list[int]:
+        """What the devices wait for, besides the time."""
+        return [] if self.console is None else self.console.filenos()
+
+    @property
+    def has_work(self) -> bool:
+        """The devices have something to do later."""
+        return self.queue.next_ns < NEVER_NS or self.console is not None
 
     def guest_exit(self, value: int) -> None:
         detail = f"the guest wrote {value:#x} to the debug exit port" if value else ""
@@ -139,6 +153,10 @@ class UserSpace(PortOwner):
 
     def _power_off(self) -> None:
         self._end(RunExit("power-off", detail="the guest switched the machine off"))
+
+    def leave(self) -> None:
+        """The person at the console wants no more."""
+        self._end(RunExit("interrupted"))
 
     def _end(self, end: RunExit) -> None:
         if self.end is None:
@@ -191,7 +209,7 @@ class Session:
         try:
             for thread in threads:
                 thread.start()
-            if self._user.queue.next_ns < NEVER_NS:
+            if self._user.has_work:
                 self._start_devices()
             self._run_first(first)
         except KeyboardInterrupt:
@@ -240,10 +258,11 @@ class Session:
                 with user.lock:
                     next_ns = user.run_due()
                     end, user.end = user.end, None
+                    filenos = user.filenos()
                 if end is not None:
                     self._finish(end)
                     return
-                user.waker.sleep_until(next_ns)
+                user.waker.sleep_until(next_ns, filenos)
         except BaseException as error:
             self._finish(error)
 
@@ -268,7 +287,7 @@ class Session:
         user, until = self._user, self._ends.until
         with user.lock:
             sleep_us = user.serve(vcpu, exit_)
-            if user.queue.next_ns < NEVER_NS and not self._device_threads:
+            if user.has_work and not self._device_threads:
                 self._start_devices()
             end, user.end = user.end, None
             if end is not None:

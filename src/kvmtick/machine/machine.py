@@ -24,7 +24,8 @@ from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.lock import MachineLock
-from kvmtick.machine.memory import GuestMemory, check_ram_bytes
+from kvmtick.machine.memory import FIRST_ROM_SLOT, GuestMemory, check_ram_bytes
+from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.pc import Pc
 from kvmtick.machine.ports import PortHandler, PortMap, PortOwner
@@ -120,6 +121,9 @@ class Machine(PortOwner):
         self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
+        self.console: Console | None = None
+        """What the serial line's input comes from. With a live one, virtual time in which no vCPU
+        runs passes at the host's pace: nobody shall find a prompt that has waited for hours."""
         self._pc: Pc | None = None
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
         self.ram: mmap | bytes = mmap(-1, ram_bytes) if ram_bytes else b""
@@ -133,6 +137,9 @@ class Machine(PortOwner):
         """`run` is under way."""
         self._waker = Waker()
         """Of the thread in `run`."""
+        self._stopwatch = Stopwatch()
+        self._run_from_ns = 0
+        """When the stopwatch was started."""
         self.threads: list[VcpuThread] = []
         """Those in KVM_RUN, `sleepers` among them."""
         self.sleepers: list[VcpuThread] = []
@@ -212,8 +219,12 @@ class Machine(PortOwner):
 
     def load(self, guest: Guest) -> None:
         """Copy a guest into RAM and let the vCPU that boots start on it."""
+        for number, (gpa, data) in enumerate(guest.roms, FIRST_ROM_SLOT):
+            self.memory.place_rom(number, gpa, data)
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
+        if guest.disk:
+            self.pc.ata.insert(guest.disk)
         self.adopt(guest)
         for vcpu in self.board.vcpus:
             self._place(vcpu)
@@ -323,8 +334,9 @@ class Machine(PortOwner):
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
     ) -> Exit:
-        stopwatch = Stopwatch()
+        stopwatch = self._stopwatch = Stopwatch()
         self.begin()
+        self._run_from_ns = self.clock.now_ns
         if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
@@ -410,6 +422,8 @@ class Machine(PortOwner):
         self._slice_over = False
         if self.recorder.full:
             self.recorder.flush()
+        if self.console is not None:
+            self.console.poll()
         self.lock.pass_on()
         if self._exit is None and limit_s is not None and stopwatch.elapsed_s() > limit_s:
             return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
@@ -605,7 +619,7 @@ class Machine(PortOwner):
         source, or no timer is running and nobody set an end."""
         if self.board.irqfds.assigned:
             return False
-        if self.board.queue.next_ns == NEVER_NS == end_ns:
+        if self.board.queue.next_ns == NEVER_NS == end_ns and not self._filenos():
             return True
         for vcpu in self.board.vcpus:
             # Most often it is a HLT with interrupts on: `_is_deaf`, without the call.
@@ -642,6 +656,9 @@ class Machine(PortOwner):
         next_ns = self.board.queue.next_ns
         until_ns = next_ns if next_ns < end_ns else end_ns
         self.recorder.task = IDLE_TASK
+        if self.virtual and self.console is not None and self.console.live:
+            self._sleep_at_hosts_pace(until_ns)
+            return
         if self.virtual and until_ns < NEVER_NS:
             self.clock.now_ns = until_ns
             return
@@ -650,13 +667,33 @@ class Machine(PortOwner):
         self.recorder.flush()
         self.clock.refresh()
         most_ns = self.clock.now_ns + SLICE_REAL_NS
-        irqfds = self.board.irqfds.filenos()
         if self.virtual:
-            self._waker.sleep(SLICE_REAL_NS, irqfds)
+            self._waker.sleep(SLICE_REAL_NS, self._filenos())
         elif until_ns > self.clock.now_ns:
-            self._waker.sleep_until(min(until_ns, most_ns), irqfds)
+            self._waker.sleep_until(min(until_ns, most_ns), self._filenos())
         self.clock.refresh()
         self._slice_over = True
+
+    def _sleep_at_hosts_pace(self, until_ns: int) -> None:
+        """Virtual time passes, but not beyond the host's since the run began; what is behind that
+        catches up at once.
+        """
+        ahead_ns = until_ns - self._host_ns()
+        if ahead_ns > 0:
+            self.recorder.flush()
+            self._waker.sleep(min(ahead_ns, SLICE_REAL_NS), self._filenos())
+            until_ns = min(until_ns, self._host_ns())
+            self._slice_over = True
+        self.clock.now_ns = max(self.clock.now_ns, until_ns)
+
+    def _host_ns(self) -> int:
+        """How late it is by the host's clock."""
+        return self._run_from_ns + self._stopwatch.elapsed_ns()
+
+    def _filenos(self) -> list[int]:
+        """The descriptors that end a sleep."""
+        filenos = self.board.irqfds.filenos()
+        return filenos if self.console is None else filenos + self.console.filenos()
 
     def _call_out(self, holder: int) -> None:
         """Another thread wants the machine; `holder` may be in the guest or asleep, or about to."""
