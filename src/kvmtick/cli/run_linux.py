@@ -1,6 +1,7 @@
 """`kvmtick run linux` and `kvmtick run --kernel FILE`: which kernel, and what it is told."""
 
 import argparse
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from kvmtick.abi.errors import HostError
 from kvmtick.cli import UsageError
 from kvmtick.cli.run_options import cpuid_changes, ram_size_bytes, refuse_for, vcpu_count
 from kvmtick.guests import Guest
+from kvmtick.machine import linux
 from kvmtick.machine.loader import LoadError
 
 __all__ = ["LIMIT_S", "find_kernel", "is_linux", "linux_guest"]
@@ -21,8 +23,7 @@ the run."""
 LIMIT_S = 600.0
 """Of wall time, where nobody sits at the console."""
 
-_MAGIC_AT, _MAGIC = 0x202, b"HdrS"
-"""Documentation/arch/x86/boot.rst: the real-mode header of a bzImage."""
+_HEADER_BYTES = 1024
 _NOT_FOR_LINUX = (
     "hz",
     "hold",
@@ -39,18 +40,35 @@ _NOT_FOR_LINUX = (
 
 def is_linux(options: argparse.Namespace) -> bool:
     """Whether a Linux kernel is asked for; UsageError where that is not clear."""
-    if options.kernel is None:
-        if options.guest != NAME and options.initrd is not None:
+    guest = options.guest
+    if options.kernel is not None:
+        if guest not in (None, NAME):
             raise UsageError(
-                f"--initrd {options.initrd}: only Linux takes it; give --kernel FILE, or run linux"
+                f"--kernel {options.kernel}: {guest!r} is a guest already; leave one of them out"
             )
-        return bool(options.guest == NAME)
-    if options.guest not in (None, NAME):
+        return True
+    if guest == NAME or (guest is not None and _is_kernel(Path(guest))):
+        return True
+    if options.initrd is not None:
         raise UsageError(
-            f"--kernel {options.kernel}: {options.guest!r} is a guest already; leave one of them"
-            " out"
+            f"--initrd {options.initrd}: only Linux takes it; give --kernel FILE, or run linux"
         )
-    return True
+    return False
+
+
+def _is_kernel(path: Path) -> bool:
+    """It looks like a bzImage; false where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return linux.is_linux(file.read(_HEADER_BYTES))
+    except OSError:
+        return False
+
+
+def _kernel(options: argparse.Namespace) -> Path:
+    if options.kernel is not None:
+        return Path(options.kernel)
+    return find_kernel() if options.guest == NAME else Path(options.guest)
 
 
 def linux_guest(options: argparse.Namespace) -> Guest:
@@ -58,16 +76,17 @@ def linux_guest(options: argparse.Namespace) -> Guest:
     HostError where no kernel is installed.
     """
     from kvmtick.guests.linux import tiny_initrd
-    from kvmtick.machine.linux import load_linux
 
     refuse_for(options, _NOT_FOR_LINUX, "Linux goes its own way")
     ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
     vendor, off = cpuid_changes(options.cpuid)
-    kernel = find_kernel() if options.kernel is None else Path(options.kernel)
+    kernel = _kernel(options)
     initrd = tiny_initrd() if options.initrd is None else _contents(options.initrd)
     append = f"{COMMAND_LINE} {options.append or ''}".rstrip()
     try:
-        guest = load_linux(kernel, initrd=initrd, append=append, ram_bytes=ram_bytes, vcpus=vcpus)
+        guest = linux.load_linux(
+            kernel, initrd=initrd, append=append, ram_bytes=ram_bytes, vcpus=vcpus
+        )
     except LoadError as error:
         raise UsageError(str(error)) from None
     return replace(guest, needs=replace(guest.needs, cpuid_vendor=vendor, cpuid_off=off))
@@ -75,19 +94,14 @@ def linux_guest(options: argparse.Namespace) -> Guest:
 
 def find_kernel(boot: Path = BOOT) -> Path:
     """The newest kernel in `boot` that can be read. HostError if there is none."""
-    unreadable = None
-    for path in sorted(boot.glob("vmlinuz-*"), key=_version, reverse=True):
-        try:
-            with path.open("rb") as file:
-                header = file.read(_MAGIC_AT + len(_MAGIC))
-        except OSError:
-            unreadable = unreadable or path
-            continue
-        if header[_MAGIC_AT:] == _MAGIC:
+    installed = sorted(boot.glob("vmlinuz-*"), key=_version, reverse=True)
+    for path in installed:
+        if _is_kernel(path):
             return path
-    if unreadable is not None:
+    if installed and not os.access(installed[0], os.R_OK):
         raise HostError(
-            f"the kernel {str(unreadable)!r} cannot be read", "run as root, or give --kernel FILE"
+            f"the kernel {str(installed[0])!r} cannot be read",
+            "run as root, or give --kernel FILE",
         )
     raise HostError(
         f"no kernel in {boot}", "apt-get install linux-image-cloud-amd64, or give --kernel FILE"
