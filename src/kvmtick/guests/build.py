@@ -12,8 +12,10 @@ from pathlib import Path
 __all__ = ["FOLDERS", "HERE", "assemble", "main", "sources"]
 
 HERE = Path(__file__).parent
-FOLDERS = (HERE, HERE.parent / "bench")
-"""The guests, and those that only `kvmtick bench` runs, with the ROM that starts them elsewhere."""
+FOLDERS = (HERE, HERE / "linux", HERE.parent / "bench")
+"""The guests, Linux's init, and those that only `kvmtick bench` runs, with the ROM that starts them
+elsewhere.
+"""
 
 
 def sources(folder: Path = HERE) -> list[Path]:
