@@ -33,6 +33,7 @@ from doc_blocks import (
 from gdb_session import debug, needs_gdb
 
 from kvmtick.cli import main
+from kvmtick.cli.run_firmware import SEABIOS
 from kvmtick.testing import GuestMachine
 
 REFRESH = os.environ.get("KVMTICK_REFRESH_DOCS", "")
@@ -51,6 +52,7 @@ RUN_BLOCKS = {
     "conformance.md": 5,
     "benchmarks.md": 1,
     "reading-traces.md": 1,
+    "firmware.md": 5,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""
 
@@ -137,10 +139,12 @@ class PageRun:
             assert "\t@$(BIN)/kvmtick run\n" in recipe, "make run does not run `kvmtick run`"
             words = ["kvmtick", "run"]
         assert words[0] == "kvmtick", f"{self.name}: cannot run {text!r} in a test"
-        out = io.StringIO()
+        # a guest's text goes there byte for byte
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             code = main(words[1:])
-        return code, out.getvalue().splitlines()
+        out.seek(0)
+        return code, out.read().splitlines()
 
     def _python(self, block: Block) -> None:
         namespace: dict[str, Any] = {"__name__": "example"}
@@ -228,6 +232,8 @@ def test_examples(page: Path, run_page: Callable[[str, str], PageRun]) -> None:
     text = page.read_text(encoding="utf-8")
     if "\n```gdb " in text and shutil.which("gdb") is None:
         pytest.skip("gdb is not installed: apt-get install gdb")
+    if "kvmtick run seabios" in text and not SEABIOS.exists():
+        pytest.skip("SeaBIOS is not installed: apt-get install seabios")
     run = run_page(page.name, text)
     if REFRESH:
         fresh = run.refreshed(wall_clock=REFRESH == "all")

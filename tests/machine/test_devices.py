@@ -8,6 +8,8 @@ from kvmtick.trace.events import Event, Record
 
 EXIT, SELECTOR, DATA, LINES, STORAGE = 0xF4, 0x510, 0x511, 0x2000, 0xE0
 SIGNATURE, ID, RAM_SIZE, NB_CPUS, KERNEL_SIZE, MAX_CPUS, FILE_DIR = 0, 1, 3, 5, 8, 0xF, 0x19
+E820 = 0x20
+"""The selector of the one file."""
 
 
 def run(guest: Routine, *, vcpus: int = 1, irqchip: bool = True, **options: int) -> list[Record]:
@@ -46,7 +48,9 @@ def read_item(key: int, size_bytes: int, **options: int) -> bytes:
         (MAX_CPUS, b"\x03\0"),
         (NB_CPUS | 0x4000, b"\x03\0"),
         (KERNEL_SIZE, bytes(4)),
-        (FILE_DIR, bytes(4)),
+        (FILE_DIR, bytes((0, 0, 0, 1, 0, 0, 0, 20, 0, 0x20, 0, 0)) + b"etc/e820\0"),
+        (E820, bytes(8) + (16 << 20).to_bytes(8, "little") + b"\1\0\0\0\0"),
+        (E820 + 1, bytes(4)),
         (NB_CPUS | 0x8000, bytes(4)),
         (0xFFFF, bytes(4)),
     ],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import EXIT_GUEST, EXIT_INTERRUPTED, EXIT_OK, UsageError
 from kvmtick.cli.run_console import Input, input_of
+from kvmtick.cli.run_firmware import firmware_guest, is_firmware
 from kvmtick.cli.run_guest import guest_of, is_kernel
 from kvmtick.cli.run_linux import LIMIT_S, is_linux, linux_guest
 from kvmtick.cli.run_options import (
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     if options.fast and options.gdb:
         raise UsageError("--fast: a debugger stops at any instruction; leave --fast or --gdb out")
     for_linux = is_linux(options)
-    guest = linux_guest(options) if for_linux else guest_of(options)
+    guest = _guest_of(options, for_linux)
     typed = input_of(options) if for_linux else None
     wall_limit_s = limit_s(options, _default_limit_s(typed))
     _check_counter(options, guest)
@@ -88,6 +89,12 @@ def main(argv: list[str]) -> int:
             gdb.finish(run.exit)
         report(options, guest, run, teller, crash)
     return _exit_code(run)
+
+
+def _guest_of(options: argparse.Namespace, for_linux: bool) -> Guest:
+    if for_linux:
+        return linux_guest(options)
+    return firmware_guest(options) if is_firmware(options) else guest_of(options)
 
 
 def _exit_code(run: Run) -> int:

@@ -38,7 +38,7 @@ def guest_of(options: argparse.Namespace) -> Guest:
 
 def is_kernel(guest: Guest) -> bool:
     """A file that does not start in real mode: one that need not be about ticks."""
-    return guest.parameters is None and guest.start is not None
+    return guest.parameters is None and guest.start is not None and not guest.roms
 
 
 def _file_guest(options: argparse.Namespace, path: Path) -> Guest:

@@ -33,6 +33,8 @@ _NOT_FOR_LINUX = (
     "load_at",
     "entry",
     "counter",
+    "firmware",
+    "disk",
 )
 
 

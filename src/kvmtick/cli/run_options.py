@@ -70,6 +70,9 @@ Linux (run linux, or --kernel FILE) gets the command line `console=ttyS0 panic=-
 code 130); a pipe's or file's bytes are typed as the guest takes them, with Ctrl-D behind them. The
 guest ends the run by switching the machine off or resetting it, both exit code 0.
 
+Firmware (run seabios, or --firmware FILE) starts at the reset vector. It ends, as a file in real
+mode does, when 1000 ticks have reached it; --counter 0x46c is the BIOS's own count of them.
+
 A file gets a PC with PIT, PICs, IOAPIC and local APICs. It starts on vCPU 0; the others wait for
 INIT and SIPI. What it prints to the serial line (port 0x3f8) and to the debug console (port 0xe9)
 comes to stdout as it is. It leaves by a write to port 0xf4: 0 is success, all else exit code 4.
@@ -89,6 +92,7 @@ def parser() -> Parser:
         description="Boot a guest and follow its timer ticks through KVM's chips.\n\nguests:\n"
         + listing
         + "\n  linux          the newest kernel in /boot, to a prompt on the serial line"
+        + "\n  seabios        a PC's firmware, and what it boots from --disk"
         + "\n  FILE           a flat binary, boot sector, Multiboot kernel or ELF of your own",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -98,6 +102,7 @@ def parser() -> Parser:
     add_guest(p)
     add_file(p)
     _add_linux(p)
+    _add_firmware(p)
     _add_where(p)
     _add_how(p)
     add = p.add_argument_group("what to show").add_argument
@@ -172,6 +177,16 @@ def _add_linux(p: Parser) -> None:
     add = p.add_argument_group("a Linux kernel").add_argument
     add("--kernel", metavar="FILE", help="a bzImage (with linux: the newest in /boot)")
     add("--initrd", metavar="FILE", help="its initramfs (a tiny one: a prompt that knows ticks)")
+
+
+def _add_firmware(p: Parser) -> None:
+    add = p.add_argument_group("firmware").add_argument
+    add("--firmware", metavar="FILE", help="a PC's BIOS image (with seabios: Debian's SeaBIOS)")
+    add(
+        "--disk",
+        metavar="FILE",
+        help="what it boots: the image of an ATA disk, which stays as it is whatever is written",
+    )
 
 
 def add_reinject(p: argparse._ArgumentGroup) -> None:

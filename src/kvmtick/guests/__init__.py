@@ -253,6 +253,11 @@ class Guest:
     (`kvmtick.guests.start`). None: real mode at `entry`."""
     has_rate: bool = True
     """Its ticks come at one rate, so its tick count is a clock."""
+    roms: tuple[tuple[int, bytes], ...] = ()
+    """Read-only memory beside the RAM: guest-physical addresses and contents, whole pages."""
+    disk: bytes = b""
+    """The PC's hard disk (`kvmtick.machine.pc.ata`), whole sectors; what the guest writes to it
+    stays in the VM."""
 
 
 def names() -> dict[str, str]:

@@ -15,6 +15,7 @@ from kvmtick.abi.errors import NO_VCPU
 from kvmtick.abi.exits import Exit
 from kvmtick.abi.registers import put_registers
 from kvmtick.abi.structs import (
+    KVM_MEM_READONLY,
     KVM_MP_STATE_RUNNABLE,
     kvm_cpuid_entry2,
     kvm_run,
@@ -37,8 +38,8 @@ from kvmtick.kvm.kernel_run import Ends, Observer, Session, UserSpace, observed
 from kvmtick.kvm.length import believed_period_ns, most_ns, parameters_of
 from kvmtick.kvm.told import Told, struct_of
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.memory import FIRST_ROM_SLOT, check_ram_bytes
 from kvmtick.machine.memory import GuestMemory as Slots
-from kvmtick.machine.memory import check_ram_bytes
 from kvmtick.machine.ports import PortHandler
 from kvmtick.machine.run import PitSettings, Run
 from kvmtick.timing.wall import Stopwatch
@@ -207,12 +208,23 @@ class KernelVm(Vm[KernelVcpu]):
         self._guest = guest
 
     def load_guest(self, guest: Guest) -> None:
+        for number, (gpa, data) in enumerate(guest.roms, FIRST_ROM_SLOT):
+            self._place_rom(number, gpa, data)
+        if guest.disk:
+            self.user.pc.ata.insert(guest.disk)
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
         self._guest = guest
         self._ran_ns = 0
         for vcpu in self.vcpus:
             self._place(vcpu, guest)
+
+    def _place_rom(self, number: int, gpa: int, data: bytes) -> None:
+        old = next((slot for slot in self.slots.slots if slot.number == number), None)
+        if old is not None:
+            self.file.unmap_memory(old.gpa, number)
+        rom = self.slots.place_rom(number, gpa, data)
+        self.file.map_memory(gpa, rom, number, KVM_MEM_READONLY)
 
     def _place(self, vcpu: KernelVcpu, guest: Guest) -> None:
         if vcpu.vcpu_id == self.told.boot_cpu_id:

@@ -1,14 +1,16 @@
-"""QEMU's firmware configuration device, as far as a guest asks it for the machine's size.
+"""QEMU's firmware configuration device: what firmware and guests ask it for the machine's size.
 
 Implements the I/O port interface of QEMU's docs/specs/fw_cfg.rst: the selector at 0x510 (a word,
 write only), the data port at 0x511 (a byte a read; what is past the end of an item reads 0; writes
-do nothing). Items: the signature, the interface's id, RAM_SIZE, NB_CPUS and MAX_CPUS; all others
-are empty.
+do nothing). Items: the signature, the interface's id, RAM_SIZE, NB_CPUS and MAX_CPUS, and the file
+directory with one file, etc/e820: what SeaBIOS knows the RAM by. All others are empty.
 
-Not modelled: the DMA interface (the id says so), the file directory, everything for firmware.
+Not modelled: the DMA interface (the id says so), files for ACPI and SMBIOS tables.
 """
 
 from collections.abc import Callable
+from struct import Struct
+from typing import Final
 
 from kvmtick.machine.ports import PortHandler
 
@@ -22,9 +24,19 @@ ID = 0x01
 RAM_SIZE = 0x03
 NB_CPUS = 0x05
 MAX_CPUS = 0x0F
+FILE_DIRECTORY = 0x19
+FIRST_FILE = 0x20
 WRITE_CHANNEL = 1 << 14
 
 ID_TRADITIONAL = 1 << 0
+
+E820_FILE: Final = b"etc/e820"
+E820_RAM: Final = 1
+_E820_ENTRY: Final = Struct("<QQI")
+"""Address, length, type."""
+_FILE_COUNT: Final = Struct(">I")
+_FILE: Final = Struct(">IHH56s")
+"""Size, selector, reserved, name."""
 
 
 class FwCfg:
@@ -40,6 +52,10 @@ class FwCfg:
             RAM_SIZE: lambda: ram_bytes.to_bytes(8, "little"),
             NB_CPUS: lambda: vcpus().to_bytes(2, "little"),
             MAX_CPUS: lambda: vcpus().to_bytes(2, "little"),
+            FILE_DIRECTORY: lambda: (
+                _FILE_COUNT.pack(1) + _FILE.pack(_E820_ENTRY.size, FIRST_FILE, 0, E820_FILE)
+            ),
+            FIRST_FILE: lambda: _E820_ENTRY.pack(0, ram_bytes, E820_RAM),
         }
         self.selected = SIGNATURE
         self.offset = 0

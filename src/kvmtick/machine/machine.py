@@ -24,7 +24,7 @@ from kvmtick.guests import DEFAULT_NEEDS, Guest
 from kvmtick.irqchip.i8254 import MIN_TIMER_PERIOD_NS
 from kvmtick.machine.board import VMM_PID, Board
 from kvmtick.machine.lock import MachineLock
-from kvmtick.machine.memory import GuestMemory, check_ram_bytes
+from kvmtick.machine.memory import FIRST_ROM_SLOT, GuestMemory, check_ram_bytes
 from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.pc import Pc
@@ -219,8 +219,12 @@ class Machine(PortOwner):
 
     def load(self, guest: Guest) -> None:
         """Copy a guest into RAM and let the vCPU that boots start on it."""
+        for number, (gpa, data) in enumerate(guest.roms, FIRST_ROM_SLOT):
+            self.memory.place_rom(number, gpa, data)
         for gpa, data in ((guest.load_at, guest.image), *guest.pieces):
             self.write_memory(gpa, data)
+        if guest.disk:
+            self.pc.ata.insert(guest.disk)
         self.adopt(guest)
         for vcpu in self.board.vcpus:
             self._place(vcpu)

@@ -18,12 +18,21 @@ from kvmtick.abi.structs import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from kvmtick.cpu.engine import Engine
 from kvmtick.machine.address_space import Rights, rights_of
 
-__all__ = ["KVM_USER_MEM_SLOTS", "MOST_RAM_BYTES", "GuestMemory", "Slot", "check_ram_bytes"]
+__all__ = [
+    "FIRST_ROM_SLOT",
+    "KVM_USER_MEM_SLOTS",
+    "MOST_RAM_BYTES",
+    "GuestMemory",
+    "Slot",
+    "check_ram_bytes",
+]
 
 MOST_RAM_BYTES = 3 << 30
 """Above are the IOAPIC and the local APICs."""
 
 KVM_USER_MEM_SLOTS = 32764
+FIRST_ROM_SLOT = 1
+"""A guest's ROMs lie behind the RAM's slot, 0."""
 MOST_PLACES = 4
 """How many slots an error names."""
 MOST_RANGES = 128
@@ -86,6 +95,17 @@ class GuestMemory:
         """Slot 0 is memory of our own."""
         address = addressof(c_char.from_buffer(ram))
         self._add(Slot(0, 0, gpa, len(ram), address, ram, writable=True, shared=False))
+
+    def place_rom(self, number: int, gpa: int, data: bytes) -> mmap:
+        """Read-only memory of our own, instead of what was in slot `number`; it is returned."""
+        if (old := self._slots.get(number)) is not None:
+            self._remove(old)
+        rom = mmap(-1, len(data))
+        rom[:] = data
+        address = addressof(c_char.from_buffer(rom))
+        flags = KVM_MEM_READONLY
+        self._add(Slot(number, flags, gpa, len(rom), address, rom, writable=False, shared=False))
+        return rom
 
     # KVM_SET_USER_MEMORY_REGION.
 

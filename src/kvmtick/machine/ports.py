@@ -2,7 +2,8 @@
 
 * 0xf4, debug exit (QEMU's isa-debug-exit): the guest ends the run, 0 is success;
 * 0xd8, host sleep: the vCPU stays in user space for the number of microseconds written;
-* 0xe9, debug console (Bochs, QEMU's isa-debugcon): reads 0xe9, writes a byte of text;
+* 0xe9 and 0x402, debug consoles (Bochs, QEMU's isa-debugcon; SeaBIOS writes to the latter): they
+  read 0xe9, and write a byte of text;
 * the ports of the PC's devices (`kvmtick.machine.pc`), which are made when the guest first accesses
   a port that is none of the above;
 * everything else, ports and memory alike, reads all ones, as an undriven bus does.
@@ -24,7 +25,8 @@ The result answers a read (None: all ones) and is ignored for a write.
 """
 
 PORT_HOST_SLEEP: Final = 0xD8
-PORT_DEBUG_CONSOLE: Final = 0xE9
+PORTS_DEBUG_CONSOLE: Final = (0xE9, 0x402)
+DEBUG_CONSOLE_THERE: Final = 0xE9
 PORT_DEBUG_EXIT: Final = 0xF4
 
 CONSOLE_LIMIT_BYTES: Final = 1 << 20
@@ -74,8 +76,8 @@ class PortMap:
         if handler := self._handler(port):
             answer = handler(port, size_bytes, None)
             return ones if answer is None else answer & ones
-        if size_bytes == 1 and port == PORT_DEBUG_CONSOLE:
-            return PORT_DEBUG_CONSOLE
+        if size_bytes == 1 and port in PORTS_DEBUG_CONSOLE:
+            return DEBUG_CONSOLE_THERE
         return ones
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
@@ -86,7 +88,7 @@ class PortMap:
             self._owner.guest_exit(value)
         elif port == PORT_HOST_SLEEP:
             self._owner.guest_sleep(value)
-        elif port == PORT_DEBUG_CONSOLE:
+        elif port in PORTS_DEBUG_CONSOLE:
             self._print(self.console, value & 0xFF)
 
     def _handler(self, port: int) -> PortHandler | None:

@@ -160,6 +160,11 @@ EXPORTED void helper_pause_x86_64(void *env, int size_bytes)
         if (self->exits_on_pause) {
             self->exit_reason = EXIT_PAUSE;
             lib.emu_stop(self->uc);
+        } else {
+            /* Nobody waits for the processor: on with the next block, without a way out of the
+             * library and in again. */
+            U64(env, ENV_EIP) += (unsigned)size_bytes;
+            lib.genuine.loop_exit_noexc(self->cpu);
         }
     }
     lib.genuine.pause(env, size_bytes);

@@ -75,12 +75,10 @@ int add_hooks(Engine *self)
     int error;
     if ((self->exact && (error = add_hook(self, UC_HOOK_CODE, on_instruction))) ||
         (error = add_hook(self, UC_HOOK_INTR, on_exception)) ||
-        (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode)) ||
-        (error = add_instruction_hook(self, UC_INS_CPUID, on_cpuid)) ||
-        (error = add_instruction_hook(self, UC_INS_RDTSC, on_rdtsc))) {
+        (error = add_hook(self, UC_HOOK_INSN_INVALID, on_invalid_opcode))) {
         return error;
     }
-    return add_instruction_hook(self, UC_INS_RDTSCP, on_rdtscp);
+    return add_instruction_hook(self, UC_INS_CPUID, on_cpuid);
 }
 
 static int engine_init(PyObject *object, PyObject *args, PyObject *kwargs)

@@ -209,11 +209,11 @@ static const char *wrong_register_field(void *uc, char *env)
     (1ull << IRET_PROTECTED | 1ull << SYSRET | 1ull << SYSENTER | 1ull << SYSEXIT | 1ull << LTR)
 #define PROBE_PAGE 0x1000
 #define PROBE_ERROR 77
-#define PROBE_HLT 0x5b
+#define PROBE_HLT 0x60
 #define PROBE_IRET (PROBE_HLT + 2)
 /* In all blocks begun: what is behind the division in its block, and the store and what is behind
  * it, are in two. */
-#define PROBE_INSTRUCTIONS (27 + 7 + 4 + 2)
+#define PROBE_INSTRUCTIONS (29 + 7 + 4 + 2)
 static const uint8_t PROBE_CODE[] = {
     0xcd, 0x21,                                     /* int 0x21 */
     0xf7, 0xf3,                                     /* div bx */
@@ -222,6 +222,7 @@ static const uint8_t PROBE_CODE[] = {
     0x0f, 0x05,                                     /* syscall: does nothing */
     0x0f, 0x20, 0xc0, 0x0f, 0x22, 0xc0,             /* mov eax, cr0; mov cr0, eax */
     0x0f, 0xc7, 0xf0,                               /* rdrand ax */
+    0x0f, 0x31, 0x0f, 0x01, 0xf9,                   /* rdtsc; rdtscp */
     0xfb,                                           /* sti */
     0xe4, 0x00, 0xe5, 0x00, 0x66, 0xe5, 0x00,       /* in al, 0; in ax, 0; in eax, 0 */
     0xe6, 0x00, 0xe7, 0x00, 0x66, 0xe7, 0x00,       /* out 0, al; out 0, ax; out 0, eax */
@@ -434,6 +435,8 @@ static const struct {
     [READ_CR] = STANDS_IN(helper_read_crN_x86_64, read_cr),
     [WRITE_CR] = STANDS_IN(helper_write_crN_x86_64, write_cr),
     [RDRAND] = STANDS_IN(helper_rdrand_x86_64, rdrand),
+    [READ_TSC] = STANDS_IN(helper_rdtsc_x86_64, rdtsc),
+    [READ_TSC_AUX] = STANDS_IN(helper_rdtscp_x86_64, rdtscp),
     [STI] = STANDS_IN(helper_sti_x86_64, sti),
     [INS + BYTE] = STANDS_IN(helper_inb_x86_64, in[BYTE]),
     [INS + WORD] = STANDS_IN(helper_inw_x86_64, in[WORD]),

@@ -42,8 +42,6 @@
 #define UC_ERR_FETCH_UNMAPPED 8
 #define UC_ERR_FETCH_PROT 14
 #define UC_INS_CPUID 113
-#define UC_INS_RDTSC 608
-#define UC_INS_RDTSCP 609
 #define UC_REG_CS 11
 #define UC_REG_RAX 35
 #define UC_REG_RIP 41
@@ -176,6 +174,7 @@ enum { RAX, RCX, RDX, RBX, RSP, RDI = 7, R11 = 11 };
 #define CR0_CD (1u << 30)
 #define CR0_PG (1u << 31)
 #define CR0_DEFINED 0xe005003fu
+#define CR4_TSD (1u << 2)
 #define CR4_PAE (1u << 5)
 #define CR4_LA57 (1u << 12)
 #define CR4_FSGSBASE (1u << 16)
@@ -299,6 +298,8 @@ typedef struct {
     uint64_t (*read_cr)(void *env, int number);
     void (*write_cr)(void *env, int number, uint64_t value);
     uint64_t (*rdrand)(void *env);
+    void (*rdtsc)(void *env);
+    void (*rdtscp)(void *env);
     void (*sti)(void *env);
     In *in[PORT_SIZES];
     Out *out[PORT_SIZES];
@@ -565,8 +566,6 @@ bool is_canonical(const char *env, uint64_t address);
 uint32_t cpuid_vendor(Engine *self);
 int on_cpuid(void *uc, void *engine);
 uint64_t monotonic_ns(void);
-int on_rdtsc(void *uc, void *engine);
-int on_rdtscp(void *uc, void *engine);
 
 /* registers.c */
 void update_hflags(char *env);
@@ -602,6 +601,8 @@ enum {
     READ_CR,
     WRITE_CR,
     RDRAND,
+    READ_TSC,
+    READ_TSC_AUX,
     STI,
     INS,
     OUTS = INS + PORT_SIZES,
@@ -680,5 +681,7 @@ EXPORTED void helper_ltr_x86_64(void *env, int selector);
 EXPORTED void helper_write_crN_x86_64(void *env, int number, uint64_t value);
 EXPORTED uint64_t helper_read_crN_x86_64(void *env, int number);
 EXPORTED uint64_t helper_rdrand_x86_64(void *env);
+EXPORTED void helper_rdtsc_x86_64(void *env);
+EXPORTED void helper_rdtscp_x86_64(void *env);
 
 #endif

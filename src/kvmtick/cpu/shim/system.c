@@ -390,24 +390,41 @@ static uint64_t machine_tsc(const Engine *self)
 
 static uint64_t read_tsc(const Engine *self)
 {
-    Product elapsed_ns = machine_tsc(self) - self->tsc_at_ns;
-    return self->tsc_value + (uint64_t)(elapsed_ns * self->tsc_khz / 1000000);
+    uint64_t elapsed_ns = machine_tsc(self) - self->tsc_at_ns, product;
+    if (!__builtin_mul_overflow(elapsed_ns, self->tsc_khz, &product)) {
+        return self->tsc_value + product / 1000000; /* a division of 128 bits is a call */
+    }
+    return self->tsc_value + (uint64_t)((Product)elapsed_ns * self->tsc_khz / 1000000);
 }
 
-/* RDTSC and RDTSCP hooks; true: we have done the instruction. */
-int on_rdtsc(void *uc, void *engine)
+static void put_tsc(Engine *self, char *env, uintptr_t return_address)
 {
-    (void)uc;
-    Engine *self = engine;
+    if ((U64(env, ENV_CR + 8 * 4) & CR4_TSD) && (U32(env, ENV_HFLAGS) & HF_CPL)) {
+        lib.raise_exception(env, GENERAL_PROTECTION, 0, return_address);
+    }
     uint64_t tsc = read_tsc(self);
-    REGISTER(self->env, RAX) = (uint32_t)tsc;
-    REGISTER(self->env, RDX) = (uint32_t)(tsc >> 32);
-    return 1;
+    REGISTER(env, RAX) = (uint32_t)tsc;
+    REGISTER(env, RDX) = (uint32_t)(tsc >> 32);
 }
 
-int on_rdtscp(void *uc, void *engine)
+/* The library's own look for the instruction in its block each time, for hooks. */
+EXPORTED void helper_rdtsc_x86_64(void *env)
 {
-    Engine *self = engine;
-    REGISTER(self->env, RCX) = (uint32_t)U64(self->env, ENV_TSC_AUX);
-    return on_rdtsc(uc, engine);
+    Engine *self = engine_of(env, READ_TSC);
+    if (self == NULL) {
+        lib.genuine.rdtsc(env);
+        return;
+    }
+    put_tsc(self, env, (uintptr_t)__builtin_return_address(0));
+}
+
+EXPORTED void helper_rdtscp_x86_64(void *env)
+{
+    Engine *self = engine_of(env, READ_TSC_AUX);
+    if (self == NULL) {
+        lib.genuine.rdtscp(env);
+        return;
+    }
+    put_tsc(self, env, (uintptr_t)__builtin_return_address(0));
+    REGISTER(env, RCX) = (uint32_t)U64(env, ENV_TSC_AUX);
 }
