@@ -1,6 +1,7 @@
 # make run: set up .venv once, then boot the built-in guest and show the life of its ticks.
 # make test: set up what the tests need, then lint, type-check and run them all with the modules
-# that mypyc compiled, and those of these modules once more as Python. make test-all: all both ways.
+# that mypyc compiled, and those of these modules once more as Python. make test-all: all both ways,
+# and Linux in every set-up.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +11,9 @@ SOURCES := $(wildcard src/kvmtick/cpu/shim/*) $(foreach room,$(ROOMS),$(wildcard
 
 # What tests the compiled modules themselves; the other tests see them from further away.
 PURE_TESTS := $(addprefix tests/,timing irqchip vcpu trace ticks machine golden guests determinism kvm differential docs/test_json.py)
+
+# A kernel to boot, a firmware to start, and what looks at our tables and archives.
+TEST_PACKAGES := linux-image-cloud-amd64 seabios acpica-tools cpio
 
 .PHONY: run test test-all bench lint clean
 
@@ -21,6 +25,7 @@ test: lint
 	@echo "uncompiled, left for make test-all: $(filter-out $(PURE_TESTS),$(patsubst %/,%,$(wildcard tests/*/)))"
 	KVMTICK_PURE=1 $(BIN)/python -m pytest $(PURE_TESTS)
 
+test-all: export KVMTICK_ALL_BOOTS = 1
 test-all: lint
 	$(BIN)/python -m pytest
 	KVMTICK_PURE=1 $(BIN)/python -m pytest
@@ -54,6 +59,10 @@ $(VENV)/.developed: $(VENV)/.installed
 		package=$$(echo $$tool | sed s/chromedriver/chromium-driver/); \
 		{ apt-get update -qq && apt-get install --yes -qq --no-install-recommends $$package; } \
 		>/dev/null 2>&1 || echo "$$tool could not be installed: those tests will be skipped"; }; done
+	@if command -v apt-get >/dev/null && ! dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1; then \
+		echo "installing $(TEST_PACKAGES), which some tests need"; \
+		{ apt-get update -qq && apt-get install --yes -qq --no-install-recommends $(TEST_PACKAGES); } \
+		>/dev/null 2>&1 || echo "they could not be installed: those tests will be skipped"; fi
 	@touch $@
 
 clean:

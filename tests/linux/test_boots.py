@@ -1,0 +1,113 @@
+"""Debian's kernel boots to our prompt, finds its timer at the first attempt, and counts our ticks.
+
+Two set-ups always, all of them with KVMTICK_ALL_BOOTS=1 (`make test-all`).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmtick.cli import EXIT_OK
+
+START = "import sys; from kvmtick.cli import main; sys.exit(main(sys.argv[1:]))"
+DEADLINE_S = 600.0
+COMMANDS = b"ticks\nsleep 1\nticks\nexit\n"
+
+MISSING = (
+    "..MP-BIOS bug",
+    "timer doesn't work",
+    "timer not connected",
+    "lost",
+    "unstable",
+    "BUG:",
+    "Call Trace",
+    "Kernel panic",
+    "WARNING:",
+    "soft lockup",
+    "rcu_sched",
+    "trying to set up timer",
+    "TSC calibration",
+)
+"""What no boot may print."""
+
+all_boots = pytest.mark.skipif(
+    not os.environ.get("KVMTICK_ALL_BOOTS"),
+    reason="one of all set-ups: make test-all, or KVMTICK_ALL_BOOTS=1",
+)
+
+SETUPS = [
+    pytest.param("noapic nolapic", 1, id="PIT through the PIC"),
+    pytest.param("", 1, id="default"),
+    *(
+        pytest.param(append, vcpus, id=f"{append or 'default'}, {vcpus} vCPUs", marks=all_boots)
+        for append, vcpus in (
+            ("nolapic_timer", 1),
+            ("noapictimer", 1),
+            ("nox2apic", 1),
+            ("lapic=notscdeadline", 1),
+            ("nohz=off", 1),
+            ("highres=off", 1),
+            ("clocksource=acpi_pm", 1),
+            ("clocksource=tsc tsc=reliable", 1),
+            ("acpi=off", 1),
+            ("nmi_watchdog=1", 1),
+            ("", 2),
+            ("", 4),
+        )
+    ),
+]
+
+
+def timer_interrupts(printed: str) -> tuple[int, int]:
+    """By the first and the last `ticks` there: IRQ 0 and the local APICs' timers."""
+    counts = [
+        [int(count) for count in re.findall(rf"\b{label}: (\d+) = ", printed)]
+        for label in ("0", "LOC")
+    ]
+    seen = [each for each in counts if each]
+    assert seen, printed[-1000:]
+    assert all(len(each) == 2 for each in seen), printed[-1000:]
+    return sum(each[0] for each in seen), sum(each[1] for each in seen)
+
+
+def boot(
+    kernel: Path, append: str, vcpus: int, *options: str
+) -> "subprocess.CompletedProcess[bytes]":
+    """With `COMMANDS` for the prompt."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-c", START, "run", "--kernel", str(kernel)),
+            *("--append", append, "--vcpus", str(vcpus), *options),
+        ],
+        input=COMMANDS,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+
+
+@pytest.mark.parametrize(("append", "vcpus"), SETUPS)
+def test_a_kernel_boots_to_the_prompt(kernel: Path, append: str, vcpus: int) -> None:
+    run = boot(kernel, append, vcpus)
+    printed = run.stdout.decode(errors="replace").replace("\r", "")
+    assert (run.returncode, run.stderr) == (EXIT_OK, b""), printed[-2000:]
+    release = kernel.name.removeprefix("vmlinuz-")
+    assert f"Linux version {release} " in printed
+    assert printed.count("kvmtick# ") == 4
+    for text in MISSING:
+        assert text not in printed
+    before, after = timer_interrupts(printed)
+    assert after > before
+    assert "power-off after" in printed
+
+
+@all_boots
+def test_a_boot_repeats_exactly(kernel: Path, tmp_path: Path) -> None:
+    traces = [tmp_path / "1.ktrace", tmp_path / "2.ktrace"]
+    runs = [boot(kernel, "", 1, "--trace", str(trace)).stdout for trace in traces]
+    first, again = (re.sub(rb"[^\n]*wall time[^\n]*", b"", printed) for printed in runs)
+    assert first == again
+    assert traces[0].read_bytes() == traces[1].read_bytes()
