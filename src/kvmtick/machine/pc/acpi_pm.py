@@ -1,6 +1,6 @@
-"""ACPI's fixed hardware (ACPI specification 6.5, 4.8.3 and 4.8.4): PM1a events and control, PM timer.
+"""ACPI's fixed hardware (ACPI specification 6.5, 4.8.3): PM1a events and control, PM timer.
 
-* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable; of the events there is the timer's carry only;
+* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable; of the events only the timer's carry;
 * 0x604 PM1a_CNT: ACPI mode is always on (SCI_EN); SLP_EN with the type of S5 switches off;
 * 0x608 PM_TMR: 24 bits at 3.579545 MHz from the machine's clock.
 

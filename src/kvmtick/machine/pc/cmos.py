@@ -5,16 +5,16 @@ century is register 0x32, as on a PC. Periodic, alarm and update-ended interrupt
 for is worked out when register C is read. The RAM holds what a PC's firmware leaves there of the
 machine's size, where SeaBIOS looks for it.
 
-Not modelled: daylight saving, the square wave, a divider that is stopped or reset (register A's bits
-are kept only), the NMI mask in bit 7 of the index, checksums of the RAM.
+Not modelled: daylight saving, the square wave, a divider that is stopped or reset (register A's
+bits are kept only), the NMI mask in bit 7 of the index, checksums of the RAM.
 """
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Final
 
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.ports import PortHandler
+from kvmtick.timing.date import date_of, seconds_of
 from kvmtick.timing.queue import Deadline
 
 __all__ = ["Cmos"]
@@ -156,29 +156,27 @@ class Cmos:
     def _go_on(self) -> None:
         """From what the guest has written, if that is a date."""
         try:
-            date = datetime(
+            wanted_s = seconds_of(
                 100 * self._decoded(CENTURY) + self._decoded(YEAR),
                 self._decoded(MONTH),
                 self._decoded(DAY),
                 self._hour(self.ram[HOURS]),
                 self._decoded(MINUTES),
                 self._decoded(SECONDS),
-                tzinfo=UTC,
             )
         except ValueError:
             return
-        self.offset_s += int(date.timestamp()) - self._now_s()
+        self.offset_s += wanted_s - self._now_s()
         self._seen_s = self._now_s()
 
     def _time_registers(self) -> dict[int, int]:
-        now = datetime.fromtimestamp(self._now_s(), UTC)
+        now = date_of(self._now_s())
         century, year = divmod(now.year, 100)
-        sunday_is_1 = now.isoweekday() % 7 + 1
         return {
             SECONDS: self._encoded(now.second),
             MINUTES: self._encoded(now.minute),
             HOURS: self._encoded_hour(now.hour),
-            DAY_OF_WEEK: self._encoded(sunday_is_1),
+            DAY_OF_WEEK: self._encoded(now.weekday),
             DAY: self._encoded(now.day),
             MONTH: self._encoded(now.month),
             YEAR: self._encoded(year),
@@ -211,7 +209,7 @@ class Cmos:
     # Interrupts.
 
     def _period(self) -> int:
-        """Of the periodic interrupt, in cycles of the crystal; 0: it is off (datasheet, table 5)."""
+        """Of the periodic interrupt, in cycles of the crystal; 0: off (datasheet, table 5)."""
         rate = self.ram[A] & A_RATE
         if not rate:
             return 0

@@ -1,8 +1,8 @@
 """The 8042 keyboard controller without a keyboard (IBM PC/AT technical reference, "Keyboard
 controller"): enough for A20, for a reset by command 0xfe, and to be told that nobody is there.
 
-Not modelled: keyboard and mouse, their interrupts and their commands (bytes for them are lost), what
-the output port's A20 bit does: A20 is always on.
+Not modelled: keyboard and mouse, their interrupts and their commands (bytes for them are lost),
+what the output port's A20 bit does: A20 is always on.
 """
 
 from typing import Final

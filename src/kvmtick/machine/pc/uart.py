@@ -5,7 +5,7 @@ FIFO of 16 bytes. IRQ 4 follows the interrupt identification, while OUT2 lets it
 In loop mode what is sent is received, and the modem outputs are the modem inputs.
 
 Not modelled: the line's speed and format, line errors and BREAK, the character timeout (what is in
-the FIFO is told at once, whatever its trigger level), changes of the modem's lines but in loop mode.
+the FIFO is told at once, whatever its trigger level), the modem's lines but in loop mode.
 """
 
 from collections import deque
