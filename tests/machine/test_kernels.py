@@ -338,7 +338,6 @@ REFUSED = {
     "starts at 0x1, where nothing": by_addresses(GPA, GPA, 0, 0, 1),
     "is a gzip file: unpack it": gzip.compress(GOOD),
     "is an xz file": b"\xfd7zXZ\0" + bytes(100),
-    "is a Linux bzImage": patched(pe() + bytes(600), 0x202, b"HdrS"),
     "is a PE, a Windows or UEFI program": pe(),
     "is a script": b"#!/bin/sh\nexit\n",
     "is a text file": b"  mov ax, 5\n\thlt\n",

@@ -135,7 +135,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         WBINVD | PROC_C1 | PWR_BUTTON | SLP_BUTTON | FIX_RTC | RESET_REG_SUP,
         _io_port(RESET_PORT, 1, 1),
         RESET_VALUE,
-        facs,
+        0,  # X_FIRMWARE_CTRL, for a FACS that the field of 32 bits cannot reach
         dsdt,
         *(_io_port(PM1A_EVT_PORT, PM1_EVT_BYTES, 2), none),
         *(_io_port(PM1A_CNT_PORT, PM1_CNT_BYTES, 2), none, none),
@@ -173,9 +173,9 @@ def _dsdt() -> bytes:
     return _table(
         b"DSDT",
         2,
-        name("\\_S5_", s5)
+        name("_S5_", s5)
         + scope(
-            "\\_SB_",
+            "_SB_",
             aml_device("COM1", name("_HID", eisa_id("PNP0501")), name("_CRS", com1)),
             aml_device("RTC_", name("_HID", eisa_id("PNP0B00")), name("_CRS", rtc)),
         ),
