@@ -138,8 +138,8 @@ class Machine(PortOwner):
         self._waker = Waker()
         """Of the thread in `run`."""
         self._stopwatch = Stopwatch()
-        self._run_from_ns = 0
-        """When the stopwatch was started."""
+        self._paced_from_ns = 0
+        """The machine's time when the stopwatch began, for `_sleep_at_hosts_pace`."""
         self.threads: list[VcpuThread] = []
         """Those in KVM_RUN, `sleepers` among them."""
         self.sleepers: list[VcpuThread] = []
@@ -336,7 +336,7 @@ class Machine(PortOwner):
     ) -> Exit:
         stopwatch = self._stopwatch = Stopwatch()
         self.begin()
-        self._run_from_ns = self.clock.now_ns
+        self._paced_from_ns = self.clock.now_ns
         if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
@@ -675,9 +675,11 @@ class Machine(PortOwner):
         self._slice_over = True
 
     def _sleep_at_hosts_pace(self, until_ns: int) -> None:
-        """Virtual time passes, but not beyond the host's since the run began; what is behind that
-        catches up at once.
+        """Virtual time passes as fast as the host's. What a sleep was too long by is made up for,
+        and not what the guest computed for: a second's sleep is a second then, too.
         """
+        late_ns = self._host_ns() - self.clock.now_ns
+        self._paced_from_ns -= max(0, late_ns - SLICE_REAL_NS)
         ahead_ns = until_ns - self._host_ns()
         if ahead_ns > 0:
             self.recorder.flush()
@@ -687,8 +689,8 @@ class Machine(PortOwner):
         self.clock.now_ns = max(self.clock.now_ns, until_ns)
 
     def _host_ns(self) -> int:
-        """How late it is by the host's clock."""
-        return self._run_from_ns + self._stopwatch.elapsed_ns()
+        """How late it is in the machine by the host's clock."""
+        return self._paced_from_ns + self._stopwatch.elapsed_ns()
 
     def _filenos(self) -> list[int]:
         """The descriptors that end a sleep."""
