@@ -3,7 +3,7 @@
 `tiny_initrd` makes it. Its init, a static program (``init.asm``), runs commands from the console or
 from a script: ``cat``, ``ticks``, ``date``, ``sleep``, ``snapshot``; ``help`` lists them all. A
 script has a command a line; ``#`` begins a comment. The machine powers off after the script, at
-``exit`` and at the end of the console's input.
+``exit`` and at the end of the console's input; without ACPI, which alone can do that, it is reset.
 
 ``snapshot NAME`` prints one line, ``snapshot NAME ...``, and waits until it is sent; then it reads
 without printing anything, and prints what it read in one write::

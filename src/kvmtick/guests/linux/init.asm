@@ -373,9 +373,15 @@ reboot: mov     edx, RB_RESTART
         call    end_machine
         jmp     power_off
 
+; Without ACPI nothing switches a PC off: Linux would halt for ever, so restart it.
 power_off:
         call    flush
+        lea     rdi, [acpi_folder]
+        call    open
         mov     edx, RB_POWER_OFF
+        mov     ecx, RB_RESTART
+        test    eax, eax
+        cmovs   edx, ecx
         call    end_machine
         mov     edx, RB_HALT            ; nothing here can switch it off
         call    end_machine
@@ -856,6 +862,7 @@ root:           db "/", 0
 script:         db "/script", 0
 interrupts:     db "/proc/interrupts", 0
 uptime_file:    db "/proc/uptime", 0
+acpi_folder:    db "/sys/firmware/acpi", 0
 
         section .strings
 file_end:
