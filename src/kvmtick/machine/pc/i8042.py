@@ -19,9 +19,13 @@ STATUS_OUTPUT_FULL, STATUS_SYSTEM, STATUS_COMMAND, STATUS_UNLOCKED = 0x01, 0x04,
 
 READ_COMMAND_BYTE, WRITE_COMMAND_BYTE = 0x20, 0x60
 SELF_TEST, SELF_TEST_PASSED = 0xAA, 0x55
-TEST_KEYBOARD, CLOCK_LINE_STUCK_LOW = 0xAB, 0x01
+TEST_MOUSE, TEST_KEYBOARD, CLOCK_LINE_STUCK_LOW = 0xA9, 0xAB, 0x01
+LOOP_MOUSE: Final = 0xD3
+"""Give a byte back as if the mouse had sent it; without a mouse's port it comes as the keyboard's,
+at once: a driver that waited in vain would do so for half a second with interrupts off."""
 DISABLE_KEYBOARD, ENABLE_KEYBOARD = 0xAD, 0xAE
 READ_OUTPUT_PORT, WRITE_OUTPUT_PORT = 0xD0, 0xD1
+HAVE_A_BYTE: Final = (WRITE_COMMAND_BYTE, WRITE_OUTPUT_PORT, LOOP_MOUSE)
 PULSE: Final = 0xF0
 """The low four bits pull bits of the output port low for 6 us where they are 0."""
 OUTPUT_NO_RESET, OUTPUT_A20 = 0x01, 0x02
@@ -58,6 +62,8 @@ class I8042:
             self.command_byte = value
         elif expects == WRITE_OUTPUT_PORT:
             self._write_output_port(value)
+        elif expects == LOOP_MOUSE:
+            self.output = value
         return None
 
     def _access_command(self, port: int, size_bytes: int, value: int | None) -> int | None:
@@ -66,7 +72,7 @@ class I8042:
         if value is None:
             return self._status()
         self.last_was_command = True
-        self.expects = value if value in (WRITE_COMMAND_BYTE, WRITE_OUTPUT_PORT) else 0
+        self.expects = value if value in HAVE_A_BYTE else 0
         self._command(value)
         return None
 
@@ -81,7 +87,7 @@ class I8042:
             self.output = self.command_byte
         elif command == SELF_TEST:
             self.output = SELF_TEST_PASSED
-        elif command == TEST_KEYBOARD:
+        elif command in (TEST_KEYBOARD, TEST_MOUSE):
             self.output = CLOCK_LINE_STUCK_LOW
         elif command == DISABLE_KEYBOARD:
             self.command_byte |= COMMAND_KEYBOARD_OFF
