@@ -121,9 +121,6 @@ class Machine(PortOwner):
         self.board = Board(self.clock, self.host, self.recorder, self.ports, min_timer_period_ns)
         self.strict = False
         """An access to an unknown MSR ends the run, and the vCPU stands before it."""
-        self.console: Console | None = None
-        """What the serial line's input comes from. With a live one, virtual time in which no vCPU
-        runs passes at the host's pace: nobody shall find a prompt that has waited for hours."""
         self._pc: Pc | None = None
         self._refused: tuple[Vcpu, dict[str, int]] | None = None
         self.ram: mmap | bytes = mmap(-1, ram_bytes) if ram_bytes else b""
@@ -137,9 +134,6 @@ class Machine(PortOwner):
         """`run` is under way."""
         self._waker = Waker()
         """Of the thread in `run`."""
-        self._stopwatch = Stopwatch()
-        self._paced_from_ns = 0
-        """The machine's time when the stopwatch began, for `_sleep_at_hosts_pace`."""
         self.threads: list[VcpuThread] = []
         """Those in KVM_RUN, `sleepers` among them."""
         self.sleepers: list[VcpuThread] = []
@@ -179,6 +173,17 @@ class Machine(PortOwner):
                 )
             )
         return self._pc
+
+    @property
+    def console(self) -> Console | None:
+        """What the serial line's input comes from. With a live one, virtual time in which no vCPU
+        runs passes at the host's pace: nobody shall find a prompt that has waited for hours.
+        """
+        return None if self._pc is None else self._pc.console
+
+    @console.setter
+    def console(self, console: Console | None) -> None:
+        self.pc.console = console
 
     def _date_ns(self) -> int:
         if self.virtual:
@@ -334,9 +339,11 @@ class Machine(PortOwner):
     def _run(
         self, for_ns: int | None, limit_s: float | None, until: Callable[[], bool] | None
     ) -> Exit:
-        stopwatch = self._stopwatch = Stopwatch()
+        stopwatch = Stopwatch()
         self.begin()
-        self._paced_from_ns = self.clock.now_ns
+        console = self.console
+        if console is not None:
+            console.begin()
         if len(self.board.vcpus) > 1 and self._quantum_end_ns == NEVER_NS:
             self._quantum_end_ns = self.clock.now_ns + self._quantum_ns
         end_ns = NEVER_NS if for_ns is None else self.clock.now_ns + for_ns
@@ -422,8 +429,9 @@ class Machine(PortOwner):
         self._slice_over = False
         if self.recorder.full:
             self.recorder.flush()
-        if self.console is not None:
-            self.console.poll()
+        console = self.console
+        if console is not None:
+            console.poll()
         self.lock.pass_on()
         if self._exit is None and limit_s is not None and stopwatch.elapsed_s() > limit_s:
             return Exit("limit", detail=f"still running after {limit_s:g} s of wall time")
@@ -656,8 +664,9 @@ class Machine(PortOwner):
         next_ns = self.board.queue.next_ns
         until_ns = next_ns if next_ns < end_ns else end_ns
         self.recorder.task = IDLE_TASK
-        if self.virtual and self.console is not None and self.console.live:
-            self._sleep_at_hosts_pace(until_ns)
+        console = self.console
+        if self.virtual and console is not None and console.live:
+            self._sleep_at_hosts_pace(console, until_ns)
             return
         if self.virtual and until_ns < NEVER_NS:
             self.clock.now_ns = until_ns
@@ -674,28 +683,24 @@ class Machine(PortOwner):
         self.clock.refresh()
         self._slice_over = True
 
-    def _sleep_at_hosts_pace(self, until_ns: int) -> None:
+    def _sleep_at_hosts_pace(self, console: Console, until_ns: int) -> None:
         """Virtual time passes as fast as the host's. What a sleep was too long by is made up for,
         and not what the guest computed for: a second's sleep is a second then, too.
         """
-        late_ns = self._host_ns() - self.clock.now_ns
-        self._paced_from_ns -= max(0, late_ns - SLICE_REAL_NS)
-        ahead_ns = until_ns - self._host_ns()
+        console.catch_up(SLICE_REAL_NS)
+        ahead_ns = until_ns - console.host_ns()
         if ahead_ns > 0:
             self.recorder.flush()
             self._waker.sleep(min(ahead_ns, SLICE_REAL_NS), self._filenos())
-            until_ns = min(until_ns, self._host_ns())
+            until_ns = min(until_ns, console.host_ns())
             self._slice_over = True
         self.clock.now_ns = max(self.clock.now_ns, until_ns)
-
-    def _host_ns(self) -> int:
-        """How late it is in the machine by the host's clock."""
-        return self._paced_from_ns + self._stopwatch.elapsed_ns()
 
     def _filenos(self) -> list[int]:
         """The descriptors that end a sleep."""
         filenos = self.board.irqfds.filenos()
-        return filenos if self.console is None else filenos + self.console.filenos()
+        console = self.console
+        return filenos if console is None else filenos + console.filenos()
 
     def _call_out(self, holder: int) -> None:
         """Another thread wants the machine; `holder` may be in the guest or asleep, or about to."""

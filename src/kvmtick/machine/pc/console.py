@@ -17,6 +17,7 @@ from typing import Final
 from kvmtick.machine.pc.uart import Uart
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.queue import EventQueue
+from kvmtick.timing.wall import Stopwatch
 
 __all__ = ["END_OF_INPUT", "ESCAPE", "Console"]
 
@@ -53,9 +54,25 @@ class Console:
         self._leave = leave
         self._pending = b"" if fd is not None else END_OF_INPUT
         self._is_due = False
+        self._stopwatch = Stopwatch()
+        self._began_ns = clock.now_ns
+        """The machine's time when the stopwatch began."""
         uart.on_room = self._plan
         if uart.wants_input:
             self._plan()
+
+    def begin(self) -> None:
+        """The machine runs: from now on its time and the host's are compared."""
+        self._stopwatch = Stopwatch()
+        self._began_ns = self._clock.now_ns
+
+    def host_ns(self) -> int:
+        """How late it is in the machine by the host's clock."""
+        return self._began_ns + self._stopwatch.elapsed_ns()
+
+    def catch_up(self, most_ns: int) -> None:
+        """Of what the machine is behind the host, so much is made up for at most."""
+        self._began_ns -= max(0, self.host_ns() - self._clock.now_ns - most_ns)
 
     def filenos(self) -> list[int]:
         """What ends a sleep: bytes have come that could be taken."""

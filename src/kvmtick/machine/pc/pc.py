@@ -20,6 +20,7 @@ from kvmtick.machine.fw_cfg import FwCfg
 from kvmtick.machine.pc.acpi_pm import AcpiPm
 from kvmtick.machine.pc.ata import Ata
 from kvmtick.machine.pc.cmos import Cmos
+from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.i8042 import I8042
 from kvmtick.machine.pc.reset import ResetPorts
@@ -35,6 +36,8 @@ class Pc:
 
     def __init__(self, host: PcHost) -> None:
         self.uart = Uart(host)
+        self.console: Console | None = None
+        """Who feeds the UART."""
         self.fw_cfg = FwCfg(host.ram_bytes, host.vcpus)
         self.ata = Ata(host)
         self.cmos = Cmos(host)
