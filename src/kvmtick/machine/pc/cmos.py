@@ -6,7 +6,8 @@ for is worked out when register C is read. The RAM holds what a PC's firmware le
 machine's size, where SeaBIOS looks for it.
 
 Not modelled: daylight saving, the square wave, a divider that is stopped or reset (register A's
-bits are kept only), the NMI mask in bit 7 of the index, checksums of the RAM.
+bits are kept only), the NMI mask in bit 7 of the index, checksums of the RAM, a day of the week
+that is not the date's, dates that do not exist (setting one changes nothing).
 """
 
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Cmos:
         above_1_mib = min((ram_bytes - MIB) // KIB, 0xFFFF)
         above_16_mib = min(max(ram_bytes - 16 * MIB, 0) // (64 * KIB), 0xFFFF)
         for at, value in (
-            (0x15, BASE_MEMORY_KIB),
+            (0x15, min(BASE_MEMORY_KIB, ram_bytes // KIB)),
             (0x17, max(above_1_mib, 0)),
             (0x30, max(above_1_mib, 0)),
             (0x34, above_16_mib),
@@ -226,17 +227,18 @@ class Cmos:
             self.flags |= C_PERIODIC
         if now_s > self._seen_s and not self.ram[B] & B_SET:
             self.flags |= C_UPDATE
-            if self._next_alarm_s(self._seen_s) <= now_s:
+            alarm_s = self._next_alarm_s(self._seen_s)
+            if alarm_s is not None and alarm_s <= now_s:
                 self.flags |= C_ALARM
         self._seen_periods, self._seen_s = periods, now_s
 
-    def _next_alarm_s(self, after_s: int) -> int:
-        """The first second behind `after_s` that the alarm registers name."""
+    def _next_alarm_s(self, after_s: int) -> int | None:
+        """The first second behind `after_s` that the alarm registers name; None: they name none."""
         day_s, second_of_day = divmod(after_s, DAY_S)
         for start_s, behind in ((day_s * DAY_S, second_of_day), ((day_s + 1) * DAY_S, -1)):
             for second in self._alarm_seconds(behind):
                 return start_s + second
-        return after_s + 2 * DAY_S
+        return None
 
     def _alarm_seconds(self, behind: int) -> Iterator[int]:
         """Seconds of a day, behind one of them, that the alarm names."""
@@ -283,8 +285,9 @@ class Cmos:
         ahead_ns = now_ns - self._host.date_ns() - self.offset_s * NS_PER_S
         if allowed & B_UPDATE:
             yield ahead_ns + (self._seen_s + 1) * NS_PER_S
-        if allowed & B_ALARM:
-            yield ahead_ns + self._next_alarm_s(self._seen_s) * NS_PER_S
+        alarm_s = self._next_alarm_s(self._seen_s) if allowed & B_ALARM else None
+        if alarm_s is not None:
+            yield ahead_ns + alarm_s * NS_PER_S
 
     def _on_due(self) -> None:
         self._look()

@@ -4,8 +4,9 @@ The transmitter is empty again as soon as it was written to. Input is what `rece
 FIFO of 16 bytes. IRQ 4 follows the interrupt identification, while OUT2 lets it through as on a PC.
 In loop mode what is sent is received, and the modem outputs are the modem inputs.
 
-Not modelled: the line's speed and format, line errors and BREAK, the character timeout (what is in
-the FIFO is told at once, whatever its trigger level), the modem's lines but in loop mode.
+Not modelled: the line's speed and format, line errors (but the overrun of loop mode) and BREAK, the
+character timeout (what is in the FIFO is told at once, whatever its trigger level), the modem's
+lines but in loop mode.
 """
 
 from collections import deque
@@ -24,9 +25,10 @@ FIFO_BYTES: Final = 16
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 FCR: Final = IIR
 
-IER_RECEIVED, IER_TRANSMITTER_EMPTY, IER_MODEM = 0x01, 0x02, 0x08
+IER_RECEIVED, IER_TRANSMITTER_EMPTY, IER_LINE_STATUS, IER_MODEM = 0x01, 0x02, 0x04, 0x08
 IER_BITS: Final = 0x0F
 IIR_NONE, IIR_MODEM, IIR_TRANSMITTER_EMPTY, IIR_RECEIVED = 0x01, 0x00, 0x02, 0x04
+IIR_LINE_STATUS: Final = 0x06
 IIR_FIFOS: Final = 0xC0
 FCR_ENABLE, FCR_CLEAR_RECEIVER = 0x01, 0x02
 LCR_DIVISOR_LATCH: Final = 0x80
@@ -39,8 +41,8 @@ DIVISOR_9600: Final = 12
 
 
 class Uart:
-    """COM1. `on_room` is called when the guest could take more: it has read the FIFO empty, or
-    begins to listen.
+    """COM1. `on_room` is called when a guest that listens can take more:
+    it has read or made the FIFO empty, has begun to listen, or has left loop mode.
     """
 
     def __init__(self, host: PcHost) -> None:
@@ -68,17 +70,22 @@ class Uart:
     @property
     def wants_input(self) -> bool:
         """The guest listens, by interrupts, and has room."""
-        return bool(self.ier & IER_RECEIVED) and len(self.received) < self._room_bytes
+        return bool(self.ier & IER_RECEIVED and self._room_for_line_bytes)
 
     def receive(self, data: bytes) -> int:
         """Put into the FIFO what fits of `data`; how many bytes that were."""
-        taken = data[: max(0, self._room_bytes - len(self.received))]
+        taken = data[: self._room_for_line_bytes]
         self.received.extend(taken)
         self._update()
         return len(taken)
 
     @property
-    def _room_bytes(self) -> int:
+    def _room_for_line_bytes(self) -> int:
+        """In loop mode the receiver is cut off from the line."""
+        return 0 if self.mcr & MCR_LOOP else self._depth_bytes - len(self.received)
+
+    @property
+    def _depth_bytes(self) -> int:
         return FIFO_BYTES if self.fcr & FCR_ENABLE else 1
 
     # The guest's side.
@@ -142,13 +149,20 @@ class Uart:
         return byte
 
     def _send(self, byte: int) -> None:
-        if not self.mcr & MCR_LOOP:
-            self._host.transmit(byte)
-        elif len(self.received) < self._room_bytes:
-            self.received.append(byte)
+        if self.mcr & MCR_LOOP:
+            self._loop_back(byte)
         else:
-            self.overrun = True
+            self._host.transmit(byte)
         self.tells_empty = True
+
+    def _loop_back(self, byte: int) -> None:
+        """An overrun loses the new byte, but the one in the buffer where there is no FIFO."""
+        if len(self.received) < self._depth_bytes:
+            self.received.append(byte)
+            return
+        self.overrun = True
+        if not self.fcr & FCR_ENABLE:
+            self.received[0] = byte
 
     def _write_ier(self, value: int) -> None:
         began = value & ~self.ier
@@ -159,14 +173,20 @@ class Uart:
             self._tell_room()
 
     def _write_fcr(self, value: int) -> None:
-        if (value ^ self.fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVER:
-            self.received.clear()
+        clears = (value ^ self.fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVER
         self.fcr = value if value & FCR_ENABLE else 0
+        if clears and self.received:
+            self.received.clear()
+            self._tell_room()
 
     def _write_mcr(self, value: int) -> None:
-        before = self._modem_lines()
+        before, looped = self._modem_lines(), self.mcr & MCR_LOOP
         self.mcr = value
-        self.modem_changes |= (before ^ self._modem_lines()) >> 4
+        after = self._modem_lines()
+        # of RI only the trailing edge counts (TERI)
+        self.modem_changes |= ((before ^ after) & ~(after & MSR_RI)) >> 4
+        if looped and not value & MCR_LOOP:
+            self._tell_room()
 
     def _read_iir(self) -> int:
         """Reading it answers the transmitter's interrupt, if that is what it tells."""
@@ -198,6 +218,8 @@ class Uart:
 
     def _cause(self) -> int:
         """The interrupt with the highest priority (PC16550D, table IV)."""
+        if self.ier & IER_LINE_STATUS and self.overrun:
+            return IIR_LINE_STATUS
         if self.ier & IER_RECEIVED and self.received:
             return IIR_RECEIVED
         if self.ier & IER_TRANSMITTER_EMPTY and self.tells_empty:
@@ -215,5 +237,5 @@ class Uart:
             self._host.set_irq_line(IRQ, level)
 
     def _tell_room(self) -> None:
-        if self.on_room is not None:
+        if self.on_room is not None and self.wants_input:
             self.on_room()
