@@ -26,6 +26,8 @@ UNWANTED = (
     "calibration inconsistent",
     "unstable",
     "lost ticks",
+    "ACPI Error",
+    "ACPI Warning",
     "BUG:",
     "WARNING:",
     "Call Trace",

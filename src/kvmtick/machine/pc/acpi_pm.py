@@ -1,8 +1,7 @@
 """ACPI's fixed hardware (ACPI specification 6.5, 4.8.3): PM1a events and control, PM timer.
 
-* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable. Of the events only the timer's carry happens;
-  those of the global lock and of the RTC can be enabled, for Linux does so and checks it, the
-  buttons' cannot, as the FADT says;
+* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable. Only the timer's event ever happens; those
+  of the global lock and the RTC can be enabled, which Linux does and checks; buttons are not here;
 * 0x604 PM1a_CNT: ACPI mode is always on (SCI_EN); SLP_EN with the type of S5 switches off;
 * 0x608 PM_TMR: 24 bits at 3.579545 MHz from the machine's clock.
 
