@@ -1,5 +1,6 @@
 """Linux on /dev/kvm, with the model's chips and with the kernel's; and where KVM cannot do that."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ def test_a_kvm_that_emulates_is_refused(
     monkeypatch.setattr("kvmtick.host.probe.probe_virtualization", lambda: "")
     trace = tmp_path / "kept.ktrace"
     trace.write_bytes(b"kept")
-    assert main(["run", "--kernel", str(echo), *where, "--trace", str(trace)]) == EXIT_HOST
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        code = main(["run", "--kernel", str(echo), *where, "--trace", str(trace)])
+    assert code == EXIT_HOST
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "neither VMX nor SVM" in err
