@@ -47,6 +47,8 @@ UNWANTED = (
     "nobody cared",
     "APIC error",
     "NMI received",
+    "ACPI Error",
+    "ACPI Warning",
     "BUG:",
     "WARNING:",
     "Call Trace",
