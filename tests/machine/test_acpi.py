@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvmtick.machine.pc import aml
-from kvmtick.machine.pc.acpi import SLP_TYP_S5, acpi_tables
+from kvmtick.machine.pc.acpi import acpi_tables
+from kvmtick.machine.pc.acpi_pm import S5
 
 AT = 0xF_0000
 HEADER_BYTES = 36
@@ -103,7 +104,7 @@ def test_the_tables_disassemble(tmp_path: Path) -> None:
         assert not any(word in output for word in ("Error", "Warning", "ERROR", "WARN")), output
         text[name] = (tmp_path / f"{name}.dsl").read_text()
         assert not any(word in text[name] for word in ("Invalid", "Unknown", "Incorrect")), name
-    for words in ("_S5", f"0x{SLP_TYP_S5:02X}", 'EisaId ("PNP0501")', "0x03F8", "{4}", "PNP0B00"):
+    for words in ("_S5", f"0x{S5:02X}", 'EisaId ("PNP0501")', "0x03F8", "{4}", "PNP0B00"):
         assert words in text["DSDT"]
     for words in (
         "PM1A Event Block Address : 00000600",

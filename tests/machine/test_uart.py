@@ -135,6 +135,21 @@ def test_the_empty_transmitter_tells_once(com1: Com1) -> None:
     assert com1.sent == b"a"
 
 
+def test_a_byte_to_send_answers_and_renews_the_transmitters_interrupt(com1: Com1) -> None:
+    """A handler that does not read IIR gets an edge for every byte."""
+    com1.write(MCR, OUT2)
+    com1.write(IER, EMPTY)
+    com1.write(DATA, ord("a"))
+    com1.write(DATA, ord("b"))
+    assert com1.levels() == [1, 0, 1, 0, 1]
+    # behind a cause of higher priority the line stays as it is
+    com1.write(IER, EMPTY | RECEIVED)
+    com1.uart.receive(b"x")
+    com1.write(DATA, ord("c"))
+    assert com1.levels() == [1, 0, 1, 0, 1]
+    assert com1.sent == b"abc"
+
+
 def test_what_is_read_elsewhere_leaves_the_transmitters_interrupt(com1: Com1) -> None:
     com1.write(IER, EMPTY)
     for port in (LSR, MSR, IER, MCR, LCR):
@@ -246,6 +261,12 @@ def test_a_cleared_fifo_has_room(com1: Com1, value: int) -> None:
     assert com1.uart.wants_input
     assert com1.levels() == [1, 0]
     assert com1.read(LSR) == 0x60
+
+
+def test_without_its_enabling_bit_fifo_control_clears_nothing(com1: Com1) -> None:
+    com1.uart.receive(b"a")
+    com1.write(FCR, CLEAR_RECEIVER)
+    assert com1.read(DATA) == ord("a")
 
 
 def test_loop_mode_is_deaf_to_the_line(com1: Com1) -> None:

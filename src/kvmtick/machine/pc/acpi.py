@@ -12,28 +12,17 @@ import struct
 from typing import Final
 
 from kvmtick.irqchip.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS
+from kvmtick.machine.pc import acpi_pm, cmos, reset, uart
 from kvmtick.machine.pc.aml import device as aml_device
 from kvmtick.machine.pc.aml import eisa_id, integer, io_ports, irq, name, package, scope, template
 
-__all__ = [
-    "PM1A_CNT_PORT",
-    "PM1A_EVT_PORT",
-    "PM_TMR_PORT",
-    "RESET_PORT",
-    "RESET_VALUE",
-    "SCI_IRQ",
-    "SLP_TYP_S5",
-    "acpi_tables",
-]
+__all__ = ["acpi_tables"]
 
-PM1A_EVT_PORT, PM1A_CNT_PORT, PM_TMR_PORT = 0x600, 0x604, 0x608
+PM1A_EVT_PORT, PM1A_CNT_PORT, PM_TMR_PORT = (
+    acpi_pm.BASE + at for at in (acpi_pm.STATUS, acpi_pm.CONTROL, acpi_pm.TIMER)
+)
 PM1_EVT_BYTES, PM1_CNT_BYTES, PM_TMR_BYTES = 4, 2, 4
-RESET_PORT, RESET_VALUE = 0xCF9, 6
-SCI_IRQ: Final = 9
-SLP_TYP_S5: Final = 5
-"""What the guest writes to PM1a_CNT's SLP_TYP to switch off."""
-CENTURY: Final = 0x32
-"""Where the RTC's memory has the century."""
+RESET_VALUE: Final = 6
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"KVMTCK", b"KVMTICK ", b"KVMT"
 HEADER: Final = struct.Struct("<4sIBB6s8sI4sI")
@@ -125,15 +114,15 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         dsdt,
         0,
         PROFILE_UNSPECIFIED,
-        SCI_IRQ,
+        acpi_pm.SCI,
         *(0, 0, 0, 0, 0),  # SMI_CMD and what would be written there
         *(PM1A_EVT_PORT, 0, PM1A_CNT_PORT, 0, 0, PM_TMR_PORT, 0, 0),
         *(PM1_EVT_BYTES, PM1_CNT_BYTES, 0, PM_TMR_BYTES, 0, 0, 0, 0),
         *(NO_C2, NO_C3, 0, 0, 0, 0),
-        *(0, 0, CENTURY),  # no alarm by day or month
+        *(0, 0, cmos.CENTURY),  # no alarm by day or month
         LEGACY_DEVICES | HAS_8042 | NO_VGA,
         WBINVD | PROC_C1 | PWR_BUTTON | SLP_BUTTON | FIX_RTC | RESET_REG_SUP,
-        _io_port(RESET_PORT, 1, 1),
+        _io_port(reset.RESET_CONTROL, 1, 1),
         RESET_VALUE,
         0,  # X_FIRMWARE_CTRL, for a FACS that the field of 32 bits cannot reach
         dsdt,
@@ -150,7 +139,7 @@ def _madt(vcpus: int) -> bytes:
     body += struct.pack(
         "<BBBxII", MADT_IOAPIC, 12, IOAPIC_ID, IOAPIC_DEFAULT_BASE_ADDRESS, GSI_BASE
     )
-    for source, gsi, flags in ((0, TIMER_GSI, CONFORMS), (SCI_IRQ, SCI_IRQ, HIGH_LEVEL)):
+    for source, gsi, flags in ((0, TIMER_GSI, CONFORMS), (acpi_pm.SCI, acpi_pm.SCI, HIGH_LEVEL)):
         body += struct.pack("<BBBBIH", MADT_OVERRIDE, 10, ISA_BUS, source, gsi, flags)
     body += struct.pack("<BBBHB", MADT_LAPIC_NMI, 6, 0xFF, CONFORMS, NMI_LINT)
     if vcpus > MOST_LAPIC_ID + 1:
@@ -167,9 +156,9 @@ def _local_apic(apic_id: int) -> bytes:
 
 def _dsdt() -> bytes:
     """S5, and the devices that nobody finds by looking: the serial port and the RTC."""
-    com1 = template(io_ports(0x3F8, 8), irq(4))
-    rtc = template(io_ports(0x70, 2), irq(8))
-    s5 = package(integer(SLP_TYP_S5), integer(0), integer(0), integer(0))
+    com1 = template(io_ports(uart.BASE, 8), irq(uart.IRQ))
+    rtc = template(io_ports(cmos.PORT_INDEX, 2), irq(cmos.IRQ))
+    s5 = package(integer(acpi_pm.S5), integer(0), integer(0), integer(0))
     return _table(
         b"DSDT",
         2,

@@ -31,6 +31,7 @@ SCI_EN: Final = 1 << 0
 SLP_TYP_SHIFT, SLP_TYP_MASK = 10, 7
 SLP_EN: Final = 1 << 13
 S5: Final = 5
+"""SLP_TYP with which the guest switches off."""
 CONTROL_BITS: Final = SLP_TYP_MASK << SLP_TYP_SHIFT | 1 << 1
 
 PM_TIMER_HZ: Final = 3_579_545

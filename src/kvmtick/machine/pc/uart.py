@@ -4,9 +4,10 @@ The transmitter is empty again as soon as it was written to. Input is what `rece
 FIFO of 16 bytes. IRQ 4 follows the interrupt identification, while OUT2 lets it through as on a PC.
 In loop mode what is sent is received, and the modem outputs are the modem inputs.
 
-Not modelled: the line's speed and format, line errors (but the overrun of loop mode) and BREAK, the
-character timeout (what is in the FIFO is told at once, whatever its trigger level), the modem's
-lines but in loop mode.
+Not modelled: input for a guest that polls (bytes wait at the other end until the guest enables the
+receiver's interrupt, so that none is lost to firmware or to a driver's probing), the line's speed
+and format, line errors (but the overrun of loop mode) and BREAK, the character timeout (what is in
+the FIFO is told at once, whatever its trigger level), the modem's lines but in loop mode.
 """
 
 from collections import deque
@@ -153,6 +154,9 @@ class Uart:
             self._loop_back(byte)
         else:
             self._host.transmit(byte)
+        # the transmitter was full in between: a cause that was not seen ends, and a new one begins
+        self.tells_empty = False
+        self._update()
         self.tells_empty = True
 
     def _loop_back(self, byte: int) -> None:
@@ -173,8 +177,10 @@ class Uart:
             self._tell_room()
 
     def _write_fcr(self, value: int) -> None:
+        """Without the bit that enables the FIFOs no other counts."""
+        value = value if value & FCR_ENABLE else 0
         clears = (value ^ self.fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVER
-        self.fcr = value if value & FCR_ENABLE else 0
+        self.fcr = value
         if clears and self.received:
             self.received.clear()
             self._tell_room()
