@@ -1,11 +1,12 @@
-"""Makes the recordings of this directory again, on a machine with /dev/kvm and tracefs, as root.
+"""Makes the recordings of this directory again.
 
-    python docs/recordings/make.py slow-clock | after | interrupts-off
+    python docs/recordings/make.py slow-clock | after | interrupts-off | linux-boot
 
-Each is what `kvmtick record` writes while two VMs run, both with a guest that takes 1,000 ticks a
-second (`tick-pic`, `tick-if0`): `mail` is well, `billing` is the patient. README.md tells what they
-show. Threads of the machine that have nothing to do with it get other names in the file; nothing
-else is changed. Do it at a quiet moment.
+`linux-boot` is a simulated run of the newest kernel in /boot. The others need /dev/kvm and tracefs,
+and root: each is what `kvmtick record` writes while two VMs run, both with a guest that takes 1,000
+ticks a second (`tick-pic`, `tick-if0`): `mail` is well, `billing` is the patient. README.md tells
+what they show. Threads of the machine that have nothing to do with it get other names in the file;
+nothing else is changed. Do it at a quiet moment.
 """
 
 import gzip
@@ -61,6 +62,8 @@ def main(words: list[str]) -> None:
             record_slow_clock(FOLDER / "slow-clock.ktrace", PATIENTS_CPU, RECORD_S)
         case ["after"]:
             record_slow_clock(FOLDER / "after.ktrace", OTHER_CPU, AFTER_S)
+        case ["linux-boot"]:
+            record_linux_boot(FOLDER / "linux-boot.ktrace")
         case ["interrupts-off"]:
             record_interrupts_off(FOLDER / "interrupts-off.ktrace")
         case _:
@@ -156,6 +159,14 @@ def record_interrupts_off(path: Path) -> None:
         record(path, [*only, "--", *command], ends, billing[0])
 
 
+def record_linux_boot(path: Path) -> None:
+    """To the prompt, two seconds of sleep, and off."""
+    words = ["run", "linux", "--append", "nopv", "--trace", str(path)]
+    script = b"ticks\nsleep 2\nticks\n"
+    subprocess.run([sys.executable, "-m", "kvmtick", *words], input=script, check=True)
+    compress(path, path.read_bytes())
+
+
 def record(
     path: Path, words: list[str], begins: Path | None = None, to: IO[str] | None = None
 ) -> None:
@@ -169,7 +180,11 @@ def record(
             to.flush()
     if recorder.returncode:
         sys.exit(recorder.returncode)
-    data = without_other_names(path)
+    compress(path, without_other_names(path))
+
+
+def compress(path: Path, data: bytes) -> None:
+    """Write the file, compressed with gzip."""
     path.write_bytes(gzip.compress(data, mtime=0))
     print(f"{path.name}: {path.stat().st_size} bytes")
 

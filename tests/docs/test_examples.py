@@ -53,6 +53,7 @@ RUN_BLOCKS = {
     "benchmarks.md": 1,
     "reading-traces.md": 1,
     "firmware.md": 5,
+    "linux-boot.md": 5,
 }
 """How many blocks of a page are checked at least: a page that loses its examples is found."""
 
@@ -234,6 +235,8 @@ def test_examples(page: Path, run_page: Callable[[str, str], PageRun]) -> None:
         pytest.skip("gdb is not installed: apt-get install gdb")
     if "kvmtick run seabios" in text and not SEABIOS.exists():
         pytest.skip("SeaBIOS is not installed: apt-get install seabios")
+    if "\n$ kvmtick query " in text:
+        pytest.importorskip("duckdb", reason="needs duckdb: pip install 'kvmtick[export]'")
     run = run_page(page.name, text)
     if REFRESH:
         fresh = run.refreshed(wall_clock=REFRESH == "all")

@@ -27,7 +27,7 @@ OPEN_OBJECTS = dict.fromkeys(
 """Objects whose keys depend on the host or the command line."""
 WHOLE_OBJECTS = tuple(
     f"{of}sources[].{name}" for of in ("", "vms[].") for name in ("ticks", "latency_ns")
-)
+) + tuple(f"vms[].phases[].{name}" for name in ("verdicts", "interval_ns"))
 """Objects that are described elsewhere."""
 
 Fields = dict[str, str]

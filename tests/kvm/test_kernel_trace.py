@@ -21,6 +21,7 @@ from kvmtick.trace.events import Event, Record
 
 LIMIT_S = 10.0
 PIT_SOURCE_ID = 2
+IPI_VECTOR = 0x42
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,20 @@ def pulses_nobody_asked_for(records: list[Record]) -> int:
     return count
 
 
+def overtaken(records: list[Record], vector: int) -> int:
+    """Requests of a local APIC's vector that seem merged with one before, and were not: KVM writes
+    the record and then IRR, and in between the vCPU may take the request before (docs/fidelity.md).
+    """
+    count = merged = requested = 0
+    for record in records:
+        if record[1] == Event.KVM_APIC_ACCEPT_IRQ and record[-1] == vector:
+            merged, requested = requested, 1
+        elif record[1] == Event.KVM_INJ_VIRQ and record[3] == vector:
+            count += merged and not requested
+            merged, requested = merged and requested, 0
+    return count
+
+
 @pytest.mark.parametrize(
     ("name", "source", "path"),
     [
@@ -105,6 +120,8 @@ def test_every_tick_has_a_verdict(name: str, source: str, path: str) -> None:
         name == "ipi-tick" and taken(run.ticks) > run.guest_ticks
     )
     unasked = pulses_nobody_asked_for(records) if source == "pit" else 0
+    if name == "ipi-tick":
+        unasked += overtaken(records, IPI_VECTOR)
     assert run.guest_ticks - unasked <= run.ticks.expired
     assert run.ticks.extra <= unasked
     if name == "tick-if0":

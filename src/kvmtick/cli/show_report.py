@@ -7,8 +7,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmtick.cli.show import STYLES, ReportConsole, verdict_table
-from kvmtick.report.data import Finding, Report, Severity, SourceReport, WorstTick
-from kvmtick.report.words import hop_names
+from kvmtick.report.data import Finding, Phase, Report, Severity, SourceReport, WorstTick
+from kvmtick.report.words import (
+    hop_names,
+    phase_outcome,
+    phase_setting,
+    phase_timer,
+    phase_way,
+)
 from kvmtick.timing.host import format_ns
 
 __all__ = ["show_report", "show_story"]
@@ -41,6 +47,10 @@ def show_report(report: Report, worst: int) -> None:
         show(f"[bold]{escape(vm.name)}[/] (pid {vm.pid})")
         for note in vm.notes:
             show(f"  {escape(note)}")
+        if len(vm.phases) > 1:
+            show()
+            show("how the guest set its timers, by the time since the trace began:")
+            show(_phase_table(vm.phases, report.start_ns))
         for source in vm.sources:
             _show_source(console, source)
             if worst and source.worst:
@@ -72,6 +82,29 @@ def _paragraph(console: Console, text: str) -> None:
         text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     ):
         console.print(escape(line))
+
+
+def _phase_table(phases: list[Phase], start_ns: int) -> Table:
+    table = Table(
+        *("from", "to", "timer", "set to", "ticks and readings", "by way of"),
+        *("from tick to tick", "most"),
+        box=None,
+        pad_edge=False,
+    )
+    for at in (0, 1, 6, 7):
+        table.columns[at].justify = "right"
+    for phase in phases:
+        intervals = phase.intervals.summary()
+        table.add_row(
+            format_ns(phase.start_ns - start_ns),
+            format_ns(phase.end_ns - start_ns),
+            phase_timer(phase),
+            phase_setting(phase),
+            phase_outcome(phase),
+            phase_way(phase),
+            *(format_ns(intervals[key]) for key in ("p50", "max") if intervals),
+        )
+    return table
 
 
 def _show_source(console: Console, source: SourceReport) -> None:

@@ -154,12 +154,12 @@ class KernelVm(Vm[KernelVcpu]):
         self.told = Told()
         self._started_ns = 0
         self._ran_ns = 0
-        self.user = UserSpace(self, ram_bytes)
         self.slots = Slots()
         self.memory: GuestMemory | None = None
         self.device: KvmDevice = device or open_kvm(path)
         try:
             check_ram_bytes(ram_bytes)
+            self.user = UserSpace(self, ram_bytes)
             self.file: VmFile = self.device.create_vm(machine_type)
             if ram_bytes:
                 self.memory = self.file.add_memory(0, ram_bytes)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from kvmtick.abi.errors import HostError
 from kvmtick.abi.structs import KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2
 from kvmtick.guests import Needs, gsi_routing
+from kvmtick.kvm.topology import one_package
 from kvmtick.vcpu.cpuid import (
     ECX_HYPERVISOR,
     ECX_TSC_DEADLINE,
     FEATURES,
     LEAF_FEATURES,
     LEAF_VENDOR,
+    LEAVES_CLOCKS,
     LEAVES_TOPOLOGY,
     vendor_registers,
 )
@@ -69,13 +71,15 @@ def prepare(vm: "Vm[_V]", needs: Needs, reinject: bool) -> "list[_V]":
         entries = cpuid_of(vm.get_supported_cpuid(), vcpu.vcpu_id)
         _check_offered(entries, needs.cpuid or ())
         _change(entries, needs)
-        vcpu.set_cpuid2(entries)
+        vcpu.set_cpuid2(one_package(entries, vcpu.vcpu_id, needs.vcpus))
     return vcpus
 
 
 def _change(entries: Iterable[kvm_cpuid_entry2], needs: Needs) -> None:
     """What the VMM wants otherwise than KVM offers it."""
     for entry in entries:
+        if entry.function in LEAVES_CLOCKS and not needs.cpuid_clocks:
+            entry.eax = entry.ebx = entry.ecx = entry.edx = 0
         for feature in needs.cpuid_off:
             function, register, mask = FEATURES[feature]
             if entry.function == function:

@@ -132,7 +132,7 @@ def linux_guest(
     _put_firmware(layout, vcpus)
     registers = _entry_64(layout, header) if wants_64 else _entry_32(layout, header)
     needs = Needs(vcpus=vcpus, ram_bytes=ram_bytes, gsi0="ioapic-pin-2")
-    return Guest(name, b"", 0, (0, 0), None, needs, layout.pieces, registers)
+    return Guest(name, b"", 0, (0, 0), None, needs, layout.pieces, registers, has_rate=False)
 
 
 def parse_header(image: bytes) -> SetupHeader:

@@ -8,6 +8,7 @@ from kvmtick.report.data import Report, SourceReport, VmReport, WorstTick
 from kvmtick.report.facts import SourceFacts, TraceFacts, VmFacts, sees_eoi
 from kvmtick.report.findings import findings_of
 from kvmtick.report.masks import PicMask
+from kvmtick.report.phases import Phases
 from kvmtick.report.source import BELIEVED_HZ, PIT_HZ, SourceLives
 from kvmtick.report.stories import RecentRecords, Watch, story_lines
 from kvmtick.report.stream import Progress, origin
@@ -101,6 +102,7 @@ class _Builder:
                     pid=each.ticks.pid,
                     name=each.ticks.name,
                     sources=[source.report for source in each.sources],
+                    phases=each.phases,
                     notes=each.ticks.notes,
                 )
                 for each in vm_facts
@@ -120,11 +122,12 @@ class _Vm:
         self._waits = CpuWaits(ticks.tasks)
         self._vcpus = Vcpus(ticks)
         self._mask = PicMask()
+        self._phases = Phases(ticks.vcpus.get)
         self._causes = Causes(ticks, self._waits, self._vcpus, self._mask)
         self._worst = worst
         self._reinject: bool | None = None
         self._inhibits: int | None = None
-        waits, mask, vcpus = self._waits, self._mask, self._vcpus
+        waits, mask, vcpus, phases = self._waits, self._mask, self._vcpus, self._phases
         of: dict[Event, tuple[Callable[[Record], None], ...]] = {
             Event.SCHED_SWITCH: (waits.switch,),
             Event.SCHED_WAKING: (waits.waking,),
@@ -132,7 +135,8 @@ class _Vm:
             Event.WORK_START: (waits.runs,),
             Event.KVM_INJ_VIRQ: (waits.runs,),
             Event.KVM_EOI: (waits.runs,),
-            Event.KVM_PIO: (waits.runs, mask.pio),
+            Event.KVM_PIO: (waits.runs, mask.pio, phases.pio),
+            Event.KVM_APIC: (phases.apic,),
             Event.KVM_PIC_SET_IRQ: (mask.pulse,),
             Event.KVM_ENTRY: (waits.runs, vcpus.enter),
             Event.KVM_EXIT: (vcpus.exit,),
@@ -184,6 +188,7 @@ class _Vm:
                 self._causes, watch.tells, lambda: self._vcpus.last_ns
             )
         follower.take(lives)
+        self._phases.take(source.name, source.vcpu, lives)
 
     def facts(self, trace: TraceFacts, names: "_Names") -> VmFacts:
         sources = [s for s in self.ticks.assembler.sources() if s.expired]
@@ -193,6 +198,7 @@ class _Vm:
             reinject=self._replays,
             inhibits=self._inhibits,
             sources=[self._source(source, trace, names) for source in sources],
+            phases=self._phases.told(),
             trace=trace,
             name=names,
         )

@@ -12,7 +12,16 @@ from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.tick import Tick
 
-__all__ = ["Finding", "Report", "Severity", "SourceReport", "StoryLine", "VmReport", "WorstTick"]
+__all__ = [
+    "Finding",
+    "Phase",
+    "Report",
+    "Severity",
+    "SourceReport",
+    "StoryLine",
+    "VmReport",
+    "WorstTick",
+]
 
 
 class Severity(StrEnum):
@@ -158,6 +167,61 @@ class SourceReport:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch in which the guest had set one timer in one way, and what came of it."""
+
+    source: str
+    """`pit` or `lapic`."""
+    vcpu: int
+    """Whose local APIC; 0 of the PIT."""
+    channel: int | None
+    """The PIT's counter, 0 to 2; only 0 has ticks. None of a local APIC's timer."""
+    mode: str | None
+    """The PIT's, `0` to `5`; `one-shot`, `periodic` or `tsc-deadline`. None: it was set before the
+    trace began, or its setting was not recorded."""
+    count: int | None
+    """The PIT's count, 1-65536; None of a local APIC's timer, and if one-shots had several."""
+    period_ns: int | None
+    """Of its ticks; None of one-shots."""
+    start_ns: int
+    """When it was set, or its first tick."""
+    end_ns: int
+    """Its last tick or reading."""
+    reads: int
+    """How often the guest read its count (or, of counter 2, its output)."""
+    path: str | None
+    """By which way most of its ticks came, and as which vector; None if none did."""
+    vector: int | None
+    verdicts: dict[str, int]
+    intervals: Histogram
+    """From tick to tick, ns."""
+
+    @property
+    def ticks(self) -> int:
+        """How often it expired."""
+        return sum(self.verdicts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": self.source,
+            "vcpu": self.vcpu,
+            "channel": self.channel,
+            "mode": self.mode,
+            "count": self.count,
+            "period_ns": self.period_ns,
+            "start_ns": self.start_ns,
+            "end_ns": self.end_ns,
+            "reads": self.reads,
+            "path": self.path,
+            "vector": self.vector,
+            "ticks": self.ticks,
+            "verdicts": self.verdicts,
+            "interval_ns": self.intervals.summary(),
+        }
+
+
 @dataclass(slots=True)
 class VmReport:
     """One VM."""
@@ -165,6 +229,8 @@ class VmReport:
     pid: int
     name: str
     sources: list[SourceReport]
+    phases: list[Phase] = field(default_factory=list)
+    """How the guest set its timers, by when it did."""
     notes: list[str] = field(default_factory=list)
     """What cannot be told of it, and why."""
 
@@ -174,6 +240,7 @@ class VmReport:
             "pid": self.pid,
             "name": self.name,
             "notes": self.notes,
+            "phases": [phase.as_dict() for phase in self.phases],
             "sources": [source.as_dict() for source in self.sources],
         }
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvmtick.report.causes import Namer
-from kvmtick.report.data import SourceReport
+from kvmtick.report.data import Phase, SourceReport
 from kvmtick.report.source import SourceLives
 from kvmtick.report.vcpus import Vcpus
 from kvmtick.ticks.host import VmTicks
@@ -45,6 +45,7 @@ class VmFacts:
     inhibits: int | None
     """What keeps APICv off since that was set (a bit each); None if the trace does not tell."""
     sources: list[SourceFacts]
+    phases: list[Phase]
     trace: TraceFacts
     name: Namer
 

@@ -7,7 +7,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const colours = data.colours;
 const verdicts = Object.keys(colours);
 const ARRIVING = ["delivered", "late", "reinjected"];
-const LEFT = 84, RIGHT = 14, TOP = 12, PLOT_HEIGHT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
+const LEFT = 84, RIGHT = 14, PLOT_HEIGHT = 250, LANE = 20, AXIS = 34, STRIP = 22, REACH = 14;
+/** Above the plot is room for phases where there are any. */
+const TOP = data.sources.some((told) => told.phases.length) ? 34 : 12, PHASE = 18;
 const DENSE = 4000, SPARSE = 400;
 const SHORTEST_NS = 1000;
 
@@ -31,6 +33,9 @@ function decode(told) {
   const offsets = (column) => Float64Array.from(column, (value) => value ?? NaN);
   const ticks = { length: told.index.length, index: sums(told.index), expiry: sums(told.expiry) };
   for (const step of ["fired", "work", "accept", "inject", "eoi"]) ticks[step] = offsets(told[step]);
+  // ticks that were left out make a gap, not an interval
+  ticks.interval = ticks.expiry.map((at, i) =>
+    i && ticks.index[i] - ticks.index[i - 1] === 1 ? at - ticks.expiry[i - 1] : NaN);
   ticks.kind = told.kind.map((kind) => told.kinds[kind]);
   return ticks;
 }
@@ -57,6 +62,12 @@ function mark(pen, verdict, x, y, r) {
   } else {
     pen.fillRect(x - r, y - r, 2 * r, 2 * r);
   }
+}
+
+/** The ends of a logarithmic axis, ns. */
+function axis(low, high) {
+  const from = Math.max(1, low) / 1.4;
+  return [from, Math.max(high * 1.6, from * 100)];
 }
 
 class Timeline {
@@ -101,12 +112,23 @@ class Timeline {
     }
     this.lanes = verdicts.filter((verdict) => lanes.has(verdict));
     this.plot = low === Infinity ? 0 : PLOT_HEIGHT;
-    this.low = Math.max(1, low === Infinity ? high / 1000 : low) / 1.4;
-    this.high = Math.max(high * 1.6, this.low * 100);
+    const latencies = axis(low === Infinity ? high / 1000 : low, high);
+    const intervals = ticks.interval.filter((ns) => ns > 0);
+    const shortest = intervals.reduce((a, b) => Math.min(a, b), Infinity);
+    const longest = intervals.reduce((a, b) => Math.max(a, b), 0);
+    this.axes = { inject: latencies, eoi: latencies, interval: axis(Math.min(shortest, longest), longest) };
     this.lanesTop = TOP + this.plot + 8;
     this.axisTop = this.lanesTop + this.lanes.length * LANE;
     this.stripTop = this.axisTop + AXIS;
     this.height = this.stripTop + STRIP + 2;
+  }
+
+  get low() {
+    return this.axes[this.until][0];
+  }
+
+  get high() {
+    return this.axes[this.until][1];
   }
 
   resize() {
@@ -136,8 +158,10 @@ class Timeline {
     return TOP + this.plot * (1 - share);
   }
 
+  /** NaN if it is not known. */
   y(i) {
     const { ticks } = this;
+    if (this.until === "interval") return this.yOf(ticks.interval[i]);
     const value = Number.isNaN(ticks[this.until][i]) ? ticks.inject[i] : ticks[this.until][i];
     if (!Number.isNaN(value)) return this.yOf(value);
     return this.lanesTop + (this.lanes.indexOf(ticks.kind[i].verdict) + 0.5) * LANE;
@@ -184,6 +208,7 @@ class Timeline {
     pen.font = "12px system-ui, sans-serif";
     pen.textBaseline = "middle";
     this.drawLatencyAxis();
+    this.drawPhases();
     this.drawLanes();
     this.drawTimeAxis();
     this.drawMarks();
@@ -233,6 +258,25 @@ class Timeline {
     pen.lineWidth = 1;
     pen.fillStyle = this.muted;
     pen.fillText(`one period, ${duration(period)}${late}`, LEFT + 6, y + 10);
+  }
+
+  /** How the guest had set the timer: a bar each, with its words where they fit. */
+  drawPhases() {
+    const { pen, width } = this;
+    pen.textAlign = "left";
+    this.told.phases.forEach((phase, number) => {
+      const from = Math.max(this.x(phase.from), LEFT), to = Math.min(this.x(phase.to), width - RIGHT);
+      if (to < LEFT || from > width - RIGHT) return;
+      const y = TOP - PHASE - 6;
+      pen.fillStyle = this.muted;
+      pen.globalAlpha = number % 2 ? 0.25 : 0.45;
+      pen.fillRect(from, y, Math.max(to - from, 2), PHASE);
+      pen.globalAlpha = 1;
+      if (this.x(phase.from) >= LEFT) this.line(from, y, from, this.axisTop, this.muted, [1, 3]);
+      if (pen.measureText(phase.text).width > to - from - 10) return;
+      pen.fillStyle = this.ink;
+      pen.fillText(phase.text, from + 5, y + PHASE / 2 + 1);
+    });
   }
 
   drawLanes() {
@@ -291,6 +335,7 @@ class Timeline {
       for (let at = first; at < end; at++) {
         const i = positions[at];
         const x = this.x(ticks.expiry[i]), y = this.y(i);
+        if (Number.isNaN(y)) continue;
         const pixel = Math.round(y) * columns + Math.round(x);
         if (taken[pixel]) continue;
         taken[pixel] = 1;
@@ -478,6 +523,7 @@ class Timeline {
       ["right", () => this.pan(0.5)],
       ["reset", () => this.reset()],
     ]) root.querySelector(`button.${name}`).addEventListener("click", act);
+    if (!this.plot) root.querySelector('option[value="interval"]').remove();
     root.querySelector("select").addEventListener("change", (event) => {
       this.until = event.target.value;
       this.schedule();
@@ -537,10 +583,11 @@ class Timeline {
     this.tip.hidden = i < 0;
     this.canvas.style.cursor = i < 0 ? "crosshair" : "pointer";
     if (i >= 0) {
-      const { index, kind, inject, eoi } = this.ticks;
+      const { index, kind, inject, eoi, interval } = this.ticks;
       const took = Number.isNaN(inject[i]) ? "" : `, ${duration(inject[i])} to VM entry`;
+      const since = Number.isNaN(interval[i]) ? "" : `, ${duration(interval[i])} after the one before`;
       const ended = Number.isNaN(eoi[i]) ? "" : `, ${duration(eoi[i])} to EOI`;
-      this.tip.textContent = `tick ${count(index[i])}: ${kind[i].verdict}${took}${ended}`;
+      this.tip.textContent = `tick ${count(index[i])}: ${kind[i].verdict}${took}${ended}${since}`;
       const at = this.x(this.ticks.expiry[i]);
       const left = at < this.width / 2 ? at + 12 : at - 12 - this.tip.offsetWidth;
       this.tip.style.left = `${Math.max(0, left)}px`;
@@ -554,6 +601,15 @@ const timelines = data.sources.map((told) => new Timeline(document.getElementByI
 const drawAll = () => timelines.forEach((timeline) => timeline.draw());
 for (const query of ["(prefers-color-scheme: dark)", "print"]) {
   matchMedia(query).addEventListener("change", drawAll);
+}
+for (const button of document.querySelectorAll("button[data-of]")) {
+  const timeline = timelines[data.sources.findIndex(({ id }) => id === button.dataset.of)];
+  button.addEventListener("click", () => {
+    const { from, to } = button.dataset;
+    const margin = (to - from) / 20;
+    timeline.zoom(from - margin, Number(to) + margin);
+    timeline.canvas.scrollIntoView({ block: "center" });
+  });
 }
 window.kvmtick = { timelines };
 document.documentElement.classList.add("drawn");

@@ -13,10 +13,18 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from kvmtick.report.data import Finding, Report, SourceReport, VmReport, WorstTick
-from kvmtick.report.page_data import drawn, page_data, script_json
+from kvmtick.report.data import Finding, Phase, Report, SourceReport, VmReport, WorstTick
+from kvmtick.report.page_data import drawn, page_data, phases_of, script_json
 from kvmtick.report.page_svg import Scale, axis, histogram, verdict_bar
-from kvmtick.report.words import COLOURS, hop_names, timer_name
+from kvmtick.report.words import (
+    COLOURS,
+    hop_names,
+    phase_outcome,
+    phase_setting,
+    phase_timer,
+    phase_way,
+    timer_name,
+)
 from kvmtick.ticks.tick import Tick
 from kvmtick.ticks.verdict import Verdict
 from kvmtick.timing.host import format_ns
@@ -57,7 +65,7 @@ def page_text(report: Report) -> str:
             "<main>",
             _findings(report),
             _glance(report),
-            *(_vm(vm, number) for number, vm in enumerate(report.vms)),
+            *(_vm(vm, number, report.start_ns) for number, vm in enumerate(report.vms)),
             "</main>",
             "<noscript><p>The timelines need JavaScript; all else is above.</p></noscript>",
             f'<script type="application/json" id="data">{data}</script>',
@@ -194,13 +202,53 @@ def _ppm(drift: float | None) -> str:
 # A VM and its timers.
 
 
-def _vm(vm: VmReport, number: int) -> str:
+def _vm(vm: VmReport, number: int, start_ns: int) -> str:
     parts = [_source(source, _id(number, place)) for place, source in enumerate(vm.sources)]
     if not parts:
         parts = ["<p>No timer of it expired.</p>"]
     return (
         f'<section id="vm{number}"><h2>{escape(vm.name)} <small>{_pid(vm)}</small></h2>'
-        f"{_notes(vm.notes)}{''.join(parts)}</section>"
+        f"{_notes(vm.notes)}{_phases(vm, number, start_ns)}{''.join(parts)}</section>"
+    )
+
+
+def _phases(vm: VmReport, number: int, start_ns: int) -> str:
+    """How the guest set its timers; one setting alone needs no table."""
+    if len(vm.phases) < 2:
+        return ""
+    names = {
+        id(phase): _id(number, place)
+        for place, source in enumerate(vm.sources)
+        for phase in phases_of(vm, source)
+    }
+    rows = [_phase(phase, names.get(id(phase), ""), start_ns) for phase in vm.phases]
+    heads = ("timer", "set to", "ticks and readings", "by way of")
+    return (
+        '<section class="card"><h4>How the guest set its timers <small>by the time since the trace'
+        ' began; a click shows the stretch below</small></h4><div class="wide"><table><thead><tr>'
+        '<th class="n">from</th><th class="n">to</th>'
+        + "".join(f"<th>{head}</th>" for head in heads)
+        + '<th class="n">from tick to tick</th><th class="n">most</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _phase(phase: Phase, name: str, start_ns: int) -> str:
+    from_ns, to_ns = phase.start_ns - start_ns, phase.end_ns - start_ns
+    timer = escape(phase_timer(phase))
+    if name:
+        timer = f'<button data-of="{name}" data-from="{from_ns}" data-to="{to_ns}">{timer}</button>'
+    words = (phase_setting(phase), phase_outcome(phase), phase_way(phase))
+    intervals = phase.intervals.summary()
+    return (
+        f'<tr><td class="n">{format_ns(from_ns)}</td><td class="n">{format_ns(to_ns)}</td>'
+        f"<td>{timer}</td>"
+        + "".join(f"<td>{escape(word)}</td>" for word in words)
+        + "".join(
+            f'<td class="n">{format_ns(intervals[key]) if intervals else ""}</td>'
+            for key in ("p50", "max")
+        )
+        + "</tr>"
     )
 
 
@@ -319,8 +367,10 @@ def _timeline(source: SourceReport) -> str:
         )
     return (
         "<h4>Timeline <small>a mark per tick: when it was due, and how long it took</small></h4>"
-        f'{left_out}<div class="tools"><label>up to <select>'
-        '<option value="inject">VM entry</option><option value="eoi">the guest\'s EOI</option>'
+        f'{left_out}<div class="tools"><label>show <select>'
+        '<option value="inject">time to VM entry</option>'
+        '<option value="eoi">time to the guest\'s EOI</option>'
+        '<option value="interval">time since the tick before</option>'
         f'</select></label>{_BUTTONS}<span class="range"></span></div>'
         '<div class="plot"><canvas tabindex="0" role="img"'
         f' aria-label="timeline of {len(ticks):,} ticks"></canvas>'

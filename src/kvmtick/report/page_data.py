@@ -10,25 +10,29 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from kvmtick.report.data import Report, SourceReport, WorstTick
-from kvmtick.report.words import COLOURS
+from kvmtick.report.data import Phase, Report, SourceReport, VmReport, WorstTick
+from kvmtick.report.words import COLOURS, phase_setting, phase_timer
 from kvmtick.ticks.tick import Tick
 
-__all__ = ["drawn", "page_data", "script_json"]
+__all__ = ["drawn", "page_data", "phases_of", "script_json"]
 
 _STEPS = ("fired", "work", "accept", "inject", "eoi")
 
 
 def page_data(report: Report, ids: Iterable[str]) -> dict[str, Any]:
     """Everything the script needs; `ids`: of the elements of the sources, in their order."""
-    sources = [source for vm in report.vms for source in vm.sources]
+    sources = [(vm, source) for vm in report.vms for source in vm.sources]
     return {
         "start_ns": str(report.start_ns),
         "length_ns": report.end_ns - report.start_ns,
         "colours": {verdict.value: colour for verdict, colour in COLOURS.items()},
         "sources": [
-            {"id": name, **_source(source, report.start_ns)}
-            for name, source in zip(ids, sources, strict=True)
+            {
+                "id": name,
+                **_source(source, report.start_ns),
+                "phases": [_phase(phase, report.start_ns) for phase in phases_of(vm, source)],
+            }
+            for name, (vm, source) in zip(ids, sources, strict=True)
         ],
     }
 
@@ -38,6 +42,14 @@ def drawn(source: SourceReport) -> list[Tick]:
     ticks = {tick.index: tick for tick in source.points}
     ticks.update((worst.tick.index, worst.tick) for worst in source.worst)
     return sorted(ticks.values(), key=lambda tick: (tick.expiry_ns, tick.index))
+
+
+def phases_of(vm: VmReport, source: SourceReport) -> list[Phase]:
+    """How the guest set a timer, if its VM has phases to tell of."""
+    if len(vm.phases) < 2:
+        return []
+    is_pit = source.source == "pit"
+    return [p for p in vm.phases if p.source == source.source and (is_pit or p.vcpu == source.vcpu)]
 
 
 def script_json(value: object) -> str:
@@ -60,6 +72,15 @@ def _source(source: SourceReport, start_ns: int) -> dict[str, Any]:
         "expiry": _steps([tick.expiry_ns - start_ns for tick in ticks]),
         **{step: _offsets(ticks, f"{step}_ns") for step in _STEPS},
         "worst": {str(worst.tick.index): _worst(worst) for worst in source.worst},
+    }
+
+
+def _phase(phase: Phase, start_ns: int) -> dict[str, Any]:
+    timer = f"{phase_timer(phase)}: " if phase.channel else ""
+    return {
+        "from": phase.start_ns - start_ns,
+        "to": phase.end_ns - start_ns,
+        "text": timer + phase_setting(phase),
     }
 
 

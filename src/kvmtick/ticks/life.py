@@ -62,8 +62,8 @@ _NO_OWNERS: Final[Mapping[int, int]] = {}
 class TickAssembler(EntryConsumer):
     """A recorder's consumer that follows the ticks of the PIT and of the local APICs' timers.
 
-    What is asked of it alone is answered for the main source: the PIT if it ever expired, else the
-    local APIC timer that expired most.
+    What is asked of it alone is answered for the main source: the timer of which most ticks reached
+    a vCPU, else the one that expired most; the PIT if that does not decide.
     """
 
     def __init__(
@@ -211,10 +211,7 @@ class TickAssembler(EntryConsumer):
     @property
     def main(self) -> Source:
         """The main source."""
-        timers = self._timers.sources()
-        if self._pit.expired or not timers:
-            return self._pit
-        return max(timers, key=lambda timer: timer.expired)
+        return max(self.sources(), key=lambda source: (source.reached, source.expired))
 
     def sources(self) -> list[Source]:
         """All that expired: the PIT (also if nothing did), then the timers by vCPU."""
