@@ -21,6 +21,7 @@ HOST = HostProbe(
     kvm=KvmProbe("/dev/kvm", True, True, api_version=12, caps=CAPS),
     tracefs=TracefsProbe("/sys/kernel/tracing", True, True, events=EVENTS),
     backends=("kvm_intel",),
+    virtualization="vmx",
     parameters={"kvm/min_timer_period_us": "200"},
 )
 NO_KVM = KvmProbe("/dev/kvm", False, False, "/dev/kvm is absent", "modprobe kvm_intel (as root)")
@@ -68,7 +69,7 @@ def test_a_host_that_has_everything(doctor: Doctor) -> None:
     assert told["ready"] is True
     assert {check["name"] for check in told["checks"]} == {
         *("Python", "C compiler", "unicorn", "native shim", "/dev/kvm", "in-kernel irqchip"),
-        *("tracefs", "trace events", "modules"),
+        *("VMX or SVM", "tracefs", "trace events", "modules"),
     }
     assert (told["kernel"], told["cpus"], told["backends"]) == ("6.18.0", 2, ["kvm_intel"])
     assert told["capabilities"] == CAPS
@@ -101,6 +102,16 @@ def test_a_kernel_without_an_irqchip_says_which_capabilities_it_lacks(doctor: Do
     check = doctor.check("in-kernel irqchip")
     assert (check["ok"], check["needed"]) == (False, False)
     assert check["found"] == "no PIT2, REINJECT_CONTROL"
+
+
+def test_a_cpu_that_cannot_run_guests_is_told_where_there_is_a_kvm(doctor: Doctor) -> None:
+    assert doctor.check("VMX or SVM")["found"] == "vmx"
+    doctor.host(replace(HOST, virtualization=""))
+    check = doctor.check("VMX or SVM")
+    assert (check["ok"], check["needed"]) == (False, False)
+    assert "instruction emulator" in check["found"]
+    doctor.host(replace(HOST, kvm=NO_KVM, virtualization=""))
+    assert "VMX or SVM" not in {check["name"] for check in doctor.json()["checks"]}
 
 
 def test_missing_trace_events_are_named(doctor: Doctor) -> None:

@@ -124,6 +124,7 @@ def test_images_that_cannot_be_run(kvmtick: Terminal, tmp_path: Path, json: list
         ([str(small), "--cpuid", "vendor=AMD"], "--cpuid vendor=AMD", "has 12 characters"),
         ([str(small), "--cpuid", "x2apic"], "--cpuid x2apic", "x2apic=off"),
         ([str(small), "--cpuid", "sse=off"], "--cpuid sse=off", "give vendor=NAME or one of"),
+        ([str(small), "--cpuid", "clocks=on"], "--cpuid clocks=on", "clocks=off"),
         ([str(small), "--vcpus", "two"], "'two'", "give digits only"),
         ([str(small), "--module", ":x"], "':x'", "give FILE or FILE:TEXT"),
         ([str(small), "--ram", "1M", "--counter", "0x100000"], "0x100000", "RAM ends at 0x100000"),

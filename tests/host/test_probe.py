@@ -39,6 +39,19 @@ def test_live_device() -> None:
     assert found.caps["KVM_CAP_USER_MEMORY"] == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("fpu vmx sse", "vmx"), ("fpu svm sse", "svm"), ("fpu vmxnet sse", ""), ("", "")],
+)
+def test_the_cpus_extension_for_guests(tmp_path: Path, flags: str, found: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        f"processor\t: 0\nmodel name\t: svm vmx\nflags\t\t: {flags}\nbugs\t\t: vmx\n\n"
+    )
+    assert probe.probe_virtualization(cpuinfo) == found
+    assert probe.probe_virtualization(tmp_path / "absent") == ""
+
+
 def test_live_tracefs(tracefs: Tracefs) -> None:
     found = probe.probe_tracefs()
     assert (found.readable, found.writable, found.error) == (True, True, "")

@@ -140,6 +140,28 @@ def test_function_filter_by_address(tmp_path: Path) -> None:
     assert ask("function.function == x", tmp_path / "absent") == ""
 
 
+def test_an_older_kernel_s_entries_have_no_interrupt_information(
+    tracefs: Tracefs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    with tracefs.instance() as trace:
+
+        def write(name: str, text: str) -> None:
+            if "intr_info" in text:
+                raise HostError("tracefs: filter: Invalid argument", "")
+            written.append(text)
+
+        monkeypatch.setattr(trace, "write", write)
+        trace.set_filter("kvm:kvm_entry", TICK_EVENTS["kvm:kvm_entry"])
+        trace.set_filter("kvm:kvm_entry", "(common_pid == 7) && (intr_info == 0x8 || vcpu_id == 1)")
+        with pytest.raises(HostError, match="nonsense"):
+            trace.set_filter("kvm:kvm_entry", "nonsense == 1, intr_infos")
+    assert written == [
+        "common_pid < 0 || common_pid < 0",
+        "(common_pid == 7) && (common_pid < 0 || vcpu_id == 1)",
+    ]
+
+
 def test_function_addresses(tmp_path: Path) -> None:
     symbols = tmp_path / "kallsyms"
     symbols.write_text(

@@ -15,6 +15,7 @@ from kvmtick.cli import EXIT_OK
 
 START = "import sys; from kvmtick.cli import main; sys.exit(main(sys.argv[1:]))"
 DEADLINE_S = 600.0
+TSC_MHZ = 1000.0
 COMMANDS = b"ticks\nsleep 1\nticks\nexit\n"
 
 UNWANTED = (
@@ -24,8 +25,30 @@ UNWANTED = (
     "trying to set up timer",
     "calibration failed",
     "calibration inconsistent",
+    "not consistent with PM-Timer",
+    "adjusted to PM-Timer",
+    "PM-Timer had inconsistent",
+    "PM-Timer failed",
+    "PM-Timer Bug",
+    "frequency too slow",
+    "verification failure",
     "unstable",
+    "TSC warp",
+    "TSC ADJUST",
+    "read-back delay",
+    "skipping watchdog check",
     "lost ticks",
+    "interrupt took",
+    "purious 8259A",
+    "Spurious APIC",
+    "Spurious LAPIC",
+    "Spurious interrupt (",
+    "No irq handler",
+    "nobody cared",
+    "APIC error",
+    "NMI received",
+    "ACPI Error",
+    "ACPI Warning",
     "BUG:",
     "WARNING:",
     "Call Trace",
@@ -100,6 +123,11 @@ def test_a_kernel_boots_to_the_prompt(kernel: Path, append: str, vcpus: int) -> 
     assert printed.count("kvmtick# ") == 4
     for text in UNWANTED:
         assert text not in printed
+    measured_mhz = re.findall(r"tsc: (?:Detected|Refined TSC .*:) ([\d.]+) MHz", printed)
+    assert measured_mhz
+    assert [float(mhz) for mhz in measured_mhz] == pytest.approx(
+        [TSC_MHZ] * len(measured_mhz), 1e-3
+    )
     before, after = timer_interrupts(printed)
     assert after > before
     # without ACPI nothing can switch the machine off

@@ -8,7 +8,8 @@ from kvmtick.machine.pc.acpi_pm import AcpiPm
 STATUS, ENABLE, CONTROL, TIMER = 0x600, 0x602, 0x604, 0x608
 HZ = 3_579_545
 S = 1_000_000_000
-TMR, SCI_EN, SLP_EN = 1, 1, 1 << 13
+TMR, GBL, PWRBTN, SLPBTN, RTC = (1 << bit for bit in (0, 5, 8, 9, 10))
+SCI_EN, SLP_EN = 1, 1 << 13
 SCI = 9
 CARRY = 1 << 23
 
@@ -111,6 +112,35 @@ def test_a_read_at_the_moment_of_the_carry_takes_no_interrupt_away(pc: FakePc) -
     assert pc.levels() == [1]
 
 
+# --- the other events -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [TMR, GBL, RTC])
+def test_an_enabled_event_reads_back(pc: FakePc, event: int) -> None:
+    """An operating system that enables one complains if it does not."""
+    pc.write(ENABLE, event, 2)
+    assert pc.read(ENABLE, 2) == event
+    pc.write(ENABLE, 0, 2)
+    assert pc.read(ENABLE, 2) == 0
+
+
+def test_events_that_are_not_here_cannot_be_enabled(pc: FakePc) -> None:
+    """The FADT says that there are no fixed buttons."""
+    pc.write(ENABLE, PWRBTN | SLPBTN | 0xF800, 2)
+    assert pc.read(ENABLE, 2) == 0
+
+
+def test_only_the_timer_s_event_raises_sci(pc: FakePc) -> None:
+    pc.write(ENABLE, GBL | RTC, 2)
+    assert len(pc.queue) == 0
+    pc.advance_to(3 * S)
+    assert pc.read(STATUS, 2) == TMR
+    pc.write(ENABLE, GBL | RTC, 2)
+    assert pc.lines == []
+    pc.write(ENABLE, TMR | GBL | RTC, 2)
+    assert pc.lines == [(3 * S, SCI, 1)]
+
+
 # --- accesses, control ----------------------------------------------------------------------------
 
 
@@ -125,7 +155,8 @@ def test_registers_by_any_width(pc: FakePc) -> None:
     assert pc.read(STATUS, 4) == TMR << 16
     pc.write(ENABLE + 1, 0xFF)
     pc.write(ENABLE, 0xFE)
-    assert pc.read(ENABLE, 2) == 0
+    assert pc.read(ENABLE, 2) == GBL | RTC
+    assert [pc.read(ENABLE + n) for n in range(2)] == [GBL, RTC >> 8]
 
 
 def test_acpi_mode_cannot_be_left(pc: FakePc) -> None:

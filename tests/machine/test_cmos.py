@@ -112,7 +112,8 @@ def test_set_stops_the_registers_until_all_are_written() -> None:
     rtc.put_all({9: 0x69, 8: 0x07, 7: 0x20, 4: 0x20, 2: 0x17, 0: 0x40, CENTURY: 0x19})
     assert rtc.hms() == (0x20, 0x17, 0x40)
     rtc.put(B, H24)
-    assert rtc.clock_reads() == [0x40, 0x17, 0x20, 1, 0x20, 7, 0x69]  # that was a Sunday
+    # the day of the week is a counter of its own
+    assert rtc.clock_reads() == [0x40, 0x17, 0x20, 4, 0x20, 7, 0x69]
     rtc.advance_to(63 * S)
     assert rtc.hms() == (0x20, 0x18, 0x40)
     assert rtc.get(CENTURY) == 0x19
@@ -126,12 +127,71 @@ def test_a_register_written_without_set() -> None:
     assert rtc.hms() == (0x12, 0x02, 0x00)
 
 
-def test_what_is_no_date_leaves_the_clock_alone() -> None:
+def test_a_date_that_does_not_exist_for_a_moment() -> None:
+    rtc = Rtc(NOON.replace(day=31))
+    rtc.put(8, 0x04)  # April has 30 days
+    assert rtc.clock_reads() == [0x56, 0x34, 0x12, 3, 0x31, 4, 0x26]
+    rtc.put(7, 0x15)
+    assert rtc.clock_reads() == [0x56, 0x34, 0x12, 3, 0x15, 4, 0x26]
+    rtc.advance_to(4 * S)
+    assert rtc.clock_reads() == [0, 0x35, 0x12, 3, 0x15, 4, 0x26]
+
+
+@pytest.mark.parametrize(
+    "values", [{8: 2, 7: 0x30}, {8: 0}, {7: 0}, {8: 0x13}, {4: 0x24}, {2: 0x60}, {0: 0xFF}]
+)
+def test_what_is_no_date_stands_until_it_is_one(values: dict[int, int]) -> None:
+    rtc = Rtc()
+    expected = dict(zip(CLOCK.values(), rtc.clock_reads(), strict=True)) | values
+    rtc.put(B, H24 | SET)
+    rtc.put_all(values)
+    rtc.put(B, H24 | UIE)
+    rtc.advance_to(3 * S)
+    assert rtc.clock_reads() == list(expected.values())
+    assert rtc.rises() == [S]  # updates go on
+    # SET holds what is there, and changes nothing
+    rtc.put(B, H24 | SET)
+    assert rtc.clock_reads() == list(expected.values())
+    rtc.put_all({8: 2, 7: 0x28, 4: 0x23, 2: 0x59, 0: 0x59})
+    rtc.put(B, H24)
+    rtc.advance_to(4 * S)
+    assert rtc.clock_reads() == [0, 0, 0, 5, 1, 3, 0x26]
+
+
+def test_no_alarm_by_a_clock_that_stands() -> None:
+    rtc = Rtc()
+    rtc.put(A, 0x20)
+    rtc.set_alarm(ANY, ANY, ANY)
+    rtc.put(7, 0x32)
+    rtc.put(B, H24 | AIE)
+    rtc.advance_to(3 * S)
+    assert rtc.rises() == []
+    assert rtc.get(C) == UF
+
+
+def test_the_day_of_the_week_counts_by_itself() -> None:
+    rtc = Rtc()
+    rtc.put(6, 7)
+    assert rtc.get(6) == 7
+    rtc.put_all({7: 0x10, 8: 0x11})
+    assert rtc.get(6) == 7
+    rtc.advance_to(86_400 * S)
+    assert (rtc.get(6), rtc.get(7)) == (1, 0x11)
+
+
+@pytest.mark.parametrize(
+    ("year", "next_year"), [(0x9999, 0x0000), (0x0000, 0x0001), (0x0399, 0x0400)]
+)
+def test_years_without_end(year: int, next_year: int) -> None:
     rtc = Rtc()
     rtc.put(B, H24 | SET)
-    rtc.put_all({8: 0x02, 7: 0x30})
+    rtc.put_all({CENTURY: year >> 8, 9: year & 0xFF, 8: 0x12, 7: 0x31})
+    rtc.put_all({4: 0x23, 2: 0x59, 0: 0x59})
     rtc.put(B, H24)
-    assert rtc.clock_reads() == [0x56, 0x34, 0x12, 4, 4, 3, 0x26]
+    assert (rtc.get(CENTURY), rtc.get(9)) == (year >> 8, year & 0xFF)
+    rtc.advance_to(S)
+    assert (rtc.get(CENTURY), rtc.get(9)) == (next_year >> 8, next_year & 0xFF)
+    assert rtc.clock_reads()[:3] == [0, 0, 0]
 
 
 def test_update_in_progress_before_the_second_ends() -> None:

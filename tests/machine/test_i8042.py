@@ -81,8 +81,38 @@ def test_output_port_and_a20(i8042: Controller) -> None:
     assert i8042.resets == ["the keyboard controller"]
 
 
-def test_mouse_loop_gives_the_byte_back(i8042: Controller) -> None:
-    i8042.write(COMMAND, 0xD3)
+def test_input_port_and_test_inputs(i8042: Controller) -> None:
+    assert i8042.answer(0xC0) == 0xA0  # not locked, no manufacturer's jumper
+    assert i8042.answer(0xE0) == 0x02  # the clock line is low, as the test 0xab says
+
+
+def test_mouse_port_off_and_on(i8042: Controller) -> None:
+    i8042.write(COMMAND, 0xA8)
+    assert i8042.answer(0x20) & 0x30 == 0x10
+    i8042.write(COMMAND, 0xA7)
+    assert i8042.answer(0x20) & 0x30 == 0x30
+
+
+def test_a_byte_for_the_mouse_is_lost(i8042: Controller) -> None:
+    before = i8042.answer(0x20)
+    i8042.write(COMMAND, 0xD4)
+    i8042.write(DATA, 0xFF)
+    assert not i8042.read(COMMAND) & OUTPUT_FULL
+    assert i8042.answer(0x20) == before
+
+
+@pytest.mark.parametrize("command", [0x21, 0x61, 0xA4, 0xAC, 0xC1, 0xC2, 0xDD, 0xDF])
+def test_other_commands_have_no_answer(i8042: Controller, command: int) -> None:
+    before = i8042.answer(0x20), i8042.answer(0xD0)
+    i8042.write(COMMAND, command)
+    assert not i8042.read(COMMAND) & OUTPUT_FULL
+    i8042.write(DATA, 0)
+    assert (i8042.answer(0x20), i8042.answer(0xD0)) == before
+
+
+@pytest.mark.parametrize("loop", [0xD2, 0xD3])
+def test_a_loop_gives_the_byte_back(i8042: Controller, loop: int) -> None:
+    i8042.write(COMMAND, loop)
     assert not i8042.read(COMMAND) & OUTPUT_FULL
     i8042.write(DATA, 0x5A)
     assert i8042.read(COMMAND) & OUTPUT_FULL

@@ -1,9 +1,20 @@
-"""The UART by its registers, as the PC16550D datasheet has them."""
+"""The UART by its registers, as the PC16550D datasheet has them; and under a guest."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pc_host import FakePc
 
-from kvmtick.machine.pc.uart import Uart
+import kvmtick
+from kvmtick.abi import HostError
+from kvmtick.guests import Guest
+from kvmtick.guests.build import assemble
+from kvmtick.kvm.kernel import KernelVm
+from kvmtick.machine.pc.console import Console
+from kvmtick.machine.pc.uart import FIFO_BYTES, Uart
 
 DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(0x3F8, 0x400)
 FCR = IIR
@@ -256,3 +267,52 @@ def test_who_does_not_listen_has_no_room(com1: Com1) -> None:
     assert com1.rooms == 0
     com1.write(IER, RECEIVED)
     assert com1.rooms == 1
+
+
+# --- a guest, on the model's chips and on the kernel's --------------------------------------------
+
+SERIAL_IRQ = Path(__file__).with_name("serial-irq.bin")
+LOAD_AT, EMPTIES, RECEIPTS, OTHERS = 0x8000, 0x8004, 0x8008, 0x800C
+QUESTION, LINE = b"who is there?\n", b"a line of more bytes than the FIFO has\n"
+
+
+@pytest.mark.skipif(shutil.which("nasm") is None, reason="nasm not found: source not assembled")
+def test_the_guest_is_what_its_source_says() -> None:
+    assert assemble(SERIAL_IRQ.with_suffix(".asm")) == SERIAL_IRQ.read_bytes()
+
+
+def connect(vm: Any, fd: int) -> None:
+    """COM1's input comes from there."""
+    if isinstance(vm, KernelVm):
+        user = vm.user
+        user.console = Console(user.pc.uart, user.clock, user.queue, fd, live=True)
+    else:
+        machine = vm.machine
+        machine.console = Console(machine.pc.uart, machine.clock, machine.board.queue, fd)
+
+
+@pytest.mark.parametrize("backend", ["model", "kernel"])
+def test_a_guest_prints_and_reads_a_line_by_irq_4(backend: str) -> None:
+    try:
+        created = kvmtick.Kvm(backend).create_vm()
+    except HostError as error:
+        pytest.skip(f"needs /dev/kvm: {error}")
+    out, into = os.pipe()
+    with created as vm, open(out, "rb"), open(into, "wb", buffering=0) as line:
+        vm.create_irqchip()
+        vm.create_vcpu(0)
+        vm.load(Guest("serial-irq", SERIAL_IRQ.read_bytes(), LOAD_AT, (0, LOAD_AT), None))
+        connect(vm, out)
+        line.write(LINE)
+        run = vm.run(limit_s=10.0)
+        counts = [
+            int.from_bytes(vm.read_memory(at, 4), "little") for at in (EMPTIES, RECEIPTS, OTHERS)
+        ]
+    said = QUESTION + b"hello, " + LINE
+    assert (run.exit.reason, run.serial) == ("done", said.decode())
+    empties, receipts, others = counts
+    assert empties == len(said) + 2  # one for every byte, and one behind each line's last
+    assert others == 0
+    # by FIFOs; in real time the next bytes may come while the guest still reads
+    fifos = -(-len(LINE) // FIFO_BYTES)
+    assert receipts == fifos if backend == "model" else 1 <= receipts <= fifos

@@ -1,9 +1,16 @@
-"""The table of `supported`: what it says is true of the engine and of the machine."""
+"""What CPUID says is true of the engine and of the machine, and of the VM's vCPUs."""
 
+from collections.abc import Iterable
+
+import pytest
+
+from kvmtick.abi.structs import kvm_cpuid_entry2
 from kvmtick.cpu.unicorn import FEATURES as EXECUTED
 from kvmtick.guests import Needs
+from kvmtick.kvm.dev_ioctl import cpuid_entries
 from kvmtick.kvm.model import ModelVm
-from kvmtick.vcpu.cpuid import Cpuid, supported
+from kvmtick.kvm.topology import one_package
+from kvmtick.vcpu.cpuid import Cpuid, CpuidLeaf, supported
 
 OF_THE_BOARD = {
     # x2APIC, TSC deadline, hypervisor
@@ -19,6 +26,13 @@ def offered() -> Cpuid:
     cpuid = Cpuid()
     cpuid.set(supported())
     return cpuid
+
+
+def leaves(entries: Iterable[kvm_cpuid_entry2]) -> list[CpuidLeaf]:
+    return [
+        CpuidLeaf(e.function, e.index if e.flags else None, e.eax, e.ebx, e.ecx, e.edx)
+        for e in entries
+    ]
 
 
 def answer(function: int, index: int = 0) -> dict[str, int]:
@@ -77,3 +91,67 @@ def test_prepare_gives_each_of_eight_vcpus_its_apic_id() -> None:
             assert cpuid.answer(1, 0, apic_enabled=True)[1] >> 24 == vcpu_id
             for index in range(3):
                 assert cpuid.answer(0xB, index, apic_enabled=True)[3] == vcpu_id
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "id_bits", "ids"), [(1, 0, 1), (2, 1, 2), (3, 2, 4), (8, 3, 8), (300, 9, 255)]
+)
+def test_the_vcpus_are_cores_of_one_package(vcpus: int, id_bits: int, ids: int) -> None:
+    """Leaf 1 has 8 bits for the package's ids, leaf 0xB room for all of them."""
+    last = vcpus - 1
+    cpuid = Cpuid()
+    cpuid.set(leaves(one_package(cpuid_entries(), last, vcpus)))
+    features = cpuid.answer(1, 0, apic_enabled=True)
+    assert features[1] >> 16 & 0xFF == ids
+    assert features[3] >> 28 & 1 == (vcpus > 1)
+    assert cpuid.answer(0xB, 0, apic_enabled=True) == (0, 1, 0x100, last)
+    assert cpuid.answer(0xB, 1, apic_enabled=True) == (id_bits, vcpus, 0x201, last)
+    assert cpuid.answer(0xB, 2, apic_enabled=True) == (0, 0, 2, last)
+    assert last >> id_bits == 0, "an APIC id without its lowest bits is the package's"
+
+
+def test_a_host_s_topology_is_not_the_vm_s() -> None:
+    """Caches keep their sizes; what the host says of packages and dies goes."""
+
+    def entry(function: int, index: int, eax: int) -> kvm_cpuid_entry2:
+        return kvm_cpuid_entry2(function=function, index=index, flags=1, eax=eax)
+
+    l1d, l2, l3, no_more = 0x1C00_4121, 0x1C00_4143, 0x1C03_C163, 0
+    host = [
+        *(entry(4, index, cache) for index, cache in enumerate((l1d, l2, l3, no_more))),
+        *(entry(0xB, index, shift) for index, shift in enumerate((1, 5))),
+        *(entry(0x1F, index, shift) for index, shift in enumerate((1, 4, 5))),
+    ]
+    changed = [(each.function, each.index, each.eax) for each in one_package(host, 2, 3)]
+    assert changed == [
+        (4, 0, 3 << 26 | 0x121),
+        (4, 1, 3 << 26 | 0x143),
+        (4, 2, 3 << 26 | 3 << 14 | 0x163),
+        (4, 3, 0),
+        (0xB, 0, 0),
+        (0xB, 1, 2),
+    ]
+
+
+def test_topology_is_not_invented_where_the_cpu_has_none() -> None:
+    entries = [kvm_cpuid_entry2(function=1, edx=1 << 28, ebx=8 << 16)]
+    (only,) = one_package(entries, 0, 1)
+    assert (only.ebx, only.edx) == (1 << 16, 0)
+
+
+def test_amd_s_cpus_tell_their_cores_in_their_own_leaf() -> None:
+    def cores(vendor: str | None) -> int:
+        with ModelVm() as vm:
+            *_, last = vm.prepare(Needs(vcpus=6, cpuid_vendor=vendor))
+            return last.vcpu.cpuid.answer(0x8000_0008, 0, apic_enabled=True)[2]
+
+    assert cores(None) == 0
+    assert cores("AuthenticAMD") == 3 << 12 | 5
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_clocks_rates_can_be_left_out(told: bool) -> None:
+    with ModelVm() as vm:
+        (vcpu,) = vm.prepare(Needs(cpuid_clocks=told))
+        for leaf in (0x15, 0x4000_0010):
+            assert any(vcpu.vcpu.cpuid.answer(leaf, 0, apic_enabled=True)) == told

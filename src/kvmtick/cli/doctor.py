@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kvmtick import __version__
 from kvmtick.cli import EXIT_OK
 from kvmtick.cli.options import Parser
-from kvmtick.host.probe import KvmProbe, TracefsProbe, is_compiled, probe_host
+from kvmtick.host.probe import HostProbe, KvmProbe, TracefsProbe, is_compiled, probe_host
 
 __all__ = ["Check", "main"]
 
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         _shim(),
         _modules(),
         *_kvm(host.kvm),
+        *_virtualization(host),
         *_tracefs(host.tracefs),
     ]
     facts = {
@@ -141,6 +142,21 @@ def _kvm(probe: KvmProbe) -> list[Check]:
     else:
         checks.append(Check("in-kernel irqchip", True, "IRQCHIP, PIT2, REINJECT_CONTROL"))
     return checks
+
+
+def _virtualization(host: HostProbe) -> list[Check]:
+    if not host.kvm.openable:
+        return []
+    if host.virtualization:
+        return [Check("VMX or SVM", True, host.virtualization)]
+    return [
+        Check(
+            "VMX or SVM",
+            False,
+            "this KVM executes guests' kernels by its instruction emulator: the small guests run",
+            "for Linux on /dev/kvm use a host with VMX or SVM; the model is not affected",
+        )
+    ]
 
 
 def _cap(probe: KvmProbe, name: str) -> int:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_RUN_THE_MODEL = "run the model: leave --cpu and --chips out"
+
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     _check_counter(options, guest)
     ticks = ticks_of(options, None if is_kernel(guest) else DEFAULT_TICKS)
     if where.cpu == "kvm":
-        _check_kvm()
+        _check_kvm(for_linux)
     if where.chips == "kernel":
         from kvmtick.cli.run_kernel import run_on_kernel
 
@@ -126,14 +128,22 @@ def _console(machine: Machine, typed: Input | None) -> Iterator[None]:
         yield
 
 
-def _check_kvm() -> None:
-    """HostError without /dev/kvm, before a trace file is emptied."""
+def _check_kvm(for_linux: bool) -> None:
+    """HostError without a /dev/kvm that can run the guest, before a trace file is emptied."""
     from kvmtick.host.kvmdev import open_kvm
+    from kvmtick.host.probe import probe_virtualization
 
     try:
         open_kvm().close()
     except HostError as error:
-        raise error.or_else("run the model: leave --cpu and --chips out") from None
+        raise error.or_else(_RUN_THE_MODEL) from None
+    if for_linux and not probe_virtualization():
+        raise HostError(
+            "this host's CPU has neither VMX nor SVM: its KVM executes the guest's kernel by an"
+            " instruction emulator, which unpacks Linux for minutes and then lacks instructions"
+            " that Linux needs",
+            _RUN_THE_MODEL,
+        )
 
 
 def _check_counter(options: argparse.Namespace, guest: Guest) -> None:

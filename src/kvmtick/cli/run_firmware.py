@@ -1,13 +1,12 @@
 """`kvmtick run seabios` and `kvmtick run --firmware FILE`: a PC's firmware and its disk."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import UsageError
-from kvmtick.cli.run_options import cpuid_changes, ram_size_bytes, refuse_for, vcpu_count
+from kvmtick.cli.run_options import ram_size_bytes, refuse_for, vcpu_count, with_cpuid
 from kvmtick.guests import Guest
 from kvmtick.machine.image_file import LoadError
 
@@ -52,14 +51,13 @@ def firmware_guest(options: argparse.Namespace) -> Guest:
 
     refuse_for(options, _NOT_FOR_FIRMWARE, "firmware goes its own way")
     ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
-    vendor, off = cpuid_changes(options.cpuid)
     path = find_seabios() if options.firmware is None else Path(options.firmware)
     disk = None if options.disk is None else Path(options.disk)
     try:
         guest = load_firmware(path, ram_bytes=ram_bytes, vcpus=vcpus, disk=disk)
     except LoadError as error:
         raise UsageError(str(error)) from None
-    return replace(guest, needs=replace(guest.needs, cpuid_vendor=vendor, cpuid_off=off))
+    return with_cpuid(guest, options.cpuid)
 
 
 def find_seabios(path: Path = SEABIOS) -> Path:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from kvmtick import guests
@@ -10,11 +9,11 @@ from kvmtick.cli import UsageError
 from kvmtick.cli.run_options import (
     DEFAULT_GUEST,
     address,
-    cpuid_changes,
     duration_ns,
     ram_size_bytes,
     ticks_of,
     vcpu_count,
+    with_cpuid,
 )
 from kvmtick.guests import Guest
 from kvmtick.machine.loader import LoadError, load_file
@@ -57,7 +56,6 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
     entry = address("--entry", options.entry)
     ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
     modules = [_module(text) for text in options.module]
-    vendor, off = cpuid_changes(options.cpuid)
     try:
         guest = load_file(
             path,
@@ -70,7 +68,7 @@ def _file_guest(options: argparse.Namespace, path: Path) -> Guest:
         )
     except LoadError as error:
         raise UsageError(str(error)) from None
-    return replace(guest, needs=replace(guest.needs, cpuid_vendor=vendor, cpuid_off=off))
+    return with_cpuid(guest, options.cpuid)
 
 
 def _builtin_guest(options: argparse.Namespace, name: str) -> Guest:

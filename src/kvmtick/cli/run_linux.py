@@ -3,12 +3,11 @@
 import argparse
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from kvmtick.abi.errors import HostError
 from kvmtick.cli import UsageError
-from kvmtick.cli.run_options import cpuid_changes, ram_size_bytes, refuse_for, vcpu_count
+from kvmtick.cli.run_options import ram_size_bytes, refuse_for, vcpu_count, with_cpuid
 from kvmtick.guests import Guest
 from kvmtick.machine import linux
 from kvmtick.machine.loader import LoadError
@@ -79,7 +78,6 @@ def linux_guest(options: argparse.Namespace) -> Guest:
 
     refuse_for(options, _NOT_FOR_LINUX, "Linux goes its own way")
     ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
-    vendor, off = cpuid_changes(options.cpuid)
     kernel = _kernel(options)
     initrd = tiny_initrd() if options.initrd is None else _contents(options.initrd)
     append = f"{COMMAND_LINE} {options.append or ''}".rstrip()
@@ -89,7 +87,7 @@ def linux_guest(options: argparse.Namespace) -> Guest:
         )
     except LoadError as error:
         raise UsageError(str(error)) from None
-    return replace(guest, needs=replace(guest.needs, cpuid_vendor=vendor, cpuid_off=off))
+    return with_cpuid(guest, options.cpuid)
 
 
 def find_kernel(boot: Path = BOOT) -> Path:

@@ -4,10 +4,12 @@ import argparse
 import mmap
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvmtick import guests
 from kvmtick.cli import UsageError
 from kvmtick.cli.options import Parser
+from kvmtick.guests import Guest
 from kvmtick.kvm.api import DEFAULT_RUN_LIMIT_S
 from kvmtick.machine.memory import MOST_RAM_BYTES
 from kvmtick.timing.host import parse_duration_ns
@@ -20,7 +22,6 @@ __all__ = [
     "add_guest",
     "add_reinject",
     "address",
-    "cpuid_changes",
     "duration_ns",
     "integer",
     "limit_s",
@@ -30,6 +31,7 @@ __all__ = [
     "refuse_for",
     "ticks_of",
     "vcpu_count",
+    "with_cpuid",
 ]
 
 DEFAULT_GUEST = "tick-pic"
@@ -37,6 +39,8 @@ DEFAULT_TICKS = 1000
 MAX_TICKS = 0xFFFF_FFFF
 MAX_PORT = 0xFFFF
 VENDOR_CHARACTERS = 12
+CLOCKS = "clocks"
+"""What `--cpuid` calls the leaves with the rates of clocks."""
 RAM_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 LEAST_RAM_BYTES = 1 << 20
 MAX_VCPUS = 8
@@ -150,7 +154,8 @@ def add_file(p: Parser) -> None:
         metavar="CHANGE",
         action="append",
         default=[],
-        help="vendor=NAME, or x2apic=off, tsc_deadline=off, tsc_adjust=off; may be repeated",
+        help="vendor=NAME, or x2apic=off, tsc_deadline=off, tsc_adjust=off, clocks=off (the guest"
+        " measures them); may be repeated",
     )
     add(
         "--append",
@@ -354,10 +359,11 @@ def vcpu_count(text: str | None) -> int:
     return vcpus
 
 
-def cpuid_changes(changes: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
-    """The vendor, if one was given, and the features that are off."""
-    vendor: str | None = None
-    off = []
+def with_cpuid(guest: Guest, changes: Sequence[str]) -> Guest:
+    """The guest with what `--cpuid` changes."""
+    vendor = guest.needs.cpuid_vendor
+    features: list[str] = []
+    clocks = True
     for change in changes:
         name, _, value = change.partition("=")
         if name == "vendor":
@@ -368,11 +374,16 @@ def cpuid_changes(changes: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
                 )
             vendor = value
         elif name in FEATURES and value == "off":
-            off.append(name)
+            features.append(name)
+        elif change == f"{CLOCKS}=off":
+            clocks = False
         else:
-            known = ", ".join(f"{feature}=off" for feature in FEATURES)
+            known = ", ".join(f"{feature}=off" for feature in (*FEATURES, CLOCKS))
             raise UsageError(f"--cpuid {change}: give vendor=NAME or one of {known}")
-    return vendor, tuple(off)
+    needs = replace(
+        guest.needs, cpuid_vendor=vendor, cpuid_off=tuple(features), cpuid_clocks=clocks
+    )
+    return replace(guest, needs=needs)
 
 
 def refuse_for(options: argparse.Namespace, names: Sequence[str], why: str) -> None:

@@ -47,6 +47,8 @@ class Needs:
     """
     cpuid_off: tuple[str, ...] = ()
     """Of the features that a VMM can leave out (`kvmtick.vcpu.cpuid.FEATURES`), those it does."""
+    cpuid_clocks: bool = True
+    """CPUID tells the rates of the TSC and the local APIC's timer; else the guest measures them."""
     cpuid_vendor: str | None = None
     """The vendor in leaf 0, 12 characters; None: KVM's."""
 

@@ -25,6 +25,7 @@ __all__ = [
     "probe_kvm",
     "probe_parameters",
     "probe_tracefs",
+    "probe_virtualization",
     "waited_for_cpu_ns",
 ]
 
@@ -78,13 +79,16 @@ class TracefsProbe:
 
 @dataclass(frozen=True, slots=True)
 class HostProbe:
-    """Everything: `backends` are the loaded modules that run guests (kvm_intel, kvm_amd, ...)."""
+    """Everything: `backends` are the loaded modules that run guests (kvm_intel, kvm_amd, ...),
+    `virtualization` is of `probe_virtualization`.
+    """
 
     kernel: str
     cpus: int
     kvm: KvmProbe
     tracefs: TracefsProbe
     backends: tuple[str, ...]
+    virtualization: str
     parameters: dict[str, str]
 
 
@@ -146,6 +150,17 @@ def _backends(modules: Path = Path("/sys/module")) -> tuple[str, ...]:
     return ()
 
 
+def probe_virtualization(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's extension that runs guests: "vmx", "svm", or "" where it has none. Without one a
+    KVM can still be there, whose instruction emulator executes the guest's kernel.
+    """
+    with suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                return next((flag for flag in ("vmx", "svm") if flag in line.split()), "")
+    return ""
+
+
 def is_compiled() -> bool:
     """Whether the modules a tick passes through are those that mypyc compiled."""
     spec = importlib.util.find_spec("kvmtick.irqchip.i8254")
@@ -160,6 +175,7 @@ def probe_host() -> HostProbe:
         kvm=probe_kvm(),
         tracefs=probe_tracefs(),
         backends=_backends(),
+        virtualization=probe_virtualization(),
         parameters=probe_parameters(),
     )
 

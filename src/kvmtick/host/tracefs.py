@@ -237,17 +237,19 @@ class Instance:
         self.write(f"events/{_event_path(event)}/enable", "1")
 
     def set_filter(self, event: str, filter_: str) -> None:
-        """Record of an event only what passes `filter_` from now on; "0": all."""
+        """Record of an event only what passes `filter_` from now on; "0": all. Nothing passes a
+        comparison with a field that came with a later kernel.
+        """
         where = f"events/{_event_path(event)}/filter"
         try:
             self.write(where, filter_)
         except HostError as error:
             # kernels before 6.3 do not know `.function`: ask for the address instead
-            address = _function_filter(filter_)
-            if not address:
+            older = _function_filter(filter_) or _without_later(filter_)
+            if not older:
                 what = f"{where} was refused: {filter_} ({error.what})"
                 raise HostError(what, "is the module with that function loaded?") from None
-            self.write(where, address)
+            self.write(where, older)
 
     def enable_known(self, events: Mapping[str, str] = TICK_EVENTS) -> list[str]:
         """Enable those of `events` (name: filter) the kernel has; the names of the others."""
@@ -402,6 +404,7 @@ def _is_leftover(name: str) -> bool:
 
 
 KALLSYMS = Path("/proc/kallsyms")
+_LATER_TERM = re.compile(r"\bintr_info == \w+")
 _FUNCTION_TERM = re.compile(r"(\w+)\.function == (\w+)")
 
 
@@ -431,6 +434,14 @@ def _function_filter(filter_: str, kallsyms: Path | None = None) -> str:
     if not names or names - addresses.keys():
         return ""
     return _FUNCTION_TERM.sub(lambda match: f"{match[1]} == {addresses[match[2]]:#x}", filter_)
+
+
+def _without_later(filter_: str) -> str:
+    """A filter for older kernels, whose kvm_entry has no `intr_info`; empty if that is not
+    what one is refused for.
+    """
+    older, terms = _LATER_TERM.subn("common_pid < 0", filter_)
+    return older if terms else ""
 
 
 def _read_page(fd: int, size_bytes: int) -> bytes:

@@ -12,8 +12,10 @@ KVM_CAP_X86_APIC_BUS_CYCLES_NS the VMM has to change both, as with KVM.
 Of the bits that follow the vCPU's state only that of the APIC is there to do so: neither XSAVE nor
 MWAIT nor protection keys are offered.
 
-Not modelled: caches (leaf 4 reads 0), cores and threads (each vCPU is a package of its own), KVM's
-paravirtual features.
+How the vCPUs of a VM make up a package is the VMM's to say (`kvmtick.kvm.topology`); in `supported`
+each is a package.
+
+Not modelled: caches (leaf 4 reads 0), KVM's paravirtual features.
 """
 
 from collections.abc import Iterable
@@ -29,18 +31,21 @@ __all__ = [
     "Cpuid",
     "CpuidLeaf",
     "Feature",
+    "is_amd_or_hygon",
     "supported",
     "vendor_registers",
 ]
 
 LEAF_VENDOR: Final = 0
 LEAF_FEATURES: Final = 1
+LEAF_CACHES: Final = 4
 LEAF_EXTENDED_FEATURES: Final = 7
 LEAF_TOPOLOGY: Final = 0xB
 LEAVES_TOPOLOGY: Final = (LEAF_TOPOLOGY, 0x1F)
 LEAF_CRYSTAL_CLOCK: Final = 0x15
 LEAF_HYPERVISOR: Final = 0x4000_0000
 LEAF_HYPERVISOR_CLOCKS: Final = 0x4000_0010
+LEAVES_CLOCKS: Final = (LEAF_CRYSTAL_CLOCK, 0x16, LEAF_HYPERVISOR_CLOCKS)
 LEAF_EXTENDED: Final = 0x8000_0000
 LEAF_BRAND: Final = 0x8000_0002
 LEAF_INVARIANT_TSC: Final = 0x8000_0007
@@ -169,7 +174,7 @@ class Cpuid:
         range, or in a range that is not there.
         """
         basic = self._leaves.get((LEAF_VENDOR, None))
-        if basic is None or basic.ebx.to_bytes(4, "little").decode("latin-1") in AMD_OR_HYGON:
+        if basic is None or is_amd_or_hygon(basic.ebx):
             return False
         if function >> 28 == LEAF_HYPERVISOR >> 28:
             first = function & ~0xFF
@@ -213,6 +218,11 @@ def _brand() -> list[CpuidLeaf]:
     """The brand string: 48 bytes, 16 a leaf."""
     words = memoryview(BRAND.encode().ljust(48, b"\0")).cast("I")
     return [CpuidLeaf(LEAF_BRAND + n, None, *words[4 * n : 4 * n + 4]) for n in range(3)]
+
+
+def is_amd_or_hygon(ebx: int) -> bool:
+    """By EBX of leaf 0."""
+    return ebx.to_bytes(4, "little").decode("latin-1") in AMD_OR_HYGON
 
 
 def vendor_registers(name: str) -> tuple[int, int, int]:

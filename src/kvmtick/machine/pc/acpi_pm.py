@@ -1,12 +1,14 @@
 """ACPI's fixed hardware (ACPI specification 6.5, 4.8.3): PM1a events and control, PM timer.
 
-* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable; of the events only the timer's carry;
+* 0x600 PM1a_EVT: status (a 1 clears a bit) and enable. Only the timer's event ever happens; those
+  of the global lock and the RTC can be enabled, which Linux does and checks; buttons are not here;
 * 0x604 PM1a_CNT: ACPI mode is always on (SCI_EN); SLP_EN with the type of S5 switches off;
 * 0x608 PM_TMR: 24 bits at 3.579545 MHz from the machine's clock.
 
 SCI is GSI 9, level triggered. `kvmtick.machine.pc.acpi` tells the guest of all this.
 
-Not modelled: general-purpose events, buttons, sleeping states but S5, the global lock.
+Not modelled: general-purpose events, buttons, the RTC's wake event, firmware that would share the
+global lock, sleeping states but S5.
 """
 
 from typing import Final
@@ -23,8 +25,8 @@ SIZE_BYTES: Final = 12
 SCI: Final = 9
 
 TMR_STS: Final = 1 << 0
-STATUS_BITS: Final = TMR_STS
-ENABLE_BITS: Final = TMR_STS
+TMR_EN, GBL_EN, RTC_EN = 1 << 0, 1 << 5, 1 << 10
+ENABLE_BITS: Final = TMR_EN | GBL_EN | RTC_EN
 SCI_EN: Final = 1 << 0
 SLP_TYP_SHIFT, SLP_TYP_MASK = 10, 7
 SLP_EN: Final = 1 << 13
@@ -107,7 +109,7 @@ class AcpiPm:
         if self._deadline is not None and self._deadline.queued:
             self._host.queue.cancel(self._deadline)
         self._deadline = None
-        if self.enable & TMR_STS:
+        if self.enable & TMR_EN:
             count = (self._carries + 1) * CARRY
             due_ns = -(-count * NS_PER_S // PM_TIMER_HZ)
             self._deadline = self._host.queue.add(due_ns, self._on_carry)

@@ -1,13 +1,18 @@
 """The MC146818 real-time clock and its RAM (Motorola MC146818A datasheet) at 0x70 and 0x71, IRQ 8.
 
 Time and date come from `PcHost.date_ns`, shifted by whole seconds when the guest sets them; the
-century is register 0x32, as on a PC. Periodic, alarm and update-ended interrupts; what nobody asks
-for is worked out when register C is read. The RAM holds what a PC's firmware leaves there of the
-machine's size, where SeaBIOS looks for it.
+century is register 0x32, as on a PC. The day of the week counts by itself. Periodic, alarm and
+update-ended interrupts; what nobody asks for is worked out when register C is read. The RAM holds
+what a PC's firmware leaves there of the machine's size, where SeaBIOS looks for it.
 
-Not modelled: daylight saving, the square wave, a divider that is stopped or reset (register A's
-bits are kept only), the NMI mask in bit 7 of the index, checksums of the RAM, a day of the week
-that is not the date's, dates that do not exist (setting one changes nothing).
+UIP is set for t_BUC, 244 us, before an update; the update itself takes no time, and its flag comes
+at the second. SET holds the registers, takes UIP away and keeps updates from happening.
+
+Not modelled: the duration of an update (t_UC, 1984 us, in which the registers read anything), how
+the clock counts on from what is no date or time of day (it stands until the guest has written one;
+updates go on), registers that keep their old format when register B changes it, a divider that is
+stopped or reset (register A's bits are kept only), daylight saving, the square wave, the NMI mask
+in bit 7 of the index, checksums of the RAM.
 """
 
 from collections.abc import Iterator
@@ -64,6 +69,10 @@ class Cmos:
         self._describe(host.ram_bytes)
         self.offset_s = 0
         """The guest's clock is so far ahead of `date_ns`."""
+        self.weekday_offset = 0
+        """The guest's day of the week is so far ahead of the date's."""
+        self.is_date = True
+        """The time registers name a date and a time of day; while they do not, they stand still."""
         self.flags = 0
         self._seen_periods = self._periods()
         self._seen_s = self._now_s()
@@ -105,7 +114,7 @@ class Cmos:
         return None
 
     def _read(self, index: int) -> int:
-        if index in TIME_REGISTERS and not self.ram[B] & B_SET:
+        if index in TIME_REGISTERS and self._counts:
             return self._time_registers()[index]
         if index == A:
             return self.ram[A] | (A_UPDATE_IN_PROGRESS if self._is_updating() else 0)
@@ -149,13 +158,20 @@ class Cmos:
     def _now_s(self) -> int:
         return self._host.date_ns() // NS_PER_S + self.offset_s
 
+    @property
+    def _counts(self) -> bool:
+        """The time registers go on by themselves."""
+        return self.is_date and not self.ram[B] & B_SET
+
     def _hold(self) -> None:
         """The time registers stay as they are now, for the guest to write."""
+        if not self._counts:
+            return
         for index, value in self._time_registers().items():
             self.ram[index] = value
 
     def _go_on(self) -> None:
-        """From what the guest has written, if that is a date."""
+        """From what the guest has written, if that is a date; else it stays as it is."""
         try:
             wanted_s = seconds_of(
                 100 * self._decoded(CENTURY) + self._decoded(YEAR),
@@ -166,18 +182,22 @@ class Cmos:
                 self._decoded(SECONDS),
             )
         except ValueError:
+            self.is_date = False
             return
+        self.is_date = True
+        self.weekday_offset = self._decoded(DAY_OF_WEEK) - date_of(wanted_s).weekday
         self.offset_s += wanted_s - self._now_s()
         self._seen_s = self._now_s()
 
     def _time_registers(self) -> dict[int, int]:
         now = date_of(self._now_s())
-        century, year = divmod(now.year, 100)
+        century, year = divmod(now.year % 10_000, 100)
+        weekday = (now.weekday + self.weekday_offset - 1) % 7 + 1
         return {
             SECONDS: self._encoded(now.second),
             MINUTES: self._encoded(now.minute),
             HOURS: self._encoded_hour(now.hour),
-            DAY_OF_WEEK: self._encoded(now.weekday),
+            DAY_OF_WEEK: self._encoded(weekday),
             DAY: self._encoded(now.day),
             MONTH: self._encoded(now.month),
             YEAR: self._encoded(year),
@@ -227,7 +247,7 @@ class Cmos:
             self.flags |= C_PERIODIC
         if now_s > self._seen_s and not self.ram[B] & B_SET:
             self.flags |= C_UPDATE
-            alarm_s = self._next_alarm_s(self._seen_s)
+            alarm_s = self._next_alarm_s(self._seen_s) if self.is_date else None
             if alarm_s is not None and alarm_s <= now_s:
                 self.flags |= C_ALARM
         self._seen_periods, self._seen_s = periods, now_s
@@ -285,7 +305,7 @@ class Cmos:
         ahead_ns = now_ns - self._host.date_ns() - self.offset_s * NS_PER_S
         if allowed & B_UPDATE:
             yield ahead_ns + (self._seen_s + 1) * NS_PER_S
-        alarm_s = self._next_alarm_s(self._seen_s) if allowed & B_ALARM else None
+        alarm_s = self._next_alarm_s(self._seen_s) if allowed & B_ALARM and self.is_date else None
         if alarm_s is not None:
             yield ahead_ns + alarm_s * NS_PER_S
 
