@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_boots import START, all_boots
 
-START = "import sys; from kvmtick.cli import main; sys.exit(main(sys.argv[1:]))"
 COMMANDS = b"sleep 2\n"
 DEADLINE_S = 300.0
 LONG_NS = 100_000_000
@@ -38,7 +38,7 @@ def kvmtick(*arguments: str, typed: bytes = b"") -> bytes:
     ).stdout
 
 
-@pytest.mark.all_boots
+@all_boots
 @pytest.mark.parametrize("append", SETUPS)
 def test_the_phases_of_a_boot(kernel: Path, tmp_path: Path, append: str) -> None:
     trace = str(tmp_path / "boot.ktrace")
