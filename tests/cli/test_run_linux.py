@@ -7,8 +7,8 @@ import pytest
 from terminal import Terminal
 
 from kvmtick.abi.errors import HostError
-from kvmtick.cli import EXIT_HOST, EXIT_USAGE, run_linux
-from kvmtick.cli.run_linux import find_kernel
+from kvmtick.cli import EXIT_HOST, EXIT_USAGE
+from kvmtick.machine.installed import find_kernel
 
 BZIMAGE = bytes(0x202) + b"HdrS"
 
@@ -26,7 +26,7 @@ def test_without_a_kernel_it_says_how_to_get_one(
 ) -> None:
     with pytest.raises(HostError, match="apt-get install linux-image-cloud-amd64"):
         find_kernel(tmp_path)
-    monkeypatch.setattr(run_linux.find_kernel, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(find_kernel, "__defaults__", (tmp_path,))
     result = kvmtick("run", "linux")
     assert (result.code, result.out) == (EXIT_HOST, "")
     assert result.err.count("\n") == 1

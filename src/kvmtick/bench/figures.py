@@ -2,13 +2,23 @@
 
 from typing import Final
 
-from kvmtick.bench import chips, decode, fleet, guest_code, memory, realtime, start, ticks
+from kvmtick.bench import (
+    boot_linux,
+    chips,
+    decode,
+    fleet,
+    guest_code,
+    memory,
+    realtime,
+    start,
+    ticks,
+)
 from kvmtick.bench.figure import Figure
 
 __all__ = ["FIGURES"]
 
 FIGURES: Final[dict[str, Figure]] = {
     figure.name: figure
-    for module in (ticks, chips, fleet, guest_code, realtime, decode, start, memory)
+    for module in (ticks, chips, fleet, guest_code, boot_linux, realtime, decode, start, memory)
     for figure in module.FIGURES
 }

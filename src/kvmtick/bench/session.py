@@ -25,7 +25,7 @@ class Session:
     folder: Path
     """For files, until the end of the session."""
     cpu_time: bool = False
-    """Rates are by CPU time: what else a host does then hardly counts."""
+    """Rates and the boot are by CPU time: what else a host does then hardly counts."""
     progress: Callable[[str], None] = lambda _: None
     peer_ticks: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     """Ticks/s of a peer by its name and the guest's: more than one figure asks for them."""
@@ -39,7 +39,7 @@ class Session:
 
         MeasureError if the longer run was not the longer one.
         """
-        start_s, end_s = self._seconds(run(few)), self._seconds(run(many))
+        start_s, end_s = self.seconds(run(few)), self.seconds(run(many))
         if end_s <= start_s:
             raise MeasureError(
                 f"{few:,} rounds took {start_s:.2f} s, {many:,} only {end_s:.2f} s: other work"
@@ -47,7 +47,8 @@ class Session:
             )
         return (many - few) / (end_s - start_s)
 
-    def _seconds(self, spent: Spent) -> float:
+    def seconds(self, spent: Spent) -> float:
+        """What a process took, by the time that counts."""
         return spent.cpu_s if self.cpu_time else spent.wall_s
 
     def in_turns(self, ours: Measure, peers: dict[str, Measure]) -> Taken:

@@ -85,7 +85,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--cpu-time",
         action="store_true",
-        help="rates by CPU time, not wall time: for a machine that does other work, too",
+        help="rates and the boot by CPU time, not wall time: for a machine that is busy otherwise",
     )
     p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return p
