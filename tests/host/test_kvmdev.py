@@ -83,6 +83,20 @@ class TestBounded:
         assert vcpu.run(LIMIT_S) == ExitIntr("kick")
         timer.join()
 
+    def test_kick_at_the_run_s_beginning_ends_nothing_else(
+        self, make_vm: MakeVm, code: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vcpu = make_vm(code).vcpus[0].file
+        real = signal.pthread_sigmask
+
+        def kicked_first(how: int, signals: set[int]) -> set[int]:
+            if how == signal.SIG_BLOCK:
+                vcpu.kick()
+            return real(how, signals)
+
+        monkeypatch.setattr(kvmdev.signal, "pthread_sigmask", kicked_first)
+        assert vcpu.run(LIMIT_S) == ExitIntr("kick")
+
     def test_kick_before_the_run_counts(self, make_vm: MakeVm, code: bytes) -> None:
         vcpu = make_vm(code).vcpus[0]
         vcpu.kick()

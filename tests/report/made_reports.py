@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kvmtick.report.data import (
     Finding,
+    Phase,
     Report,
     Severity,
     SourceReport,
@@ -13,6 +14,7 @@ from kvmtick.report.data import (
     WorstTick,
 )
 from kvmtick.ticks import verdict
+from kvmtick.ticks.histogram import Histogram
 from kvmtick.ticks.lives import Keep
 from kvmtick.ticks.report import TickReport
 from kvmtick.ticks.source import Source
@@ -112,6 +114,25 @@ def make_tick(source: Source, number: int, words: Words) -> None:
     claim = source.claim(tick, verdict.Path.PIC, tick.work_ns + 2_500)
     source.arrive(claim, tick.work_ns + late_ns, 0, 0x20)
     source.finish(claim, tick.work_ns + late_ns + 5_000)
+
+
+def made_phase(start_ns: int, end_ns: int, channel: int | None = 0) -> Phase:
+    """A rate of the PIT, by the time since the trace began."""
+    return Phase(
+        source="pit",
+        vcpu=0,
+        channel=channel,
+        mode="2",
+        count=1193,
+        period_ns=None,
+        start_ns=START_NS + start_ns,
+        end_ns=START_NS + end_ns,
+        reads=1,
+        path=None,
+        vector=None,
+        verdicts={},
+        intervals=Histogram(),
+    )
 
 
 def made_worst(tick: Tick, words: Words) -> WorstTick:

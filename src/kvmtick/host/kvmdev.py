@@ -331,12 +331,13 @@ class VcpuFile(KvmFile):
 
         One vCPU is run by one thread at a time: RuntimeError otherwise.
         """
-        with self._lock:
-            if self._runner:
-                raise RuntimeError("this vCPU is running already; one thread at a time")
-            self._runner = threading.get_ident()
-            self.tid = threading.get_native_id()
+        # before anyone can see who runs it: unblocked, a kick would end the process
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        try:
+            self._take()
+        except RuntimeError:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            raise
         try:
             self._set_signal_mask(before)
             self._deadline_s = math.inf
@@ -362,6 +363,14 @@ class VcpuFile(KvmFile):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
             if self.closed:
                 self.close()
+
+    def _take(self) -> None:
+        """The calling thread runs it from now on."""
+        with self._lock:
+            if self._runner:
+                raise RuntimeError("this vCPU is running already; one thread at a time")
+            self._runner = threading.get_ident()
+            self.tid = threading.get_native_id()
 
     def enter(self) -> Exit:
         """KVM_RUN until the next exit; signals meant for others do not end it.

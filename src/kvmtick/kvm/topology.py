@@ -5,7 +5,7 @@ A VM's vCPUs are the cores of one package, a thread each, with consecutive APIC 
 system knows that their TSCs are one clock, and Linux takes vCPU 0's loops_per_jiffy for all; were
 each a package, it would measure it on each while vCPUs run by turns.
 
-Not modelled: threads of a core, more than one package, dies (leaf 0x1F), AMD's leaf 0x8000001E.
+Not modelled: threads of a core, more than one package, dies (leaf 0x1F).
 """
 
 from collections.abc import Iterable

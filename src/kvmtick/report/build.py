@@ -214,7 +214,7 @@ class _Vm:
             sees_eoi(source.path, trace.events), is_pit and bool(self._replays), source.extra
         )
         drift_ppm = lives.drift_ppm(is_pit)
-        period_ns, ran_ns = lives.period_ns, lives.ran_ns
+        period_ns = lives.period_ns
         report = SourceReport(
             source=source.name,
             vcpu=source.vcpu,
@@ -222,7 +222,7 @@ class _Vm:
             histograms=source.latency_ns(),
             period_ns=period_ns,
             asked_hz=1e9 / period_ns if period_ns else None,
-            got_hz=(source.reached + lives.came_as_others) * 1e9 / ran_ns if ran_ns else None,
+            got_hz=lives.got_hz(source.reached),
             drift_ppm=drift_ppm,
             drift_constant=_constant(is_pit) if drift_ppm is not None else "",
             points=lives.points(),

@@ -111,6 +111,7 @@ class SourceLives:
         """By period, replayed ticks whose pulse merged with one before."""
         self.came_as_others = 0
         """So many of those came all the same, by interrupts that belong to no tick."""
+        self._one_shots_came = 0
         self.last_arrival: Tick | None = None
         self._interesting = Thinned(POINTS_OF_INTEREST)
         self._delivered = Thinned(POINTS_DELIVERED)
@@ -145,7 +146,9 @@ class SourceLives:
                 self._merged_replays[tick.period_ns] += 1
         if tick.inject_ns is not None:
             self.last_arrival = tick
-            if tick.period_ns and tick.verdict is not Verdict.UNKNOWN:
+            if not tick.period_ns:
+                self._one_shots_came += 1
+            elif tick.verdict is not Verdict.UNKNOWN:
                 self.reached_periods[tick.period_ns] += 1
         if tick.verdict is _DELIVERED and not _is_slow_one_shot(tick):
             self._cause = None
@@ -249,6 +252,13 @@ class SourceLives:
         if self.periods:
             return sum(p * count for p, count in (self.periods - self.unknown).items())
         return self.last_ns - (self.first_ns or 0)
+
+    def got_hz(self, reached: int) -> float | None:
+        """Ticks per second, of `reached` that came: if it has a period, while it had; None if
+        nobody can know.
+        """
+        came = reached + self.came_as_others - (self._one_shots_came if self.periods else 0)
+        return came * 1e9 / self.ran_ns if self.ran_ns else None
 
     @property
     def missing(self) -> int:
