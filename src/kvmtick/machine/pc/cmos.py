@@ -247,13 +247,17 @@ class Cmos:
             self.flags |= C_PERIODIC
         if now_s > self._seen_s and not self.ram[B] & B_SET:
             self.flags |= C_UPDATE
-            alarm_s = self._next_alarm_s(self._seen_s) if self.is_date else None
+            alarm_s = self._next_alarm_s(self._seen_s)
             if alarm_s is not None and alarm_s <= now_s:
                 self.flags |= C_ALARM
         self._seen_periods, self._seen_s = periods, now_s
 
     def _next_alarm_s(self, after_s: int) -> int | None:
-        """The first second behind `after_s` that the alarm registers name; None: they name none."""
+        """The first second behind `after_s` that the alarm registers name; None: they name none,
+        or the clock stands.
+        """
+        if not self.is_date:
+            return None
         day_s, second_of_day = divmod(after_s, DAY_S)
         for start_s, behind in ((day_s * DAY_S, second_of_day), ((day_s + 1) * DAY_S, -1)):
             for second in self._alarm_seconds(behind):
@@ -305,7 +309,7 @@ class Cmos:
         ahead_ns = now_ns - self._host.date_ns() - self.offset_s * NS_PER_S
         if allowed & B_UPDATE:
             yield ahead_ns + (self._seen_s + 1) * NS_PER_S
-        alarm_s = self._next_alarm_s(self._seen_s) if allowed & B_ALARM and self.is_date else None
+        alarm_s = self._next_alarm_s(self._seen_s) if allowed & B_ALARM else None
         if alarm_s is not None:
             yield ahead_ns + alarm_s * NS_PER_S
 
