@@ -1,6 +1,6 @@
 """Debian's kernel boots to our prompt, finds its timer at the first attempt, and counts our ticks.
 
-Two set-ups always, all of them with KVMTICK_ALL_BOOTS=1 (`make test-all`).
+Three set-ups always, all of them with KVMTICK_ALL_BOOTS=1 (`make test-all`).
 """
 
 import os
@@ -66,6 +66,8 @@ all_boots = pytest.mark.skipif(
 SETUPS = [
     pytest.param("noapic nolapic", 1, id="PIT through the PIC"),
     pytest.param("", 1, id="default"),
+    # a kernel that knows that it is a guest of KVM does not check its timer
+    pytest.param("nopv", 1, id="nopv"),
     *(
         pytest.param(append, vcpus, id=f"{append or 'default'}, {vcpus} vCPUs", marks=all_boots)
         for append, vcpus in (
