@@ -8,6 +8,7 @@ import pytest
 
 from kvmtick import guests
 from kvmtick.kvm.model import ModelVm
+from kvmtick.machine.pc import console as console_module
 from kvmtick.machine.pc.console import CHARACTER_NS, END_OF_INPUT, Console
 from kvmtick.timing.clock import VirtualClock
 from kvmtick.timing.queue import EventQueue
@@ -23,6 +24,7 @@ class Line:
         self.room_bytes = 4
         self.got = b""
         self.left = 0
+        self.became_live = 0
         self.on_room = lambda: None
 
     def receive(self, data: bytes) -> int:
@@ -48,10 +50,14 @@ class Line:
             self.out,
             live=live,
             leave=self.leave if escape else None,
+            on_live=self.becomes_live,
         )
 
     def leave(self) -> None:
         self.left += 1
+
+    def becomes_live(self) -> None:
+        self.became_live += 1
 
 
 @pytest.fixture
@@ -87,6 +93,17 @@ def test_a_live_console_never_waits(line: Line) -> None:
     assert (line.got, console.filenos()) == (b"quic", [])
     line.guest_reads()
     assert (line.got, console.filenos()) == (b"quick", [line.out])
+
+
+def test_patience_ends_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console_module, "PATIENCE_MS", 0)
+    console = line.console(live=False)
+    line.passes()
+    line.guest_reads()
+    assert (console.live, line.became_live, line.got) == (True, 1, b"")
+    os.write(line.into, b"here")
+    console.poll()
+    assert line.got == b"here"
 
 
 def test_the_escape_key_is_heard_by_a_console_whose_guest_does_not_listen(line: Line) -> None:

@@ -154,3 +154,41 @@ def test_a_slow_writer_is_waited_for(echo: Path) -> None:
         process.stdin.close()
         assert b"done after" in process.stdout.read()
     assert process.returncode == EXIT_OK
+
+
+def test_who_waits_for_the_guest_is_not_waited_for(echo: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", START, "run", "--kernel", str(echo), "--ram", "4M"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"nothing came by stdin" in process.stderr.readline()
+        process.stdin.write(b"now\n")
+        assert process.stdout.readline() == b">now\n"
+        process.stdin.close()
+        assert b"done after" in process.stdout.read()
+        assert process.stderr.read() == b""
+    assert process.returncode == EXIT_OK
+
+
+def test_a_pipe_that_does_not_block_is_no_end_of_input(echo: Path) -> None:
+    out, into = os.pipe()
+    os.set_blocking(out, False)
+    with subprocess.Popen(
+        [sys.executable, "-c", START, "run", "--kernel", str(echo), "--ram", "4M"],
+        stdin=out,
+        stdout=subprocess.PIPE,
+    ) as process:
+        os.close(out)
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b">"
+        os.write(into, b"later\n")
+        os.close(into)
+        assert process.stdout.readline() == b"later\n"
+        assert b"done after" in process.stdout.read()
+    assert process.returncode == EXIT_OK

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from kvmtick.machine.pc.console import Console
+from kvmtick.machine.pc.console import PATIENCE_MS, Console
 from kvmtick.machine.pc.uart import Uart
 from kvmtick.timing.clock import Clock
 from kvmtick.timing.queue import EventQueue
@@ -22,6 +22,10 @@ from kvmtick.timing.queue import EventQueue
 __all__ = ["Input", "input_of"]
 
 HINT = "kvmtick: every key goes to the guest; Ctrl-] ends the run"
+WAITED = (
+    f"kvmtick: nothing came by stdin for {PATIENCE_MS // 1000} s: the guest goes on, gets what"
+    " comes when it comes, and the run will not repeat exactly; if nothing will come, give </dev/null"
+)
 _IFLAG, _LFLAG, _CC = 0, 3, 6
 _DEADLY = (signal.SIGTERM, signal.SIGHUP)
 
@@ -45,7 +49,13 @@ class Input:
         """What feeds it to the guest; `leave` ends the run."""
         live = self.is_terminal or (real_time and self.fd is not None)
         return Console(
-            uart, clock, queue, self.fd, live=live, leave=leave if self.is_terminal else None
+            uart,
+            clock,
+            queue,
+            self.fd,
+            live=live,
+            leave=leave if self.is_terminal else None,
+            on_live=_tell_of_live,
         )
 
     @contextlib.contextmanager
@@ -76,6 +86,10 @@ class Input:
             restore()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _tell_of_live() -> None:
+    print(WAITED, file=sys.stderr, flush=True)
 
 
 def _raw_of(fd: int) -> list[int | list[bytes | int]]:

@@ -3,7 +3,8 @@
 A live console takes bytes when they come: a person at a terminal, or whatever is written to a
 machine of real time. Any other is asked for its bytes when the guest has room for them, and the
 machine waits for them: then the moments at which a guest gets its input are decided by the guest
-alone, and a run repeats exactly. At the end of the input the guest gets Ctrl-D.
+alone, and a run repeats exactly. Who writes nothing for `PATIENCE_MS` may be waiting for the guest
+in turn: the console is live from then on. At the end of the input the guest gets Ctrl-D.
 
 Not modelled: the line's speed. The UART's FIFO is filled at once, a character's time after the
 guest has emptied it, and bytes wait at the other end for a guest that does not read.
@@ -28,6 +29,8 @@ ESCAPE: Final = b"\x1d"
 CHARACTER_NS: Final = 86_806
 """Start bit, 8 bits, stop bit at 115200 baud."""
 CHUNK_BYTES: Final = 4096
+PATIENCE_MS: Final = 2_000
+"""Of the host's time."""
 
 
 class Console:
@@ -42,9 +45,11 @@ class Console:
         *,
         live: bool = False,
         leave: Callable[[], None] | None = None,
+        on_live: Callable[[], None] | None = None,
     ) -> None:
         """`fd`: where bytes are read; None: there are none. `leave` is called for `ESCAPE`, which
-        the guest then never gets; None: it is a byte as all others.
+        the guest then never gets; None: it is a byte as all others. `on_live` is called when the
+        console becomes live.
         """
         self.live = live
         self._uart = uart
@@ -52,6 +57,7 @@ class Console:
         self._queue = queue
         self._fd = fd
         self._leave = leave
+        self._on_live = on_live
         self._pending = b"" if fd is not None else END_OF_INPUT
         self._is_due = False
         self._stopwatch = Stopwatch()
@@ -85,7 +91,7 @@ class Console:
     def poll(self) -> None:
         """Take what has come."""
         for fd in self.filenos():
-            if _has_come(fd):
+            if _has_come(fd, 0):
                 self._read(fd)
                 self._give()
 
@@ -98,8 +104,17 @@ class Console:
     def _on_time(self) -> None:
         self._is_due = False
         if self._fd is not None and not self.live and not self._pending:
-            self._read(self._fd)
+            if _has_come(self._fd, PATIENCE_MS):
+                self._read(self._fd)
+            else:
+                self._become_live()
         self._give()
+
+    def _become_live(self) -> None:
+        self.live = True
+        self.begin()
+        if self._on_live is not None:
+            self._on_live()
 
     def _give(self) -> None:
         """As much as the guest takes; it tells when it has room again."""
@@ -108,9 +123,11 @@ class Console:
             self._pending = self._pending[taken:]
 
     def _read(self, fd: int) -> None:
-        """The next bytes, or the end; waits for them."""
+        """The next bytes, or the end, which have come."""
         try:
             data = os.read(fd, CHUNK_BYTES)
+        except BlockingIOError:  # somebody else who has the descriptor was faster
+            return
         except OSError:  # a terminal that is gone
             data = b""
         if not data:
@@ -122,8 +139,8 @@ class Console:
         self._pending += data
 
 
-def _has_come(fd: int) -> bool:
-    """Bytes, or the end."""
+def _has_come(fd: int, patience_ms: int) -> bool:
+    """Bytes, or the end, within that time."""
     waits = select.poll()
     waits.register(fd, select.POLLIN)
-    return bool(waits.poll(0))
+    return bool(waits.poll(patience_ms))
