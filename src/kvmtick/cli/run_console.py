@@ -24,7 +24,7 @@ __all__ = ["Input", "input_of"]
 HINT = "kvmtick: every key goes to the guest; Ctrl-] ends the run"
 WAITED = (
     f"kvmtick: nothing came by stdin for {PATIENCE_MS // 1000} s: the guest goes on, gets what"
-    " comes when it comes, and the run will not repeat exactly; if nothing will come, give </dev/null"
+    " comes when it comes, and the run does not repeat exactly; for no input at all give </dev/null"
 )
 _IFLAG, _LFLAG, _CC = 0, 3, 6
 _DEADLY = (signal.SIGTERM, signal.SIGHUP)
