@@ -65,5 +65,5 @@ def test_a_figure_that_was_not_taken() -> None:
 
 def test_the_figures_are_those_of_the_marks() -> None:
     names = "tick-pic tick-ioapic tick-lapic traced chips fleet mips-memory mips-register"
-    names += " realtime-1k realtime-2k realtime-5k realtime-10k decode-raw decode-text"
+    names += " boot-linux realtime-1k realtime-2k realtime-5k realtime-10k decode-raw decode-text"
     assert list(FIGURES) == [*names.split(), "start-help", "start-run", "memory"]
