@@ -16,6 +16,7 @@ from kvmtick.cli import EXIT_OK
 START = "import sys; from kvmtick.cli import main; sys.exit(main(sys.argv[1:]))"
 DEADLINE_S = 600.0
 TSC_MHZ = 1000.0
+BUSYBOX = Path("/bin/busybox")
 COMMANDS = b"ticks\nsleep 1\nticks\nexit\n"
 
 UNWANTED = (
@@ -101,15 +102,15 @@ def timer_interrupts(printed: str) -> tuple[int, int]:
 
 
 def boot(
-    kernel: Path, append: str, vcpus: int, *options: str
+    kernel: Path, append: str, vcpus: int, *options: str, commands: bytes = COMMANDS
 ) -> "subprocess.CompletedProcess[bytes]":
-    """With `COMMANDS` for the prompt."""
+    """With `commands` for the prompt."""
     return subprocess.run(
         [
             *(sys.executable, "-c", START, "run", "--kernel", str(kernel)),
             *("--append", append, "--vcpus", str(vcpus), *options),
         ],
-        input=COMMANDS,
+        input=commands,
         capture_output=True,
         timeout=DEADLINE_S,
     )
@@ -134,6 +135,16 @@ def test_a_kernel_boots_to_the_prompt(kernel: Path, append: str, vcpus: int) -> 
     assert after > before
     # without ACPI nothing can switch the machine off
     assert ("reset after" if "acpi=off" in append else "power-off after") in printed
+
+
+@all_boots
+def test_the_shell_of_a_busybox(kernel: Path) -> None:
+    if not BUSYBOX.exists():
+        pytest.skip(f"no {BUSYBOX}: apt-get install busybox-static")
+    commands = b"sh\nps | grep -c '[r]cu_preempt'\npoweroff -f\n"
+    run = boot(kernel, "quiet", 1, "--busybox", str(BUSYBOX), commands=commands)
+    assert (run.returncode, run.stderr) == (EXIT_OK, b"")
+    assert b"\r\n1\r\n" in run.stdout, run.stdout[-1000:]
 
 
 @all_boots

@@ -62,6 +62,7 @@ examples:
   kvmtick run --fault worker_delay=exp:200us    a host whose kvm-pit thread is late
   kvmtick run my.bin --for 10s --trace out.txt  your own image; its events as ftrace text
   kvmtick run --json | jq .ticks                for programs
+  kvmtick run linux                             an installed kernel, to a prompt
   kvmtick record --for 10s -o t.ktrace          the ticks of all VMs on this host
   kvmtick report t.ktrace --html t.html         which were late or lost, why, what to do
   kvmtick compare tick-if0                      the same on the real kernel: does it differ?

@@ -41,10 +41,11 @@ def is_linux(options: argparse.Namespace) -> bool:
         return True
     if guest == NAME or (guest is not None and is_kernel(Path(guest))):
         return True
-    if options.initrd is not None:
-        raise UsageError(
-            f"--initrd {options.initrd}: only Linux takes it; give --kernel FILE, or run linux"
-        )
+    for name, value in (("--initrd", options.initrd), ("--busybox", options.busybox)):
+        if value is not None:
+            raise UsageError(
+                f"{name} {value}: only Linux takes it; give --kernel FILE, or run linux"
+            )
     return False
 
 
@@ -58,12 +59,10 @@ def linux_guest(options: argparse.Namespace) -> Guest:
     """The kernel that was asked for, with its initramfs. UsageError for what cannot be loaded,
     HostError where no kernel is installed.
     """
-    from kvmtick.guests.linux import tiny_initrd
-
     refuse_for(options, _NOT_FOR_LINUX, "Linux goes its own way")
     ram_bytes, vcpus = ram_size_bytes(options.ram), vcpu_count(options.vcpus)
     kernel = _kernel(options)
-    initrd = tiny_initrd() if options.initrd is None else _contents(options.initrd)
+    initrd = _initrd(options)
     append = f"{COMMAND_LINE} {options.append or ''}".rstrip()
     try:
         guest = linux.load_linux(
@@ -74,10 +73,22 @@ def linux_guest(options: argparse.Namespace) -> Guest:
     return with_cpuid(guest, options.cpuid)
 
 
-def _contents(name: str) -> bytes:
+def _initrd(options: argparse.Namespace) -> bytes:
+    from kvmtick.guests.linux import tiny_initrd
+
     try:
-        return Path(name).read_bytes()
+        if options.initrd is None:
+            return tiny_initrd(busybox=options.busybox and Path(options.busybox))
+        if options.busybox is None:
+            return Path(options.initrd).read_bytes()
     except OSError as error:
+        option = "--initrd" if options.busybox is None else "--busybox"
         raise UsageError(
-            f"--initrd: cannot read {name!r}: {error.strerror}: give a readable file"
+            f"{option}: cannot read {error.filename!r}: {error.strerror}: give a readable file"
         ) from None
+    except ValueError as error:
+        raise UsageError(f"--busybox: {error}") from None
+    raise UsageError(
+        f"--busybox {options.busybox}: is for our initramfs, not for {options.initrd!r}; leave one"
+        " of them out"
+    )

@@ -182,6 +182,7 @@ def _add_linux(p: Parser) -> None:
     add = p.add_argument_group("a Linux kernel").add_argument
     add("--kernel", metavar="FILE", help="a bzImage (with linux: the newest in /boot)")
     add("--initrd", metavar="FILE", help="its initramfs (a tiny one: a prompt that knows ticks)")
+    add("--busybox", metavar="FILE", help="a static one, for the tiny initramfs: `sh` starts it")
 
 
 def _add_firmware(p: Parser) -> None:
