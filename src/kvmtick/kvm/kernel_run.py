@@ -23,6 +23,7 @@ from kvmtick.abi.exits import (
     trouble,
 )
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.machine import debug_exit, power_off_exit, reset_exit
 from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.pc import Pc
@@ -145,14 +146,13 @@ class UserSpace(PortOwner):
         return self.queue.next_ns < NEVER_NS or self.console is not None
 
     def guest_exit(self, value: int) -> None:
-        detail = f"the guest wrote {value:#x} to the debug exit port" if value else ""
-        self._end(RunExit("guest-error" if value else "done", value, detail))
+        self._end(debug_exit(value))
 
     def _reset(self, by: str) -> None:
-        self._end(RunExit("reset", detail=f"the guest reset the machine by {by}"))
+        self._end(reset_exit(by))
 
     def _power_off(self) -> None:
-        self._end(RunExit("power-off", detail="the guest switched the machine off"))
+        self._end(power_off_exit())
 
     def leave(self) -> None:
         """The person at the console wants no more."""

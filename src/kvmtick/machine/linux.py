@@ -42,7 +42,6 @@ ENTRY_64_OFFSET: Final = 0x200
 UNDEFINED_LOADER: Final = 0xFF
 ACPI_RSDP_ADDR, E820_ENTRIES, TYPE_OF_LOADER, E820_TABLE = 0x70, 0x1E8, 0x210, 0x2D0
 CODE32_START, RAMDISK_IMAGE, CMD_LINE_PTR = 0x214, 0x218, 0x228
-E820_ENTRY: Final = struct.Struct("<QQI")
 
 BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x40E, 0x413
 GDT_AT, ZERO_PAGE_AT, PAGE_TABLES_AT, COMMAND_LINE_AT = 0x1000, 0x7000, 0x9000, 0x2_0000
@@ -225,9 +224,8 @@ def _zero_page(
     struct.pack_into("<Q", page, ACPI_RSDP_ADDR, ACPI_AT)
     ranges = memory_map(ram_bytes)
     page[E820_ENTRIES] = len(ranges)
-    for index, part in enumerate(ranges):
-        at = E820_TABLE + index * E820_ENTRY.size
-        E820_ENTRY.pack_into(page, at, part.start, part.end - part.start, part.kind)
+    table = b"".join(part.entry() for part in ranges)
+    page[E820_TABLE : E820_TABLE + len(table)] = table
     return bytes(page)
 
 
