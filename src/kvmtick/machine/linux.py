@@ -18,8 +18,10 @@ from typing import Final
 
 from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.guests import Guest, Needs, start
+from kvmtick.guests.needs import KVM_MAX_VCPUS
 from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.layout import ImageError, Layout
+from kvmtick.machine.memory import check_ram_bytes
 from kvmtick.machine.pc.acpi import acpi_tables
 from kvmtick.machine.pc.e820 import BIOS_START, EBDA_START, memory_map
 from kvmtick.machine.pc.mptable import mp_tables
@@ -110,7 +112,8 @@ def linux_guest(
     entry: str | None = None,
 ) -> Guest:
     """`load_linux` with the file's contents. ImageError if they cannot be run."""
-    ram_bytes = ram_bytes or LINUX_RAM_BYTES
+    ram_bytes = LINUX_RAM_BYTES if ram_bytes is None else ram_bytes
+    _check_machine(vcpus, ram_bytes)
     header = parse_header(image)
     command_line = os.fsencode(append)
     _check_command_line(command_line, header)
@@ -174,6 +177,15 @@ def parse_header(image: bytes) -> SetupHeader:
         cmdline_size,
         room_bytes,
     )
+
+
+def _check_machine(vcpus: int, ram_bytes: int) -> None:
+    if not 1 <= vcpus <= KVM_MAX_VCPUS:
+        raise ImageError(f"cannot have vcpus={vcpus}: give 1 to {KVM_MAX_VCPUS}")
+    try:
+        check_ram_bytes(ram_bytes)
+    except ValueError as error:
+        raise ImageError(f"cannot have {error}") from None
 
 
 def _check_command_line(command_line: bytes, header: SetupHeader) -> None:
