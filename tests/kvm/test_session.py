@@ -53,6 +53,8 @@ def test_one_thread_has_the_devices_however_early_a_vcpu_asks_for_it(
     def start_and_wait(thread: threading.Thread) -> None:
         """vCPU 1 gets to its exit before the caller goes on."""
         started.append(thread.name)
+        if started.count(thread.name) > 1:
+            return  # two for one `Waker` might never end
         start(thread)
         if thread.name == "devices":
             devices.set()
