@@ -299,6 +299,15 @@ def test_a_vm_that_is_not_new_takes_no_state(
     assert vm.save().differences(before) == []
 
 
+@pytest.mark.parametrize("has", [{"roms": ((0xFFFF_0000, bytes(0x1_0000)),)}, {"disk": bytes(512)}])
+def test_a_guest_with_a_rom_or_a_disk_is_refused(new_vm: MakeVm, has: dict[str, Any]) -> None:
+    vm = new_vm("model")
+    vm.create_vcpu(0)
+    vm.load(Guest("bios", b"\xf4", 0x8000, (0, 0x8000), None, **has))
+    with pytest.raises(StateError, match="'bios' has a ROM or a disk, which are not moved: run it"):
+        vm.save()
+
+
 def test_ram_must_be_large_enough_and_is_wiped(new_vm: MakeVm) -> None:
     source = new_vm("model", ram_bytes=1 << 20)
     ram_only(source)

@@ -84,17 +84,14 @@ def test_the_guest_s_counts_are_ours(kernel: Path, append: str) -> None:
         run = vm.run(limit_s=LIMIT_S)
     printed = watch.printed.decode(errors="replace").replace("\r", "")
     assert run.exit.reason == "power-off", printed[-1000:]
-    exact, clocks = 0, []
+    clocks = []
     for name in NAMES:
         before, after = watch.seen[f"snapshot {name} ..."], watch.seen[f"snapshot {name} begin"]
         text = printed.split(f"snapshot {name} begin\n")[1].split(f"snapshot {name} end")[0]
         guests = (interrupts(text, "0"), interrupts(text, "LOC"))
-        for ours_before, its, ours_after in zip(before, guests, after, strict=False):
-            assert ours_before <= its <= ours_after
-        exact += before[:2] == after[:2]
+        # it reads all in some 0.1 ms between two ticks; runs repeat, so this is no matter of luck
+        assert before[:2] == guests == after[:2], name
         clocks.append((before[2], after[2], text))
-    # between two ticks there is time enough to read it all
-    assert exact
     told = [
         {key: int(value) for key, value in re.findall(r"^(\w+_ns) (\d+)$", text, re.MULTILINE)}
         for _, _, text in clocks

@@ -114,6 +114,10 @@ def test_the_zero_page_is_the_kernels_header_filled_in(kernel: Path) -> None:
     ]
 
 
+def test_the_tables_of_as_many_vcpus_as_there_can_be_fit(kernel: Path) -> None:
+    assert load_linux(kernel, vcpus=1024).needs.vcpus == 1024
+
+
 def test_firmware_tables_lie_where_firmware_has_them_and_are_reserved(kernel: Path) -> None:
     told = BootParams(load_linux(kernel, vcpus=4))
     reserved = [(start, start + size) for start, size, kind in told.e820() if kind == 2]
@@ -163,10 +167,18 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any]]] = {
         {"append": "x" * 2048},
     ),
     "takes a command line without zero bytes": (images.bzimage(), {"append": "a\0b"}),
-    "needs RAM up to 0x1100000, and RAM ends at 0x10fffff: give --ram 17M": (
+    "needs RAM up to 0x1100000, and RAM ends at 0x10ff000: give --ram 17M": (
         images.bzimage(),
-        {"ram_bytes": 17 * MIB - 1},
+        {"ram_bytes": 17 * MIB - 4096},
     ),
+    "cannot have vcpus=0: give 1 to 1024": (images.bzimage(), {"vcpus": 0}),
+    "cannot have vcpus=1025: give 1 to 1024": (images.bzimage(), {"vcpus": 1025}),
+    "cannot have ram_bytes=268435579: give a multiple of 4096 up to 3 GiB": (
+        images.bzimage(),
+        {"ram_bytes": 256 * MIB + 123},
+    ),
+    "cannot have ram_bytes=3221229568: give": (images.bzimage(), {"ram_bytes": (3 << 30) + 4096}),
+    "needs RAM up to 0x1100000, and RAM ends at 0x0:": (images.bzimage(), {"ram_bytes": 0}),
     "has no entry '16': give 32 or 64": (images.bzimage(), {"entry": "16"}),
     "has no 64-bit entry": (images.bzimage(xloadflags=0), {"entry": "64"}),
 }

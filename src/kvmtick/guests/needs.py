@@ -12,10 +12,13 @@ from kvmtick.abi.structs import (
     to_msi,
 )
 
-__all__ = ["DEFAULT_NEEDS", "MSI_ADDRESS", "Needs", "gsi_routing"]
+__all__ = ["DEFAULT_NEEDS", "KVM_MAX_VCPUS", "MSI_ADDRESS", "Needs", "gsi_routing"]
 
 MSI_ADDRESS: Final = 0xFEE0_0000
 """An MSI to the local APIC with id 0: physical destination in bits 19:12, no hint."""
+
+KVM_MAX_VCPUS: Final = 1024
+"""What a VM of KVM can have at most (asm/kvm_host.h)."""
 
 _PIC_PINS: Final = 16
 _IOAPIC_PINS: Final = 24

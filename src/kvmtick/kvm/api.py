@@ -496,6 +496,7 @@ class Vm(Ioctls, Generic[_V]):
         """The VM as it is, for `load` of a new VM of either back end; no vCPU may be running.
 
         A vCPU that stopped at an access of user space's finishes it, but executes no more.
+        StateError: the guest has a ROM or a disk.
         """
         from kvmtick.kvm.save_load import save
 

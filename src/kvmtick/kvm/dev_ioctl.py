@@ -24,6 +24,7 @@ from kvmtick.abi.structs import (
     kvm_cpuid2,
     kvm_cpuid_entry2,
 )
+from kvmtick.guests.needs import KVM_MAX_VCPUS
 from kvmtick.irqchip.routing import KVM_MAX_IRQ_ROUTES
 from kvmtick.kvm.api import Arg
 from kvmtick.kvm.model_file import Handler
@@ -45,7 +46,6 @@ __all__ = [
     "put_cpuid2",
 ]
 
-KVM_MAX_VCPUS: Final = 1024
 KVM_MAX_VCPU_IDS: Final = 4096
 
 VCPU_MMAP_BYTES: Final = 3 * 4096

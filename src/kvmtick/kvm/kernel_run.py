@@ -23,6 +23,7 @@ from kvmtick.abi.exits import (
     trouble,
 )
 from kvmtick.machine.machine import Exit as RunExit
+from kvmtick.machine.machine import debug_exit, power_off_exit, reset_exit
 from kvmtick.machine.pc.console import Console
 from kvmtick.machine.pc.host import PcHost
 from kvmtick.machine.pc.pc import Pc
@@ -145,14 +146,13 @@ class UserSpace(PortOwner):
         return self.queue.next_ns < NEVER_NS or self.console is not None
 
     def guest_exit(self, value: int) -> None:
-        detail = f"the guest wrote {value:#x} to the debug exit port" if value else ""
-        self._end(RunExit("guest-error" if value else "done", value, detail))
+        self._end(debug_exit(value))
 
     def _reset(self, by: str) -> None:
-        self._end(RunExit("reset", detail=f"the guest reset the machine by {by}"))
+        self._end(reset_exit(by))
 
     def _power_off(self) -> None:
-        self._end(RunExit("power-off", detail="the guest switched the machine off"))
+        self._end(power_off_exit())
 
     def leave(self) -> None:
         """The person at the console wants no more."""
@@ -209,17 +209,19 @@ class Session:
         try:
             for thread in threads:
                 thread.start()
-            if self._user.has_work:
-                self._start_devices()
+            with self._user.lock:
+                self._start_devices_if_needed()
             self._run_first(first)
         except KeyboardInterrupt:
             self._finish(RunExit("interrupted"))
         finally:
             # also where this thread was interrupted: nobody may stay in a VM that is given back
             self._stop()
-            for thread in (*threads, *self._device_threads):
-                if thread.ident is not None:
-                    thread.join()
+            # the devices last: until then a vCPU may have started them
+            for group in (threads, self._device_threads):
+                for thread in group:
+                    if thread.ident is not None:
+                        thread.join()
             self._user.waker.close()
         if isinstance(self._end, BaseException):
             raise self._end
@@ -245,7 +247,10 @@ class Session:
         except BaseException as error:
             self._finish(error)
 
-    def _start_devices(self) -> None:
+    def _start_devices_if_needed(self) -> None:
+        """With `user.lock`: any vCPU's thread may find that there is something to do."""
+        if self._device_threads or not self._user.has_work:
+            return
         thread = threading.Thread(target=self._run_devices, name="devices", daemon=True)
         self._device_threads.append(thread)
         thread.start()
@@ -287,8 +292,7 @@ class Session:
         user, until = self._user, self._ends.until
         with user.lock:
             sleep_us = user.serve(vcpu, exit_)
-            if user.has_work and not self._device_threads:
-                self._start_devices()
+            self._start_devices_if_needed()
             end, user.end = user.end, None
             if end is not None:
                 return end

@@ -7,6 +7,9 @@ TSC deadline (LVTT's mode is), events and MP state; then the chips, for the IOAP
 local APICs what it still owes, and last the PIT, whose counters start with KVM_SET_PIT2.
 
 Nothing is done to the VM before a model of it has taken the whole state.
+
+Not modelled: the state of the PC's devices outside KVM (UART, RTC, ACPI PM, 8042, fw_cfg, ATA),
+which are as at power-on in the new VM; guests with a ROM or a disk, which `save` refuses.
 """
 
 import errno
@@ -73,6 +76,11 @@ _ZEROS: Final = bytes(PAGE_BYTES)
 def save(vm: "Vm[Any]") -> VmState:
     """`Vm.save`."""
     told, guest = vm.told, vm.guest
+    if guest is not None and (guest.roms or guest.disk):
+        raise StateError(
+            f"the guest {guest.name!r} has a ROM or a disk, which are not moved: run it from its"
+            " start in the new VM"
+        )
     vcpus = tuple(_save_vcpu(vcpu, told.irqchip != "none") for vcpu in vm.vcpus)
     return VmState(
         backend=vm.backend,

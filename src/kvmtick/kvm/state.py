@@ -7,6 +7,7 @@ Not here: what KVM does not tell. Ticks of the PIT that are owed (`pending`, `ir
 its counters stand: KVM_SET_PIT2 starts them anew. The levels of GSIs, but as requests in PIC and
 IOAPIC. A vector that waits in KVM_INTERRUPT with a split irqchip; the vector of a SIPI. irqfds,
 ioeventfds and memory of other slots, which are the process's. x87, SSE and debug registers, XCR0.
+The PC's devices outside KVM (`kvmtick.machine.pc`), ROM and disk.
 """
 
 import base64

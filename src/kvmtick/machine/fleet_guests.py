@@ -8,6 +8,8 @@ from typing import Final
 
 from kvmtick.cpu.listed import Listing
 from kvmtick.cpu.scripted import MmioWrite, Operation, Out, Sti
+from kvmtick.irqchip.apicdef import APIC_DEFAULT_PHYS_BASE
+from kvmtick.irqchip.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS
 
 __all__ = ["GUESTS", "tick_ioapic", "tick_lapic", "tick_pic"]
 
@@ -19,17 +21,16 @@ VECTOR_IRQ0: Final = 0x20
 VECTOR_IOAPIC: Final = 0x40
 VECTOR_LAPIC: Final = 0x41
 
-IOREGSEL: Final = 0xFEC0_0000
-IOWIN: Final = 0xFEC0_0010
+IOREGSEL: Final = IOAPIC_DEFAULT_BASE_ADDRESS
+IOWIN: Final = IOAPIC_DEFAULT_BASE_ADDRESS + 0x10
 PIN_PIT: Final = 0
 """GSI 0 leads to pin 0 in KVM's default routing table."""
-LAPIC: Final = 0xFEE0_0000
-LAPIC_EOI: Final = LAPIC + 0x0B0
-LAPIC_SVR: Final = LAPIC + 0x0F0
-LAPIC_LVTT: Final = LAPIC + 0x320
-LAPIC_LVT0: Final = LAPIC + 0x350
-LAPIC_TMICT: Final = LAPIC + 0x380
-LAPIC_TDCR: Final = LAPIC + 0x3E0
+LAPIC_EOI: Final = APIC_DEFAULT_PHYS_BASE + 0x0B0
+LAPIC_SVR: Final = APIC_DEFAULT_PHYS_BASE + 0x0F0
+LAPIC_LVTT: Final = APIC_DEFAULT_PHYS_BASE + 0x320
+LAPIC_LVT0: Final = APIC_DEFAULT_PHYS_BASE + 0x350
+LAPIC_TMICT: Final = APIC_DEFAULT_PHYS_BASE + 0x380
+LAPIC_TDCR: Final = APIC_DEFAULT_PHYS_BASE + 0x3E0
 SVR_ENABLED: Final = 0x1FF
 LVT_MASKED: Final = 0x1_0000
 LVT_PERIODIC: Final = 0x2_0000

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
+from kvmtick.machine.pc.e820 import ENTRY_BYTES, RAM, MemoryRange
 from kvmtick.machine.ports import PortHandler
 
 __all__ = ["FwCfg"]
@@ -31,9 +32,6 @@ WRITE_CHANNEL = 1 << 14
 ID_TRADITIONAL = 1 << 0
 
 E820_FILE: Final = b"etc/e820"
-E820_RAM: Final = 1
-_E820_ENTRY: Final = Struct("<QQI")
-"""Address, length, type."""
 _FILE_COUNT: Final = Struct(">I")
 _FILE: Final = Struct(">IHH56s")
 """Size, selector, reserved, name."""
@@ -53,9 +51,9 @@ class FwCfg:
             NB_CPUS: lambda: vcpus().to_bytes(2, "little"),
             MAX_CPUS: lambda: vcpus().to_bytes(2, "little"),
             FILE_DIRECTORY: lambda: (
-                _FILE_COUNT.pack(1) + _FILE.pack(_E820_ENTRY.size, FIRST_FILE, 0, E820_FILE)
+                _FILE_COUNT.pack(1) + _FILE.pack(ENTRY_BYTES, FIRST_FILE, 0, E820_FILE)
             ),
-            FIRST_FILE: lambda: _E820_ENTRY.pack(0, ram_bytes, E820_RAM),
+            FIRST_FILE: lambda: MemoryRange(0, ram_bytes, RAM).entry(),
         }
         self.selected = SIGNATURE
         self.offset = 0

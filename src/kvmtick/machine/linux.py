@@ -18,8 +18,10 @@ from typing import Final
 
 from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.guests import Guest, Needs, start
+from kvmtick.guests.needs import KVM_MAX_VCPUS
 from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.layout import ImageError, Layout
+from kvmtick.machine.memory import check_ram_bytes
 from kvmtick.machine.pc.acpi import acpi_tables
 from kvmtick.machine.pc.e820 import BIOS_START, EBDA_START, memory_map
 from kvmtick.machine.pc.mptable import mp_tables
@@ -42,7 +44,6 @@ ENTRY_64_OFFSET: Final = 0x200
 UNDEFINED_LOADER: Final = 0xFF
 ACPI_RSDP_ADDR, E820_ENTRIES, TYPE_OF_LOADER, E820_TABLE = 0x70, 0x1E8, 0x210, 0x2D0
 CODE32_START, RAMDISK_IMAGE, CMD_LINE_PTR = 0x214, 0x218, 0x228
-E820_ENTRY: Final = struct.Struct("<QQI")
 
 BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x40E, 0x413
 GDT_AT, ZERO_PAGE_AT, PAGE_TABLES_AT, COMMAND_LINE_AT = 0x1000, 0x7000, 0x9000, 0x2_0000
@@ -111,7 +112,8 @@ def linux_guest(
     entry: str | None = None,
 ) -> Guest:
     """`load_linux` with the file's contents. ImageError if they cannot be run."""
-    ram_bytes = ram_bytes or LINUX_RAM_BYTES
+    ram_bytes = LINUX_RAM_BYTES if ram_bytes is None else ram_bytes
+    _check_machine(vcpus, ram_bytes)
     header = parse_header(image)
     command_line = os.fsencode(append)
     _check_command_line(command_line, header)
@@ -177,6 +179,15 @@ def parse_header(image: bytes) -> SetupHeader:
     )
 
 
+def _check_machine(vcpus: int, ram_bytes: int) -> None:
+    if not 1 <= vcpus <= KVM_MAX_VCPUS:
+        raise ImageError(f"cannot have vcpus={vcpus}: give 1 to {KVM_MAX_VCPUS}")
+    try:
+        check_ram_bytes(ram_bytes)
+    except ValueError as error:
+        raise ImageError(f"cannot have {error}") from None
+
+
 def _check_command_line(command_line: bytes, header: SetupHeader) -> None:
     if len(command_line) > header.cmdline_size:
         raise ImageError(
@@ -225,9 +236,8 @@ def _zero_page(
     struct.pack_into("<Q", page, ACPI_RSDP_ADDR, ACPI_AT)
     ranges = memory_map(ram_bytes)
     page[E820_ENTRIES] = len(ranges)
-    for index, part in enumerate(ranges):
-        at = E820_TABLE + index * E820_ENTRY.size
-        E820_ENTRY.pack_into(page, at, part.start, part.end - part.start, part.kind)
+    table = b"".join(part.entry() for part in ranges)
+    page[E820_TABLE : E820_TABLE + len(table)] = table
     return bytes(page)
 
 

@@ -47,7 +47,7 @@ from kvmtick.vcpu.vcpu import MpState, Vcpu
 if TYPE_CHECKING:
     from kvmtick.machine.vcpu_thread import VcpuThread
 
-__all__ = ["QUANTUM_NS", "Exit", "Machine"]
+__all__ = ["QUANTUM_NS", "Exit", "Machine", "debug_exit", "power_off_exit", "reset_exit"]
 
 SLICE_INSTRUCTIONS: Final = 1_000_000
 """The longest stay in the guest without a look at Ctrl-C and the wall-time limit: 10 ms, or a
@@ -86,6 +86,22 @@ class Exit:
     def is_failure(self) -> bool:
         """The guest failed (exit code 4), rather than finished or ran out of time."""
         return self.reason in ("limit", "deadlock", "triple-fault", "guest-error")
+
+
+def debug_exit(value: int) -> Exit:
+    """The guest wrote `value` to the debug exit port."""
+    detail = f"the guest wrote {value:#x} to the debug exit port" if value else ""
+    return Exit("guest-error" if value else "done", value, detail)
+
+
+def reset_exit(by: str) -> Exit:
+    """The guest resets the machine, which ends the run: nobody starts it again."""
+    return Exit("reset", detail=f"the guest reset the machine by {by}")
+
+
+def power_off_exit() -> Exit:
+    """The guest switches the machine off."""
+    return Exit("power-off", detail="the guest switched the machine off")
 
 
 class Machine(PortOwner):
@@ -736,16 +752,13 @@ class Machine(PortOwner):
         self._kick_running()
 
     def guest_exit(self, value: int) -> None:
-        """The guest wrote the debug exit port."""
-        detail = f"the guest wrote {value:#x} to the debug exit port"
-        self._end(Exit("guest-error" if value else "done", value, detail if value else ""))
+        self._end(debug_exit(value))
 
     def _reset(self, by: str) -> None:
-        """The guest resets the machine: there is no firmware to start it again, so the run ends."""
-        self._end(Exit("reset", detail=f"the guest reset the machine by {by}"))
+        self._end(reset_exit(by))
 
     def _power_off(self) -> None:
-        self._end(Exit("power-off", detail="the guest switched the machine off"))
+        self._end(power_off_exit())
 
     def guest_sleep(self, microseconds: int) -> None:
         """The guest asked user space to keep its vCPU out of the guest for a while."""

@@ -49,8 +49,9 @@ __all__ = ["MpState", "Request", "Vcpu", "VcpuBoard"]
 NO_VECTOR: Final = -1
 NS_PER_MS: Final = 1_000_000
 RESET_CS_IP: Final = (0xF000, 0xFFF0)
-"""Where a processor starts after RESET and INIT (SDM table 11-1), but for CS's base: there is no
-firmware at the top of 4 GiB, so it is the real-mode 0xF0000 and not 0xFFFF0000."""
+"""Where a processor starts after RESET and INIT (SDM table 11-1), but for CS's base: it is the
+real-mode 0xF0000 and not 0xFFFF0000, for most guests have nothing at the top of 4 GiB. With
+firmware (`kvmtick.machine.firmware`) its copy below 1 MiB starts, not the ROM."""
 SIPI_PAGE_SHIFT: Final = 8
 """A SIPI vector is the number of the 4 KiB page to start at: CS is vector << 8."""
 

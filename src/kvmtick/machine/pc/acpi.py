@@ -11,6 +11,7 @@ HPET, PCI, SMBIOS.
 import struct
 from typing import Final
 
+from kvmtick.irqchip.apicdef import APIC_DEFAULT_PHYS_BASE
 from kvmtick.irqchip.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS
 from kvmtick.machine.pc import acpi_pm, cmos, reset, uart
 from kvmtick.machine.pc.aml import device as aml_device
@@ -46,7 +47,6 @@ WBINVD, PROC_C1, PWR_BUTTON, SLP_BUTTON, FIX_RTC, RESET_REG_SUP = (
 )
 """FADT flags; those of the buttons and the RTC say that PM1 has no such event."""
 
-LAPIC_BASE: Final = 0xFEE0_0000
 PCAT_COMPAT: Final = 1
 """There are 8259s too."""
 MADT_LAPIC, MADT_IOAPIC, MADT_OVERRIDE, MADT_LAPIC_NMI, MADT_X2APIC, MADT_X2APIC_NMI = (
@@ -134,7 +134,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
 
 
 def _madt(vcpus: int) -> bytes:
-    body = struct.pack("<II", LAPIC_BASE, PCAT_COMPAT)
+    body = struct.pack("<II", APIC_DEFAULT_PHYS_BASE, PCAT_COMPAT)
     body += b"".join(_local_apic(apic_id) for apic_id in range(vcpus))
     body += struct.pack(
         "<BBBxII", MADT_IOAPIC, 12, IOAPIC_ID, IOAPIC_DEFAULT_BASE_ADDRESS, GSI_BASE

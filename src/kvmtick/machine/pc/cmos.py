@@ -54,6 +54,11 @@ DAY_S: Final = 86_400
 
 KIB, MIB = 1 << 10, 1 << 20
 BASE_MEMORY_KIB: Final = 640
+BASE_MEMORY, EXTENDED_MEMORY, EXTENDED_MEMORY_FOUND, MEMORY_ABOVE_16_MIB = 0x15, 0x17, 0x30, 0x34
+"""Words: KiB below 1 MiB, KiB above it as set up and as found (the PC AT's), units of 64 KiB above
+16 MiB (QEMU's and Bochs's, as are those below)."""
+BOOT_DEVICE, LAST_VCPU = 0x3D, 0x5F
+"""Bytes: what to boot from, the number of vCPUs less 1."""
 FROM_HARD_DISK: Final = 0x02
 
 
@@ -88,13 +93,13 @@ class Cmos:
         above_1_mib = min((ram_bytes - MIB) // KIB, 0xFFFF)
         above_16_mib = min(max(ram_bytes - 16 * MIB, 0) // (64 * KIB), 0xFFFF)
         for at, value in (
-            (0x15, min(BASE_MEMORY_KIB, ram_bytes // KIB)),
-            (0x17, max(above_1_mib, 0)),
-            (0x30, max(above_1_mib, 0)),
-            (0x34, above_16_mib),
+            (BASE_MEMORY, min(BASE_MEMORY_KIB, ram_bytes // KIB)),
+            (EXTENDED_MEMORY, max(above_1_mib, 0)),
+            (EXTENDED_MEMORY_FOUND, max(above_1_mib, 0)),
+            (MEMORY_ABOVE_16_MIB, above_16_mib),
         ):
             self.ram[at : at + 2] = value.to_bytes(2, "little")
-        self.ram[0x3D] = FROM_HARD_DISK
+        self.ram[BOOT_DEVICE] = FROM_HARD_DISK
 
     # The guest's side.
 
@@ -125,7 +130,7 @@ class Cmos:
             return flags | told
         if index == D:
             return D_VALID
-        if index == 0x5F:
+        if index == LAST_VCPU:
             return self._host.vcpus() - 1 & 0xFF
         return self.ram[index]
 

@@ -1,9 +1,18 @@
 """The PC's memory map, as INT 15h function e820h tells it (ACPI specification, 15.1)."""
 
 from dataclasses import dataclass
+from struct import Struct
 from typing import Final
 
-__all__ = ["BIOS_START", "EBDA_START", "RAM", "RESERVED", "MemoryRange", "memory_map"]
+__all__ = [
+    "BIOS_START",
+    "EBDA_START",
+    "ENTRY_BYTES",
+    "RAM",
+    "RESERVED",
+    "MemoryRange",
+    "memory_map",
+]
 
 EBDA_START: Final = 0x9_FC00
 """The extended BIOS data area: the last KiB of conventional memory."""
@@ -14,6 +23,10 @@ MIB: Final = 1 << 20
 
 RAM, RESERVED = 1, 2
 
+_ENTRY: Final = Struct("<QQI")
+"""Base address, length, type."""
+ENTRY_BYTES: Final = _ENTRY.size
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRange:
@@ -22,6 +35,10 @@ class MemoryRange:
     start: int
     end: int
     kind: int
+
+    def entry(self) -> bytes:
+        """The address range descriptor: `ENTRY_BYTES`."""
+        return _ENTRY.pack(self.start, self.end - self.start, self.kind)
 
 
 def memory_map(ram_bytes: int) -> list[MemoryRange]:

@@ -9,6 +9,7 @@ Not modelled: PCI buses, extended entries; processors with APIC ids above 254 ar
 import struct
 from typing import Final
 
+from kvmtick.irqchip.apicdef import APIC_DEFAULT_PHYS_BASE
 from kvmtick.irqchip.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS, VERSION
 
 __all__ = ["mp_tables"]
@@ -24,7 +25,6 @@ SPEC_1_4: Final = 4
 TYPE_PROCESSOR, TYPE_BUS, TYPE_IOAPIC, TYPE_INTERRUPT, TYPE_LOCAL_INTERRUPT = range(5)
 INT, NMI, EXTINT = 0, 1, 3
 ENABLED, BOOT_PROCESSOR = 1, 2
-LAPIC_BASE: Final = 0xFEE0_0000
 LAPIC_VERSION: Final = 0x14
 MOST_APIC_ID: Final = 254
 FAMILY_6, FPU_AND_APIC = 0x600, 0x201
@@ -65,7 +65,7 @@ def _configuration(vcpus: int) -> bytes:
         0,
         0,
         len(entries),
-        LAPIC_BASE,
+        APIC_DEFAULT_PHYS_BASE,
         0,
         0,
     )
