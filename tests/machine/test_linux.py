@@ -157,12 +157,13 @@ def test_an_initrd_keeps_clear_of_what_the_kernel_needs(kernel: Path) -> None:
 
 REFUSED: dict[str, tuple[bytes, dict[str, Any]]] = {
     "is no Linux bzImage: give": (b"\xf4" * 4096, {}),
+    "is an ELF file, as a vmlinux is: give a Linux bzImage": (b"\x7fELF" + bytes(4096), {}),
     "is empty: give a Linux bzImage": (b"", {}),
     "is cut off: its header says": (images.bzimage()[:-1], {}),
     "has boot protocol 2.05, and 2.06 is the first": (images.bzimage(0x205), {}),
     "is a zImage": (images.bzimage(loadflags=0), {}),
     "wants to be loaded at 0x1000, below 1 MiB": (images.bzimage(preferred=0x1000), {}),
-    "takes a command line of 2047 bytes, and --append has 2048": (
+    "takes a command line of 2047 bytes, and with --append it has 2048": (
         images.bzimage(),
         {"append": "x" * 2048},
     ),
@@ -170,6 +171,10 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any]]] = {
     "needs RAM up to 0x1100000, and RAM ends at 0x10ff000: give --ram 17M": (
         images.bzimage(),
         {"ram_bytes": 17 * MIB - 4096},
+    ),
+    "needs RAM up to 0x100100000, and RAM ends at 0x10000000: give a Linux bzImage": (
+        images.bzimage(preferred=1 << 32),
+        {},
     ),
     "cannot have vcpus=0: give 1 to 1024": (images.bzimage(), {"vcpus": 0}),
     "cannot have vcpus=1025: give 1 to 1024": (images.bzimage(), {"vcpus": 1025}),

@@ -1,18 +1,20 @@
 """`kvmtick run linux` and `kvmtick run --kernel FILE`: which kernel, and what it is told."""
 
 import argparse
+import os
 from pathlib import Path
 
 from kvmtick.cli import UsageError
 from kvmtick.cli.run_options import ram_size_bytes, refuse_for, vcpu_count, with_cpuid
 from kvmtick.guests import Guest
 from kvmtick.machine import linux
+from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.installed import COMMAND_LINE, find_kernel, is_kernel
-from kvmtick.machine.loader import LoadError
 
 __all__ = ["LIMIT_S", "is_linux", "linux_guest"]
 
 NAME = "linux"
+REMEDY_INITRD = f"give an initramfs, or {os.devnull} for none"
 LIMIT_S = 600.0
 """Of wall time, where nobody sits at the console."""
 
@@ -74,21 +76,30 @@ def linux_guest(options: argparse.Namespace) -> Guest:
 
 
 def _initrd(options: argparse.Namespace) -> bytes:
+    """The file that was asked for, or the tiny one of ours."""
+    if options.initrd is None:
+        return _tiny_initrd(options.busybox)
+    if options.busybox is not None:
+        raise UsageError(
+            f"--busybox {options.busybox}: is for our initramfs, not for {options.initrd!r}; leave"
+            " one of them out"
+        )
+    if options.initrd == os.devnull:
+        return b""
+    try:
+        return read_image(Path(options.initrd), REMEDY_INITRD)
+    except LoadError as error:
+        raise UsageError(f"--initrd: {error}") from None
+
+
+def _tiny_initrd(busybox: str | None) -> bytes:
     from kvmtick.guests.linux import tiny_initrd
 
     try:
-        if options.initrd is None:
-            return tiny_initrd(busybox=options.busybox and Path(options.busybox))
-        if options.busybox is None:
-            return Path(options.initrd).read_bytes()
+        return tiny_initrd(busybox=None if busybox is None else Path(busybox))
     except OSError as error:
-        option = "--initrd" if options.busybox is None else "--busybox"
         raise UsageError(
-            f"{option}: cannot read {error.filename!r}: {error.strerror}: give a readable file"
+            f"--busybox: cannot read {error.filename!r}: {error.strerror}: give a readable file"
         ) from None
     except ValueError as error:
         raise UsageError(f"--busybox: {error}") from None
-    raise UsageError(
-        f"--busybox {options.busybox}: is for our initramfs, not for {options.initrd!r}; leave one"
-        " of them out"
-    )

@@ -19,9 +19,10 @@ from typing import Final
 from kvmtick.cpu.paging import PAGE_BYTES
 from kvmtick.guests import Guest, Needs, start
 from kvmtick.guests.needs import KVM_MAX_VCPUS
+from kvmtick.machine.elf import ELF_MAGIC
 from kvmtick.machine.image_file import LoadError, read_image
 from kvmtick.machine.layout import ImageError, Layout
-from kvmtick.machine.memory import check_ram_bytes
+from kvmtick.machine.memory import MOST_RAM_BYTES, check_ram_bytes
 from kvmtick.machine.pc.acpi import acpi_tables
 from kvmtick.machine.pc.e820 import BIOS_START, EBDA_START, memory_map
 from kvmtick.machine.pc.mptable import mp_tables
@@ -121,9 +122,10 @@ def linux_guest(
     layout = Layout(ram_bytes)
     kernel_end = header.load_at + header.room_bytes
     if kernel_end > ram_bytes:
+        remedy = f"give --ram {-(-kernel_end >> 20)}M or more"
         raise ImageError(
             f"needs RAM up to {kernel_end:#x}, and RAM ends at {ram_bytes:#x}:"
-            f" give --ram {-(-kernel_end >> 20)}M or more"
+            f" {remedy if kernel_end <= MOST_RAM_BYTES else REMEDY}"
         )
     layout.put("kernel", header.load_at, image[header.kernel_offset :])
     initrd_at = _initrd_place(len(initrd), header, ram_bytes)
@@ -139,6 +141,8 @@ def linux_guest(
 
 def parse_header(image: bytes) -> SetupHeader:
     """The setup header. ImageError if the file is no whole bzImage or its protocol is too old."""
+    if image.startswith(ELF_MAGIC):
+        raise ImageError(f"is an ELF file, as a vmlinux is: {REMEDY}")
     if not is_linux(image) or image[BOOT_FLAG_AT : BOOT_FLAG_AT + 2] != BOOT_FLAG:
         raise ImageError(f"is no Linux bzImage: {REMEDY}")
     (version,) = struct.unpack_from("<H", image.ljust(MAGIC_AT + 6, b"\0"), MAGIC_AT + 4)
@@ -191,7 +195,7 @@ def _check_machine(vcpus: int, ram_bytes: int) -> None:
 def _check_command_line(command_line: bytes, header: SetupHeader) -> None:
     if len(command_line) > header.cmdline_size:
         raise ImageError(
-            f"takes a command line of {header.cmdline_size} bytes, and --append has"
+            f"takes a command line of {header.cmdline_size} bytes, and with --append it has"
             f" {len(command_line)}: give a shorter one"
         )
     if b"\0" in command_line:
