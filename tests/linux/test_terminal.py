@@ -100,7 +100,7 @@ def test_ctrl_c_is_the_guests_and_the_escape_key_leaves(person: Person) -> None:
     assert person.is_cooked()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_leaves_the_terminal_as_it_was(person: Person, number: signal.Signals) -> None:
     person.process.send_signal(number)
     code = person.leaves()

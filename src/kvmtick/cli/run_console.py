@@ -27,7 +27,7 @@ WAITED = (
     " comes when it comes, and the run does not repeat exactly; for no input at all give </dev/null"
 )
 _IFLAG, _LFLAG, _CC = 0, 3, 6
-_DEADLY = (signal.SIGTERM, signal.SIGHUP)
+_DEADLY = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
